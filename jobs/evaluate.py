@@ -1,0 +1,192 @@
+#!/usr/bin/env python
+"""Score what a run produced: one JSON object on stdout, everything else on stderr.
+
+    python jobs/evaluate.py captions --predictions captions.csv --references captions.txt
+
+BLEU on Flickr8k has many dialects that differ by points, so the protocol stands in the JSON beside the
+numbers: scorer, smoothing, weights, tokens, case, references per image, which images, which files.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import nltk
+import tyro
+
+from jobs.commandline import run
+from mmcore.errors import InputError
+from mmcore.metrics.captions import BLEU_WEIGHTS, BleuCounts, tokenize
+from mmcore.metrics.predictions import (
+    References,
+    match_predictions,
+    prepared_references,
+    read_predictions,
+    read_references,
+    split_images,
+)
+from mmcore.storage import Storage
+
+DEFAULT_DATASET = "flickr8k"
+# A bucket cannot be the `runs` itself: s3://runs/recipe/name names no storage.
+RUN_URI = re.compile(r"(?P<storage>s3://[^/]+.*|(?!s3://).+)/runs/(?P<recipe>[^/]+)/(?P<name>[^/]+)")
+
+
+@dataclass(frozen=True)
+class CaptionScoreSettings:
+    """BLEU-1 to BLEU-4 of predicted captions, times 100: nltk's corpus_bleu with method1 smoothing.
+
+    The images that the predictions name are scored; how many that were stands in the result.
+    """
+
+    predictions: str
+    """File of predictions: .jsonl, .parquet (or a folder of Parquet parts); any other ending is CSV,
+    `image,caption`."""
+    references: str | None = None
+    """captions.txt with `image,caption` lines; left out, the prepared dataset in --storage is read."""
+    references_per_image: Literal[1, 5] = 5
+    """References an image is scored against: its first one, or its first five."""
+    lowercase: bool = False
+    """Lower the case of predictions and references before scoring; the report keeps it."""
+    split: str | None = None
+    """COLUMN:NAME, such as split_report:validation: the predictions must be for exactly these images.
+    Needs --storage."""
+    storage: str | None = None
+    """Folder or s3://bucket/prefix that holds data/{dataset}, for --split and for references."""
+    dataset: str | None = None
+    """Prepared dataset in --storage (default: flickr8k)."""
+    run: str | None = None
+    """Run that made the predictions, STORAGE/runs/RECIPE/NAME: the result is also written to
+    STORAGE/scores/RECIPE/NAME.json."""
+
+
+def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
+    """Score the predictions; with `settings.run`, write the result into the run's storage as well.
+
+    Returns:
+        bleu1..bleu4 (times 100), num_images, brevity_penalty and the lengths behind it, and `protocol`;
+        all of it plain JSON values.
+
+    Raises:
+        InputError: settings that do not go together, or input that cannot be read or does not match.
+    """
+    check_settings(settings)
+    # The place for the scores is looked at first: a mistyped run should not cost the scoring.
+    scores_place = find_scores_place(settings.run) if settings.run is not None else None
+    dataset = settings.dataset or DEFAULT_DATASET
+
+    references = load_references(settings, dataset)
+    expected = load_split(settings, dataset, references)
+    predictions = read_predictions(settings.predictions, references)
+    captions = match_predictions(predictions, references, expected)
+
+    counts = BleuCounts()
+    num_references = []
+    for image_id, caption in captions.items():
+        chosen = references.captions[image_id][: settings.references_per_image]
+        num_references.append(len(chosen))
+        counts += BleuCounts.of(
+            tokenize(caption, lowercase=settings.lowercase),
+            [tokenize(reference, lowercase=settings.lowercase) for reference in chosen],
+        )
+
+    result: dict[str, Any] = {
+        **counts.scores(),
+        "num_images": len(captions),
+        "brevity_penalty": counts.brevity_penalty(),
+        "hypothesis_length": counts.hypothesis_length,
+        "reference_length": counts.reference_length,
+        "protocol": {
+            "scorer": f"nltk {nltk.__version__} corpus_bleu",
+            "smoothing": "method1",
+            "weights": {name: list(weights) for name, weights in BLEU_WEIGHTS.items()},
+            "tokenization": "str.split()",
+            "case": "lowered" if settings.lowercase else "kept",
+            "references_per_image": {
+                "asked": settings.references_per_image,
+                "min": min(num_references),
+                "max": max(num_references),
+            },
+            "split": settings.split,
+            "dataset": dataset if settings.storage is not None else None,
+            "storage": settings.storage,
+            "references": references.location,
+            "predictions": settings.predictions,
+        },
+    }
+    if scores_place is not None:
+        place, file_name = scores_place
+        result |= {
+            "run": settings.run,
+            "predictions": settings.predictions,
+            "predictions_sha256": predictions.sha256,
+        }
+        place.write(file_name, (json.dumps(result, indent=2) + "\n").encode())
+        print(f"scores written to {place.uri}/{file_name}", file=sys.stderr)
+    print(
+        f"{len(captions)} images scored of the {len(references.captions)} that have references",
+        file=sys.stderr,
+    )
+    return result
+
+
+def check_settings(settings: CaptionScoreSettings) -> None:
+    """InputError for a combination in which a setting is missing or would be ignored."""
+    if settings.references is None and settings.storage is None:
+        raise InputError("no references: give --references captions.txt, or --storage with a prepared dataset")
+    if settings.split is not None and settings.storage is None:
+        raise InputError(f"--split {settings.split}: needs --storage, which holds the dataset with that column")
+    if settings.storage is not None and settings.references is not None and settings.split is None:
+        raise InputError(f"--storage {settings.storage}: not read with --references but no --split; leave it out")
+    if settings.dataset is not None and settings.storage is None:
+        raise InputError(f"--dataset {settings.dataset}: needs --storage, which holds the dataset")
+
+
+def load_references(settings: CaptionScoreSettings, dataset: str) -> References:
+    """From captions.txt where it is given, else from the prepared dataset."""
+    if settings.references is not None:
+        return read_references(settings.references)
+    assert settings.storage is not None
+    return prepared_references(settings.storage, dataset)
+
+
+def load_split(settings: CaptionScoreSettings, dataset: str, references: References) -> Collection[str] | None:
+    """The image_ids of --split, each with references; None without --split."""
+    if settings.split is None:
+        return None
+    assert settings.storage is not None
+    column, colon, name = settings.split.partition(":")
+    if not (column and colon and name):
+        raise InputError(f"--split {settings.split}: expected COLUMN:NAME, such as split_report:validation")
+    images = split_images(settings.storage, dataset, column, name)
+    without = [image_id for image_id in images if image_id not in references.captions]
+    if without:
+        raise InputError(
+            f"{references.location}: {len(without)} of the {len(images)} images of {settings.split} have no "
+            f"references there, such as {without[0]!r}"
+        )
+    return images
+
+
+def find_scores_place(run_uri: str) -> tuple[Storage, str]:
+    """STORAGE/runs/RECIPE/NAME -> (STORAGE/scores/RECIPE, NAME.json); InputError where that is no run."""
+    # Storage makes a relative path absolute, so `runs/recipe/name` has a storage before it as well.
+    run_storage = Storage(run_uri.rstrip("/"))
+    match = RUN_URI.fullmatch(run_storage.uri)
+    if match is None:
+        raise InputError(f"--run {run_uri}: expected STORAGE/runs/RECIPE/NAME")
+    if not (run_storage.exists("recipe.json") or (run_storage / "model").exists("recipe.json")):
+        raise InputError(f"--run {run_uri}: no run there (no recipe.json)")
+    return Storage(match["storage"]) / "scores" / match["recipe"], f"{match['name']}.json"
+
+
+def main() -> None:
+    settings = tyro.extras.subcommand_cli_from_dict({"captions": CaptionScoreSettings}, description=__doc__)
+    print(json.dumps(evaluate_captions(settings), indent=2))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,404 @@
+#!/usr/bin/env python
+"""Write a dataset of captioned images as Parquet, each image once, for every later job.
+
+    python jobs/prepare.py                                                    the built-in Shapes, into ./out
+    python jobs/prepare.py --dataset flickr8k --source DIR_OR_ZIP --storage URI
+    python jobs/prepare.py --dataset flickr8k --source jxie/flickr8k --storage s3://bucket/prefix
+
+A source is checked in full, every image decoded, before anything is written. The files land under
+STORAGE/data/DATASET/ with `_SUCCESS` last; without it nothing there counts as a dataset, and the same
+command starts over. Hardware: any; Flickr8k takes well under a minute on 2 cores.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs.cluster import Watchdog, connect
+from jobs.commandline import run
+from mmcore.data.archive import unpack_zip
+from mmcore.data.flickr8k import SPLIT_COLUMNS, Flickr8k, photo_row, read_flickr8k
+from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, unpack_dataset
+from mmcore.data.shapes import SPLITS, ShapesSettings, shapes_row
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+SHAPES = "shapes"
+SUCCESS = "_SUCCESS"
+ROWS_PER_FILE = 1000
+# A file is made in memory by one task, and one Arrow column of bytes ends at 2 GiB.
+MAX_BYTES_PER_FILE = 256 * 2**20
+POLL_INTERVAL_S = 0.5
+LINE_INTERVAL_S = 5.0
+_DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_COMMON_FIELDS = [
+    pa.field("image_id", pa.string()),
+    pa.field("file_name", pa.string()),
+    pa.field("image", pa.binary()),
+    pa.field("captions", pa.list_(pa.string())),
+]
+
+Report = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSettings:
+    """Which dataset to write, from what, and where to."""
+
+    dataset: str = SHAPES
+    """`shapes` is generated; `flickr8k`, or any name of yours, is read from --source."""
+    source: str | None = None
+    """A folder or zip with captions.txt and Images/ (and, if you have it, the official split in splits/), or a
+    Hugging Face dataset: a name such as jxie/flickr8k, or a folder that save_to_disk wrote."""
+    storage: str = "out"
+    """Folder or s3://bucket/prefix; the files land in STORAGE/data/DATASET/."""
+    skip_bad: bool = False
+    """Go on without the rows and images that are bad, and list them. Without it the first one is an error."""
+    fresh: bool = False
+    """Make the dataset anew even if it is finished. The old one stays until the new one is complete."""
+    stall_timeout_s: Annotated[float | None, tyro.conf.arg(name="stall-timeout", metavar="SECONDS")] = None
+    """End the job when nothing has moved for this long. By default it waits, as an autoscaler needs minutes."""
+    shapes: Annotated[ShapesSettings, tyro.conf.arg(name="")] = ShapesSettings()
+
+    def __post_init__(self) -> None:
+        if not _DATASET_NAME.fullmatch(self.dataset):
+            raise InputError(
+                f"--dataset {self.dataset!r}: use lower-case letters, digits, - and _; "
+                "the name of a Hugging Face dataset goes into --source"
+            )
+        if self.dataset == SHAPES:
+            given = [f"--{name}" for name, value in (("source", self.source), ("skip-bad", self.skip_bad)) if value]
+            if given:
+                raise InputError(f"{' and '.join(given)}: not for --dataset shapes, which is generated")
+        else:
+            if not self.source:
+                raise InputError(f"--dataset {self.dataset} needs --source: a folder, a zip or a Hugging Face name")
+            changed = [
+                f"--{field.name.replace('_', '-')}"
+                for field in dataclasses.fields(ShapesSettings)
+                if getattr(self.shapes, field.name) != field.default
+            ]
+            if changed:
+                raise InputError(f"{' and '.join(changed)}: only for --dataset shapes, not {self.dataset}")
+
+    def identity(self) -> dict[str, Any]:
+        """What the content of the dataset depends on; kept in _SUCCESS and compared by the next run."""
+        if self.dataset == SHAPES:
+            return dataclasses.asdict(self.shapes)
+        assert self.source is not None
+        path = Path(self.source).expanduser()
+        is_name = looks_like_hub_name(self.source) and not path.exists()
+        return {"source": self.source if is_name else os.path.abspath(path), "skip_bad": self.skip_bad}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The rows to write: `parts` holds, for each file, what `make_row` turns into its rows."""
+
+    parts: list[list[Any]]
+    make_row: Callable[[Any], dict[str, Any]]
+    split_columns: tuple[str, ...]
+    image_ids: list[str] | None
+    """In order, where they are known before the rows are made."""
+    reads_local_files: bool
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def schema(self) -> pa.Schema:
+        return pa.schema([*_COMMON_FIELDS, *(pa.field(name, pa.string()) for name in self.split_columns)])
+
+
+def prepare(settings: PrepareSettings) -> dict[str, Any]:
+    """Make the dataset unless it is there already; return what its _SUCCESS holds.
+
+    Keys: dataset, num_images, num_captions, splits ({column: {value: count}}), settings, skipped, files,
+    fingerprint (sha256 over image_id, captions and image bytes of all rows in order). Raises InputError.
+    """
+    target = Storage(settings.storage) / "data" / settings.dataset
+    finished = json.loads(target.read(SUCCESS)) if target.exists(SUCCESS) else None
+    if finished is not None and not settings.fresh:
+        if finished["settings"] != settings.identity():
+            raise InputError(
+                f"{target}: was made with {_listed(finished['settings'])}, not {_listed(settings.identity())}; "
+                "use another --storage, or --fresh to replace it"
+            )
+        print(f"{target} is finished and was made with the same settings: kept (--fresh makes it anew)")
+        _print_summary(finished, settings)
+        return finished
+    with tempfile.TemporaryDirectory(prefix="prepare-") as scratch:
+        plan = _plan_shapes(settings) if settings.dataset == SHAPES else _plan_photos(settings, Path(scratch))
+        connect()
+        summary = _write(settings, plan, target)
+    _print_summary(summary, settings)
+    return summary
+
+
+def _plan_shapes(settings: PrepareSettings) -> _Plan:
+    rows = [(split, index) for split in SPLITS for index in range(settings.shapes.num_images(split))]
+    if not rows:
+        raise InputError("--num-train, --num-validation and --num-test are all 0: nothing to write")
+    make_row = functools.partial(_make_shapes_row, settings.shapes)
+    return _Plan(_cut(rows, [0] * len(rows)), make_row, ("split",), None, reads_local_files=False)
+
+
+def _make_shapes_row(settings: ShapesSettings, row: tuple[str, int]) -> dict[str, Any]:
+    return shapes_row(settings, *row)
+
+
+def _plan_photos(settings: PrepareSettings, scratch: Path) -> _Plan:
+    source = _read_source(settings, scratch)
+    for line in source.skipped:
+        print(f"skipped: {line}")
+    if source.skipped:
+        print(f"skipped {len(source.skipped):,} in all; the report's splits count the images that are left")
+    num_captions = sum(len(photo.captions) for photo in source.photos)
+    print(f"read: {len(source.photos):,} images, {num_captions:,} captions, every image decodes")
+    if not source.has_official_split:
+        print("no Flickr_8k.trainImages.txt and so on in the source: split_karpathy is `unused` for all images")
+    return _Plan(
+        _cut(source.photos, [photo.num_bytes for photo in source.photos]),
+        photo_row,
+        SPLIT_COLUMNS,
+        [photo.image_id for photo in source.photos],
+        reads_local_files=True,
+        skipped=source.skipped,
+    )
+
+
+def _read_source(settings: PrepareSettings, scratch: Path) -> Flickr8k:
+    """Find out what --source is, unpack it to `scratch` where it is no plain folder, and check it."""
+    assert settings.source is not None
+    path = Path(settings.source).expanduser()
+    folder = scratch / "source"
+    skipped: list[str] = []
+    if path.is_file():
+        folder.mkdir()
+        skipped = unpack_zip(path, folder, skip_bad=settings.skip_bad)
+    elif path.is_dir() and not is_saved_dataset(path):
+        folder = path
+    elif path.is_dir() or looks_like_hub_name(settings.source):
+        with _progress("unpacking") as report:
+            unpack_dataset(str(path), folder, progress=report)
+    else:
+        raise InputError(f"--source {settings.source}: no such folder or zip")
+    with _progress("checking") as report:
+        source = read_flickr8k(folder, label=str(path), skip_bad=settings.skip_bad, progress=report)
+    return dataclasses.replace(source, skipped=(*skipped, *source.skipped))
+
+
+def _cut(rows: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Rows, whose images take `sizes` bytes, in consecutive parts of about ROWS_PER_FILE, one a file."""
+    num_rows = math.ceil(len(rows) / max(1, round(len(rows) / ROWS_PER_FILE)))
+    parts: list[list[Any]] = []
+    num_bytes = 0
+    for row, size in zip(rows, sizes, strict=True):
+        if not parts or len(parts[-1]) == num_rows or num_bytes + size > MAX_BYTES_PER_FILE:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(row)
+        num_bytes += size
+    return parts
+
+
+def _write(settings: PrepareSettings, plan: _Plan, target: Storage) -> dict[str, Any]:
+    """Write to a hidden folder beside `target`, look at what landed there, and move it to `target`."""
+    unfinished = target.parent / f".{target.name}.unfinished"
+    unfinished.delete_tree()
+    # A folder for each attempt: a task of a killed run that still writes for a moment writes elsewhere.
+    attempt = unfinished / uuid.uuid4().hex
+    try:
+        with Watchdog(f"prepare {settings.dataset}", settings.stall_timeout_s) as watchdog:
+            with _progress("writing") as report, _following(attempt, plan, report, watchdog):
+                _run_ray_data(plan, attempt)
+            with _progress("verifying") as report:
+                summary = _inspect(plan, attempt, report, watchdog)
+        summary = {
+            "dataset": settings.dataset,
+            **summary,
+            "settings": settings.identity(),
+            "skipped": list(plan.skipped),
+            "files": [f"part-{index:05d}.parquet" for index in range(len(plan.parts))],
+        }
+        target.delete(SUCCESS)
+        for name in target.list(".parquet"):
+            target.delete(name)
+        filesystem, source_path = attempt.arrow()
+        target_path = target.arrow()[1]
+        if not target.is_s3:
+            Path(target_path).mkdir(parents=True, exist_ok=True)
+        for old, new in zip(attempt.list(".parquet"), summary["files"], strict=True):
+            filesystem.move(f"{source_path}/{old}", f"{target_path}/{new}")
+        target.write(SUCCESS, json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    finally:
+        unfinished.delete_tree()
+    return summary
+
+
+def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
+    """One task a part: it makes the rows and writes one file, and the names sort in the order of the parts."""
+    remote_args: dict[str, Any] = {}
+    if plan.reads_local_files or not attempt.is_s3:
+        node_id = ray.get_runtime_context().get_node_id()
+        num_cpus = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
+        # The source lies on the driver's machine, and a local storage is its disk. A head that lends no CPU to
+        # tasks still reads there, one task a CPU otherwise; the writes join these tasks where both need a CPU.
+        remote_args = {"label_selector": {"ray.io/node-id": node_id}, "num_cpus": 1 if num_cpus >= 1 else 0}
+    part_refs = [ray.put(part) for part in plan.parts]
+    dataset = ray.data.from_items(
+        [{"part": index} for index in range(len(plan.parts))], override_num_blocks=len(plan.parts)
+    )
+    context = dataset.context
+    context.enable_progress_bars = False  # ours counts images
+    context.execution_options.preserve_order = True
+    # One block a part, whatever its size: several blocks would be written by several threads, out of order.
+    context.target_max_block_size = None
+    make_part = functools.partial(_make_part, part_refs, plan.make_row, plan.schema)
+    filesystem, path = attempt.arrow()
+    dataset.map_batches(make_part, batch_size=1, batch_format="pyarrow", **remote_args).write_parquet(
+        path, filesystem=filesystem
+    )
+
+
+def _make_part(
+    part_refs: list[ray.ObjectRef], make_row: Callable[[Any], dict[str, Any]], schema: pa.Schema, batch: pa.Table
+) -> pa.Table:
+    rows = ray.get(part_refs[batch["part"][0].as_py()])
+    return pa.Table.from_pylist([make_row(row) for row in rows], schema=schema)
+
+
+def _inspect(plan: _Plan, attempt: Storage, report: Report, watchdog: Watchdog) -> dict[str, Any]:
+    """Read back what landed: every row once, in order. Returns its counts and fingerprint."""
+    names = attempt.list(".parquet")
+    if len(names) != len(plan.parts):
+        raise InputError(
+            f"{attempt}: {len(names)} of {len(plan.parts)} files are there; a local --storage needs a folder that "
+            "every machine of the cluster shares, otherwise use s3://bucket/prefix"
+        )
+    filesystem, path = attempt.arrow()
+    image_ids: list[str] = []
+    num_captions = 0
+    splits: dict[str, Counter[str]] = {column: Counter() for column in plan.split_columns}
+    fingerprint = hashlib.sha256()
+    for name, part in zip(names, plan.parts, strict=True):
+        num_before = len(image_ids)
+        with filesystem.open_input_file(f"{path}/{name}") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    image_ids.append(row["image_id"])
+                    num_captions += len(row["captions"])
+                    for column in plan.split_columns:
+                        splits[column][row[column]] += 1
+                    text = json.dumps([row["image_id"], row["captions"]], ensure_ascii=False).encode()
+                    for data in (text, row["image"]):
+                        # The length first, so that no two datasets spell the same bytes.
+                        fingerprint.update(len(data).to_bytes(8, "little") + data)
+                report(len(image_ids), plan.num_rows)
+                watchdog.beat()
+        assert len(image_ids) - num_before == len(part), f"{name}: {len(image_ids) - num_before} rows, not {len(part)}"
+    assert len(set(image_ids)) == plan.num_rows, "an image landed twice"
+    assert plan.image_ids is None or image_ids == plan.image_ids, "the rows landed out of order"
+    return {
+        "num_images": len(image_ids),
+        "num_captions": num_captions,
+        "splits": {column: dict(counts) for column, counts in splits.items()},
+        "fingerprint": fingerprint.hexdigest(),
+    }
+
+
+@contextmanager
+def _following(attempt: Storage, plan: _Plan, report: Report, watchdog: Watchdog) -> Iterator[None]:
+    """Count the files that have appeared, from a thread, while Ray Data holds the main one."""
+    stop = threading.Event()
+    sizes = [len(part) for part in plan.parts]
+
+    def follow() -> None:
+        num_files = 0
+        while not stop.wait(POLL_INTERVAL_S):
+            found = len(attempt.list(".parquet"))
+            if found > num_files:
+                num_files = found
+                report(sum(sizes[:num_files]), plan.num_rows)
+                watchdog.beat()
+
+    thread = threading.Thread(target=follow, name="follow-files", daemon=True)
+    thread.start()
+    try:
+        yield
+        report(plan.num_rows, plan.num_rows)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Report]:
+    """`report(done, total)` in images: a bar on a terminal, a line every few seconds in a log; on stderr."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+            task = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+        return
+    started = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LINE_INTERVAL_S or done == total:
+            last = now
+            print(f"{what}: {done:,} of {total:,} images, {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    yield report
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
+    target = f"{settings.storage.rstrip('/')}/data/{settings.dataset}"
+    num_files = len(summary["files"])
+    print(
+        f"{summary['dataset']}: {summary['num_images']:,} images, {summary['num_captions']:,} captions "
+        f"in {num_files} file{'s' * (num_files != 1)} under {target}"
+    )
+    for column, counts in summary["splits"].items():
+        print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    variant = SHAPES if settings.dataset == SHAPES else "report"
+    print(
+        f"next: python jobs/train_resnet_captioner.py --variant {variant} --storage {settings.storage}", flush=True
+    )
+
+
+def main() -> None:
+    prepare(tyro.cli(PrepareSettings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+if __name__ == "__main__":
+    run(main)

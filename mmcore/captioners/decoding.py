@@ -1,0 +1,104 @@
+"""Greedy and beam search over a decoder with a cache: a whole batch at once, stopping as early as it can.
+
+Shapes: B images, K beams an image, R rows still running, V words, T words so far.
+"""
+
+import torch
+from torch import Tensor
+
+from mmcore.captioners.decoder import CaptionDecoder
+from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+
+# Never written into a caption: they carry no word.
+_SUPPRESSED = (PAD_ID, BOS_ID, UNK_ID)
+
+
+def _log_probabilities(decoder: CaptionDecoder, last_R: Tensor, state) -> Tensor:
+    logits_RV = decoder.step(last_R, state).float()
+    logits_RV[:, _SUPPRESSED] = -torch.inf
+    return logits_RV.log_softmax(dim=-1)
+
+
+@torch.inference_mode()
+def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int) -> list[list[int]]:
+    """The most probable word each time, until the end mark or `max_length` words.
+
+    A caption that has ended leaves the batch, so the work shrinks with it. Returns ids without begin and end.
+    """
+    num_images = memory_BLD.shape[0]
+    captions: list[list[int]] = [[] for _ in range(num_images)]
+    running_R = torch.arange(num_images, device=memory_BLD.device)
+    last_R = torch.full((num_images,), BOS_ID, device=memory_BLD.device)
+    state = decoder.start(memory_BLD, 1, max_length)
+    for _ in range(max_length):
+        last_R = _log_probabilities(decoder, last_R, state).argmax(dim=-1)
+        for image, word in zip(running_R.tolist(), last_R.tolist(), strict=True):
+            if word != EOS_ID:
+                captions[image].append(word)
+        going_R = (last_R != EOS_ID).nonzero().squeeze(1)
+        if going_R.numel() == 0:
+            break
+        if going_R.numel() < last_R.numel():
+            running_R, last_R = running_R[going_R], last_R[going_R]
+            state.select_rows(going_R)
+            state.select_images(going_R)
+    return captions
+
+
+@torch.inference_mode()
+def beam_search(
+    decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int, num_beams: int, length_penalty: float = 1.0
+) -> list[list[int]]:
+    """The caption with the highest log-probability / length**length_penalty that `num_beams` beams find.
+
+    An image is done when its best ended caption scores at least what its best running beam could still reach.
+    Returns ids without begin and end.
+    """
+    device, num_images = memory_BLD.device, memory_BLD.shape[0]
+    best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * num_images
+    running_B = torch.arange(num_images, device=device)
+    state = decoder.start(memory_BLD, num_beams, max_length)
+    last_R = torch.full((num_images * num_beams,), BOS_ID, device=device)
+    scores_BK = torch.full((num_images, num_beams), -torch.inf, device=device)
+    scores_BK[:, 0] = 0.0  # all beams begin alike: let one of them branch
+    words_RT = torch.zeros(num_images * num_beams, 0, dtype=torch.long, device=device)
+
+    for length in range(1, max_length + 1):
+        log_probs_RV = _log_probabilities(decoder, last_R, state)
+        vocabulary_size = log_probs_RV.shape[1]
+        totals_BX = (scores_BK.flatten()[:, None] + log_probs_RV).view(len(running_B), -1)
+        # 2K candidates hold at least K that do not end, since each beam ends in one way only.
+        top_BX, index_BX = totals_BX.topk(2 * num_beams, dim=1)
+        beam_BX, word_BX = index_BX // vocabulary_size, index_BX % vocabulary_size
+        ended_BX = word_BX == EOS_ID
+        for row, candidate in ended_BX.nonzero().tolist():
+            score = top_BX[row, candidate].item() / length**length_penalty
+            image = int(running_B[row])
+            # An end that ranks below the K best candidates is no beam's choice.
+            if candidate < num_beams and score > best[image][0]:
+                best[image] = (score, words_RT[row * num_beams + int(beam_BX[row, candidate])].tolist())
+        scores_BK, choice_BK = top_BX.masked_fill(ended_BX, -torch.inf).topk(num_beams, dim=1)
+        offset_B1 = torch.arange(len(running_B), device=device)[:, None] * num_beams
+        rows_R = (beam_BX.gather(1, choice_BK) + offset_B1).flatten()
+        last_R = word_BX.gather(1, choice_BK).flatten()
+        words_RT = torch.cat([words_RT[rows_R], last_R[:, None]], dim=1)
+
+        # Log-probabilities only fall: the most a running beam can reach divides by the longest length.
+        reach_B = scores_BK[:, 0] / (max_length if length_penalty > 0 else length) ** length_penalty
+        open_B = torch.tensor([best[int(image)][0] for image in running_B], device=device) < reach_B
+        if length == max_length or not open_B.any():
+            for row, image in enumerate(running_B.tolist()):
+                score = scores_BK[row, 0].item() / length**length_penalty
+                # A caption cut at the limit counts only where none has ended.
+                if best[image][0] == -torch.inf:
+                    best[image] = (score, words_RT[row * num_beams].tolist())
+            break
+        state.select_rows(rows_R)
+        if not open_B.all():
+            keep_B = open_B.nonzero().squeeze(1)
+            keep_R = (keep_B[:, None] * num_beams + torch.arange(num_beams, device=device)).flatten()
+            running_B, scores_BK = running_B[keep_B], scores_BK[keep_B]
+            last_R, words_RT = last_R[keep_R], words_RT[keep_R]
+            state.select_rows(keep_R)
+            state.select_images(keep_B)
+    return [words for _, words in best]

@@ -1,0 +1,215 @@
+"""Row 1 of the report's Table 1: a convolutional image encoder, cross-attention, a Transformer decoder over words.
+
+Shapes: B images, C captions an image, T words, L image tokens, E channels of the encoder, D width of the decoder.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcore.captioners.decoder import CaptionDecoder, Packing, dropout
+from mmcore.captioners.decoding import beam_search, greedy
+from mmcore.captioners.vision import SCRATCH, ScratchEncoder
+from mmcore.recipe import TrainSettings
+from mmcore.text import WordVocabulary
+
+
+@dataclass(frozen=True)
+class ResNetCaptionerRecipe:
+    """ResNet-18 (frozen), cross-attention, Transformer decoder; the defaults are the report's settings."""
+
+    dataset: str = "flickr8k"
+    """Name of the prepared dataset under STORAGE/data/."""
+    split: str = "split_report"
+    """Column of the dataset that says which rows train and which validate."""
+    captions_per_image: int = 1
+    """Captions of each image that are trained on: the first 1, or up to 5."""
+    encoder: str = "microsoft/resnet-18"
+    """Hugging Face vision model by name or folder, frozen; `scratch` trains a small one instead."""
+    image_size: int = 224
+    """Pixels a side that images are squashed to for the encoder."""
+    flip: bool = False
+    """Mirror half of the images, drawn anew each epoch (the frozen encoder then runs on both views)."""
+    vocabulary_source: Literal["first_captions", "train_captions"] = "first_captions"
+    """Captions that the words come from: the first of every image (the report's), or those that are trained on."""
+    min_word_count: int = 2
+    """Rarer words become <unk>."""
+    lowercase: bool = True
+    """Lower-case the captions."""
+    max_length: int = 50
+    """Longest caption, in words with begin and end; longer ones lose their tail."""
+    width: int = 512
+    """Width of the decoder."""
+    num_layers: int = 6
+    """Layers of the decoder."""
+    num_heads: int = 8
+    """Attention heads."""
+    ffn_width: int = 2048
+    """Width of the feed-forward layers."""
+    dropout: float = 0.1
+    """Share dropped in the decoder's residual branches and feed-forward layers."""
+    attention_dropout: float = 0.1
+    """Share of the attention weights dropped."""
+    image_dropout: float = 0.2
+    """Share of the projected image tokens' channels dropped."""
+    norm_first: bool = False
+    """Normalise before each sub-layer instead of after it."""
+    image_norm: bool = False
+    """Learned positions and LayerNorm on the projected image tokens."""
+    tie_embeddings: bool = False
+    """Share the word embeddings with the output layer."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread over the vocabulary."""
+    train: TrainSettings = field(
+        default_factory=lambda: TrainSettings(
+            num_epochs=50,
+            batch_size=24,
+            optimizer="adam",
+            lr=1e-4,
+            weight_decay=1e-4,
+            schedule="step",
+            step_epoch=30,
+            clip_grad_norm=None,
+            seed=2024,
+        )
+    )
+    """How it is optimised."""
+
+    def build(self, vocabulary: WordVocabulary, encoder_width: int) -> "ResNetCaptioner":
+        """The trainable half. `encoder_width`: channels of the frozen encoder's tokens (ignored by `scratch`)."""
+        return ResNetCaptioner(self, vocabulary, encoder_width)
+
+
+class ResNetCaptioner(nn.Module):
+    """Projected image tokens, then the decoder; the frozen encoder itself stays outside and runs once."""
+
+    def __init__(self, recipe: ResNetCaptionerRecipe, vocabulary: WordVocabulary, encoder_width: int) -> None:
+        super().__init__()
+        self.recipe, self.vocabulary = recipe, vocabulary
+        scratch = recipe.encoder == SCRATCH
+        self.encoder = ScratchEncoder(recipe.width) if scratch else None
+        self.image_projection = nn.Linear(recipe.width if scratch else encoder_width, recipe.width)
+        self.image_norm = nn.LayerNorm(recipe.width) if recipe.image_norm else nn.Identity()
+        num_tokens = (recipe.image_size // 8) ** 2 if scratch else (recipe.image_size // 32) ** 2
+        self.image_positions_LD = nn.Parameter(torch.zeros(num_tokens, recipe.width)) if recipe.image_norm else None
+        self.decoder = CaptionDecoder(
+            vocabulary_size=len(vocabulary),
+            width=recipe.width,
+            num_layers=recipe.num_layers,
+            num_heads=recipe.num_heads,
+            ffn_width=recipe.ffn_width,
+            dropout=recipe.dropout,
+            attention_dropout=recipe.attention_dropout,
+            max_length=recipe.max_length,
+            norm_first=recipe.norm_first,
+            tie_embeddings=recipe.tie_embeddings,
+        )
+
+    def memory(self, images: Tensor) -> Tensor:
+        """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> what the decoder attends to, (B, L, D)."""
+        tokens_BLE = images if self.encoder is None else self.encoder(images)
+        memory_BLD = self.image_projection(tokens_BLE)
+        if self.image_positions_LD is not None:
+            memory_BLD = memory_BLD + self.image_positions_LD
+        return dropout(self.image_norm(memory_BLD), self.recipe.image_dropout, self.training)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the words of the batch.
+
+        Args:
+            batch: `images` as `memory` takes them; `input_ids` int64 (B, C, T) with begin and end; `lengths`
+                int64 (B, C), their real words (0 where an image has fewer captions).
+        Returns: `loss` (cross-entropy, with label smoothing in training), `count` (words predicted), `correct`.
+        """
+        # A caption of T ids predicts T - 1 words; an absent one (length 0) predicts none.
+        lengths_R = batch["lengths"].flatten().sub(1).clamp_min(0)
+        num_positions = max(1, int(lengths_R.max()))
+        ids_RT = batch["input_ids"].flatten(0, 1)[:, : num_positions + 1]
+        packing = Packing.from_lengths(lengths_R, num_positions)
+        logits_NV = self.decoder(ids_RT[:, :-1], packing, self.memory(batch["images"]))
+        labels_N = packing.pack(ids_RT[:, 1:, None]).squeeze(-1)
+        # At least fp32: a sum over thousands of words.
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        smoothing = self.recipe.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=smoothing)
+        return {
+            "loss": loss,
+            "count": torch.tensor(labels_N.numel(), device=loss.device),
+            "correct": (logits_NV.argmax(-1) == labels_N).sum(),
+        }
+
+    @torch.inference_mode()
+    def caption(self, images: Tensor, *, num_beams: int = 1, max_length: int = 30) -> list[str]:
+        """A caption of each image; `images` as `memory` takes them. One beam is greedy search."""
+        max_length = min(max_length, self.recipe.max_length)
+        memory_BLD = self.memory(images)
+        if num_beams == 1:
+            ids = greedy(self.decoder, memory_BLD, max_length)
+        else:
+            ids = beam_search(self.decoder, memory_BLD, max_length, num_beams)
+        return [self.vocabulary.decode(row) for row in ids]
+
+
+_REPORT = ResNetCaptionerRecipe()
+_BEST = dataclasses.replace(
+    _REPORT,
+    captions_per_image=5,
+    flip=True,
+    vocabulary_source="train_captions",
+    min_word_count=5,
+    lowercase=False,
+    max_length=40,
+    width=384,
+    num_layers=3,
+    num_heads=6,
+    ffn_width=1536,
+    dropout=0.15,
+    attention_dropout=0.0,
+    image_dropout=0.2,
+    norm_first=True,
+    image_norm=True,
+    tie_embeddings=True,
+    label_smoothing=0.1,
+    train=TrainSettings(
+        num_epochs=12,
+        batch_size=32,
+        optimizer="adamw",
+        lr=6e-4,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_steps=300,
+        clip_grad_norm=1.0,
+        ema_decay=0.998,
+    ),
+)
+_SHAPES = dataclasses.replace(
+    _BEST,
+    dataset="shapes",
+    split="split",
+    encoder=SCRATCH,
+    image_size=64,
+    flip=False,
+    min_word_count=1,
+    width=128,
+    num_layers=2,
+    num_heads=4,
+    ffn_width=512,
+    dropout=0.0,
+    image_dropout=0.0,
+    label_smoothing=0.0,
+    train=dataclasses.replace(_BEST.train, num_epochs=12, batch_size=32, lr=1e-3, warmup_steps=100, ema_decay=0.99),
+)
+_SMOKE = dataclasses.replace(
+    _SHAPES,
+    width=32,
+    num_layers=1,
+    num_heads=2,
+    ffn_width=64,
+    train=dataclasses.replace(_SHAPES.train, num_epochs=1, max_steps=20, batch_size=8, warmup_steps=5),
+)
+VARIANTS: dict[str, ResNetCaptionerRecipe] = {"report": _REPORT, "best": _BEST, "shapes": _SHAPES, "smoke": _SMOKE}

@@ -1,0 +1,87 @@
+"""Checkpoints as safetensors and JSON.
+
+A checkpoint folder holds ``weights``, ``ema``, ``optimizer`` and ``best`` as safetensors, and ``state.json``, written
+last, which names each file with its SHA-256: a folder that is incomplete or damaged does not load.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmcore.errors import InputError
+
+STATE = "state.json"
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by name (frozen ones are named in the recipe and never saved), and no tied copy."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trainable(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copy saved weights into `model`; a missing, unknown or differently shaped weight is an error."""
+    own = trainable_state(model)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise InputError(
+            f"{where}: the weights do not belong to this recipe: missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise InputError(
+                    f"{where}: {name} has shape {tuple(state[name].shape)}, the recipe builds {tuple(parameter.shape)}"
+                    " (was the vocabulary or a width changed?)"
+                )
+            parameter.copy_(state[name])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors as ``{index}.{name}``."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, slot in state.items() for name, value in slot.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` gave."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write ``{name}.safetensors`` for each group of tensors and, last, ``state.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digests = {}
+    for name, group in tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_file({key: value.contiguous().cpu() for key, value in group.items()}, path)
+        digests[path.name] = sha256_file(path)
+    (folder / STATE).write_text(json.dumps({**state, "files": digests}, indent=1))
+
+
+def load(folder: Path, where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `save` wrote. Raises InputError when a file is missing or is not the one that was written."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: no readable {STATE} ({error}); the checkpoint is incomplete") from None
+    tensors = {}
+    for name, digest in state.pop("files").items():
+        path = folder / name
+        if not path.exists() or sha256_file(path) != digest:
+            raise InputError(f"{where}: {name} is missing or damaged; remove this checkpoint to go on from another")
+        tensors[path.stem] = load_file(path)
+    return tensors, state

@@ -1,0 +1,121 @@
+"""Captioned images as training rows: what of a prepared dataset a captioner learns from.
+
+Shapes: B images, C captions an image, T words.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from mmcore.data.columns import Column
+from mmcore.errors import InputError
+from mmcore.seeding import uniform
+from mmcore.storage import Storage
+from mmcore.text import WordVocabulary
+from mmcore.training import Batch
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """Ids, captions and one split column of a prepared dataset, in its order."""
+
+    image_ids: list[str]
+    file_names: list[str]
+    captions: list[list[str]]
+    splits: list[str]
+    facts: dict
+
+    def rows(self, split: str) -> list[int]:
+        return [row for row, name in enumerate(self.splits) if name == split]
+
+
+def read_dataset_facts(storage: Storage, dataset: str) -> dict:
+    """What ``_SUCCESS`` of a prepared dataset says. Raises InputError where it was not prepared."""
+    folder = storage / "data" / dataset
+    try:
+        return json.loads(folder.read("_SUCCESS"))
+    except FileNotFoundError:
+        source = "" if dataset == "shapes" else " --source DIR_OR_ZIP"
+        raise InputError(
+            f"{folder}: no prepared dataset; run `python jobs/prepare.py --dataset {dataset}{source} "
+            f"--storage {storage}` first"
+        ) from None
+
+
+def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
+    """Read all but the images. Raises InputError for an unprepared dataset or an unknown split column."""
+    facts = read_dataset_facts(storage, dataset)
+    folder = storage / "data" / dataset
+    filesystem, path = folder.arrow()
+    schema = pq.read_schema(f"{path}/{folder.list('.parquet')[0]}", filesystem=filesystem)
+    columns = [name for name in schema.names if name.startswith("split")]
+    if split not in columns:
+        raise InputError(f"--split {split!r}: {folder} has {', '.join(columns)}")
+    table = pq.read_table(path, filesystem=filesystem, columns=["image_id", "file_name", "captions", split])
+    return CaptionTable(
+        table["image_id"].to_pylist(),
+        table["file_name"].to_pylist(),
+        table["captions"].to_pylist(),
+        table[split].to_pylist(),
+        facts,
+    )
+
+
+class CaptionRows:
+    """Rows by index: the image column(s), the token ids of its captions."""
+
+    def __init__(
+        self,
+        table: CaptionTable,
+        views: list[Column],
+        vocabulary: WordVocabulary,
+        *,
+        captions_per_image: int,
+        max_length: int,
+        seed: int,
+    ) -> None:
+        """`views`: the image column, and the mirrored one where half of the images are to be mirrored."""
+        for view in views:
+            if list(view.image_ids) != table.image_ids:
+                raise InputError("the cached images are not those of the dataset; prepare it again with --fresh")
+        self.views, self.seed = [view.values for view in views], seed
+        self.image_ids = table.image_ids
+        self.train, self.validation = np.array(table.rows(TRAIN)), np.array(table.rows(VALIDATION))
+        self.num_train, self.num_validation = len(self.train), len(self.validation)
+        encoded = [
+            [vocabulary.encode(caption, max_length) for caption in captions[:captions_per_image]]
+            for captions in table.captions
+        ]
+        width = max(len(ids) for captions in encoded for ids in captions)
+        self.input_ids = torch.zeros(len(encoded), captions_per_image, width, dtype=torch.long)
+        self.lengths = torch.zeros(len(encoded), captions_per_image, dtype=torch.long)
+        for row, captions in enumerate(encoded):
+            for column, ids in enumerate(captions):
+                self.input_ids[row, column, : len(ids)] = torch.tensor(ids)
+                self.lengths[row, column] = len(ids)
+
+    def images(self, rows: np.ndarray, epoch: int | None) -> torch.Tensor:
+        """The image column of `rows`; in training, the view that (seed, epoch, image_id) draws."""
+        if epoch is None or len(self.views) == 1:
+            return torch.from_numpy(self.views[0][rows])
+        view = [uniform(self.seed, "flip", epoch, self.image_ids[row]) < 0.5 for row in rows]
+        return torch.from_numpy(np.stack([self.views[int(v)][row] for v, row in zip(view, rows, strict=True)]))
+
+    def _batch(self, rows: np.ndarray, epoch: int | None) -> Batch:
+        index = torch.from_numpy(rows)
+        return {"images": self.images(rows, epoch), "input_ids": self.input_ids[index], "lengths": self.lengths[index]}
+
+    def train_batch(self, indices: np.ndarray, epoch: int) -> Batch:
+        return self._batch(self.train[indices], epoch)
+
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        return self._batch(self.validation[indices], None)
+
+    def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch] | None:
+        return None

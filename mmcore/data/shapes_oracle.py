@@ -1,0 +1,351 @@
+"""The oracle of the Shapes dataset: which of the attributes that a text names are present in an image.
+
+It knows nothing of how an image came about: it reads the text with a small grammar, finds the objects in the
+pixels, and compares. So it scores the captions of a captioner and the images of a generator alike.
+
+1. ``parse_caption`` (shapes_parser.py): the objects, positions, relations and number that a text names.
+2. ``detect_objects``: connected patches of one colour; the shape by correlation with rendered templates.
+3. ``score_objects``: named objects are assigned to detected ones, one to one, so that the most sizes, colours
+   and shapes agree. An attribute then counts only on its own object: of "a blue circle and a red square" a
+   red circle and a blue square have two attributes of four, not four.
+
+The oracle's own error on rendered scenes and its score on shuffled prompts (chance) come from
+``oracle_report`` and are held by tests/mmcore/test_shapes_oracle.py.
+"""
+
+import functools
+import io
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+from mmcore.data.shapes import (
+    BACKGROUND,
+    COLOURS,
+    SHAPES,
+    ShapesSettings,
+    shape_outline,
+    shapes_row,
+)
+from mmcore.data.shapes_parser import NamedObject, NamedRelation, ParsedCaption, parse_caption
+
+__all__ = [
+    "KINDS",
+    "AttributeScore",
+    "DetectedObject",
+    "NamedObject",
+    "NamedRelation",
+    "ParsedCaption",
+    "detect_objects",
+    "oracle_report",
+    "parse_caption",
+    "score_objects",
+    "score_prompt",
+]
+
+FloatArray = npt.NDArray[np.float32]
+
+KINDS = ("colour", "shape", "size", "position", "relation", "count")
+MAX_OBJECTS = 5  # a scene has at most 3; more than this many take part in no assignment, and so score nothing
+
+# Halfway between what the scenes of shapes.py may hold, as a fraction of the image side.
+LARGE_FROM = 0.315  # side of the bounding box: small is up to 0.26, large from 0.37
+SIDE_FROM = 0.11  # distance from the centre: "in the centre" is up to 0.08, "on the left" from 0.14
+
+# -- reading the image
+
+_SIDE = 64  # detection works at this many pixels a side, whatever the image had
+_MIN_AREA = 24  # pixels at that scale; a small star, the least of the shapes, covers about 70
+_COVERED = 0.5  # where a pixel belongs to an object: at the edge of a shape in the middle of a blurred edge
+_PATCH = 20  # templates are so many pixels a side ...
+_CONTEXT = 1.6  # ... and show so many times the side of the bounding box
+_NAMES = tuple(COLOURS)
+_OFFSETS = np.array([np.subtract(rgb, BACKGROUND) for rgb in COLOURS.values()], dtype=np.float32)
+_LENGTHS = np.linalg.norm(_OFFSETS, axis=1)
+_DIRECTION_MATRIX = np.ascontiguousarray((_OFFSETS / _LENGTHS[:, None]).T)
+
+
+@dataclass(frozen=True)
+class DetectedObject:
+    """An object in the pixels; ``box`` is (left, top, right, bottom). All as fractions of the image side."""
+
+    colour: str
+    shape: str
+    size: str
+    centre: tuple[float, float]
+    box: tuple[float, float, float, float]
+
+
+@functools.cache
+def _templates() -> tuple[FloatArray, list[str]]:
+    """Normalised patches (templates, pixels) and the shape of each.
+
+    Every shape is there slightly moved, scaled and blurred, as the bounding box of an object is only known to
+    about a pixel, and as edges are softer in small, compressed or generated images.
+    """
+    side = _PATCH * 8
+    patches, names = [], []
+    for shape in SHAPES:
+        for dx, dy in itertools.product((-0.04, 0.0, 0.04), repeat=2):
+            for scale in (0.88, 0.96, 1.04, 1.12, 1.25, 1.4, 1.6):
+                canvas = Image.new("L", (side, side))
+                outline = [
+                    ((0.5 + ((x - 0.5) * scale + dx) / _CONTEXT) * side,
+                     (0.5 + ((y - 0.5) * scale + dy) / _CONTEXT) * side)
+                    for x, y in shape_outline(shape)
+                ]  # fmt: skip
+                ImageDraw.Draw(canvas).polygon(outline, fill=255)
+                for blur in (0.01, 0.05, 0.1, 0.15):
+                    soft = canvas.filter(ImageFilter.GaussianBlur(blur * side)).reduce(8)
+                    patches.append(np.asarray(soft, dtype=np.float32).ravel())
+                    names.append(shape)
+    bank = np.stack(patches)
+    bank -= bank.mean(axis=1, keepdims=True)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    return bank, names
+
+
+def _components(colour_HW: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Number the 4-connected patches of equal colour; -1 (no object) stays -1.
+
+    Runs of equal colour in a row are joined with those that they touch in the row above (union-find).
+    """
+    height, width = colour_HW.shape
+    starts = np.ones((height, width), dtype=bool)
+    starts[:, 1:] = colour_HW[:, 1:] != colour_HW[:, :-1]
+    run_HW = np.cumsum(starts.ravel()).reshape(height, width) - 1
+    parent = list(range(int(run_HW[-1, -1]) + 1))
+
+    def find(run: int) -> int:
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    touching = (colour_HW[1:] == colour_HW[:-1]) & (colour_HW[1:] >= 0)
+    pairs = np.unique(np.stack([run_HW[:-1][touching], run_HW[1:][touching]], axis=1), axis=0)
+    for above, below in pairs.tolist():
+        parent[find(below)] = find(above)
+    roots = np.array([find(run) for run in range(len(parent))])
+    return np.where(colour_HW >= 0, roots[run_HW], -1)
+
+
+def detect_objects(image: Image.Image | npt.NDArray[np.uint8]) -> list[DetectedObject]:
+    """Find the coloured shapes of an image (PIL, or uint8 of shape (H, W, 3)), largest first.
+
+    Works from the pixels alone. Patches much smaller than the smallest shape are taken for noise.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    if picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    if picture.size != (_SIDE, _SIDE):
+        picture = picture.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    offset = np.asarray(picture, dtype=np.float32).reshape(-1, 3) - np.array(BACKGROUND, dtype=np.float32)
+    # How far each pixel lies in the direction of each colour, seen from the background grey. The nearest
+    # direction is its colour; its coverage is 1 inside a shape and falls to 0 across the edge.
+    along = offset @ _DIRECTION_MATRIX
+    colour = along.argmax(axis=1)
+    covered = along[np.arange(len(along)), colour] / _LENGTHS[colour] > _COVERED
+    label_HW = _components(np.where(covered, colour, -1).reshape(_SIDE, _SIDE))
+
+    labels, areas = np.unique(label_HW[label_HW >= 0], return_counts=True)
+    found: list[tuple[int, DetectedObject]] = []
+    for label, area in zip(labels.tolist(), areas.tolist(), strict=True):
+        if area < _MIN_AREA:
+            continue
+        mask = label_HW == label
+        index = int(colour.reshape(_SIDE, _SIDE)[mask][0])
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        centre = (left + right) / 2, (top + bottom) / 2
+        coverage = np.clip(along[:, index].reshape(_SIDE, _SIDE) / _LENGTHS[index], 0, 1)
+        coverage[(label_HW >= 0) & ~mask] = 0
+        coverage /= np.percentile(coverage[mask], 80)
+        shape, side = _classify(np.minimum(coverage,1), centre, max(right - left, bottom - top))
+        item = DetectedObject(
+            colour=_NAMES[index],
+            shape=shape,
+            size="large" if side >= LARGE_FROM * _SIDE else "small",
+            centre=(centre[0] / _SIDE, centre[1] / _SIDE),
+            box=(left / _SIDE, top / _SIDE, right / _SIDE, bottom / _SIDE),
+        )
+        found.append((area, item))
+    found.sort(key=lambda pair: -pair[0])
+    return [item for _, item in found]
+
+
+def _classify(coverage: FloatArray, centre: tuple[float, float], extent: int) -> tuple[str, float]:
+    """The shape of the patch around ``centre`` (x, y), and the side in pixels that such a shape has.
+
+    The template that correlates best gives the shape; the area covered then gives the side. Unlike the
+    bounding box, whose corners are lost first, the area is the same after a blur.
+    """
+    reach = extent * _CONTEXT / 2
+    pad = _SIDE // 4  # a patch may reach over the edge of the image: 0.15 of the extent at most
+    padded = Image.fromarray(np.pad(coverage, pad))
+    x, y = centre[0] + pad, centre[1] + pad
+    box = (x - reach, y - reach, x + reach, y + reach)
+    patch = np.asarray(padded.resize((_PATCH, _PATCH), Image.Resampling.BILINEAR, box=box)).ravel()
+    bank, names = _templates()
+    shape = names[int((bank @ (patch - patch.mean())).argmax())]
+    return shape, float(2 * reach * np.sqrt(patch.mean() / _filled(shape)))
+
+
+@functools.cache
+def _filled(shape: str) -> float:
+    """The share of its bounding box that a shape covers (shoelace formula)."""
+    outline = shape_outline(shape)
+    following = (*outline[1:], outline[0])
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(outline, following, strict=True))) / 2
+
+
+@dataclass(frozen=True)
+class AttributeScore:
+    """Attributes named and those found right, by kind; scores of images add up with ``+``."""
+
+    named: tuple[int, ...] = (0,) * len(KINDS)
+    """Attributes named, in the order of KINDS."""
+    correct: tuple[int, ...] = (0,) * len(KINDS)
+    """Attributes right, in the order of KINDS."""
+    num_scenes: int = 0
+    """Images scored."""
+    num_whole_scenes: int = 0
+    """Images in which something was named, all named was right and the number of objects agreed."""
+
+    def __add__(self, other: "AttributeScore") -> "AttributeScore":
+        return AttributeScore(
+            tuple(a + b for a, b in zip(self.named, other.named, strict=True)),
+            tuple(a + b for a, b in zip(self.correct, other.correct, strict=True)),
+            self.num_scenes + other.num_scenes,
+            self.num_whole_scenes + other.num_whole_scenes,
+        )
+
+    @property
+    def num_named(self) -> int:
+        return sum(self.named)
+
+    @property
+    def num_correct(self) -> int:
+        return sum(self.correct)
+
+    @property
+    def fraction_correct(self) -> float:
+        """Share of the named attributes that are right; 0 if none was named, so silence earns nothing."""
+        return self.num_correct / self.num_named if self.num_named else 0.0
+
+    @property
+    def whole_scene(self) -> float:
+        """Share of images that are right as a whole: 0 or 1 for a single image."""
+        return self.num_whole_scenes / self.num_scenes if self.num_scenes else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the fractions, the counts, and named and correct by kind."""
+        return {
+            "fraction_correct": self.fraction_correct,
+            "whole_scene": self.whole_scene,
+            "num_scenes": self.num_scenes,
+            "named": dict(zip(KINDS, self.named, strict=True)),
+            "correct": dict(zip(KINDS, self.correct, strict=True)),
+        }
+
+
+def _is_at(found: DetectedObject, position: str) -> bool:
+    right, down = found.centre[0] - 0.5, found.centre[1] - 0.5
+    return {
+        "left": right <= -SIDE_FROM,
+        "right": right >= SIDE_FROM,
+        "top": down <= -SIDE_FROM,
+        "bottom": down >= SIDE_FROM,
+        "centre": max(abs(right), abs(down)) < SIDE_FROM,
+    }[position]
+
+
+def _stands(first: DetectedObject, relation: str, second: DetectedObject) -> bool:
+    """Each relation is a quarter of the directions: left of means further left than above or below."""
+    right, down = first.centre[0] - second.centre[0], first.centre[1] - second.centre[1]
+    away, across = {"left of": (-right, down), "right of": (right, down), "above": (-down, right),
+                    "below": (down, right)}[relation]  # fmt: skip
+    return away > 0 and away >= abs(across)
+
+
+def score_objects(found: list[DetectedObject], parsed: ParsedCaption) -> AttributeScore:
+    """Score what a text names against the objects of one image; see ``score_prompt``."""
+    named = dict.fromkeys(KINDS, 0)
+    for item in parsed.objects:
+        for kind in ("size", "colour", "shape"):
+            named[kind] += getattr(item, kind) is not None
+        named["position"] += len(item.positions)
+    named["relation"] = len(parsed.relations)
+    named["count"] = int(parsed.count is not None)
+
+    objects, candidates = parsed.objects[:MAX_OBJECTS], found[:MAX_OBJECTS]
+    padded: list[DetectedObject | None] = [*candidates, *[None] * (len(objects) - len(candidates))]
+    best_key, best = (-1, -1), dict.fromkeys(KINDS, 0)
+    for assigned in itertools.permutations(padded, len(objects)):
+        correct = dict.fromkeys(KINDS, 0)
+        for item, it in zip(objects, assigned, strict=True):
+            if it is not None:
+                correct["size"] += item.size == it.size
+                correct["colour"] += item.colour == it.colour
+                correct["shape"] += item.shape == it.shape
+                correct["position"] += sum(_is_at(it, position) for position in item.positions)
+        # Looks decide which object is meant; place only where looks leave a choice.
+        looks = correct["size"] + correct["colour"] + correct["shape"]
+        for relation in parsed.relations:
+            if max(relation.first, relation.second) < len(assigned):
+                first, second = assigned[relation.first], assigned[relation.second]
+                if first is not None and second is not None:
+                    correct["relation"] += _stands(first, relation.relation, second)
+        key = (looks, looks + correct["position"] + correct["relation"])
+        if key > best_key:
+            best_key, best = key, correct
+    best["count"] = int(parsed.count is not None and parsed.count == len(found))
+
+    num_named, num_correct = sum(named.values()), sum(best.values())
+    # A text that only counts ("two shapes") says nothing about which objects there are.
+    number_agrees = len(found) == (len(parsed.objects) or parsed.count)
+    return AttributeScore(
+        named=tuple(named.values()),
+        correct=tuple(best.values()),
+        num_scenes=1,
+        num_whole_scenes=int(num_named > 0 and num_correct == num_named and number_agrees),
+    )
+
+
+def score_prompt(image: Image.Image | npt.NDArray[np.uint8], text: str) -> AttributeScore:
+    """Which of the attributes that ``text`` names are present in ``image``, each on its own object."""
+    return score_objects(detect_objects(image), parse_caption(text))
+
+
+def oracle_report(num_scenes: int = 2000, image_size: int = 64, seed: int = 0) -> dict[str, Any]:
+    """How far the oracle can be trusted, on ``num_scenes`` rendered test scenes with all their captions.
+
+    ``error_rate``: share of the attributes of true captions that it calls wrong. ``shuffled``: share that it
+    calls right when each image is given the captions of another, the score of chance.
+    """
+    settings = ShapesSettings(num_test=num_scenes, image_size=image_size, seed=seed)
+    rows = [shapes_row(settings, "test", index) for index in range(num_scenes)]
+    scenes = [detect_objects(Image.open(io.BytesIO(row["image"]))) for row in rows]
+    parsed = [[parse_caption(text) for text in row["captions"]] for row in rows]
+    own, shuffled = AttributeScore(), AttributeScore()
+    # Each image gets the captions of the next in a random order, so never its own.
+    order = random.Random(seed).sample(range(num_scenes), num_scenes)
+    for i, other in zip(order, [*order[1:], order[0]], strict=True):
+        own = sum((score_objects(scenes[i], caption) for caption in parsed[i]), start=own)
+        shuffled = sum((score_objects(scenes[i], caption) for caption in parsed[other]), start=shuffled)
+    return {
+        "num_scenes": num_scenes,
+        "image_size": image_size,
+        "num_attributes": own.num_named,
+        "error_rate": 1 - own.fraction_correct,
+        "wrong": {k: n - c for k, n, c in zip(KINDS, own.named, own.correct, strict=True)},
+        "whole_scene": own.whole_scene,
+        "shuffled": shuffled.fraction_correct,
+        "shuffled_whole_scene": shuffled.whole_scene,
+    }

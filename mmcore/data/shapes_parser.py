@@ -1,0 +1,201 @@
+"""Reads what a text names of a Shapes scene: objects, positions, relations and their number.
+
+The captions of shapes.py are read exactly. Any other text is read as far as it goes: words that are not
+known are passed over, and broken or repeated grammar (what a captioner writes early in its training) names
+something that can be checked, or nothing.
+"""
+
+import dataclasses
+import functools
+import re
+from dataclasses import dataclass
+
+from mmcore.data.shapes import COLOURS, INVERSE_RELATION, SHAPES
+
+_SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large"}
+_PLURALS = {f"{shape}es" if shape == "cross" else f"{shape}s": shape for shape in SHAPES}
+_ATTRIBUTES = {
+    **{word: ("size", size) for word, size in _SIZE_WORDS.items()},
+    **{colour: ("colour", colour) for colour in COLOURS},
+}
+_SHAPE_WORDS = {**{shape: shape for shape in SHAPES}, **_PLURALS}
+_THING_WORDS = {"shape", "shapes", "object", "objects", "thing", "things"}
+_NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "1": 1, "2": 2, "3": 3, "4": 4, "5": 5}
+# Direction words are positions ("on the left") unless "of" and an object follow ("to the left of a circle").
+_DIRECTIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+_CENTRE_WORDS = {"centre", "center", "middle"}
+_RELATION_WORDS = {
+    "above": "above",
+    "over": "above",
+    "below": "below",
+    "under": "below",
+    "underneath": "below",
+    "beneath": "below",
+}
+_WHOLE_WORDS = {"image", "picture", "scene", "canvas", "frame", "photo"}
+_BREAKS = {",", ".", ";", ":", "and", "with"}
+_TOKEN = re.compile(r"[a-z]+|[0-9]+|[,.;:]")
+
+
+@dataclass(frozen=True)
+class NamedObject:
+    """What a text says of one object; None or empty where it says nothing."""
+
+    size: str | None = None
+    colour: str | None = None
+    shape: str | None = None
+    positions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NamedRelation:
+    """``objects[first]`` is ``relation`` (of) ``objects[second]``."""
+
+    first: int
+    relation: str
+    second: int
+
+
+@dataclass(frozen=True)
+class ParsedCaption:
+    """All that a text names; ``count`` is the number in "two shapes", None if no such number is given."""
+
+    objects: tuple[NamedObject, ...] = ()
+    relations: tuple[NamedRelation, ...] = ()
+    count: int | None = None
+
+
+class _Reader:
+    """Walks over the words once; see ``parse_caption``."""
+
+    def __init__(self, text: str) -> None:
+        self.words = _TOKEN.findall(text.lower())
+        self.objects: list[NamedObject] = []
+        self.relations: list[NamedRelation] = []
+        self.count: int | None = None
+        self.adjectives: dict[str, str] = {}
+        self.number = 1
+        self.subject: int | None = None  # what a relation after "and" or "," is said of
+        self.awaiting: tuple[int | None, str] | None = None  # a relation whose second object is still to come
+        self.front: list[str] = []  # positions before their object: "on the left is a ..."
+        self.after_break = True
+        self.after_is = False
+
+    def close(self, shape: str | None) -> None:
+        """End a noun phrase: the adjectives gathered, and the noun if there was one, are an object."""
+        if not self.adjectives and shape is None:
+            return
+        attributes, self.adjectives = self.adjectives, {}
+        if shape is None and self.after_is and self.objects:  # "the circle is red"
+            last = self.objects[-1]
+            if all(getattr(last, kind) is None for kind in attributes):
+                self.objects[-1] = dataclasses.replace(last, **attributes)  # type: ignore[arg-type]
+                return
+        index = len(self.objects)
+        named = NamedObject(
+            attributes.get("size"), attributes.get("colour"), shape, tuple(dict.fromkeys(self.front))
+        )
+        self.objects += [named] * self.number
+        self.number, self.front, self.after_break, self.after_is = 1, [], False, False
+        if self.awaiting is None:
+            self.subject = index
+        else:
+            first, relation = self.awaiting
+            # "left of a circle is a square": the circle is the second object of that relation.
+            self.awaiting = (index, INVERSE_RELATION[relation]) if first is None else None
+            if first is not None:
+                self.relations.append(NamedRelation(first, relation, index))
+
+    def relate(self, relation: str) -> None:
+        self.close(None)
+        if not self.objects:
+            self.awaiting = (None, relation)
+        else:
+            self.awaiting = (self.subject if self.after_break else len(self.objects) - 1, relation)
+
+    def locate(self, position: str, at: int) -> None:
+        """``position`` was read; ``at`` is the place of the word after it."""
+        self.close(None)
+        ends = at >= len(self.words) or self.words[at] in _BREAKS
+        if self.objects and (not self.after_break or ends):
+            last = self.objects[-1]
+            self.objects[-1] = dataclasses.replace(
+                last, positions=tuple(dict.fromkeys((*last.positions, position)))
+            )
+        else:
+            self.front.append(position)
+
+    def direction(self, at: int) -> int:
+        """Read "left", "left side", "left of", "left of the image"; the place of the word after it."""
+        word, after = self.words[at], at + 1
+        if self.words[after : after + 1] in (["side"], ["hand"]):
+            after += 1
+        if self.words[after : after + 1] == ["of"]:
+            after += 1
+            rest = [w for w in self.words[after : after + 2] if w not in ("the", "this")]
+            if not rest or rest[0] not in _WHOLE_WORDS:
+                self.relate(_DIRECTIONS[word])
+                return after
+            after += self.words[after : after + 2].index(rest[0]) + 1
+        self.locate(word, after)
+        return after
+
+    def read(self) -> ParsedCaption:
+        at = 0
+        while at < len(self.words):
+            word = self.words[at]
+            at += 1
+            if word in _ATTRIBUTES:
+                kind, value = _ATTRIBUTES[word]
+                if self.adjectives.get(kind, value) != value:
+                    self.close(None)  # "a red blue circle": two objects, the first without a shape
+                self.adjectives[kind] = value
+            elif word in _SHAPE_WORDS:
+                self.close(_SHAPE_WORDS[word])
+            elif word in _THING_WORDS:
+                if self.adjectives:
+                    self.close(None)
+                elif self.words[at - 2 : at - 1] and self.words[at - 2] in _NUMBERS:
+                    self.count, self.number = self.number, 1
+            elif word in _NUMBERS:
+                self.close(None)
+                self.number = _NUMBERS[word]
+            elif word in _DIRECTIONS:
+                at = self.direction(at - 1)
+            elif word in _CENTRE_WORDS:
+                self.locate("centre", at)
+            elif word in _RELATION_WORDS:
+                self.relate(_RELATION_WORDS[word])
+            elif word == "it":
+                # "a circle with a square below it": the object named before the square.
+                if self.awaiting is not None:
+                    first, relation = self.awaiting
+                    if first:  # neither missing nor the very first object
+                        self.relations.append(NamedRelation(first, relation, first - 1))
+                self.awaiting = None
+            elif word in ("a", "an", "the"):
+                self.close(None)
+                self.number, self.after_is = 1, False
+            elif word in ("is", "are"):
+                self.after_is = True
+            elif word == "which" and self.objects:
+                self.close(None)
+                self.subject, self.after_break = len(self.objects) - 1, True
+            elif word in _BREAKS and not (word == "and" and self.after_is and self.adjectives):
+                self.close(None)
+                self.after_break = True
+                if word in (".", ";", "with"):
+                    self.awaiting = None
+        self.close(None)
+        return ParsedCaption(tuple(self.objects), tuple(self.relations), self.count)
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_caption(text: str) -> ParsedCaption:
+    """Read what ``text`` names. It takes any text: words that it does not know are passed over.
+
+    A word said twice of one object counts once. Two values for one attribute ("a red blue circle") are two
+    objects, the first without a shape, so naming every colour does not help. An object named twice is two
+    objects, whatever the article. "two red circles" is two objects, "two shapes" a count.
+    """
+    return _Reader(text).read()

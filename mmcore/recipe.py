@@ -1,0 +1,86 @@
+"""What every recipe shares: the settings of the optimisation, and how a recipe is written to JSON and read back."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from mmcore.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a model is optimised; every recipe holds one as `train`."""
+
+    num_epochs: int = 50
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever `num_epochs` says (the schedule ends there too)."""
+    batch_size: int = 24
+    """Rows of one optimiser step, over all workers; constant whatever their number."""
+    gradient_accumulation: int = 1
+    """Micro-batches that a worker's share of a step is cut into, to fit its memory."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """adam adds the weight decay to the gradient (L2), adamw decouples it."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: float = 1e-4
+    """Weight decay, on every trainable parameter."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """cosine falls to 0 at the last step; step multiplies by 0.1 at `step_epoch`."""
+    step_epoch: int = 30
+    """Epoch of the fall of the `step` schedule."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    clip_grad_norm: float | None = 1.0
+    """Largest L2 norm of the whole gradient; None does not clip."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights that is validated and kept; None keeps the weights."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """auto is bf16 autocast where the device has it, else fp32."""
+    seed: int = 2024
+    """Everything random derives from it."""
+    validate_every_epochs: int = 1
+    """Epochs between validations; the last step is always validated."""
+    checkpoint_every_steps: int = 500
+    """Steps between checkpoints, beside the one at each validation."""
+    log_every_steps: int = 10
+    """Steps between rows of metrics.jsonl."""
+    num_samples: int = 4
+    """Validation rows whose output is written out at each validation."""
+
+
+def recipe_to_json(recipe: Any) -> dict[str, Any]:
+    """The fields of a recipe as JSON, nested dataclasses as nested objects."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -> T:
+    """Build `recipe_type` from what `recipe_to_json` gave. Unknown keys are an error that names `where`."""
+    known = {field.name: field for field in dataclasses.fields(recipe_type)}  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise InputError(f"{where}: unknown fields {', '.join(unknown)}; this version knows {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            values[name] = recipe_from_json(TrainSettings, value, f"{where}: {name}")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return recipe_type(**values)
+
+
+def difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two JSON recipes differ, as ``lr: 0.1 (there: 0.2)``."""
+    lines: list[str] = []
+    for name in sorted(set(mine) | set(theirs)):
+        here, there = mine.get(name), theirs.get(name)
+        if isinstance(here, dict) and isinstance(there, dict):
+            lines += difference(here, there, f"{prefix}{name}.")
+        elif here != there:
+            lines.append(f"{prefix}{name}: {here!r} (there: {there!r})")
+    return lines

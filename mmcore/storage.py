@@ -1,0 +1,263 @@
+"""A folder on the local disk or in S3, behind one small interface.
+
+Everything that the project writes lies under one storage URI: a local path or ``s3://bucket/prefix``.
+A name is written whole or not at all: locally through a temporary file and a rename, on S3 by one PUT.
+Credentials, region and endpoint come from the usual ``AWS_*`` environment variables, never from the URI.
+"""
+
+import functools
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs
+
+from mmcore.errors import InputError
+
+_S3 = "s3://"
+# Attempts of one S3 request; boto3's "standard" mode waits exponentially longer between them, with jitter.
+_S3_MAX_ATTEMPTS = 10
+_S3_CONNECT_TIMEOUT_S = 10
+_S3_READ_TIMEOUT_S = 60
+
+
+@functools.cache
+def _s3_client(process_id: int) -> Any:
+    """One client a process: boto3 clients are safe across threads, not across forks."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        config=Config(
+            retries={"max_attempts": _S3_MAX_ATTEMPTS, "mode": "standard"},
+            connect_timeout=_S3_CONNECT_TIMEOUT_S,
+            read_timeout=_S3_READ_TIMEOUT_S,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder named by `uri`; `storage / "runs" / "x"` names a folder inside it without touching it."""
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        uri = str(self.uri)
+        if uri.startswith(_S3):
+            parts = urlsplit(uri)
+            if not parts.netloc or "@" in parts.netloc or parts.query:
+                raise InputError(
+                    f"storage {uri.split('@')[-1]!r}: write s3://bucket/prefix; keys and endpoint come from AWS_* variables"
+                )
+            uri = uri.rstrip("/")
+        elif "://" in uri:
+            raise InputError(f"storage {uri!r}: only a local path or s3://bucket/prefix is supported")
+        elif not uri:
+            raise InputError("storage '': name a folder or s3://bucket/prefix")
+        else:
+            # Absolute, so that it means the same folder in a worker whose working directory differs.
+            uri = str(Path(uri).expanduser().absolute())
+        object.__setattr__(self, "uri", uri)
+
+    def __truediv__(self, name: str) -> "Storage":
+        return Storage(f"{self.uri}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def is_s3(self) -> bool:
+        return self.uri.startswith(_S3)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.uri.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> "Storage":
+        return Storage(self.uri.rsplit("/", 1)[0])
+
+    def _key(self, name: str = "") -> tuple[str, str]:
+        """Bucket and key of `name`."""
+        bucket, _, prefix = self.uri[len(_S3) :].partition("/")
+        return bucket, "/".join(part for part in (prefix, name) if part)
+
+    def _path(self, name: str = "") -> Path:
+        return Path(self.uri) / name
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the file `name` is there; with no name, whether the folder holds anything."""
+        if not self.is_s3:
+            return self._path(name).exists()
+        bucket, key = self._key(name)
+        if not name:
+            listing = _s3_client(os.getpid()).list_objects_v2(Bucket=bucket, Prefix=key and key + "/", MaxKeys=1)
+            return bool(listing.get("KeyCount"))
+        return self._head(bucket, key) is not None
+
+    def _head(self, bucket: str, key: str) -> Any:
+        from botocore.exceptions import ClientError
+
+        try:
+            return _s3_client(os.getpid()).head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+                return None
+            raise
+
+    def read(self, name: str) -> bytes:
+        """The whole content of `name`. Raises FileNotFoundError."""
+        if not self.is_s3:
+            return self._path(name).read_bytes()
+        from botocore.exceptions import ClientError
+
+        bucket, key = self._key(name)
+        try:
+            return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"].read()
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                raise FileNotFoundError(f"{self.uri}/{name}") from None
+            raise
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write `name` whole or not at all, over what was there."""
+        if self.is_s3:
+            bucket, key = self._key(name)
+            _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data)
+            return
+        temporary = self._write_temporary(name, data)
+        os.replace(temporary, self._path(name))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write `name` unless it is there already; return whether this call wrote it.
+
+        Of several writers exactly one succeeds: a hard link locally, a conditional PUT (If-None-Match) on S3.
+        """
+        if self.is_s3:
+            from botocore.exceptions import ClientError
+
+            bucket, key = self._key(name)
+            try:
+                _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("PreconditionFailed", "412"):
+                    # A retry after a lost answer meets its own object: the same bytes are ours.
+                    return self.read(name) == data
+                raise
+            return True
+        temporary = self._write_temporary(name, data)
+        try:
+            os.link(temporary, self._path(name))
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def _write_temporary(self, name: str, data: bytes) -> Path:
+        target = self._path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Hidden and at the root of this storage, so that no reader of the files takes it for one of them.
+        folder = self._path(".tmp")
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f"{target.name}.{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+    def list(self, suffix: str = "") -> list[str]:
+        """Sorted names of the files directly in this folder that end in `suffix`; empty where it is absent."""
+        if not self.is_s3:
+            folder = self._path()
+            if not folder.is_dir():
+                return []
+            return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name.endswith(suffix))
+        bucket, key = self._key()
+        prefix = key and key + "/"
+        names: list[str] = []
+        for page in _s3_client(os.getpid()).get_paginator("list_objects_v2").paginate(
+            Bucket=bucket, Prefix=prefix, Delimiter="/"
+        ):
+            names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
+        return sorted(name for name in names if name and name.endswith(suffix))
+
+    def folders(self) -> "list[str]":
+        """Sorted names of the folders directly in this one."""
+        if not self.is_s3:
+            folder = self._path()
+            return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name != ".tmp") if folder.is_dir() else []
+        bucket, key = self._key()
+        prefix = key and key + "/"
+        names: list[str] = []
+        for page in _s3_client(os.getpid()).get_paginator("list_objects_v2").paginate(
+            Bucket=bucket, Prefix=prefix, Delimiter="/"
+        ):
+            names += [entry["Prefix"][len(prefix) :].rstrip("/") for entry in page.get("CommonPrefixes", [])]
+        return sorted(names)
+
+    def delete(self, name: str) -> None:
+        """Remove the file `name`; nothing happens where it is absent."""
+        if not self.is_s3:
+            self._path(name).unlink(missing_ok=True)
+            return
+        bucket, key = self._key(name)
+        _s3_client(os.getpid()).delete_object(Bucket=bucket, Key=key)
+
+    def delete_tree(self) -> None:
+        """Remove this folder and all that is in it."""
+        if not self.is_s3:
+            if self._path().exists():
+                shutil.rmtree(self._path())
+            return
+        bucket, key = self._key()
+        if not key:
+            raise InputError(f"storage {self.uri!r}: refusing to empty a whole bucket; name a prefix in it")
+        client = _s3_client(os.getpid())
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + "/"):
+            keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
+            if keys:
+                client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+
+    def upload(self, local_path: str | Path, name: str) -> None:
+        """Copy a local file to `name`, whole or not at all."""
+        if self.is_s3:
+            bucket, key = self._key(name)
+            _s3_client(os.getpid()).upload_file(str(local_path), bucket, key)
+        else:
+            self.write(name, Path(local_path).read_bytes())
+
+    def download(self, name: str, local_path: str | Path) -> None:
+        """Copy `name` to a local file. Raises FileNotFoundError."""
+        Path(local_path).parent.mkdir(parents=True, exist_ok=True)
+        if not self.is_s3:
+            shutil.copyfile(self._path(name), local_path)
+            return
+        bucket, key = self._key(name)
+        if self._head(bucket, key) is None:
+            raise FileNotFoundError(f"{self.uri}/{name}")
+        _s3_client(os.getpid()).download_file(bucket, key, str(local_path))
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """This folder as pyarrow and Ray see it: ``read_parquet(path, filesystem=filesystem)``."""
+        if not self.is_s3:
+            return pyarrow.fs.LocalFileSystem(), self.uri
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        scheme, _, host = endpoint.rpartition("://")
+        options: dict[str, Any] = {"endpoint_override": host, "scheme": scheme or "https"} if endpoint else {}
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region:
+            options["region"] = region
+        return pyarrow.fs.S3FileSystem(**options), self.uri[len(_S3) :]

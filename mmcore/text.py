@@ -1,0 +1,60 @@
+"""Words to ids and back: the vocabulary of the captioners that learn their words from the captions."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+SPECIAL = (PAD, BOS, EOS, UNK)
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(len(SPECIAL))
+
+
+@dataclass(frozen=True)
+class WordVocabulary:
+    """Words split at white space, most frequent first; ids 0 to 3 are padding, begin, end and unknown."""
+
+    words: tuple[str, ...]
+    lowercase: bool
+
+    @classmethod
+    def build(cls, captions: Iterable[str], *, min_count: int, lowercase: bool) -> "WordVocabulary":
+        """The words that occur at least `min_count` times in `captions`; ties in alphabetical order."""
+        counts = Counter(
+            word for caption in captions for word in (caption.lower() if lowercase else caption).split()
+        )
+        kept = sorted((word for word, count in counts.items() if count >= min_count and word not in SPECIAL),
+                      key=lambda word: (-counts[word], word))
+        return cls(words=tuple(kept), lowercase=lowercase)
+
+    def __len__(self) -> int:
+        return len(SPECIAL) + len(self.words)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        return {word: index for index, word in enumerate(self.words, start=len(SPECIAL))}
+
+    def encode(self, caption: str, max_length: int) -> list[int]:
+        """``<bos> words <eos>``, at most `max_length` ids; a longer caption loses its tail and has no end."""
+        words = (caption.lower() if self.lowercase else caption).split()
+        ids = [BOS_ID, *(self.ids.get(word, UNK_ID) for word in words), EOS_ID]
+        return ids[:max_length]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words up to the first end mark; begin, padding and unknown are left out."""
+        words = []
+        for index in ids:
+            if index == EOS_ID:
+                break
+            if index >= len(SPECIAL):
+                words.append(self.words[index - len(SPECIAL)])
+        return " ".join(words)
+
+    def to_json(self) -> str:
+        return json.dumps({"lowercase": self.lowercase, "words": self.words}, ensure_ascii=False, indent=0)
+
+    @classmethod
+    def from_json(cls, text: str) -> "WordVocabulary":
+        fields = json.loads(text)
+        return cls(words=tuple(fields["words"]), lowercase=bool(fields["lowercase"]))

@@ -1,0 +1,422 @@
+"""The one training loop.
+
+A model's ``forward(batch)`` returns sums over the batch: ``loss`` (what is minimised), ``count`` (what it is divided
+by: tokens, pixels, images) and any others to log. The loop adds them up over micro-batches and workers and divides
+once, so a step means the same for any number of workers. Everything random in a step is drawn from (seed, step,
+worker); nothing has to be remembered to repeat it.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mmcore import checkpoint
+from mmcore.errors import InputError
+from mmcore.recipe import TrainSettings
+from mmcore.seeding import derive_seed, permutation
+
+Batch = dict[str, Tensor]
+# Batches that are put together while the step before them runs.
+_PREFETCH = 2
+
+
+class Rows(Protocol):
+    """The rows that a model trains on."""
+
+    num_train: int
+    num_validation: int
+
+    def train_batch(self, indices: np.ndarray, epoch: int) -> Batch:
+        """The training rows `indices`, augmented as (seed, epoch, image_id) say."""
+
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        """The validation rows `indices`, as they are."""
+
+    def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch] | None:
+        """This worker's batches of an epoch where rows cannot be looked up by index, else None."""
+
+
+@dataclass
+class RunHooks:
+    """What the loop tells the outside. Every worker calls `commit` equally often; the others run on rank 0 only."""
+
+    commit: Callable[[Path | None, dict[str, Any]], None] = lambda folder, metrics: None
+    """A checkpoint folder (None on other ranks) and the metrics at it; returns once it is safe."""
+    progress: Callable[[dict[str, Any]], None] = lambda progress: None
+    """Step, total, loss, rows per second."""
+    samples: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {}
+    """What the model makes of a few validation rows; kept in the metrics."""
+
+
+@dataclass
+class Progress:
+    """What a checkpoint knows beside tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    rows_seen: int = 0
+    best_loss: float = math.inf
+    best_step: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def resolve_precision(settings: TrainSettings, device: torch.device) -> str:
+    if settings.precision == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    return settings.precision
+
+
+def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
+    """Steps of an epoch and of the whole run. An epoch's last rows that fill no batch wait for the next shuffle."""
+    if num_rows < settings.batch_size:
+        raise InputError(f"batch_size {settings.batch_size} is above the {num_rows} training rows; lower --batch-size")
+    steps_per_epoch = num_rows // settings.batch_size
+    total = steps_per_epoch * settings.num_epochs
+    return steps_per_epoch, total if settings.max_steps is None else min(total, settings.max_steps)
+
+
+def check_batch(settings: TrainSettings, num_workers: int) -> None:
+    """Raise InputError unless the global batch divides evenly over workers and micro-batches."""
+    parts = num_workers * settings.gradient_accumulation
+    if settings.batch_size % parts:
+        raise InputError(
+            f"batch_size {settings.batch_size} is not divisible by {num_workers} workers x "
+            f"{settings.gradient_accumulation} micro-batches; choose a multiple of {parts} with --batch-size"
+        )
+
+
+def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """The learning rate of `step` as a share of the peak; a function of the step alone, so nothing is remembered."""
+    factor = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    elif settings.schedule == "step" and step >= settings.step_epoch * steps_per_epoch:
+        factor *= 0.1
+    return factor
+
+
+def build_optimizer(settings: TrainSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+
+
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the average towards the weights; early steps move it faster, so that it forgets the initial weights."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        averages, weights = (list(checkpoint.trainable_state(each).values()) for each in (ema, model))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def seed_step(*key: int | str) -> None:
+    """Set the generator of every library for one step."""
+    seed = derive_seed(0, *key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def prefetched(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """`batches`, put together on a thread while the caller computes."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=_PREFETCH)
+    stop = threading.Event()
+    end = object()
+
+    def put(item: Any) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stop.is_set():
+                    return
+            put(end)
+        except BaseException as error:  # raised again in the caller's thread
+            put(error)
+
+    thread = threading.Thread(target=fill, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Training:
+    """One run of one model on this worker."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        settings: TrainSettings,
+        hooks: RunHooks,
+        *,
+        workdir: Path,
+        resume_from: Path | None = None,
+    ) -> None:
+        """`workdir`: a local folder for checkpoints under way. `resume_from`: a checkpoint folder."""
+        self.settings, self.rows, self.hooks, self.workdir = settings, rows, hooks, workdir
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        self.precision = resolve_precision(settings, device)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not on_gpu, step_scheduler_with_optimizer=False
+        )
+        self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        check_batch(settings, self.world_size)
+        self.steps_per_epoch, self.total_steps = num_steps(settings, rows.num_train)
+        if self.precision == "fp64":
+            model = model.double()
+        self.model = model.to(self.accelerator.device)
+        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(settings, parameters)
+        self.ema = copy.deepcopy(self.model) if settings.ema_decay is not None else None
+        self.best: dict[str, Tensor] = {}
+        self.state = Progress()
+        self.resumed = resume_from is not None
+        if resume_from is not None:
+            self._load(resume_from)
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.parameters = parameters
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _load(self, folder: Path) -> None:
+        tensors, state = checkpoint.load(folder, str(folder))
+        checkpoint.load_trainable(self.model, tensors["weights"], str(folder))
+        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
+        if self.ema is not None:
+            checkpoint.load_trainable(self.ema, tensors["ema"], str(folder))
+        self.best = tensors.get("best", {})
+        parallelism = {"num_workers": self.world_size, "num_threads": torch.get_num_threads()}
+        if self.rank == 0 and state["parallelism"] != parallelism:
+            print(
+                f"resuming on {parallelism}, saved on {state['parallelism']}: the place in the data holds, "
+                "sums may round differently",
+                flush=True,
+            )
+        self.state = Progress(**state["progress"])
+
+    def _commit(self, metrics: dict[str, Any]) -> None:
+        """Hand a checkpoint to the outside; every rank calls it at the same step."""
+        folder = None
+        if self.rank == 0:
+            folder = self.workdir / f"step-{self.state.step:08d}"
+            tensors = {
+                "weights": checkpoint.trainable_state(self.model),
+                "optimizer": checkpoint.optimizer_state(self.optimizer),
+            }
+            if self.ema is not None:
+                tensors["ema"] = checkpoint.trainable_state(self.ema)
+            if self.best:
+                tensors["best"] = self.best
+            checkpoint.save(
+                folder,
+                tensors,
+                {
+                    "progress": self.state.__dict__,
+                    "parallelism": {"num_workers": self.world_size, "num_threads": torch.get_num_threads()},
+                },
+            )
+        self.hooks.commit(folder, metrics)
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def _micro_batches(self, first_step: int) -> Iterator[list[Batch]]:
+        """This worker's micro-batches of each step from `first_step` on."""
+        share = self.settings.batch_size // self.world_size
+        micro = share // self.settings.gradient_accumulation
+        for epoch in itertools.count(first_step // self.steps_per_epoch):
+            first = max(0, first_step - epoch * self.steps_per_epoch)
+            stream = self.rows.train_stream(epoch, micro)
+            if stream is not None:
+                for _ in range(first, self.steps_per_epoch):
+                    batches = list(itertools.islice(stream, self.settings.gradient_accumulation))
+                    if len(batches) < self.settings.gradient_accumulation:
+                        break
+                    yield batches
+                continue
+            order = permutation(self.rows.num_train, self.settings.seed, epoch)
+            for step in range(first, self.steps_per_epoch):
+                start = step * self.settings.batch_size + self.rank * share
+                mine = order[start : start + share]
+                yield [self.rows.train_batch(mine[i : i + micro], epoch) for i in range(0, share, micro)]
+
+    def _to_device(self, batch: Batch) -> Batch:
+        real = torch.float64 if self.precision == "fp64" else torch.float32
+        moved = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+        return {name: value.to(real) if value.is_floating_point() else value for name, value in moved.items()}
+
+    def _reduce(self, sums: dict[str, Any]) -> dict[str, float]:
+        """Add up over the workers, in float64."""
+        names = sorted(sums)
+        values = torch.stack([torch.as_tensor(sums[name]).detach().double().cpu() for name in names])
+        if self.world_size > 1:
+            values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _step(self, micro_batches: list[Batch]) -> dict[str, float]:
+        """One optimiser step; returns the means over the whole batch."""
+        settings, step = self.settings, self.state.step
+        self.wrapped.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Any] = {}
+        for index, batch in enumerate(micro_batches):
+            seed_step(settings.seed, "step", step, index, self.rank)
+            last = index == len(micro_batches) - 1
+            context = self.accelerator.no_sync(self.wrapped) if not last else contextlib.nullcontext()
+            with context:
+                with self.accelerator.autocast():
+                    outputs = self.wrapped(self._to_device(batch))
+                self.accelerator.backward(outputs["loss"])
+            for name, value in outputs.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
+        self.output_names = list(sums)
+        totals = self._reduce(sums)
+        count = totals.pop("count")
+        means = {name: value / count for name, value in totals.items()}
+        if not math.isfinite(means["loss"]):
+            raise InputError(
+                f"the loss is {means['loss']} at step {step}; the last good checkpoint is "
+                f"{self._last_checkpoint()}; lower --lr (now {settings.lr}), or look at the data of this step"
+            )
+        # Each backward pass summed over its rows; DDP averaged over workers. Now divide once by the whole count.
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, self.world_size / count)
+        if settings.clip_grad_norm is not None:
+            means["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad_norm).item()
+        lr = settings.lr * lr_factor(settings, step, self.total_steps, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self.ema is not None and settings.ema_decay is not None:
+            update_ema(self.ema, self.model, settings.ema_decay, step)
+        return {**means, "lr": lr}
+
+    def _last_checkpoint(self) -> str:
+        return f"the one of step {self.committed_step}" if self.committed_step else "none yet"
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Means over the validation rows; each worker takes every W-th batch."""
+        model = self.eval_model()
+        sums: dict[str, Any] = {}
+        batch_size = self.settings.batch_size
+        starts = range(0, self.rows.num_validation, batch_size)
+        for start in list(starts)[self.rank :: self.world_size]:
+            indices = np.arange(start, min(start + batch_size, self.rows.num_validation))
+            with self.accelerator.autocast():
+                outputs = model(self._to_device(self.rows.validation_batch(indices)))
+            for name, value in outputs.items():
+                sums[name] = sums.get(name, 0) + value.double()
+        if not sums:  # more workers than batches: this one adds nothing, under the names of the training step
+            sums = dict.fromkeys(self.output_names, 0.0)
+        totals = self._reduce(sums)
+        count = totals.pop("count")
+        return {f"validation_{name}": value / count for name, value in totals.items()}
+
+    def eval_model(self) -> nn.Module:
+        """The weights that are validated, sampled and kept: their average where there is one."""
+        return (self.model if self.ema is None else self.ema).eval()
+
+    def _check_frozen(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self.frozen and not torch.equal(self.frozen[name], parameter):
+                raise AssertionError(f"frozen weight {name} has moved")
+
+    def run(self) -> dict[str, Tensor]:
+        """Train to the last step. Returns the weights of the best validation, by name."""
+        settings, state = self.settings, self.state
+        self.committed_step = state.step
+        validate_every = settings.validate_every_epochs * self.steps_per_epoch
+        batches = prefetched(itertools.islice(self._micro_batches(state.step), self.total_steps - state.step))
+        clock = time.perf_counter()
+        try:
+            for micro_batches in batches:
+                means = self._step(micro_batches)
+                state.step += 1
+                state.rows_seen += settings.batch_size
+                now = time.perf_counter()
+                state.seconds, elapsed, clock = state.seconds + now - clock, now - clock, now
+                row = {"step": state.step, "epoch": state.step / self.steps_per_epoch, **means}
+                last = state.step == self.total_steps
+                if state.step % settings.log_every_steps == 0 or last:
+                    state.history.append({**row, "seconds": round(state.seconds, 3)})
+                if self.rank == 0:
+                    self.hooks.progress(
+                        {**row, "total": self.total_steps, "rows_per_s": settings.batch_size / elapsed}
+                    )
+                validate = last or state.step % validate_every == 0
+                if validate:
+                    row = self._validated(row)
+                    clock = time.perf_counter()
+                if validate or state.step % settings.checkpoint_every_steps == 0:
+                    self._commit(row)
+                    self.committed_step = state.step
+                    clock = time.perf_counter()
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+        self._check_frozen()
+        return self.best
+
+    def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Validate, keep the weights if they are the best so far, and write samples down."""
+        state = self.state
+        metrics = {**row, **self._validate()}
+        if metrics["validation_loss"] < state.best_loss:
+            state.best_loss, state.best_step = metrics["validation_loss"], state.step
+            # Tied weights are saved once; a copy, since training goes on under it.
+            source = checkpoint.trainable_state(self.eval_model())
+            self.best = {name: value.clone() for name, value in source.items()}
+        if not math.isfinite(metrics["validation_loss"]):
+            raise InputError(f"the validation loss is {metrics['validation_loss']} at step {state.step}; lower --lr")
+        entry = {**metrics, "seconds": round(state.seconds, 3)}
+        if self.rank == 0:
+            seed_step(self.settings.seed, "samples")
+            entry["samples"] = self.hooks.samples(self.eval_model(), state.step)
+        state.history.append(entry)
+        return metrics
+
+
+
+def write_history(history: list[dict[str, Any]]) -> bytes:
+    """metrics.jsonl: one JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in history).encode()

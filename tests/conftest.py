@@ -1,0 +1,217 @@
+"""Fixtures shared by all tests: a local Ray, a local S3 server, and jobs run as a user runs them."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB_TIMEOUT_S = 300.0
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+    """Until `url` answers anything at all; fails when `process` ends or the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError as error:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{url} does not answer: {error}; exit code of its process: {process.poll()}")
+            time.sleep(0.1)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the session that `process` was started in, and to nothing else."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def short_tmp() -> Iterator[Path]:
+    """A folder with a path short enough for Ray's sockets (107 bytes), which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(prefix="mm-test-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_local(short_tmp: Path) -> Iterator[None]:
+    """A local Ray in this process, shared by all tests that only need tasks, actors or Ray Data.
+
+    Its workers have the environment of its start: a test that needs `s3_server` in a worker runs a job.
+    """
+    import ray
+
+    from jobs.cluster import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_TMPDIR", str(short_tmp))
+        connect()
+        yield
+        ray.shutdown()
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _s3_endpoint() -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        endpoint = f"http://127.0.0.1:{port}"
+        wait_for_http(f"{endpoint}/moto-api/", process)
+        yield endpoint
+    finally:
+        end_group(process)
+
+
+@pytest.fixture
+def s3_server(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://bucket/prefix` of a new bucket; the AWS_* variables lead this process and `run_job` there."""
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    bucket = f"bucket-{secrets.token_hex(6)}"
+    # A session of its own: boto3's default one keeps the credentials it saw first.
+    boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/prefix"
+
+
+@pytest.fixture
+def job_environment(short_tmp: Path) -> Callable[..., dict[str, str]]:
+    """`job_environment(**more)`: what a user's shell holds, without what this test process did to Ray."""
+
+    def build(env: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, str]:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+        clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
+        clean["PYTHONPATH"] = str(root)
+        clean["RAY_TMPDIR"] = str(short_tmp)
+        return clean | dict(env or {})
+
+    return build
+
+
+StartJob = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start_job(job_environment: Callable[..., dict[str, str]], tmp_path: Path) -> Iterator[StartJob]:
+    """`start_job("jobs/x.py", "--flag", env=..., log=path)` -> Popen, for tests that kill it.
+
+    stdout and stderr go to `log`, by default `tmp_path/job-0.log`, `job-1.log`, ...; whatever still runs when
+    the test ends is killed.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT, log: Path | None = None
+    ) -> "subprocess.Popen[bytes]":
+        log = log or tmp_path / f"job-{len(started)}.log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, args)],
+                cwd=cwd,
+                env=job_environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        end_group(process)
+
+
+RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_job(job_environment: Callable[..., dict[str, str]]) -> RunJob:
+    """`run_job("jobs/x.py", "--flag", env={...}, check=True, timeout_s=300, cwd=ROOT)` -> CompletedProcess.
+
+    Runs a job as `python jobs/x.py` with stdout and stderr as text. The test fails when the time is up, and
+    with `check` when the exit code is not 0.
+    """
+
+    def run(
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        check: bool = True,
+        timeout_s: float = JOB_TIMEOUT_S,
+        cwd: Path = ROOT,
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, *map(str, args)]
+        return run_command(command, env=job_environment(env), check=check, timeout_s=timeout_s, cwd=cwd)
+
+    return run
+
+
+def run_command(
+    command: list[str], *, env: Mapping[str, str], check: bool, timeout_s: float, cwd: Path
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a session of its own, so that a time-out ends what it started too."""
+    # Files, not pipes: a grandchild that outlives the job would keep a pipe open and the test waiting.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            start_new_session=True,
+        )  # fmt: skip
+        timed_out = False
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            end_group(process)
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+    shown = f"\n{' '.join(command)}\n--- stdout\n{texts[0][-6000:]}\n--- stderr\n{texts[1][-6000:]}"
+    if timed_out:
+        pytest.fail(f"no end after {timeout_s:g} s:{shown}")
+    if check and process.returncode != 0:
+        pytest.fail(f"exit code {process.returncode}:{shown}")
+    return subprocess.CompletedProcess(command, process.returncode, texts[0], texts[1])
