@@ -255,11 +255,13 @@ class Watchdog:
             if watched_beat != self._last_beat:
                 watched_beat, next_report_s = self._last_beat, self.report_after_s
             next_event_s = min(next_report_s, self.stall_timeout_s or next_report_s)
-            if self._stop.wait(max(0.0, watched_beat + next_event_s - time.monotonic())):
+            wait_s = watched_beat + next_event_s - time.monotonic()
+            # No longer than `report_after_s`: a beat after a report is seen in time for the next stall.
+            if self._stop.wait(max(0.0, min(wait_s, self.report_after_s))):
                 return
-            if watched_beat != self._last_beat:
+            if watched_beat != self._last_beat or wait_s > self.report_after_s:
                 continue
-            waiting = _bounded(describe_waiting, QUERY_TIMEOUT_S, "the cluster's head does not answer")
+            waiting = _bounded(_describe_or_error, QUERY_TIMEOUT_S, "the cluster's head does not answer")
             # The answer took time: the job may have gone on or finished meanwhile.
             if self._stop.is_set() or watched_beat != self._last_beat:
                 continue
@@ -269,6 +271,13 @@ class Watchdog:
                 _end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
             _say(f"stalled: {line}")
             next_report_s = idle_s + REPORT_INTERVAL_S
+
+
+def _describe_or_error() -> str:
+    try:
+        return describe_waiting()
+    except Exception as error:  # whatever it is, the report and the time-out must come
+        return f"the cluster's state cannot be read ({type(error).__name__}: {_one_line(error)})"
 
 
 def describe_waiting() -> str:
@@ -325,7 +334,7 @@ def _pending_demands(state: Any) -> list[tuple[list[Counter[str]], str]]:
         text = " + ".join(_times(kind, count) for kind, count in kinds.items())
         demands.append((bundles, f"a placement group{f' {name!r}' if name else ''} of {text}"))
     actors = Counter(
-        actor["ActorClassName"]
+        actor["ActorClassName"].rpartition(".")[2]
         for actor in ray._private.state.actors().values()
         if actor["State"] in ("PENDING_CREATION", "RESTARTING")
     )

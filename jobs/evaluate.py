@@ -57,7 +57,7 @@ class CaptionScoreSettings:
     storage: str | None = None
     """Folder or s3://bucket/prefix that holds data/{dataset}, for --split and for references."""
     dataset: str | None = None
-    """Prepared dataset in --storage (default: flickr8k)."""
+    """Prepared dataset in --storage; flickr8k where none is named."""
     run: str | None = None
     """Run that made the predictions, STORAGE/runs/RECIPE/NAME: the result is also written to
     STORAGE/scores/RECIPE/NAME.json."""

@@ -69,9 +69,8 @@ class PrepareSettings:
 
     dataset: str = SHAPES
     """`shapes` is generated; `flickr8k`, or any name of yours, is read from --source."""
-    source: str | None = None
-    """A folder or zip with captions.txt and Images/ (and, if you have it, the official split in splits/), or a
-    Hugging Face dataset: a name such as jxie/flickr8k, or a folder that save_to_disk wrote."""
+    source: Annotated[str | None, tyro.conf.arg(metavar="DIR|ZIP|NAME")] = None
+    """Folder or zip with captions.txt and Images/, or a Hugging Face dataset (jxie/flickr8k, or saved to disk)."""
     storage: str = "out"
     """Folder or s3://bucket/prefix; the files land in STORAGE/data/DATASET/."""
     skip_bad: bool = False
@@ -79,22 +78,25 @@ class PrepareSettings:
     fresh: bool = False
     """Make the dataset anew even if it is finished. The old one stays until the new one is complete."""
     stall_timeout_s: Annotated[float | None, tyro.conf.arg(name="stall-timeout", metavar="SECONDS")] = None
-    """End the job when nothing has moved for this long. By default it waits, as an autoscaler needs minutes."""
-    shapes: Annotated[ShapesSettings, tyro.conf.arg(name="")] = ShapesSettings()
+    """End the job after this time without progress. By default it waits: an autoscaler needs minutes."""
+    shapes: Annotated[ShapesSettings, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ShapesSettings
+    )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError where the fields do not go together."""
         if not _DATASET_NAME.fullmatch(self.dataset):
             raise InputError(
                 f"--dataset {self.dataset!r}: use lower-case letters, digits, - and _; "
                 "the name of a Hugging Face dataset goes into --source"
             )
         if self.dataset == SHAPES:
-            given = [f"--{name}" for name, value in (("source", self.source), ("skip-bad", self.skip_bad)) if value]
-            if given:
-                raise InputError(f"{' and '.join(given)}: not for --dataset shapes, which is generated")
+            if self.source or self.skip_bad:
+                flag = "--source" if self.source else "--skip-bad"
+                raise InputError(f"{flag}: not for --dataset shapes, which is generated; name a --dataset")
         else:
             if not self.source:
-                raise InputError(f"--dataset {self.dataset} needs --source: a folder, a zip or a Hugging Face name")
+                raise InputError(f"--dataset {self.dataset} needs --source: a folder, zip or Hugging Face name")
             changed = [
                 f"--{field.name.replace('_', '-')}"
                 for field in dataclasses.fields(ShapesSettings)
@@ -140,13 +142,14 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
     Keys: dataset, num_images, num_captions, splits ({column: {value: count}}), settings, skipped, files,
     fingerprint (sha256 over image_id, captions and image bytes of all rows in order). Raises InputError.
     """
+    settings.check()
     target = Storage(settings.storage) / "data" / settings.dataset
     finished = json.loads(target.read(SUCCESS)) if target.exists(SUCCESS) else None
     if finished is not None and not settings.fresh:
         if finished["settings"] != settings.identity():
             raise InputError(
-                f"{target}: was made with {_listed(finished['settings'])}, not {_listed(settings.identity())}; "
-                "use another --storage, or --fresh to replace it"
+                f"{target}: was made with {_listed(finished['settings'])}, not with "
+                f"{_listed(settings.identity())}; use another --storage, or --fresh to replace it"
             )
         print(f"{target} is finished and was made with the same settings: kept (--fresh makes it anew)")
         _print_summary(finished, settings)
@@ -180,7 +183,7 @@ def _plan_photos(settings: PrepareSettings, scratch: Path) -> _Plan:
     num_captions = sum(len(photo.captions) for photo in source.photos)
     print(f"read: {len(source.photos):,} images, {num_captions:,} captions, every image decodes")
     if not source.has_official_split:
-        print("no Flickr_8k.trainImages.txt and so on in the source: split_karpathy is `unused` for all images")
+        print("no official split files (Flickr_8k.trainImages.txt, ...): split_karpathy is `unused` for all")
     return _Plan(
         _cut(source.photos, [photo.num_bytes for photo in source.photos]),
         photo_row,
@@ -261,13 +264,13 @@ def _write(settings: PrepareSettings, plan: _Plan, target: Storage) -> dict[str,
 
 
 def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
-    """One task a part: it makes the rows and writes one file, and the names sort in the order of the parts."""
+    """One task a part makes its rows and writes its file; the file names sort in the order of the parts."""
     remote_args: dict[str, Any] = {}
     if plan.reads_local_files or not attempt.is_s3:
         node_id = ray.get_runtime_context().get_node_id()
         num_cpus = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
-        # The source lies on the driver's machine, and a local storage is its disk. A head that lends no CPU to
-        # tasks still reads there, one task a CPU otherwise; the writes join these tasks where both need a CPU.
+        # The source lies on the driver's machine, and a local storage is its disk. With one CPU, what a write
+        # takes, Ray joins both into one task there; a head that lends no CPU reads and others write.
         remote_args = {"label_selector": {"ray.io/node-id": node_id}, "num_cpus": 1 if num_cpus >= 1 else 0}
     part_refs = [ray.put(part) for part in plan.parts]
     dataset = ray.data.from_items(
@@ -286,7 +289,10 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
 
 
 def _make_part(
-    part_refs: list[ray.ObjectRef], make_row: Callable[[Any], dict[str, Any]], schema: pa.Schema, batch: pa.Table
+    part_refs: list[ray.ObjectRef],
+    make_row: Callable[[Any], dict[str, Any]],
+    schema: pa.Schema,
+    batch: pa.Table,
 ) -> pa.Table:
     rows = ray.get(part_refs[batch["part"][0].as_py()])
     return pa.Table.from_pylist([make_row(row) for row in rows], schema=schema)
@@ -297,8 +303,8 @@ def _inspect(plan: _Plan, attempt: Storage, report: Report, watchdog: Watchdog) 
     names = attempt.list(".parquet")
     if len(names) != len(plan.parts):
         raise InputError(
-            f"{attempt}: {len(names)} of {len(plan.parts)} files are there; a local --storage needs a folder that "
-            "every machine of the cluster shares, otherwise use s3://bucket/prefix"
+            f"{attempt}: {len(names)} of {len(plan.parts)} files are there; a local --storage needs a folder "
+            "that every machine of the cluster shares, otherwise use s3://bucket/prefix"
         )
     filesystem, path = attempt.arrow()
     image_ids: list[str] = []
@@ -306,7 +312,7 @@ def _inspect(plan: _Plan, attempt: Storage, report: Report, watchdog: Watchdog) 
     splits: dict[str, Counter[str]] = {column: Counter() for column in plan.split_columns}
     fingerprint = hashlib.sha256()
     for name, part in zip(names, plan.parts, strict=True):
-        num_before = len(image_ids)
+        num_expected = len(image_ids) + len(part)
         with filesystem.open_input_file(f"{path}/{name}") as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
                 for row in batch.to_pylist():
@@ -320,7 +326,7 @@ def _inspect(plan: _Plan, attempt: Storage, report: Report, watchdog: Watchdog) 
                         fingerprint.update(len(data).to_bytes(8, "little") + data)
                 report(len(image_ids), plan.num_rows)
                 watchdog.beat()
-        assert len(image_ids) - num_before == len(part), f"{name}: {len(image_ids) - num_before} rows, not {len(part)}"
+        assert len(image_ids) == num_expected, f"{name}: {len(image_ids)} rows up to here, not {num_expected}"
     assert len(set(image_ids)) == plan.num_rows, "an image landed twice"
     assert plan.image_ids is None or image_ids == plan.image_ids, "the rows landed out of order"
     return {
@@ -360,18 +366,19 @@ def _following(attempt: Storage, plan: _Plan, report: Report, watchdog: Watchdog
 def _progress(what: str) -> Iterator[Report]:
     """`report(done, total)` in images: a bar on a terminal, a line every few seconds in a log; on stderr."""
     if sys.stderr.isatty():
-        columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
-        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
-            task = bars.add_task(what, total=None)
+        columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task(f"{what} images", total=None)
             yield lambda done, total: bars.update(task, completed=done, total=total)
         return
     started = last = time.monotonic()
+    last_done = 0
 
     def report(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, last_done
         now = time.monotonic()
-        if now - last >= LINE_INTERVAL_S or done == total:
-            last = now
+        if done != last_done and (now - last >= LINE_INTERVAL_S or done == total):
+            last, last_done = now, done
             print(f"{what}: {done:,} of {total:,} images, {now - started:.0f} s", file=sys.stderr, flush=True)
 
     yield report
@@ -391,9 +398,7 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
     for column, counts in summary["splits"].items():
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     variant = SHAPES if settings.dataset == SHAPES else "report"
-    print(
-        f"next: python jobs/train_resnet_captioner.py --variant {variant} --storage {settings.storage}", flush=True
-    )
+    print(f"next: python jobs/train_resnet_captioner.py --variant {variant} --storage {settings.storage}")
 
 
 def main() -> None:

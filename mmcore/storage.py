@@ -5,6 +5,7 @@ A name is written whole or not at all: locally through a temporary file and a re
 Credentials, region and endpoint come from the usual ``AWS_*`` environment variables, never from the URI.
 """
 
+import builtins
 import functools
 import os
 import shutil
@@ -194,14 +195,14 @@ class Storage:
             names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
         return sorted(name for name in names if name and name.endswith(suffix))
 
-    def folders(self) -> "list[str]":
+    def folders(self) -> builtins.list[str]:
         """Sorted names of the folders directly in this one."""
         if not self.is_s3:
             folder = self._path()
             return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name != ".tmp") if folder.is_dir() else []
         bucket, key = self._key()
         prefix = key and key + "/"
-        names: list[str] = []
+        names: builtins.list[str] = []
         for page in _s3_client(os.getpid()).get_paginator("list_objects_v2").paginate(
             Bucket=bucket, Prefix=prefix, Delimiter="/"
         ):

@@ -77,7 +77,7 @@ class _Entry:
 
 
 class _Problems:
-    """What is wrong with a source: the first problem is raised, or all are listed where they may be skipped."""
+    """What is wrong with a source: the first problem is raised, or all are listed with `skip_bad`."""
 
     def __init__(self, folder: Path, label: str, skip_bad: bool) -> None:
         self.folder = folder
@@ -127,10 +127,10 @@ def find_source(folder: Path, *, label: str | None = None) -> Source:
         inside = sorted(path.parent for path in folder.glob(f"*/{CAPTIONS_FILE}") if path.is_file())
         if not inside:
             reason = f"no {CAPTIONS_FILE} in it" if any(folder.iterdir()) else "the folder is empty"
-            raise InputError(f"{label}: {reason}; give a folder or zip with {CAPTIONS_FILE} and {IMAGES_FOLDER}/")
+            raise InputError(f"{label}: {reason}; it should hold {CAPTIONS_FILE} and {IMAGES_FOLDER}/")
         if len(inside) > 1:
             names = ", ".join(path.name for path in inside)
-            raise InputError(f"{label}: {CAPTIONS_FILE} is in more than one folder ({names}); give one of them")
+            raise InputError(f"{label}: {CAPTIONS_FILE} is in several folders ({names}); give one of them")
         base = inside[0]
     images = base / IMAGES_FOLDER
     splits: dict[str, Path] = {}
@@ -162,7 +162,7 @@ def read_flickr8k(
     _find_uncaptioned(source, {entry.file_name for entry in entries}, problems)
     checked = _check_images(source, entries, problems, progress)
     if not checked:
-        raise InputError(f"{problems.place(source.captions)}: no image with a caption is left; check the source")
+        raise InputError(f"{problems.place(source.captions)}: not one image with a caption is left")
     num_train, num_generation_train = report_splits(len(checked))
     photos = tuple(
         Photo(
@@ -236,7 +236,7 @@ def _read_captions(source: Source, problems: _Problems) -> list[_Entry]:
             problems.add(place, f"duplicate id: {name!r} had its captions from line {by_name[name].line} on")
         elif Path(name).stem in by_id:
             other = by_id[Path(name).stem]
-            problems.add(place, f"duplicate id: {name!r} and {other.file_name!r} (line {other.line}) share one")
+            problems.add(place, f"duplicate id: {name!r} and {other.file_name!r} of line {other.line}")
         else:
             entry = _Entry(name, line, [caption])
             entries.append(entry)

@@ -17,7 +17,13 @@ from mmcore.errors import InputError
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 _NUMBERED_CAPTION = re.compile(r"caption_(\d+)")
-_SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+_SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 # What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder.
 _SAVED_FILES = ("dataset_info.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
@@ -37,9 +43,9 @@ def unpack_dataset(source: str, folder: Path, *, progress: Callable[[int, int], 
     """Write images, captions.txt and, of a dataset with several splits, the split files to `folder`.
 
     The dataset has a column ``image`` and its captions in ``captions``, ``caption`` or ``text`` (a list or
-    one string) or in ``caption_0``, ``caption_1``, ... Where every image has a file name of its own, the order
-    is that of the names, as in Flickr8k's captions.txt; else images are named SPLIT-INDEX and keep the order
-    of the dataset. Image bytes stay as they are. Raises InputError.
+    one string) or in ``caption_0``, ``caption_1``, ... Where every image has a file name of its own, they are
+    in the order of their names, as in Flickr8k's captions.txt; else they are named SPLIT-INDEX and keep the
+    order of the dataset. Image bytes stay as they are. Raises InputError.
     """
     splits = _load(source)
     total = sum(len(dataset) for dataset in splits.values())
@@ -89,7 +95,7 @@ def _load(source: str) -> dict[str, Any]:
     # Offline, unknown name, gated, damaged: the hub's client has no common base class for them.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
-        kind = "saved dataset cannot be read" if saved else "no such folder or zip, and no dataset of this name"
+        kind = "saved dataset cannot be read" if saved else "no such folder or zip, nor dataset of this name"
         raise InputError(f"{source}: {kind} ({type(error).__name__}: {reason})") from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
     for split, dataset in splits.items():

@@ -58,9 +58,7 @@ HELD_OUT_PAIRS = frozenset(
         ("white", "diamond"),
     }
 )
-SEEN_PAIRS = tuple(
-    (colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT_PAIRS
-)
+SEEN_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT_PAIRS)
 
 MIN_IMAGE_SIZE = 32
 MARGIN = 0.03  # between a shape and the edge of the image

@@ -92,9 +92,7 @@ class _Reader:
                 self.objects[-1] = dataclasses.replace(last, **attributes)  # type: ignore[arg-type]
                 return
         index = len(self.objects)
-        named = NamedObject(
-            attributes.get("size"), attributes.get("colour"), shape, tuple(dict.fromkeys(self.front))
-        )
+        named = NamedObject(attributes.get("size"), attributes.get("colour"), shape, tuple(dict.fromkeys(self.front)))
         self.objects += [named] * self.number
         self.number, self.front, self.after_break, self.after_is = 1, [], False, False
         if self.awaiting is None:
@@ -119,9 +117,7 @@ class _Reader:
         ends = at >= len(self.words) or self.words[at] in _BREAKS
         if self.objects and (not self.after_break or ends):
             last = self.objects[-1]
-            self.objects[-1] = dataclasses.replace(
-                last, positions=tuple(dict.fromkeys((*last.positions, position)))
-            )
+            self.objects[-1] = dataclasses.replace(last, positions=tuple(dict.fromkeys((*last.positions, position))))
         else:
             self.front.append(position)
 

@@ -25,7 +25,7 @@ print({"cpus": ray.cluster_resources()["CPU"], "answer": answer, "auth": os.envi
 """
 
 
-@pytest.mark.parametrize("history", ["none", "token from earlier", "mode disabled", "mode token"])
+@pytest.mark.parametrize("history", ["none", "token from earlier", "mode disabled"])
 def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path, short_tmp):
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
@@ -177,6 +177,14 @@ def test_watchdog_reports_a_head_that_does_not_answer(monkeypatch, capsys):
     with cluster.Watchdog("sweep", report_after_s=0.1):
         time.sleep(0.6)
     assert "sweep: no progress for 0 s: the cluster's head does not answer" in capsys.readouterr().err
+
+    def gone():
+        raise ConnectionError("the head\nis gone")
+
+    monkeypatch.setattr(cluster, "describe_waiting", gone)
+    with cluster.Watchdog("sweep", report_after_s=0.1):
+        time.sleep(0.6)
+    assert "cannot be read (ConnectionError: the head is gone)" in capsys.readouterr().err
 
 
 def test_a_stall_is_named_within_a_minute_by_default():

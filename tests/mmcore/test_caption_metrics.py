@@ -37,22 +37,26 @@ def random_corpus(seed: int, *, num_images: int, num_words: int, max_length: int
     return [(sentence(), [sentence() for _ in range(rng.randint(1, 5))]) for _ in range(num_images)]
 
 
+def corpus_of(*pairs: tuple[str, list[str]]) -> Corpus:
+    return [(hypothesis.split(), [text.split() for text in references]) for hypothesis, references in pairs]
+
+
 HOSTILE: dict[str, Corpus] = {
-    "empty hypothesis alone": [([], [["a", "dog"]])],
-    "empty hypothesis among others": [([], [["a", "dog"]]), (["a", "dog", "runs"], [["a", "dog", "runs"]])],
-    "empty references": [(["a"], [[], []]), (["a", "b"], [[]])],
-    "all empty": [([], [[]])],
-    "no word in common": [("a b c d e".split(), ["v w x y z".split()])],
-    "words but no bigram": [("a b c d e".split(), ["e d c b a".split()])],
-    "no 3-gram": [("a b x c d y".split(), ["c d z a b".split()])],
-    "one word": [(["dog"], [["dog"]])],
-    "three words, exact": [("a dog runs".split(), ["a dog runs".split()])],
-    "repeated word is clipped": [("the the the the the the the".split(), ["the cat the mat".split()])],
-    "clipped over several references": [("a a a b".split(), ["a a".split(), "a b b".split()])],
-    "closest length is a tie": [("a b c".split(), ["a b c d".split(), "a b".split()])],
-    "much too long": [(["a"] * 200, ["a b".split()])],
-    "much too short": [(["a"], [["a"] * 50])],
-    "unicode": [("ein Hund läuft 犬".split(), ["ein Hund läuft 犬 schnell".split()])],
+    "empty hypothesis alone": corpus_of(("", ["a dog"])),
+    "empty hypothesis among others": corpus_of(("", ["a dog"]), ("a dog runs", ["a dog runs"])),
+    "empty references": corpus_of(("a", ["", ""]), ("a b", [""])),
+    "all empty": corpus_of(("", [""])),
+    "no word in common": corpus_of(("a b c d e", ["v w x y z"])),
+    "words but no bigram": corpus_of(("a b c d e", ["e d c b a"])),
+    "bigrams but no 3-gram": corpus_of(("a b x c d y", ["c d z a b"])),
+    "one word": corpus_of(("dog", ["dog"])),
+    "three words, exact": corpus_of(("a dog runs", ["a dog runs"])),
+    "repeated word is clipped": corpus_of(("the the the the the the the", ["the cat the mat"])),
+    "clipped over several references": corpus_of(("a a a b", ["a a", "a b b"])),
+    "closest length is a tie": corpus_of(("a b c", ["a b c d", "a b"])),
+    "much too long": corpus_of(("a " * 200, ["a b"])),
+    "much too short": corpus_of(("a", ["a " * 50])),
+    "unicode": corpus_of(("ein Hund läuft 犬", ["ein Hund läuft 犬 schnell"])),
 }
 
 

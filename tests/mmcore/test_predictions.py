@@ -100,9 +100,9 @@ def test_bad_references(tmp_path: Path, content: str | bytes, expected: str) -> 
 
 
 def test_missing_file_and_folder(tmp_path: Path, references: References) -> None:
-    with pytest.raises(InputError, match="nothing.txt: no such file"):
+    with pytest.raises(InputError, match=r"nothing\.txt: no such file"):
         read_references(str(tmp_path / "nothing.txt"))
-    with pytest.raises(InputError, match="nothing.csv: no such file"):
+    with pytest.raises(InputError, match=r"nothing\.csv: no such file"):
         read_predictions(str(tmp_path / "nothing.csv"), references)
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_references(str(tmp_path))
@@ -157,6 +157,12 @@ def test_csv_line_without_image_name_continues_the_caption(tmp_path: Path, refer
 def test_csv_of_stems(tmp_path: Path, references: References) -> None:
     content = "image,caption\n1001_ab,A dog\nand, then, a man\ndog,A dog\n9999_zz,unknown\n"
     assert [name for name, _ in parsed(tmp_path, references, content)] == ["1001_ab", "dog", "9999_zz"]
+
+
+def test_csv_of_stems_takes_short_numbers_for_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "captions.txt", "1001_ab.jpg,x\n1002_cd.jpg,y\n")
+    captions = parsed(tmp_path, read_references(path), "1001_ab,A dog in\n1990, or later\n1009_zz,unknown\n")
+    assert captions == [("1001_ab", "A dog in\n1990, or later"), ("1009_zz", "unknown")]
 
 
 @pytest.mark.parametrize("name", ["unknown.jpg", "UNKNOWN.JPEG", "un known.webp", "a/b.png"])
@@ -333,7 +339,7 @@ def test_same_stem_with_another_ending_is_unknown(tmp_path: Path, references: Re
 
 
 def test_two_predictions_for_one_image(tmp_path: Path, references: References) -> None:
-    with pytest.raises(InputError, match="2 images have more than one prediction: '1001_ab', '1002_cd.jpg'"):
+    with pytest.raises(InputError, match=r"2 images have more than one prediction: '1001_ab', '1002_cd\.jpg'"):
         matched(tmp_path, references, "1001_ab.jpg,x\n1002_cd.jpg,x\n1001_ab,y\n1002_cd.jpg,x\n1003_ef.png,x\n")
 
 

@@ -1,0 +1,110 @@
+"""Frozen work, done once by Ray Data: the image column that a recipe trains on, cached in the storage."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.sweep import plan_blocks, run_sweep
+from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.data.captions import read_dataset_facts
+from mmcore.data.columns import SUCCESS
+from mmcore.storage import Storage
+
+# Rows that an encoder takes at once.
+_ENCODE_BATCH = 32
+
+
+class EncodeImages:
+    """Images -> one tensor each: frozen tokens in fp16, or the squashed pixels for a recipe that trains its encoder."""
+
+    def __init__(self, encoder: str, image_size: int, flip: bool) -> None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, device)
+        self.image_size, self.flip = image_size, flip
+
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        values: list[bytes] = []
+        shape: tuple[int, ...] = ()
+        for start in range(0, len(rows["image"]), _ENCODE_BATCH):
+            stop = start + _ENCODE_BATCH
+            pixels = pixels_from_bytes(rows["image"][start:stop], self.image_size, rows["file_name"][start:stop])
+            if self.flip:
+                pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+            batch = pixels if self.encoder is None else self.encoder(pixels).half().cpu().numpy()
+            shape = batch.shape[1:]
+            values += [value.tobytes() for value in batch]
+        # The shape travels in the schema, so that a finished cache describes itself.
+        schema = pa.schema(
+            [("image_id", pa.string()), ("value", pa.binary())],
+            metadata={"shape": json.dumps(shape), "dtype": str(batch.dtype)},
+        )
+        return pa.table({"image_id": rows["image_id"], "value": values}, schema=schema)
+
+
+@dataclass(frozen=True)
+class CachedColumn:
+    """Where a cached column lies and what it holds."""
+
+    folder: Storage
+    shape: tuple[int, ...]
+    num_rows: int
+    encoded_now: int
+
+
+def cached_image_column(
+    storage: Storage,
+    dataset: str,
+    *,
+    encoder: str,
+    image_size: int,
+    flip: bool = False,
+    stall_timeout_s: float | None = None,
+) -> CachedColumn:
+    """The image column of a prepared dataset; encoded now only where no run has done it before.
+
+    The key of the cache hashes the encoder's weights, its input and the dataset, so a second run, another recipe
+    with the same encoder and a restart find it.
+    """
+    facts = read_dataset_facts(storage, dataset)
+    what = "pixels" if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
+    key = hashlib.sha256(json.dumps([what, image_size, flip, facts["fingerprint"]]).encode()).hexdigest()[:24]
+    folder = storage / "features" / key
+    encoded_now = 0
+    if not folder.exists(SUCCESS):
+        blocks = plan_blocks(storage / "data" / dataset)
+        settings = {"dataset": dataset, "encoder": encoder, "image_size": image_size, "flip": flip}
+        view = "mirrored " if flip else ""
+        done = run_sweep(
+            what=f"encode {view}{dataset} with {encoder}",
+            out=folder,
+            settings=settings,
+            blocks=blocks,
+            worker_type=EncodeImages,
+            worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
+            stall_timeout_s=stall_timeout_s,
+        )
+        encoded_now = done["rows_done_now"]
+        _finish(folder, key, blocks.num_rows)
+    facts = json.loads(folder.read(SUCCESS))
+    return CachedColumn(folder, tuple(facts["shape"]), facts["num_rows"], encoded_now)
+
+
+def _finish(folder: Storage, key: str, num_rows: int) -> None:
+    import pyarrow.parquet as pq
+
+    filesystem, path = (folder / "parts").arrow()
+    first = (folder / "parts").list(".parquet")[0]
+    metadata = pq.read_schema(f"{path}/{first}", filesystem=filesystem).metadata
+    facts = {
+        "fingerprint": key,
+        "num_rows": num_rows,
+        "shape": json.loads(metadata[b"shape"]),
+        "dtype": metadata[b"dtype"].decode(),
+    }
+    folder.write(SUCCESS, json.dumps(facts).encode())

@@ -1,0 +1,98 @@
+"""Decoding must refuse what is damaged, and hand on what is whole unchanged."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmcore.errors import InputError
+from mmcore.images import decode_image, resize_image
+
+
+def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_png_decodes_to_the_same_pixels() -> None:
+    image = noise()
+    assert np.array_equal(np.asarray(decode_image(encoded(image, "PNG"), name="x")), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert decode_image(encoded(noise().convert(mode), kind), name="x").mode == "RGB"
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = noise()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    decoded = decode_image(encoded(image, "PNG", exif=exif), name="x")
+    assert np.array_equal(np.asarray(decoded), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("num_lost", [1, 2, 16, 300])
+def test_jpeg_that_lost_its_end_is_refused(progressive: bool, num_lost: int) -> None:
+    data = encoded(noise(), quality=85, progressive=progressive)
+    decode_image(data, name="whole")
+    with pytest.raises(InputError, match=r"^album/cat\.jpg: broken image \(.+\)$"):
+        decode_image(data[:-num_lost], name="album/cat.jpg")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"", "the file is empty"), (b"not an image at all", "no image format is recognised")]
+)
+def test_no_image_at_all(data: bytes, reason: str) -> None:
+    with pytest.raises(InputError) as caught:
+        decode_image(data, name="x")
+    assert str(caught.value) == f"x: broken image ({reason})"
+
+
+def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(InputError, match="x: broken image"):
+        decode_image(encoded(noise()), name="x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_random_damage_is_an_input_error_or_an_image(kind: str) -> None:
+    """Nothing but InputError comes out of damaged bytes."""
+    rng = np.random.default_rng(0)
+    whole = encoded(noise(), kind)
+    num_refused = 0
+    for trial in range(60):
+        data = bytearray(whole)
+        for position in rng.integers(0, len(data) if trial % 2 else min(100, len(data)), 4):
+            data[position] = rng.integers(0, 256)
+        try:
+            decode_image(bytes(data), name="x")
+        except InputError:
+            num_refused += 1
+    assert num_refused > 5
+
+
+def test_resize_squashes_to_a_square_array() -> None:
+    array = resize_image(noise(60, 20), 16)
+    assert array.shape == (16, 16, 3)
+    assert array.dtype == np.uint8
+    # Left half black, right half white: squashed, both halves are still there.
+    halves = Image.new("RGB", (60, 20))
+    halves.paste((255, 255, 255), (30, 0, 60, 20))
+    squashed = resize_image(halves, 16)
+    assert squashed[:, :6].max() == 0
+    assert squashed[:, 10:].min() == 255
+
+
+def test_resize_leaves_the_right_size_alone() -> None:
+    image = noise(24, 24)
+    assert np.array_equal(resize_image(image, 24), np.asarray(image))

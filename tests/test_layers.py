@@ -1,0 +1,208 @@
+"""The lines between the packages, and what no file of ours may do, read from the source of every file."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mmcore", "jobs", "serve")
+FORBIDDEN_IMPORTS = {"mmcore": {"ray", "jobs", "serve"}, "jobs": {"serve"}, "serve": {"jobs"}}
+MAX_LINES = 500
+
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_modules(tree: ast.AST, package: str) -> set[str]:
+    """Full names of all modules that are imported anywhere in the file, functions included."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base]).rstrip(".")
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and dotted(node.func) in {"importlib.import_module", "__import__"}:
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an expression made of names and attributes, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (left := dotted(node.value)):
+        return f"{left}.{node.attr}"
+    return ""
+
+
+def forbidden_imports(tree: ast.AST, path: str) -> set[str]:
+    package = ".".join(Path(path).parts[:-1])
+    forbidden = FORBIDDEN_IMPORTS[package.split(".")[0]] | {"torchvision"}
+    return {module for module in imported_modules(tree, package) if module.split(".")[0] in forbidden}
+
+
+def unsafe_calls(tree: ast.AST) -> list[str]:
+    """Whatever unpickles what came from outside, or runs code that came with weights."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = dotted(node.func)
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+
+        def is_true(name: str, keywords: dict[str | None, ast.expr] = keywords) -> bool:
+            value = keywords.get(name)
+            return isinstance(value, ast.Constant) and value.value is True
+
+        module, _, function = called.rpartition(".")
+        if function in {"load", "loads", "Unpickler"} and module in {
+            "pickle", "cloudpickle", "ray.cloudpickle", "dill", "joblib", "marshal",
+        }:  # fmt: skip
+            found.append(f"line {node.lineno}: {called}")
+        if called == "torch.load" and not is_true("weights_only"):
+            found.append(f"line {node.lineno}: torch.load without weights_only=True")
+        if "trust_remote_code" in keywords:
+            found.append(f"line {node.lineno}: trust_remote_code")
+        if "allow_pickle" in keywords and not (
+            isinstance(keywords["allow_pickle"], ast.Constant) and keywords["allow_pickle"].value is False
+        ):
+            found.append(f"line {node.lineno}: allow_pickle")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in {"pickle", "cloudpickle", "dill", "joblib"}:
+            found.append(f"line {node.lineno}: from {node.module} import ...")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_layers_and_safety(path):
+    tree = ast.parse(path.read_text())
+    assert not forbidden_imports(tree, name_of(path))
+    assert not unsafe_calls(tree)
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=name_of)
+def test_no_file_is_too_long(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_there_are_sources_to_check():
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} >= {"mmcore", "jobs"}
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("mmcore/x.py", "import ray.data"),
+        ("mmcore/data/x.py", "def f():\n    from ray import train"),
+        ("mmcore/x.py", "from jobs import cluster"),
+        ("mmcore/x.py", "import importlib\nimportlib.import_module('ray')"),
+        ("mmcore/data/x.py", "import torchvision.ops"),
+        ("jobs/x.py", "from serve.app import build"),
+        ("jobs/bench/x.py", "import serve"),
+        ("serve/x.py", "from jobs.dataset import rows"),
+    ],
+)
+def test_the_check_of_imports_finds(path, source):
+    assert forbidden_imports(ast.parse(source), path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pickle.load(f)",
+        "import pickle\npickle.loads(data)",
+        "from pickle import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_the_check_of_unsafe_calls_finds(source):
+    assert unsafe_calls(ast.parse(source))
+
+
+def test_the_checks_accept_what_is_right():
+    good = "import ray\ntorch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)\nfrom . import cluster"
+    assert not unsafe_calls(ast.parse(good))
+    assert not forbidden_imports(ast.parse(good), "jobs/x.py")
+
+
+# Runs in a fresh interpreter. Counts what our own files read from the environment while they are imported (not
+# what libraries read), and what is running afterwards.
+IMPORT_ALL = """
+import importlib, json, multiprocessing, os, sys, threading
+root, modules = sys.argv[1], sys.argv[2:]
+sys.path.insert(0, root)
+import psutil
+# Libraries may start threads of their own when they are imported; load them first.
+import ray, ray.data, ray.train, torch
+reads = []
+
+class Recorder(type(os.environ)):
+    def __getitem__(self, key):
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename.startswith("<frozen "):  # os and the Mapping below os.environ
+            frame = frame.f_back
+        if frame.f_code.co_filename.startswith(root + os.sep) and "site-packages" not in frame.f_code.co_filename:
+            reads.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {key}")
+        return super().__getitem__(key)
+
+os.environ.__class__ = Recorder
+threads = set(threading.enumerate())
+failed = {}
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        failed[module] = repr(error)
+print(json.dumps({"reads": reads, "failed": failed, "ray": ray.is_initialized(),
+    "threads": [t.name for t in threading.enumerate() if t not in threads],
+    "children": [child.name() for child in psutil.Process().children()]}))
+"""
+
+
+def import_all(root: Path, modules: list[str], cwd: Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(root), *modules],
+        capture_output=True, text=True, timeout=300, cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # One line alone: no module printed anything.
+    return json.loads(done.stdout)
+
+
+def test_importing_every_module_does_nothing(tmp_path):
+    modules = []
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    nothing = {"reads": [], "failed": {}, "ray": False, "threads": [], "children": []}
+    assert import_all(ROOT, modules, tmp_path) == nothing
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_of_importing_finds(tmp_path):
+    module = tmp_path / "loud.py"
+    module.write_text(
+        "import os, subprocess, threading, time\n"
+        "A = os.environ.get('A')\nB = os.getenv('B')\nC = 'C' in os.environ\n"
+        "threading.Thread(target=time.sleep, args=(30,), daemon=True, name='mine').start()\n"
+        "D = subprocess.Popen(['sleep', '5'], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)\n"
+    )
+    found = import_all(tmp_path, ["loud"], tmp_path)
+    assert [read.split()[-1] for read in found["reads"]] == ["A", "B", "C"]
+    assert found["threads"] == ["mine"]
+    assert found["children"] == ["sleep"]
