@@ -56,7 +56,8 @@ def connect() -> None:
     Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job that came without a
     working directory ships its repository root, so that workers on other nodes run the driver's code and not
     what happens to be installed there. Prints one line to stderr. Sets, where they are unset,
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH.
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
+    RAY_SCHEDULER_EVENTS.
 
     Raises:
         InputError: the address is of the wrong kind, nothing answers there, or the token is refused.
@@ -94,6 +95,8 @@ def _start_local() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
         token_note = "" if "RAY_AUTH_TOKEN" in os.environ else f" (it asks for the token in {token_file})"
+    # Ray's "add suitable node types", on the job's stdout, where there is no autoscaler that could.
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     context = ray.init(
         # Not None, which would join a Ray that somebody else started on this machine.
         address="local",

@@ -5,6 +5,8 @@ Paper: row 1 of the report's Table 1 (ResNet-18); decoder of Vaswani et al. 2017
 Command: python jobs/train_resnet_captioner.py --variant best --storage URI --encoder NAME_OR_FOLDER
 """
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,8 +94,13 @@ def describe(job: Job, vocabulary: WordVocabulary, encoder_width: int, num_train
 
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary."""
-    recipe, storage = job.recipe, job.storage
     check_new_run(job)
+    if Path(job.recipe.encoder).is_dir():
+        # Absolute: a worker's working directory is not the driver's.
+        job = dataclasses.replace(
+            job, recipe=dataclasses.replace(job.recipe, encoder=str(Path(job.recipe.encoder).absolute()))
+        )
+    recipe, storage = job.recipe, job.storage
     if recipe.dataset == "shapes" and not job.options.dry_run:
         prepare(PrepareSettings(dataset="shapes", storage=storage.uri))
     table = read_captions(storage, recipe.dataset, recipe.split)

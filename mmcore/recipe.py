@@ -82,5 +82,10 @@ def difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -
         if isinstance(here, dict) and isinstance(there, dict):
             lines += difference(here, there, f"{prefix}{name}.")
         elif here != there:
-            lines.append(f"{prefix}{name}: {here!r} (there: {there!r})")
+            lines.append(f"{prefix}{name}: {_short(here)} (there: {_short(there)})")
     return lines
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

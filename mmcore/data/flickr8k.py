@@ -105,8 +105,10 @@ def split_caption_row(line: str) -> tuple[str, str] | None:
     if not comma:
         return None
     caption = caption.strip()
-    if len(caption) >= 2 and caption[0] == caption[-1] == '"':
-        caption = caption[1:-1].replace('""', '"').strip()
+    inside = caption[1:-1]
+    # A caption that merely begins and ends with a quoted word, `"a" or "b"`, is not a quoted field.
+    if len(caption) >= 2 and caption[0] == caption[-1] == '"' and '"' not in inside.replace('""', ""):
+        caption = inside.replace('""', '"').strip()
     return name.strip(), caption
 
 

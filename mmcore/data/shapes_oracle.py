@@ -196,7 +196,7 @@ def _classify(coverage: FloatArray, centre: tuple[float, float], extent: int) ->
     box = (x - reach, y - reach, x + reach, y + reach)
     patch = np.asarray(padded.resize((_PATCH, _PATCH), Image.Resampling.BILINEAR, box=box)).ravel()
     bank, names = _templates()
-    shape = names[int((np.einsum("tp,p->t", bank, patch - patch.mean())).argmax())]
+    shape = names[int(np.einsum("tp,p->t", bank, patch - patch.mean()).argmax())]
     return shape, float(2 * reach * np.sqrt(patch.mean() / _filled(shape)))
 
 
@@ -260,13 +260,9 @@ class AttributeScore:
 
 def _is_at(found: DetectedObject, position: str) -> bool:
     right, down = found.centre[0] - 0.5, found.centre[1] - 0.5
-    return {
-        "left": right <= -SIDE_FROM,
-        "right": right >= SIDE_FROM,
-        "top": down <= -SIDE_FROM,
-        "bottom": down >= SIDE_FROM,
-        "centre": max(abs(right), abs(down)) < SIDE_FROM,
-    }[position]
+    if position == "centre":
+        return max(abs(right), abs(down)) < SIDE_FROM
+    return {"left": -right, "right": right, "top": -down, "bottom": down}[position] >= SIDE_FROM
 
 
 def _stands(first: DetectedObject, relation: str, second: DetectedObject) -> bool:
@@ -288,34 +284,53 @@ def score_objects(found: list[DetectedObject], parsed: ParsedCaption) -> Attribu
     named["count"] = int(parsed.count is not None)
 
     objects, candidates = parsed.objects[:MAX_OBJECTS], found[:MAX_OBJECTS]
-    padded: list[DetectedObject | None] = [*candidates, *[None] * (len(objects) - len(candidates))]
-    best_key, best = (-1, -1), dict.fromkeys(KINDS, 0)
-    for assigned in itertools.permutations(padded, len(objects)):
-        correct = dict.fromkeys(KINDS, 0)
-        for item, it in zip(objects, assigned, strict=True):
-            if it is not None:
-                correct["size"] += item.size == it.size
-                correct["colour"] += item.colour == it.colour
-                correct["shape"] += item.shape == it.shape
-                correct["position"] += sum(_is_at(it, position) for position in item.positions)
-        # Looks decide which object is meant; place only where looks leave a choice.
-        looks = correct["size"] + correct["colour"] + correct["shape"]
-        for relation in parsed.relations:
-            if max(relation.first, relation.second) < len(assigned):
-                first, second = assigned[relation.first], assigned[relation.second]
-                if first is not None and second is not None:
-                    correct["relation"] += _stands(first, relation.relation, second)
-        key = (looks, looks + correct["position"] + correct["relation"])
-        if key > best_key:
-            best_key, best = key, correct
-    best["count"] = int(parsed.count is not None and parsed.count == len(found))
+    # Each named object on each detected one, and, past the last of those, on none.
+    none_of_it = (0, 0, 0, 0)
+    right = [
+        [
+            (
+                item.size == it.size,
+                item.colour == it.colour,
+                item.shape == it.shape,
+                sum(_is_at(it, position) for position in item.positions),
+            )
+            for it in candidates
+        ]
+        + [none_of_it] * (len(objects) - len(candidates))
+        for item in objects
+    ]
+    looks = [[size + colour + shape for size, colour, shape, _ in row] for row in right]
 
-    num_named, num_correct = sum(named.values()), sum(best.values())
+    def relations_right(assigned: tuple[int, ...]) -> int:
+        places = [candidates[j] if j < len(candidates) else None for j in assigned]
+        pairs = (
+            (places[relation.first], relation.relation, places[relation.second])
+            for relation in parsed.relations
+            if max(relation.first, relation.second) < len(places)
+        )
+        return sum(a is not None and b is not None and _stands(a, relation, b) for a, relation, b in pairs)
+
+    # Looks decide which object is meant; place only where looks leave a choice.
+    assignments = list(itertools.permutations(range(max(len(objects), len(candidates))), len(objects)))
+    totals = [sum(looks[i][j] for i, j in enumerate(assigned)) for assigned in assignments]
+    most = max(totals)
+    best = max(
+        (assigned for assigned, total in zip(assignments, totals, strict=True) if total == most),
+        key=lambda assigned: sum(right[i][j][3] for i, j in enumerate(assigned)) + relations_right(assigned),
+    )
+    correct = {
+        kind: sum(right[i][j][k] for i, j in enumerate(best))
+        for k, kind in enumerate(("size", "colour", "shape", "position"))
+    }
+    correct["relation"] = relations_right(best)
+    correct["count"] = int(parsed.count is not None and parsed.count == len(found))
+
+    num_named, num_correct = sum(named.values()), sum(correct.values())
     # A text that only counts ("two shapes") says nothing about which objects there are.
     number_agrees = len(found) == (len(parsed.objects) or parsed.count)
     return AttributeScore(
-        named=tuple(named.values()),
-        correct=tuple(best.values()),
+        named=tuple(named[kind] for kind in KINDS),
+        correct=tuple(correct[kind] for kind in KINDS),
         num_scenes=1,
         num_whole_scenes=int(num_named > 0 and num_correct == num_named and number_agrees),
     )

@@ -24,7 +24,7 @@ def commands(config):
     return [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
 
 
-def tested_ray_version() -> str:
+def ray_of_constraints() -> str:
     found = re.search(r"(?m)^ray(?:\[.*?\])?==(\S+)$", (ROOT / "constraints.txt").read_text())
     assert found, "constraints.txt does not fix ray"
     return found.group(1)
@@ -118,7 +118,7 @@ def test_only_code_is_copied_to_the_nodes(config):
 
 
 def test_cluster_runs_the_tested_ray(config):
-    version = tested_ray_version()
+    version = ray_of_constraints()
     for kind in ("head_image", "worker_image"):
         assert config["docker"][kind].startswith(f"rayproject/ray:{version}-py311")
 
@@ -143,7 +143,7 @@ def test_ray_job_of_kubernetes(ray_job):
     assert (ROOT / script).is_file(), f"{script} does not exist"
     assert flags[flags.index("--storage") + 1].startswith("s3://")
 
-    version = tested_ray_version()
+    version = ray_of_constraints()
     assert cluster["rayVersion"] == version
     head = cluster["headGroupSpec"]
     groups = cluster["workerGroupSpecs"]

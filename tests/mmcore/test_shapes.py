@@ -62,14 +62,14 @@ def test_the_resolution_does_not_change_the_scene() -> None:
     for index in range(30):
         scene = make_scene(0, "test", index)
         shrunk = np.asarray(render_scene(scene, 128).reduce(4), dtype=int)
-        # Measured: at most 25 of 255, on edges, where 4 x 4 samples a pixel at 128 stand for 16 x 16 at 32.
-        assert np.abs(shrunk - np.asarray(render_scene(scene, 32), dtype=int)).max() <= 25
+        # Measured: 1, as an average of averages is rounded twice.
+        assert np.abs(shrunk - np.asarray(render_scene(scene, 32), dtype=int)).max() <= 1
 
 
 def test_five_captions_in_five_wordings() -> None:
     size_words = {"big": "large", "little": "small"}
     for index in range(300):
-        captions = shapes_row(SETTINGS if index < 12 else ShapesSettings(), "test", index)["captions"]
+        captions = shapes_row(ShapesSettings(), "test", index)["captions"]
         assert len(captions) == 5
         # Different even with the synonyms for the sizes taken out: the templates differ.
         plain = {" ".join(size_words.get(word, word) for word in text.split()) for text in captions}
@@ -88,7 +88,7 @@ def test_captions_name_every_object_in_full() -> None:
 def test_the_wording_is_small_enough_to_learn() -> None:
     words = {w for row in shapes_rows(ShapesSettings(600, 0, 0)) for c in row["captions"] for w in c.split()}
     stripped = {word.strip(",:") for word in words}
-    assert 45 <= len(stripped) <= 60  # measured: 53
+    assert len(stripped) == 51
 
 
 def test_training_and_validation_never_show_a_held_out_pair() -> None:
@@ -132,8 +132,8 @@ def test_scenes_use_everything_and_nothing_overlaps() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
-def test_rendering_covers_each_shape_exactly(size: int) -> None:
-    """Coverage summed over an anti-aliased image is the area of the outlines, independent of the grid."""
+def test_rendering_covers_the_area_of_each_shape(size: int) -> None:
+    """Coverage summed over an anti-aliased image is the area of the outlines, whatever the grid."""
     for index in range(60):
         scene = make_scene(2, "train", index)
         pixels = np.asarray(render_scene(scene, size), dtype=float)
@@ -144,10 +144,10 @@ def test_rendering_covers_each_shape_exactly(size: int) -> None:
             inside = (pixels[top:bottom, left:right] - shapes.BACKGROUND) @ offset / (offset @ offset)
             x, y = np.array(shapes.shape_outline(item.shape)).T
             area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2 * item.side**2
-            # Measured: within 0.076 (a small star at 128, drawn to quarter pixels).
-            assert inside.sum() / size**2 == pytest.approx(area, rel=0.1)
-            # The brightest pixel is the full colour: nothing else was blended over it.
-            assert inside.max() == pytest.approx(1, abs=0.02)
+            # Measured: 0.4 to 4.4 % too much at every size, most for a small star, as Pillow draws the outline
+            # itself as well: one sample of 512.
+            assert 1 <= inside.sum() / size**2 / area <= 1.05
+            assert inside.max() == 1  # the full colour somewhere: nothing was blended over it
 
 
 def test_bad_settings_are_named() -> None:

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Caption any number of images with a trained captioner: resumable, each image exactly once.
+
+Command: python jobs/caption.py --run URI --images URI_OR_DIR_OR_SHARDS --out URI
+Writes OUT/parts/*.parquet as it goes and, last, OUT/captions.csv (image,caption). Run it again to go on.
+"""
+
+import csv
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+import tyro
+
+from jobs.commandline import run as run_job
+from jobs.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
+from mmcore.captioners.trained import TrainedCaptioner
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+CAPTIONS_FILE = "captions.csv"
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """What to caption, with what, and where to."""
+
+    run: str
+    """The finished run of a captioner: STORAGE/runs/RECIPE/NAME."""
+    images: str
+    """Folder or s3://bucket/prefix with Parquet shards (image_id, image) or with image files."""
+    out: str
+    """Folder or s3://bucket/prefix for the captions."""
+    split: str | None = None
+    """COLUMN:NAME captions one split of a prepared dataset, such as split_karpathy:test."""
+    num_beams: int = 3
+    """Beams of the search; 1 is greedy."""
+    max_length: int = 30
+    """Longest caption in words."""
+    encoder: str | None = None
+    """Folder or name of the frozen image encoder, if it is not where the run had it."""
+    rows_per_block: int = ROWS_PER_BLOCK
+    """Images that are captioned and committed together."""
+    dry_run: bool = False
+    """Say what would be read and written, and stop."""
+    stall_timeout: float | None = None
+    """Seconds without progress after which the job ends; by default it waits."""
+
+
+class CaptionImages:
+    """Holds the captioner on a worker."""
+
+    def __init__(self, run: Storage, encoder: str | None, num_beams: int, max_length: int) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.captioner = TrainedCaptioner(run, device=device, encoder=encoder)
+        self.num_beams, self.max_length = num_beams, max_length
+
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        captions = self.captioner(
+            rows["image"], rows["file_name"], num_beams=self.num_beams, max_length=self.max_length
+        )
+        return pa.table({"image_id": rows["image_id"], "file_name": rows["file_name"], "caption": captions})
+
+
+def caption(settings: CaptionSettings) -> dict[str, Any]:
+    """Caption what is not captioned yet, then write captions.csv. Returns counts and seconds."""
+    for name in ("num_beams", "max_length", "rows_per_block"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
+    run, out = Storage(settings.run), Storage(settings.out)
+    if not run.exists("model/recipe.json"):
+        raise InputError(f"--run {run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME")
+    blocks = plan_blocks(Storage(settings.images), settings.split, settings.rows_per_block)
+    print(f"caption: {blocks.num_rows} images of {blocks.source} in {len(blocks.items)} blocks -> {out}", flush=True)
+    if settings.dry_run:
+        return {"num_rows": blocks.num_rows, "num_blocks": len(blocks.items)}
+    facts = run_sweep(
+        what="caption",
+        out=out,
+        settings={
+            "run": run.uri,
+            "images": blocks.source.uri,
+            "split": settings.split,
+            "num_beams": settings.num_beams,
+            "max_length": settings.max_length,
+            "rows_per_block": settings.rows_per_block,
+        },
+        blocks=blocks,
+        worker_type=CaptionImages,
+        worker_kwargs={
+            "run": run,
+            "encoder": settings.encoder,
+            "num_beams": settings.num_beams,
+            "max_length": settings.max_length,
+        },
+        stall_timeout_s=settings.stall_timeout,
+    )
+    table = read_parts(out, ["file_name", "caption"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "caption"])
+    writer.writerows(zip(table["file_name"].to_pylist(), table["caption"].to_pylist(), strict=True))
+    out.write(CAPTIONS_FILE, text.getvalue().encode())
+    print(f"caption: {len(table)} captions in {out}/{CAPTIONS_FILE}", flush=True)
+    return facts
+
+
+def main() -> None:
+    caption(tyro.cli(CaptionSettings, description=__doc__, prog="python jobs/caption.py"))
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,220 @@
+"""Jobs on a cluster as a user sends them there: two real nodes, `ray job submit`, exit codes, whose code runs.
+
+The cluster's head is started in the root of a checkout; the second node is started elsewhere, with another
+version of the code installed, as a node that was set up last week. To try another job in all forms add it to
+`BARE_JOBS` or `JOBS_WITH_FLAGS`.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, end_group, free_port, run_command, wait_for_http
+
+# Installed by the test into the checkout. Asks the node with the resource `other_node` which code it runs.
+PROBE_JOB = '''#!/usr/bin/env python
+import argparse, hashlib, json, os, tempfile
+from pathlib import Path
+
+import ray
+
+from jobs.cluster import connect
+from jobs.commandline import run
+from mmcore.errors import InputError
+
+
+def code():
+    import jobs.cluster
+    import mmcore.errors
+
+    digest = hashlib.sha256()
+    for module in (jobs.cluster, mmcore.errors):
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
+
+
+@ray.remote(num_cpus=0, resources={"other_node": 1})
+def code_there():
+    return code(), os.getcwd()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--flag", default="default")
+    parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--plain-init", action="store_true")
+    args = parser.parse_args()
+    # Ray gives workers the driver's current folder, which on one machine they would find: not so here.
+    os.chdir(tempfile.gettempdir())
+    if args.plain_init:
+        ray.init(address=os.environ["RAY_ADDRESS"], logging_level="warning")
+    else:
+        connect()
+    there, folder = ray.get(code_there.remote())
+    if args.fail:
+        raise InputError("--fail: this job was told to fail")
+    print("RESULT " + json.dumps({"flag": args.flag, "here": code(), "there": there, "folder": folder}))
+
+
+if __name__ == "__main__":
+    run(main)
+'''
+
+# (script, what its output holds): sent as `ray job submit SCRIPT`
+BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
+# (script, flags, what its output holds): sent as `ray job submit --working-dir . -- python SCRIPT FLAGS`
+JOBS_WITH_FLAGS = [pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe")]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    checkout: Path
+    """The folder that the head was started in: a copy of this repository with `jobs/probe.py` in it."""
+    env: dict[str, str]
+    """A user's shell: the token, the environment's programs on the PATH, and where the cluster is."""
+    gcs_address: str
+
+    def submit(self, *args: str, check: bool = True, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+        command = ["ray", "job", "submit", *args]
+        return run_command(command, env=self.env, check=check, timeout_s=120, cwd=cwd or self.checkout)
+
+
+def copy_code(target: Path, probe: str) -> Path:
+    target.mkdir()
+    for name in (".rayignore", ".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, target)
+    for package in ("jobs", "mmcore"):
+        shutil.copytree(ROOT / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (target / "jobs" / "probe.py").write_text(probe)
+    (target / "jobs" / "probe.py").chmod(0o755)
+    return target
+
+
+@pytest.fixture(scope="module")
+def cluster(short_tmp: Path) -> Iterator[Cluster]:
+    """A head in the checkout and a second node whose installed code is another version; both end by pid."""
+    checkout = copy_code(short_tmp / "head checkout", PROBE_JOB)  # with a space, as users have
+    old = copy_code(short_tmp / "old", PROBE_JOB)
+    with (old / "mmcore" / "errors.py").open("a") as stream:
+        stream.write("\n# last week's\n")
+
+    python_bin = str(Path(shutil.which("python") or "").parent)
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    base |= {
+        "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{python_bin}{os.pathsep}{os.environ['PATH']}",
+        # On both sides, whatever a token file in the home folder would make of it.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    gcs_port, dashboard_port = free_port(), free_port()
+    gcs_address = f"127.0.0.1:{gcs_port}"
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, folder: Path, *args: str) -> subprocess.Popen[bytes]:
+        # Stands for `pip install -e .` on that node.
+        env = base | {"PYTHONPATH": str(folder)}
+        with (short_tmp / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                ["ray", "start", "--block", "--object-store-memory=100000000", *args],
+                cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        started.append(process)
+        return process
+
+    try:
+        head = start(
+            "head", checkout, "--head", f"--port={gcs_port}", "--num-cpus=4", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={short_tmp / 'ray'}",
+        )  # fmt: skip
+        dashboard = f"http://127.0.0.1:{dashboard_port}"
+        wait_for_http(f"{dashboard}/api/version", head)
+        start(
+            "other", old, f"--address={gcs_address}", "--num-cpus=1", '--resources={"other_node": 1}',
+            f"--dashboard-agent-listen-port={free_port()}",
+        )  # fmt: skip
+        user = base | {"RAY_API_SERVER_ADDRESS": dashboard, "PYTHONPATH": str(checkout)}
+        yield Cluster(checkout, user, gcs_address)
+    finally:
+        for process in reversed(started):
+            process.terminate()  # with --block, `ray start` ends the processes that it started, and only those
+        for process in started:
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                pass
+            end_group(process)
+
+
+def result_of(output: str) -> dict[str, str]:
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize(("script", "expected"), BARE_JOBS)
+def test_submitted_as_a_file(cluster, script, expected):
+    done = cluster.submit(script)
+    assert expected in done.stdout
+    assert "succeeded" in done.stdout
+    assert f"code from {cluster.checkout}" in done.stdout
+
+
+@pytest.mark.parametrize(("script", "flags", "expected"), JOBS_WITH_FLAGS)
+def test_submitted_with_a_working_directory(cluster, script, flags, expected):
+    done = cluster.submit("--working-dir", ".", "--", "python", script, *flags)
+    assert expected in done.stdout
+    assert "succeeded" in done.stdout
+    assert "code from the job's working directory" in done.stdout
+
+
+def test_a_failing_job_has_failed(cluster):
+    done = cluster.submit("--working-dir", ".", "--", "python", "jobs/probe.py", "--fail", check=False)
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert "error: --fail: this job was told to fail" in output
+    assert "Traceback" not in output.partition("error: --fail")[0]
+    assert "failed" in output
+    assert "FAILED" in cluster_jobs(cluster)
+
+
+def cluster_jobs(cluster: Cluster) -> str:
+    done = run_command(["ray", "job", "list"], env=cluster.env, check=True, timeout_s=60, cwd=cluster.checkout)
+    return done.stdout + done.stderr
+
+
+def test_workers_on_another_node_run_the_drivers_code(cluster, short_tmp):
+    # The second node has another version: with a plain ray.init() that one runs there.
+    control = result_of(cluster.submit("--", "python", "jobs/probe.py", "--plain-init").stdout)
+    assert control["here"] != control["there"]
+
+    # Submitted without a working directory: connect() ships the checkout.
+    shipped = result_of(cluster.submit("jobs/probe.py").stdout)
+    assert shipped["here"] == shipped["there"] == control["here"]
+    assert Path(shipped["folder"]).is_relative_to(short_tmp / "ray"), "the copy that Ray made of it"
+
+
+def test_plain_python_joins_the_cluster_of_ray_address(cluster):
+    def run(address: str, check: bool = True, **more: str) -> "subprocess.CompletedProcess[str]":
+        env = cluster.env | {"RAY_ADDRESS": address, **more}
+        command = ["python", "jobs/probe.py", "--flag", "plain"]
+        return run_command(command, env=env, check=check, timeout_s=120, cwd=cluster.checkout)
+
+    done = run(cluster.gcs_address)
+    result = result_of(done.stdout)
+    assert result["flag"] == "plain"
+    assert result["here"] == result["there"]
+    assert f"Ray: joined {cluster.gcs_address}, 5 CPUs, 0 GPUs" in done.stderr
+
+    refused = run(cluster.gcs_address, check=False, RAY_AUTH_TOKEN="0" * 64)
+    assert refused.returncode == 1
+    assert f"error: RAY_ADDRESS={cluster.gcs_address}: the cluster refuses this token" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
