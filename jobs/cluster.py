@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
-from ray.core.generated.autoscaler_pb2 import NodeStatus
+from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
 from ray.util.placement_group import placement_group_table
 
 from mmcore.errors import InputError
@@ -56,8 +57,7 @@ def connect() -> None:
     Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job that came without a
     working directory ships its repository root, so that workers on other nodes run the driver's code and not
     what happens to be installed there. Prints one line to stderr. Sets, where they are unset,
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
-    RAY_SCHEDULER_EVENTS.
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH.
 
     Raises:
         InputError: the address is of the wrong kind, nothing answers there, or the token is refused.
@@ -95,16 +95,14 @@ def _start_local() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
         token_note = "" if "RAY_AUTH_TOKEN" in os.environ else f" (it asks for the token in {token_file})"
-    # Ray's "add suitable node types", on the job's stdout, where there is no autoscaler that could.
-    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     context = ray.init(
         # Not None, which would join a Ray that somebody else started on this machine.
         address="local",
-        num_cpus=max(MIN_LOCAL_CPUS, get_num_cpus()),
+        num_cpus=max(MIN_LOCAL_CPUS, int(get_num_cpus())),
         # Without the dashboard Ray Train's controller logs an error every second.
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        logging_level="warning",
+        logging_level=logging.WARNING,
         _temp_dir=str(folder),
     )
     _say(f"Ray: started on this machine, {_totals()}, dashboard http://{context.dashboard_url}{token_note}")
@@ -133,17 +131,22 @@ def _join(address: str) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
     _reload_auth_mode()
     try:
-        gcs_host, _, gcs_port = canonicalize_bootstrap_address(address).rpartition(":")
+        gcs_address = canonicalize_bootstrap_address(address)
+        assert gcs_address is not None, "only None and `local` stand for a new cluster"
+        gcs_host, _, gcs_port = gcs_address.rpartition(":")
         # Ray itself goes on trying a dead address for several minutes.
         socket.create_connection((gcs_host.strip("[]"), int(gcs_port)), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({_one_line(error)})") from error
+    # Ray announces there, at each start, that it leaves out .git and .venv, which .rayignore does anyway.
+    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
     try:
-        context = ray.init(address=address, runtime_env=runtime_env or None, logging_level="warning")
-    except ray.exceptions.AuthenticationError as error:
+        context = ray.init(address=address, runtime_env=runtime_env or None, logging_level=logging.WARNING)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise InputError(
-            f"RAY_ADDRESS={address}: the cluster refuses this token; export RAY_AUTH_MODE=token and "
-            f"RAY_AUTH_TOKEN_PATH, or `disabled` where the cluster has none ({_one_line(error)})"
+            f"RAY_ADDRESS={address}: something answers there but does not let this job in; export "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the cluster's own token, or "
+            f"RAY_AUTH_MODE=disabled where it has none ({_one_line(error)[:200]})"
         ) from error
     code = f"code from {ROOT}" if working_dir is None else "code from the job's working directory"
     dashboard = f"dashboard http://{context.dashboard_url}" if context.dashboard_url else "no dashboard"
@@ -169,14 +172,14 @@ def _temp_dir() -> Path:
 
 
 def _token_exists() -> bool:
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
     return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
 
 
 def _reload_auth_mode() -> None:
     """Ray reads RAY_AUTH_MODE once, when it is imported; `ray.init` itself reloads it by this call."""
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     Config.initialize("")
 
@@ -226,9 +229,7 @@ class Watchdog:
     autoscaler may take minutes.
     """
 
-    def __init__(
-        self, what: str, stall_timeout_s: float | None = None, report_after_s: float = FIRST_REPORT_S
-    ) -> None:
+    def __init__(self, what: str, stall_timeout_s: float | None = None, report_after_s: float = FIRST_REPORT_S) -> None:
         if stall_timeout_s is not None and stall_timeout_s <= 0:
             raise InputError(f"--stall-timeout {stall_timeout_s:g}: must be more than 0 seconds")
         self.what = what
@@ -290,7 +291,7 @@ def describe_waiting() -> str:
     """
     if not ray.is_initialized():
         return "not connected to a cluster"
-    gcs = ray._private.worker.global_worker.gcs_client
+    gcs = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
     # Ray Train takes its placement group back and asks again once a minute: look twice before saying nothing.
     for attempt in range(3):
         if attempt:
@@ -327,9 +328,7 @@ def describe_waiting() -> str:
 def _pending_demands(state: Any) -> list[tuple[list[Counter[str]], str]]:
     """(bundles that must be placed at once, their description) for all that waits in the scheduling state."""
     demands: list[tuple[list[Counter[str]], str]] = []
-    names = {
-        group_id: group["name"] for group_id, group in placement_group_table().items() if group["name"]
-    }
+    names = {group_id: group["name"] for group_id, group in placement_group_table().items() if group["name"]}
     for gang in state.pending_gang_resource_requests:
         bundles = [_real_resources(request.resources_bundle) for request in gang.requests]
         name = names.get(gang.details.partition(":")[0])
@@ -359,11 +358,7 @@ def _real_resources(resources: Mapping[str, float]) -> Counter[str]:
     """Without what Ray derives from them: `node:10.0.0.1`, and `CPU_group_ab12` of a placement group, which
     counts CPUs a second time."""
     return Counter(
-        {
-            name: amount
-            for name, amount in resources.items()
-            if not name.startswith("node:") and "_group_" not in name
-        }  # type: ignore[arg-type]
+        {name: amount for name, amount in resources.items() if not name.startswith("node:") and "_group_" not in name}  # type: ignore[arg-type]
     )
 
 

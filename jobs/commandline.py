@@ -1,25 +1,40 @@
 """The edge between a job and the shell: exit codes and one-line errors."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mmcore.errors import InputError
 
 
-def find_input_error(error: BaseException) -> InputError | None:
-    """The user's mistake behind `error`, where a Ray task or actor raised it on another process."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it came from, through Ray's errors of tasks and actors too."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        if isinstance(current, InputError):
-            return current
+        yield current
         current = getattr(current, "cause", None) or current.__cause__ or current.__context__
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user where they, their disk or their storage are the cause; None for a fault of ours."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    for cause in _causes(error):
+        if isinstance(cause, InputError):
+            return str(cause)
+        if isinstance(cause, BotoCoreError | ClientError):
+            return f"S3 refused or did not answer: {cause}; check the URI, the AWS_* variables and the network"
+        if isinstance(cause, PermissionError | FileExistsError | NotADirectoryError) or (
+            isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None
+        ):
+            return f"{cause.filename}: {os.strerror(cause.errno or 0)}; check the path and the free space"
     return None
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job's `main`; a user's mistake becomes one line on stderr and exit code 1."""
+    """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1."""
     # A pipe or a log file must show progress as it happens, not when a buffer fills.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -30,8 +45,8 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        mistake = find_input_error(error)
-        if mistake is None:
+        line = one_line(error)
+        if line is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -2,28 +2,34 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+import torch
+from ray.data import Dataset
 
 from jobs.sweep import plan_blocks, run_sweep
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
-from mmcore.data.captions import read_dataset_facts
+from mmcore.data.captions import CaptionRows, read_dataset_facts
 from mmcore.data.columns import SUCCESS
+from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
+from mmcore.training import Batch
 
 # Rows that an encoder takes at once.
 _ENCODE_BATCH = 32
+# A streamed run shuffles among this many batches.
+_SHUFFLE_BATCHES = 32
 
 
 class EncodeImages:
     """Images -> one tensor each: frozen tokens in fp16, or the squashed pixels for a recipe that trains its encoder."""
 
     def __init__(self, encoder: str, image_size: int, flip: bool) -> None:
-        import torch
-
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, device)
         self.image_size, self.flip = image_size, flip
@@ -53,6 +59,7 @@ class CachedColumn:
 
     folder: Storage
     shape: tuple[int, ...]
+    dtype: str
     num_rows: int
     encoded_now: int
 
@@ -92,7 +99,36 @@ def cached_image_column(
         encoded_now = done["rows_done_now"]
         _finish(folder, key, blocks.num_rows)
     facts = json.loads(folder.read(SUCCESS))
-    return CachedColumn(folder, tuple(facts["shape"]), facts["num_rows"], encoded_now)
+    return CachedColumn(folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now)
+
+
+def streamed_column(column: CachedColumn, image_ids: Sequence[str]) -> Dataset:
+    """The rows `image_ids` of a cached column as a Ray Dataset, for ``get_dataset_shard``."""
+    filesystem, path = (column.folder / "parts").arrow()
+    wanted = frozenset(image_ids)
+    dataset = ray.data.read_parquet(path, filesystem=filesystem)
+    return dataset.filter(lambda row: row["image_id"] in wanted, num_cpus=0.25)
+
+
+class StreamedCaptionRows(CaptionRows):
+    """Training rows from this worker's shard of a Ray Dataset; validation rows by lookup, as they are few."""
+
+    def __init__(self, *arguments: Any, shard: Any, shape: tuple[int, ...], dtype: str, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.shard, self.shape, self.dtype = shard, shape, np.dtype(dtype)
+        self.row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
+
+    def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch]:
+        batches = self.shard.iter_batches(
+            batch_size=rows_per_batch,
+            drop_last=True,
+            local_shuffle_buffer_size=_SHUFFLE_BATCHES * rows_per_batch,
+            local_shuffle_seed=derive_seed(self.seed, "stream", epoch) % 2**32,
+        )
+        for batch in batches:
+            images = np.stack([np.frombuffer(value, self.dtype).reshape(self.shape) for value in batch["value"]])
+            rows = np.array([self.row_of[image_id] for image_id in batch["image_id"]])
+            yield self.with_captions(torch.from_numpy(images), rows)
 
 
 def _finish(folder: Storage, key: str, num_rows: int) -> None:

@@ -17,10 +17,8 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +31,10 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs.cluster import Watchdog, connect
 from jobs.commandline import run
+from jobs.progress import Report, progress
 from mmcore.data.archive import unpack_zip
 from mmcore.data.flickr8k import SPLIT_COLUMNS, Flickr8k, photo_row, read_flickr8k
 from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, unpack_dataset
@@ -51,7 +48,6 @@ ROWS_PER_FILE = 1000
 # A file is made in memory by one task, and one Arrow column of bytes ends at 2 GiB.
 MAX_BYTES_PER_FILE = 256 * 2**20
 POLL_INTERVAL_S = 0.5
-LINE_INTERVAL_S = 5.0
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _COMMON_FIELDS = [
     pa.field("image_id", pa.string()),
@@ -59,8 +55,6 @@ _COMMON_FIELDS = [
     pa.field("image", pa.binary()),
     pa.field("captions", pa.list_(pa.string())),
 ]
-
-Report = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +73,7 @@ class PrepareSettings:
     """Make the dataset anew even if it is finished. The old one stays until the new one is complete."""
     stall_timeout_s: Annotated[float | None, tyro.conf.arg(name="stall-timeout", metavar="SECONDS")] = None
     """End the job after this time without progress. By default it waits: an autoscaler needs minutes."""
-    shapes: Annotated[ShapesSettings, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=ShapesSettings
-    )
+    shapes: Annotated[ShapesSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ShapesSettings)
 
     def check(self) -> None:
         """Raise InputError where the fields do not go together."""
@@ -206,11 +198,11 @@ def _read_source(settings: PrepareSettings, scratch: Path) -> Flickr8k:
     elif path.is_dir() and not is_saved_dataset(path):
         folder = path
     elif path.is_dir() or looks_like_hub_name(settings.source):
-        with _progress("unpacking") as report:
+        with progress("unpacking", "images") as report:
             unpack_dataset(str(path), folder, progress=report)
     else:
         raise InputError(f"--source {settings.source}: no such folder or zip")
-    with _progress("checking") as report:
+    with progress("checking", "images") as report:
         source = read_flickr8k(folder, label=str(path), skip_bad=settings.skip_bad, progress=report)
     return dataclasses.replace(source, skipped=(*skipped, *source.skipped))
 
@@ -237,9 +229,9 @@ def _write(settings: PrepareSettings, plan: _Plan, target: Storage) -> dict[str,
     attempt = unfinished / uuid.uuid4().hex
     try:
         with Watchdog(f"prepare {settings.dataset}", settings.stall_timeout_s) as watchdog:
-            with _progress("writing") as report, _following(attempt, plan, report, watchdog):
+            with progress("writing", "images") as report, _following(attempt, plan, report, watchdog):
                 _run_ray_data(plan, attempt)
-            with _progress("verifying") as report:
+            with progress("verifying", "images") as report:
                 summary = _inspect(plan, attempt, report, watchdog)
         summary = {
             "dataset": settings.dataset,
@@ -271,7 +263,9 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
         num_cpus = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
         # The source lies on the driver's machine, and a local storage is its disk. With one CPU, what a write
         # takes, Ray joins both into one task there; a head that lends no CPU reads and others write.
-        remote_args = {"label_selector": {"ray.io/node-id": node_id}, "num_cpus": 1 if num_cpus >= 1 else 0}
+        remote_args = {"label_selector": {"ray.io/node-id": node_id}, "num_cpus": 1}
+        if num_cpus < 1:
+            remote_args |= {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=os.cpu_count())}
     part_refs = [ray.put(part) for part in plan.parts]
     dataset = ray.data.from_items(
         [{"part": index} for index in range(len(plan.parts))], override_num_blocks=len(plan.parts)
@@ -360,28 +354,6 @@ def _following(attempt: Storage, plan: _Plan, report: Report, watchdog: Watchdog
     finally:
         stop.set()
         thread.join()
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Report]:
-    """`report(done, total)` in images: a bar on a terminal, a line every few seconds in a log; on stderr."""
-    if sys.stderr.isatty():
-        columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            task = bars.add_task(f"{what} images", total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
-        return
-    started = last = time.monotonic()
-    last_done = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal last, last_done
-        now = time.monotonic()
-        if done != last_done and (now - last >= LINE_INTERVAL_S or done == total):
-            last, last_done = now, done
-            print(f"{what}: {done:,} of {total:,} images, {now - started:.0f} s", file=sys.stderr, flush=True)
-
-    yield report
 
 
 def _listed(settings: dict[str, Any]) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jobs.cluster import Watchdog, connect
+from jobs.progress import progress
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
@@ -28,8 +28,6 @@ from mmcore.storage import Storage
 MAX_BLOCKS = 10_000
 ROWS_PER_BLOCK = 64
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Seconds between the lines that stand in for a progress bar in a log file.
-_LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,8 @@ def _parquet_blocks(
                 raise InputError(f"{source}/{shard}: no column {needed!r}; it has {', '.join(names)}")
         for group in range(file.metadata.num_row_groups):
             table = file.read_row_group(group, columns=["image_id", *([column] if split else [])])
-            rows = [
-                row for row, value in enumerate(table[column].to_pylist() if split else [name] * len(table)) if value == name
-            ]
+            values = table[column].to_pylist() if split else [name] * len(table)
+            rows = [row for row, value in enumerate(values) if value == name]
             chosen = table["image_id"].take(pa.array(rows, pa.int64())).to_pylist()
             ids += chosen
             items += [
@@ -209,16 +206,13 @@ def run_sweep(
     connect()
     start = time.perf_counter()
     num_rows_before = blocks.num_rows - sum(_num_rows(item) for item in todo)
-    with Watchdog(what, stall_timeout_s) as watchdog:
-        for row in progress_bar(
-            what,
-            _results(out, blocks.source, todo, worker_type, worker_kwargs, num_threads),
-            blocks.num_rows,
-            num_rows_before,
-        ):
+    with Watchdog(what, stall_timeout_s) as watchdog, progress(what, "images") as report:
+        report(num_rows_before, blocks.num_rows)
+        for row in _results(out, blocks.source, todo, worker_type, worker_kwargs, num_threads):
             watchdog.beat()
             facts["rows_done_now"] += int(row["num_rows"])
             facts["load_s"] = max(facts.get("load_s", 0.0), float(row["load_s"]))
+            report(num_rows_before + facts["rows_done_now"], blocks.num_rows)
     facts["seconds"] = time.perf_counter() - start
     missing = {item["block"] for item in blocks.items} - committed_blocks(out)
     if missing:
@@ -267,27 +261,9 @@ def _results(
     yield from dataset.iter_rows()
 
 
-def progress_bar(what: str, rows: Iterator[dict[str, Any]], total: int, done: int) -> Iterator[dict[str, Any]]:
-    """Pass `rows` on (each counts ``num_rows``); a bar on a terminal, a line every 10 s in a log."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    start = last = time.monotonic()
-    before = done
-    with Progress(*columns, disable=None) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        for row in rows:
-            done += int(row["num_rows"])
-            bar.update(task, completed=done)
-            now = time.monotonic()
-            if bar.disable and (now - last >= _LOG_EVERY_S or done == total):
-                last = now
-                print(f"{what}: {done}/{total} images, {(done - before) / (now - start):.1f} images/s", flush=True)
-            yield row
-
-
 def read_parts(out: Storage, columns: list[str] | None = None) -> pa.Table:
     """All committed rows, in the order of the plan."""
     folder = out / "parts"
     filesystem, path = folder.arrow()
-    return pa.concat_tables(
-        pq.ParquetFile(f"{path}/{name}", filesystem=filesystem).read(columns=columns) for name in folder.list(".parquet")
-    )
+    files = (pq.ParquetFile(f"{path}/{name}", filesystem=filesystem) for name in folder.list(".parquet"))
+    return pa.concat_tables(file.read(columns=columns) for file in files)

@@ -6,20 +6,25 @@ Command: python jobs/train_resnet_captioner.py --variant best --storage URI --en
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray.train
 import torch
 
+from jobs.cluster import connect
 from jobs.commandline import run
-from jobs.dataset import cached_image_column
-from jobs.prepare import PrepareSettings, prepare
+from jobs.dataset import StreamedCaptionRows, cached_image_column, streamed_column
+from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.trainer import Job, Setup, check_new_run, parse_job, run_training
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
-from mmcore.captioners.vision import SCRATCH
+from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.data.captions import CaptionRows, read_captions
 from mmcore.data.columns import default_cache, open_column
+from mmcore.errors import InputError
+from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -43,16 +48,22 @@ def setup(job: Job, facts: dict[str, Any]) -> Setup:
     """Model and rows, on a worker."""
     recipe: ResNetCaptionerRecipe = job.recipe
     vocabulary = WordVocabulary.from_json(facts["vocabulary"])
-    views = [open_column(Storage(folder), default_cache()) for folder in facts["columns"]]
     table = read_captions(job.storage, recipe.dataset, recipe.split)
-    rows = CaptionRows(
-        table,
-        views,
-        vocabulary,
-        captions_per_image=recipe.captions_per_image,
-        max_length=recipe.max_length,
-        seed=recipe.train.seed,
-    )
+    folders = [Storage(folder) for folder in facts["columns"]]
+    keywords = {
+        "captions_per_image": recipe.captions_per_image,
+        "max_length": recipe.max_length,
+        "seed": recipe.train.seed,
+    }
+    rows: CaptionRows
+    if job.options.stream:
+        only = [table.image_ids[row] for row in table.rows("validation")]
+        views = [open_column(folder, default_cache(), only) for folder in folders]
+        shard = ray.train.get_dataset_shard("train")
+        shape, dtype = views[0].values.shape[1:], str(views[0].values.dtype)
+        rows = StreamedCaptionRows(table, views, vocabulary, shard=shard, shape=shape, dtype=dtype, **keywords)
+    else:
+        rows = CaptionRows(table, [open_column(folder, default_cache()) for folder in folders], vocabulary, **keywords)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = recipe.build(vocabulary, facts["encoder_width"])
 
@@ -74,14 +85,13 @@ def describe(job: Job, vocabulary: WordVocabulary, encoder_width: int, num_train
     trainable = sum(parameter.numel() for parameter in model.parameters())
     frozen = 0
     if recipe.encoder != SCRATCH:
-        from transformers import AutoModel
-
-        frozen = sum(parameter.numel() for parameter in AutoModel.from_pretrained(recipe.encoder).parameters())
+        encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size).model
+        frozen = sum(parameter.numel() for parameter in encoder.parameters())
     steps_per_epoch, total = num_steps(recipe.train, num_train)
     print(
-        f"parameters: {(trainable + frozen) / 1e6:.1f} M in all, {trainable / 1e6:.1f} M trainable "
-        f"(Table 1: {TABLE_1[0]} M and {TABLE_1[1]} M); vocabulary {len(vocabulary)} words\n"
-        f"steps: {total} of {recipe.train.batch_size} images, {steps_per_epoch} an epoch",
+        f"parameters: {(trainable + frozen) / 1e6:.2f} M in all, {trainable / 1e6:.2f} M trainable "
+        f"(Table 1: {TABLE_1[0]} M and {TABLE_1[1]} M); vocabulary {len(vocabulary):,} words\n"
+        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
         flush=True,
     )
     if job.variant == "report":
@@ -92,17 +102,39 @@ def describe(job: Job, vocabulary: WordVocabulary, encoder_width: int, num_train
         )
 
 
+def dry_run(job: Job) -> None:
+    """Print the resolved recipe and what would be read and written; nothing is written."""
+    recipe, storage = job.recipe, job.storage
+    print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
+    print(f"reads:  {storage}/data/{recipe.dataset}, {storage}/features (encoded first where missing)")
+    print(f"writes: {job.run}, copies of the features in {default_cache()}")
+    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
+        print("sizes and steps: known once the Shapes data is made, which this job does first")
+        return
+    table = read_captions(storage, recipe.dataset, recipe.split)
+    width = 0
+    if recipe.encoder != SCRATCH:
+        blank = np.zeros((1, recipe.image_size, recipe.image_size, 3), np.uint8)
+        width = FrozenVisionEncoder(recipe.encoder, recipe.image_size)(blank).shape[-1]
+    describe(job, build_vocabulary(recipe, storage), width, len(table.rows("train")))
+
+
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary."""
     check_new_run(job)
     if Path(job.recipe.encoder).is_dir():
         # Absolute: a worker's working directory is not the driver's.
-        job = dataclasses.replace(
-            job, recipe=dataclasses.replace(job.recipe, encoder=str(Path(job.recipe.encoder).absolute()))
-        )
+        recipe = dataclasses.replace(job.recipe, encoder=str(Path(job.recipe.encoder).absolute()))
+        job = dataclasses.replace(job, recipe=recipe)
     recipe, storage = job.recipe, job.storage
-    if recipe.dataset == "shapes" and not job.options.dry_run:
-        prepare(PrepareSettings(dataset="shapes", storage=storage.uri))
+    if job.options.stream and recipe.flip:
+        raise InputError("--stream reads one view of each image; add --no-flip")
+    if job.options.dry_run:
+        dry_run(job)
+        return {}
+    # Shapes of any settings will do: somebody may have made more of them.
+    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
+        prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
     table = read_captions(storage, recipe.dataset, recipe.split)
     vocabulary = build_vocabulary(recipe, storage)
     columns = [
@@ -120,12 +152,15 @@ def train(job: Job) -> dict[str, Any]:
     describe(job, vocabulary, encoder_width, len(table.rows("train")))
     facts = {
         "encoder_width": encoder_width,
-        "image_tokens": int(np.prod(columns[0].shape[:-1])),
         "dataset_fingerprint": table.facts["fingerprint"],
         "columns": [column.folder.uri for column in columns],
         "vocabulary": vocabulary.to_json(),
     }
-    return run_training(job, setup, facts)
+    datasets = None
+    if job.options.stream:
+        connect()
+        datasets = {"train": streamed_column(columns[0], [table.image_ids[row] for row in table.rows("train")])}
+    return run_training(job, setup, facts, datasets)
 
 
 def main() -> None:

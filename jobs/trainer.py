@@ -16,17 +16,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import ray
 import ray.train
 import tyro
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from jobs.cluster import ROOT, Watchdog, connect
+from jobs.progress import progress
 from mmcore.errors import InputError
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
@@ -34,10 +34,7 @@ from mmcore.training import Rows, RunHooks, Training, check_batch, write_history
 
 # A crash is retried this often; losing a machine to preemption is no crash and is retried without limit.
 MAX_CRASHES = 3
-_LOG_EVERY_S = 10.0
 _POLL_S = 0.5
-
-RecipeT = TypeVar("RecipeT")
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     run = job.run
     last_update = 0.0
 
-    def progress(values: dict[str, Any]) -> None:
+    def send_progress(values: dict[str, Any]) -> None:
         nonlocal last_update
         now = time.monotonic()
         if now - last_update >= _POLL_S / 2 or values["step"] == values["total"]:
@@ -228,7 +225,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             publish(run, training.state.history, workdir)
 
     setup: Setup = setup_fn(job, config["facts"])
-    hooks = RunHooks(commit=commit, progress=progress, samples=setup.samples)
+    hooks = RunHooks(commit=commit, progress=send_progress, samples=setup.samples)
     checkpoint = ray.train.get_checkpoint()
     try:
         if checkpoint is None:
@@ -287,21 +284,26 @@ def _save_model(run: Storage, weights: dict[str, Any], workdir: Path) -> None:
 # -- on the driver -------------------------------------------------------------------------------------------------
 
 
-def run_training(job: Job, setup: Callable[[Job, dict[str, Any]], Setup], facts: dict[str, Any]) -> dict[str, Any]:
+def run_training(
+    job: Job,
+    setup: Callable[[Job, dict[str, Any]], Setup],
+    facts: dict[str, Any],
+    datasets: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train `job` to its end, going on from what is committed. Raises InputError where the run cannot go on.
 
-    `setup(job, facts)` runs on every worker and makes the model and its rows. Returns the run's summary, which
-    ``_SUCCESS`` holds too.
+    `setup(job, facts)` runs on every worker and makes the model and its rows; `datasets` are Ray Datasets that a
+    streamed run splits over its workers. Returns the run's summary, which ``_SUCCESS`` holds too.
     """
     open_run(job, facts)
     connect()
-    filesystem, path = job.run.parent.arrow()
+    filesystem, path = job.run.parent.arrow_whole_files()
     if not job.run.is_s3:
         Path(path).mkdir(parents=True, exist_ok=True)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     monitor = RunMonitor.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
-        _train_on_worker,
+        _train_on_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "setup": setup, "facts": facts, "monitor": monitor},
         scaling_config=ScalingConfig(
             num_workers=job.options.num_workers,
@@ -309,11 +311,12 @@ def run_training(job: Job, setup: Callable[[Job, dict[str, Any]], Setup], facts:
             # Half a CPU: on two cores, workers of one CPU each would leave none for reading data (a deadlock).
             resources_per_worker={"CPU": 0.5, **({"GPU": 1} if use_gpu else {})},
         ),
+        datasets=datasets,
         run_config=RunConfig(
             name=job.run.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=MAX_CRASHES, max_preemption_failures=-1),
+            failure_config=FailureConfig(max_failures=MAX_CRASHES, max_preemption_failures=-1),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
@@ -325,7 +328,7 @@ def run_training(job: Job, setup: Callable[[Job, dict[str, Any]], Setup], facts:
             raise InputError(
                 f"{job.run}: training failed: {_first_line(error)}; the same command goes on from the last checkpoint"
             ) from error
-    summary = result.return_value or {}
+    summary: dict[str, Any] = result.return_value or {}  # type: ignore[attr-defined]
     if "error" in summary:
         raise InputError(summary["error"])
     summary = {**summary, "wall_seconds": round(time.perf_counter() - start, 1), "num_workers": job.options.num_workers}
@@ -359,28 +362,15 @@ class _Follower:
         self.watchdog.__exit__(*details)
 
     def _follow(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        seen, last_line = -1, 0.0
-        with Progress(*columns, disable=None) as bar:
-            task = bar.add_task("starting workers", total=None)
+        seen = -1
+        with progress(f"train {self.job.recipe_name}", "steps") as report:
             while not self.stop.wait(_POLL_S):
                 try:
-                    progress = ray.get(self.monitor.latest.remote(), timeout=10)
+                    latest = ray.get(self.monitor.latest.remote(), timeout=10)
                 except ray.exceptions.RayError:
                     continue  # the monitor comes back or the run ends; the watchdog speaks meanwhile
-                if not progress or progress["step"] == seen:
-                    continue
-                seen = progress["step"]
-                self.watchdog.beat()
-                text = f"loss {progress['loss']:.4f}, {progress['rows_per_s']:.0f} rows/s"
-                bar.update(task, description=text, completed=seen, total=progress["total"])
-                now = time.monotonic()
-                if bar.disable and (now - last_line >= _LOG_EVERY_S or seen == progress["total"]):
-                    last_line = now
-                    print(f"step {seen}/{progress['total']} (epoch {progress['epoch']:.2f}): {text}", flush=True)
+                if latest and latest["step"] != seen:
+                    seen = latest["step"]
+                    self.watchdog.beat()
+                    speed = f"loss {latest['loss']:.4f}, {latest['rows_per_s']:.0f} rows/s"
+                    report(seen, latest["total"], f"epoch {latest['epoch']:.2f}, {speed}")

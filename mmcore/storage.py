@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.fs
+from fsspec.implementations.local import LocalFileSystem
 
 from mmcore.errors import InputError
 
@@ -42,6 +44,56 @@ def _s3_client(process_id: int) -> Any:
     )
 
 
+class _WholeFile:
+    """A file under a name of its own that takes its real name when it is closed, unless writing failed."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.temporary = path, f"{path}.{uuid.uuid4().hex}.tmp"
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed by `close`)
+        self.failed = False
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file.closed:
+            return
+        try:
+            # Arrow closes a file whose write failed too; that one must not take the name.
+            if not self.failed:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                os.replace(self.temporary, self.path)
+        finally:
+            Path(self.temporary).unlink(missing_ok=True)
+            self.file.close()
+
+
+class _WholeFiles(pyarrow.fs.FSSpecHandler):
+    """The local disk for Arrow, where a file appears whole or not at all.
+
+    Arrow's own empties a file and then fills it: killed in between, or on a full disk, Ray Train would leave its
+    snapshot, the commit point of a run, torn.
+    """
+
+    def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
+        return pa.PythonFile(_WholeFile(path), mode="w")
+
+
 @dataclass(frozen=True)
 class Storage:
     """A folder named by `uri`; `storage / "runs" / "x"` names a folder inside it without touching it."""
@@ -53,9 +105,8 @@ class Storage:
         if uri.startswith(_S3):
             parts = urlsplit(uri)
             if not parts.netloc or "@" in parts.netloc or parts.query:
-                raise InputError(
-                    f"storage {uri.split('@')[-1]!r}: write s3://bucket/prefix; keys and endpoint come from AWS_* variables"
-                )
+                safe = uri.split("@")[-1]
+                raise InputError(f"storage {safe!r}: write s3://bucket/prefix; keys come from AWS_* variables")
             uri = uri.rstrip("/")
         elif "://" in uri:
             raise InputError(f"storage {uri!r}: only a local path or s3://bucket/prefix is supported")
@@ -145,14 +196,19 @@ class Storage:
             from botocore.exceptions import ClientError
 
             bucket, key = self._key(name)
-            try:
-                _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                if error.response["Error"]["Code"] in ("PreconditionFailed", "412"):
-                    # A retry after a lost answer meets its own object: the same bytes are ours.
-                    return self.read(name) == data
-                raise
-            return True
+            while True:
+                try:
+                    _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                    return True
+                except ClientError as error:
+                    code = error.response["Error"]["Code"]
+                    if code == "ConditionalRequestConflict":
+                        continue  # another writer is at it: S3 asks to try again, and then says who won
+                    if code in ("PreconditionFailed", "412"):
+                        # A retry after a lost answer meets its own object: only then are the same bytes ours.
+                        retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                        return retried and self.read(name) == data
+                    raise
         temporary = self._write_temporary(name, data)
         try:
             os.link(temporary, self._path(name))
@@ -199,7 +255,8 @@ class Storage:
         """Sorted names of the folders directly in this one."""
         if not self.is_s3:
             folder = self._path()
-            return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name != ".tmp") if folder.is_dir() else []
+            entries = folder.iterdir() if folder.is_dir() else []
+            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name != ".tmp")
         bucket, key = self._key()
         prefix = key and key + "/"
         names: builtins.list[str] = []
@@ -262,3 +319,9 @@ class Storage:
         if region:
             options["region"] = region
         return pyarrow.fs.S3FileSystem(**options), self.uri[len(_S3) :]
+
+    def arrow_whole_files(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """As `arrow`, for a writer whose files must appear whole or not at all (on S3 they do anyway)."""
+        if self.is_s3:
+            return self.arrow()
+        return pyarrow.fs.PyFileSystem(_WholeFiles(LocalFileSystem())), self.uri

@@ -100,7 +100,15 @@ def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
 
 
 def check_batch(settings: TrainSettings, num_workers: int) -> None:
-    """Raise InputError unless the global batch divides evenly over workers and micro-batches."""
+    """Raise InputError unless all counts are positive and the batch divides evenly over workers and micro-batches."""
+    counts = ("num_epochs", "max_steps", "batch_size", "gradient_accumulation", "validate_every_epochs")
+    counts += ("checkpoint_every_steps", "log_every_steps")
+    for name in counts:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} must be at least 1; mend it with --{name.replace('_', '-')}")
+    if num_workers < 1:
+        raise InputError(f"num_workers {num_workers} must be at least 1; mend it with --num-workers")
     parts = num_workers * settings.gradient_accumulation
     if settings.batch_size % parts:
         raise InputError(
@@ -192,14 +200,18 @@ class Training:
         """`workdir`: a local folder for checkpoints under way. `resume_from`: a checkpoint folder."""
         self.settings, self.rows, self.hooks, self.workdir = settings, rows, hooks, workdir
         on_gpu = torch.cuda.is_available()
+        num_threads = torch.get_num_threads()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.precision = resolve_precision(settings, device)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not on_gpu, step_scheduler_with_optimizer=False
         )
+        torch.set_num_threads(num_threads)  # accelerate sets its own number where OMP_NUM_THREADS is unset
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         check_batch(settings, self.world_size)
         self.steps_per_epoch, self.total_steps = num_steps(settings, rows.num_train)
+        if rows.num_validation < 1:
+            raise InputError("no row to validate on: the validation split is empty; choose another with --split")
         if self.precision == "fp64":
             model = model.double()
         self.model = model.to(self.accelerator.device)
@@ -209,9 +221,11 @@ class Training:
         self.ema = copy.deepcopy(self.model) if settings.ema_decay is not None else None
         self.best: dict[str, Tensor] = {}
         self.state = Progress()
-        self.resumed = resume_from is not None
+        self.output_names: list[str] = []
         if resume_from is not None:
             self._load(resume_from)
+        # The last step that is safe; a checkpoint that resumes is.
+        self.committed_step = self.state.step
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.parameters = parameters
 
@@ -235,11 +249,14 @@ class Training:
 
     def _commit(self, metrics: dict[str, Any]) -> None:
         """Hand a checkpoint to the outside; every rank calls it at the same step."""
+        weights = checkpoint.trainable_state(self.model)
+        if not all(torch.isfinite(weight).all() for weight in weights.values()):
+            raise self._diverged("some weights are not finite", self.state.step)
         folder = None
         if self.rank == 0:
             folder = self.workdir / f"step-{self.state.step:08d}"
             tensors = {
-                "weights": checkpoint.trainable_state(self.model),
+                "weights": weights,
                 "optimizer": checkpoint.optimizer_state(self.optimizer),
             }
             if self.ema is not None:
@@ -314,15 +331,14 @@ class Training:
         count = totals.pop("count")
         means = {name: value / count for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
-            raise InputError(
-                f"the loss is {means['loss']} at step {step}; the last good checkpoint is "
-                f"{self._last_checkpoint()}; lower --lr (now {settings.lr}), or look at the data of this step"
-            )
+            raise self._diverged(f"the loss is {means['loss']}", step + 1)
         # Each backward pass summed over its rows; DDP averaged over workers. Now divide once by the whole count.
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, self.world_size / count)
         if settings.clip_grad_norm is not None:
             means["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad_norm).item()
+            if not math.isfinite(means["grad_norm"]):
+                raise self._diverged(f"the gradient's norm is {means['grad_norm']}", step + 1)
         lr = settings.lr * lr_factor(settings, step, self.total_steps, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -331,8 +347,13 @@ class Training:
             update_ema(self.ema, self.model, settings.ema_decay, step)
         return {**means, "lr": lr}
 
-    def _last_checkpoint(self) -> str:
-        return f"the one of step {self.committed_step}" if self.committed_step else "none yet"
+    def _diverged(self, what: str, step: int) -> InputError:
+        """The error for `what` at `step`, counted from 1 as in the metrics."""
+        good = f"the one of step {self.committed_step}" if self.committed_step else "none yet"
+        return InputError(
+            f"{what} at step {step}; the last good checkpoint is {good}; start anew with a lower --lr "
+            f"(now {self.settings.lr:g}), or look at the data of this step"
+        )
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -365,7 +386,6 @@ class Training:
     def run(self) -> dict[str, Tensor]:
         """Train to the last step. Returns the weights of the best validation, by name."""
         settings, state = self.settings, self.state
-        self.committed_step = state.step
         validate_every = settings.validate_every_epochs * self.steps_per_epoch
         batches = prefetched(itertools.islice(self._micro_batches(state.step), self.total_steps - state.step))
         clock = time.perf_counter()
@@ -407,14 +427,13 @@ class Training:
             source = checkpoint.trainable_state(self.eval_model())
             self.best = {name: value.clone() for name, value in source.items()}
         if not math.isfinite(metrics["validation_loss"]):
-            raise InputError(f"the validation loss is {metrics['validation_loss']} at step {state.step}; lower --lr")
+            raise self._diverged(f"the validation loss is {metrics['validation_loss']}", state.step)
         entry = {**metrics, "seconds": round(state.seconds, 3)}
         if self.rank == 0:
             seed_step(self.settings.seed, "samples")
             entry["samples"] = self.hooks.samples(self.eval_model(), state.step)
         state.history.append(entry)
         return metrics
-
 
 
 def write_history(history: list[dict[str, Any]]) -> bytes:

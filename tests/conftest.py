@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a local Ray, a local S3 server, and jobs run as a user runs them."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -44,10 +45,8 @@ def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float =
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the session that `process` was started in, and to nothing else."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -76,7 +76,9 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_probability: float, training: bool) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_probability: float, training: bool
+) -> Tensor:
     """Scaled dot-product attention, all of (R, H, T, K) with k and v of another length where not causal.
 
     Training on a CPU takes the products one by one: the backward pass of PyTorch's fused kernel was 29 % of a
@@ -211,6 +213,7 @@ class CaptionDecoder(nn.Module):
         super().__init__()
         self.width, self.num_heads, self.max_length, self.dropout = width, num_heads, max_length, dropout
         self.embedding = nn.Embedding(vocabulary_size, width)
+        self.positions_TD: Tensor
         self.register_buffer("positions_TD", sinusoidal_positions(max_length, width), persistent=False)
         self.layers = nn.ModuleList(
             DecoderLayer(width, num_heads, ffn_width, dropout, attention_dropout, norm_first)
@@ -222,6 +225,9 @@ class CaptionDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         if tie_embeddings:
             self.output.weight = self.embedding.weight
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         # sqrt(D) brings the embeddings (std 1/sqrt(D)) to the scale of the position codes.
@@ -248,14 +254,14 @@ class CaptionDecoder(nn.Module):
         num_rows = memory_BLD.shape[0] * rows_per_image
         shape = (num_rows, self.num_heads, num_positions, self.width // self.num_heads)
         return DecodingState(
-            caches=[(memory_BLD.new_zeros(shape), memory_BLD.new_zeros(shape)) for _ in self.layers],
-            memory_kv=[layer.memory_kv(memory_BLD) for layer in self.layers],
+            caches=[(memory_BLD.new_zeros(shape), memory_BLD.new_zeros(shape)) for _ in self._decoder_layers()],
+            memory_kv=[layer.memory_kv(memory_BLD) for layer in self._decoder_layers()],
         )
 
     def step(self, input_ids_R: Tensor, state: DecodingState) -> Tensor:
         """Logits (R, V) of the word after `input_ids_R`, which stands at ``state.position``."""
         x_RD = self._embed(input_ids_R, self.positions_TD[state.position])
-        for layer, cache, memory_kv in zip(self.layers, state.caches, state.memory_kv, strict=True):
+        for layer, cache, memory_kv in zip(self._decoder_layers(), state.caches, state.memory_kv, strict=True):
             x_RD = layer.step(x_RD, cache, memory_kv, state.position)
         state.position += 1
         return self.output(self.final_norm(x_RD))

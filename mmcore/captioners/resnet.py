@@ -110,7 +110,7 @@ class ResNetCaptioner(nn.Module):
         )
 
     def memory(self, images: Tensor) -> Tensor:
-        """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> what the decoder attends to, (B, L, D)."""
+        """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> memory of the decoder (B, L, D)."""
         tokens_BLE = images if self.encoder is None else self.encoder(images)
         memory_BLD = self.image_projection(tokens_BLE)
         if self.image_positions_LD is not None:

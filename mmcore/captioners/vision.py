@@ -4,6 +4,7 @@ Shapes: B images, L image tokens, C channels of a token, P pixels a side.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,11 +87,11 @@ class ScratchEncoder(nn.Module):
         super().__init__()
         channels = (3, width // 4, width // 2, width)
         layers: list[nn.Module] = []
-        for before, after in zip(channels[:-1], channels[1:], strict=True):
+        for before, after in itertools.pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU())
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 (B, P, P, 3) -> (B, (P/8)², width)."""
-        images = pixels.permute(0, 3, 1, 2).to(self.layers[0].weight.dtype).div(127.5).sub(1)
+        images = pixels.permute(0, 3, 1, 2).to(next(self.parameters()).dtype).div(127.5).sub(1)
         return self.layers(images).flatten(2).transpose(1, 2)

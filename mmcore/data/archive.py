@@ -32,9 +32,7 @@ def unsafe_member(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def unpack_zip(
-    path: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYTES, skip_bad: bool = False
-) -> list[str]:
+def unpack_zip(path: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYTES, skip_bad: bool = False) -> list[str]:
     """Unpack the zip `path` into the empty `folder`, member by member; return what was skipped and why.
 
     The whole list of members is checked before the first byte is written. `skip_bad` leaves out unsafe and

@@ -81,9 +81,11 @@ class CaptionRows:
         seed: int,
     ) -> None:
         """`views`: the image column, and the mirrored one where half of the images are to be mirrored."""
-        for view in views:
-            if list(view.image_ids) != table.image_ids:
-                raise InputError("the cached images are not those of the dataset; prepare it again with --fresh")
+        if len({view.image_ids for view in views}) != 1:
+            raise InputError("the cached views are not of the same images; remove STORAGE/features to make them anew")
+        places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
+        # -1 where a streamed run keeps no copy of the row.
+        self.place = np.array([places.get(image_id, -1) for image_id in table.image_ids])
         self.views, self.seed = [view.values for view in views], seed
         self.image_ids = table.image_ids
         self.train, self.validation = np.array(table.rows(TRAIN)), np.array(table.rows(VALIDATION))
@@ -102,20 +104,25 @@ class CaptionRows:
 
     def images(self, rows: np.ndarray, epoch: int | None) -> torch.Tensor:
         """The image column of `rows`; in training, the view that (seed, epoch, image_id) draws."""
+        places = self.place[rows]
+        assert (places >= 0).all(), "a row was looked up that is not on this machine"
         if epoch is None or len(self.views) == 1:
-            return torch.from_numpy(self.views[0][rows])
+            return torch.from_numpy(self.views[0][places])
         view = [uniform(self.seed, "flip", epoch, self.image_ids[row]) < 0.5 for row in rows]
-        return torch.from_numpy(np.stack([self.views[int(v)][row] for v, row in zip(view, rows, strict=True)]))
+        return torch.from_numpy(np.stack([self.views[int(v)][place] for v, place in zip(view, places, strict=True)]))
 
-    def _batch(self, rows: np.ndarray, epoch: int | None) -> Batch:
+    def with_captions(self, images: torch.Tensor, rows: np.ndarray) -> Batch:
+        """A batch of `images`, which are those of `rows`."""
         index = torch.from_numpy(rows)
-        return {"images": self.images(rows, epoch), "input_ids": self.input_ids[index], "lengths": self.lengths[index]}
+        return {"images": images, "input_ids": self.input_ids[index], "lengths": self.lengths[index]}
 
     def train_batch(self, indices: np.ndarray, epoch: int) -> Batch:
-        return self._batch(self.train[indices], epoch)
+        rows = self.train[indices]
+        return self.with_captions(self.images(rows, epoch), rows)
 
     def validation_batch(self, indices: np.ndarray) -> Batch:
-        return self._batch(self.validation[indices], None)
+        rows = self.validation[indices]
+        return self.with_captions(self.images(rows, None), rows)
 
     def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch] | None:
         return None

@@ -5,10 +5,11 @@ and a ``_SUCCESS`` that says their dtype and shape. `open_column` copies it once
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def open_column(folder: Storage, cache: Path) -> Column:
+def open_column(folder: Storage, cache: Path, only: Sequence[str] | None = None) -> Column:
     """Map the column that `folder` holds, copying it to `cache` first if it is not there.
 
+    `only`: the image_ids to copy, in the column's order, where the whole is too large for this disk.
     Raises InputError where the folder holds no finished column.
     """
     try:
@@ -56,6 +58,11 @@ def open_column(folder: Storage, cache: Path) -> Column:
     dtype, shape, num_rows = np.dtype(facts["dtype"]), tuple(facts["shape"]), facts["num_rows"]
     # The content's own hash names the copy, so that a column made anew is never mistaken for an old copy.
     target = cache / "columns" / facts["fingerprint"]
+    chosen = None if only is None else set(only)
+    if chosen is not None:
+        num_rows = len(chosen)
+        digest = hashlib.sha256(json.dumps(sorted(chosen)).encode()).hexdigest()[:16]
+        target = target.with_name(f"{target.name}-{digest}")
     with _locked(target.with_suffix(".lock")):
         if not (target / "ids.json").exists():
             target.mkdir(parents=True, exist_ok=True)
@@ -65,10 +72,12 @@ def open_column(folder: Storage, cache: Path) -> Column:
             for name in (folder / "parts").list(".parquet"):
                 for batch in pq.ParquetFile(f"{path}/{name}", filesystem=filesystem).iter_batches(batch_size=256):
                     for image_id, value in zip(batch["image_id"].to_pylist(), batch["value"], strict=True):
+                        if chosen is not None and image_id not in chosen:
+                            continue
                         values[len(image_ids)] = np.frombuffer(value.as_buffer(), dtype).reshape(shape)
                         image_ids.append(image_id)
             if len(image_ids) != num_rows:
-                raise InputError(f"{folder}: {len(image_ids)} rows in its parts, {num_rows} in its {SUCCESS}")
+                raise InputError(f"{folder}: {len(image_ids)} rows in its parts where {num_rows} are expected")
             values.flush()
             temporary = target / "ids.json.tmp"
             temporary.write_text(json.dumps(image_ids))

@@ -186,9 +186,7 @@ def photo_row(photo: Photo) -> dict[str, Any]:
     """The row of the prepared dataset, image bytes as they are in the file. Raises InputError."""
     data = Path(photo.path).read_bytes()
     if len(data) != photo.num_bytes:
-        raise InputError(
-            f"{photo.path}: was {photo.num_bytes} bytes when checked and is {len(data)} now; run again"
-        )
+        raise InputError(f"{photo.path}: was {photo.num_bytes} bytes when checked and is {len(data)} now; run again")
     return {
         "image_id": photo.image_id,
         "file_name": photo.file_name,

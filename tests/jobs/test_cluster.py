@@ -44,9 +44,7 @@ def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path,
     assert result["answer"] == 42
     assert result["cpus"] >= cluster.MIN_LOCAL_CPUS
     assert result["auth"] == ("disabled" if history == "mode disabled" else "token")
-    assert result["interval"] == (
-        "0.25" if history.startswith("mode") else str(cluster.HEALTH_CHECK_INTERVAL_S)
-    )
+    assert result["interval"] == ("0.25" if history.startswith("mode") else str(cluster.HEALTH_CHECK_INTERVAL_S))
     lines = [line for line in done.stderr.splitlines() if line.startswith("Ray:")]
     assert len(lines) == 1, done.stderr
     assert "dashboard http://127.0.0.1:" in lines[0]
@@ -214,7 +212,7 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path, shor
     before = set(short_tmp.iterdir())
     done = run_job(script, check=False, timeout_s=60, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1, done.stderr
-    assert done.stdout == "waits\n"
+    assert done.stdout.startswith("waits\n")
     lines = done.stderr.splitlines()
     (first,) = [line for line in lines if line.startswith("stalled: training: no progress for 2 s")]
     assert "waiting for {CPU: 1, GPU: 1}" in first

@@ -5,8 +5,10 @@ version of the code installed, as a node that was set up last week. To try anoth
 `BARE_JOBS` or `JOBS_WITH_FLAGS`.
 """
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -15,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, end_group, free_port, run_command, wait_for_http
 
 # Installed by the test into the checkout. Asks the node with the resource `other_node` which code it runs.
-PROBE_JOB = '''#!/usr/bin/env python
+PROBE_JOB = """#!/usr/bin/env python
 import argparse, hashlib, json, os, tempfile
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def main():
 
 if __name__ == "__main__":
     run(main)
-'''
+"""
 
 # (script, what its output holds): sent as `ray job submit SCRIPT`
 BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
@@ -80,6 +81,13 @@ class Cluster:
     env: dict[str, str]
     """A user's shell: the token, the environment's programs on the PATH, and where the cluster is."""
     gcs_address: str
+    outputs: dict[tuple[str, ...], str]
+
+    def output_of(self, *args: str) -> str:
+        """What a job that must succeed printed; sent once, however many tests ask."""
+        if args not in self.outputs:
+            self.outputs[args] = self.submit(*args).stdout
+        return self.outputs[args]
 
     def submit(self, *args: str, check: bool = True, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         command = ["ray", "job", "submit", *args]
@@ -141,15 +149,13 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
             f"--dashboard-agent-listen-port={free_port()}",
         )  # fmt: skip
         user = base | {"RAY_API_SERVER_ADDRESS": dashboard, "PYTHONPATH": str(checkout)}
-        yield Cluster(checkout, user, gcs_address)
+        yield Cluster(checkout, user, gcs_address, {})
     finally:
         for process in reversed(started):
             process.terminate()  # with --block, `ray start` ends the processes that it started, and only those
         for process in started:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(15)
-            except subprocess.TimeoutExpired:
-                pass
             end_group(process)
 
 
@@ -160,10 +166,10 @@ def result_of(output: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("script", "expected"), BARE_JOBS)
 def test_submitted_as_a_file(cluster, script, expected):
-    done = cluster.submit(script)
-    assert expected in done.stdout
-    assert "succeeded" in done.stdout
-    assert f"code from {cluster.checkout}" in done.stdout
+    output = cluster.output_of(script)
+    assert expected in output
+    assert "succeeded" in output
+    assert f"code from {cluster.checkout}" in output
 
 
 @pytest.mark.parametrize(("script", "flags", "expected"), JOBS_WITH_FLAGS)
@@ -179,23 +185,19 @@ def test_a_failing_job_has_failed(cluster):
     assert done.returncode == 1
     output = done.stdout + done.stderr
     assert "error: --fail: this job was told to fail" in output
-    assert "Traceback" not in output.partition("error: --fail")[0]
-    assert "failed" in output
-    assert "FAILED" in cluster_jobs(cluster)
-
-
-def cluster_jobs(cluster: Cluster) -> str:
-    done = run_command(["ray", "job", "list"], env=cluster.env, check=True, timeout_s=60, cwd=cluster.checkout)
-    return done.stdout + done.stderr
+    assert re.search(r"Job '\w+' failed", output)
+    assert "Traceback" not in output
 
 
 def test_workers_on_another_node_run_the_drivers_code(cluster, short_tmp):
     # The second node has another version: with a plain ray.init() that one runs there.
-    control = result_of(cluster.submit("--", "python", "jobs/probe.py", "--plain-init").stdout)
+    env = cluster.env | {"RAY_ADDRESS": cluster.gcs_address}
+    command = ["python", "jobs/probe.py", "--plain-init"]
+    control = result_of(run_command(command, env=env, check=True, timeout_s=120, cwd=cluster.checkout).stdout)
     assert control["here"] != control["there"]
 
     # Submitted without a working directory: connect() ships the checkout.
-    shipped = result_of(cluster.submit("jobs/probe.py").stdout)
+    shipped = result_of(cluster.output_of("jobs/probe.py"))
     assert shipped["here"] == shipped["there"] == control["here"]
     assert Path(shipped["folder"]).is_relative_to(short_tmp / "ray"), "the copy that Ray made of it"
 
@@ -212,9 +214,11 @@ def test_plain_python_joins_the_cluster_of_ray_address(cluster):
     assert result["here"] == result["there"]
     assert f"Ray: joined {cluster.gcs_address}, 5 CPUs, 0 GPUs" in done.stderr
 
-    refused = run(cluster.gcs_address, check=False, RAY_AUTH_TOKEN="0" * 64)
+    # Ray itself tries 20 times, one second apart.
+    refused = run(cluster.gcs_address, check=False, RAY_AUTH_TOKEN="0" * 64, RAY_NUM_REDIS_GET_RETRIES="2")
     assert refused.returncode == 1
-    assert f"error: RAY_ADDRESS={cluster.gcs_address}: the cluster refuses this token" in refused.stderr
+    assert (
+        f"error: RAY_ADDRESS={cluster.gcs_address}: something answers there but does not let this job in"
+        in refused.stderr
+    )
     assert "Traceback" not in refused.stderr
-
-

@@ -135,9 +135,7 @@ def test_fingerprint_is_of_ids_captions_and_bytes_alone(source: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_large_images_are_spread_over_more_files(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_images_are_spread_over_more_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 5000
     monkeypatch.setattr(prepare_module, "MAX_BYTES_PER_FILE", limit)
     prepare(settings(source, tmp_path / "out"))
@@ -259,9 +257,7 @@ def test_bad_source_stops_with_one_line_before_anything_is_written(
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_skip_bad_lists_what_it_left_out(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skip_bad_lists_what_it_left_out(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(source)
     summary = prepare(settings(source, tmp_path / "out", skip_bad=True))
     assert summary["num_images"] == len(read(tmp_path / "out")) == NUM_IMAGES - 1

@@ -163,8 +163,7 @@ def test_objects_are_where_they_were_drawn() -> None:
                 errors.append(max(abs(it.centre[0] - thing.x), abs(it.centre[1] - thing.y)))
                 assert it.box[0] < it.centre[0] < it.box[2]
                 assert it.box[1] < it.centre[1] < it.box[3]
-    print("MAXERR", max(errors))
-    assert max(errors) <= 0.025  # measured: MEASURE
+    assert max(errors) <= 0.02  # measured: 0.0145, half a pixel of 32
 
 
 def test_arrays_and_other_modes_are_images_too() -> None:
@@ -248,7 +247,7 @@ def test_damaged_images(size: int, damage: list[Callable[[Image.Image], Image.Im
     score = AttributeScore()
     for index in range(settings.num_test):
         row = shapes_row(settings, "test", index)
-        image = Image.open(io.BytesIO(row["image"]))
+        image: Image.Image = Image.open(io.BytesIO(row["image"]))
         for change in damage:
             image = change(image)
         found = detect_objects(image)

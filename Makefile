@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all that a fresh machine needs: Python 3.11 or newer and make.
+# Every path is relative and nothing looks at an activated environment, so any clone folder works.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check clean
+
+# The install is made for this folder: a clone that was moved or copied is installed anew.
+ifneq ($(strip $(shell cat $(STAMP) 2>/dev/null)),$(strip $(CURDIR)))
+.PHONY: $(STAMP)
+endif
+
+help:
+	@echo 'make setup      make .venv ready (PYTHON=python3.12 chooses another Python)'
+	@echo 'make demo       train a captioner on built-in data, score it, write runs/demo/index.html'
+	@echo '                (ARGS=--fresh starts anew, ARGS=--help lists its flags)'
+	@echo 'make test       checks and tests'
+	@echo 'make test-all   the same with the long soak tests'
+	@echo 'make check      ruff and mypy'
+	@echo 'make clean      remove .venv, caches and runs/demo'
+
+$(STAMP): pyproject.toml constraints.txt
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is none ($$('$(PYTHON)' --version 2>&1)); name one: make PYTHON=python3.12" >&2; exit 1; }
+	@rm -f $(STAMP)
+	'$(PYTHON)' -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@pwd -P > $(STAMP)
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(PY) jobs/demo.py $(ARGS)
+
+check: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: check
+	$(PY) -m pytest -m 'not soak'
+
+test-all: check
+	$(PY) -m pytest
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache mmcore.egg-info runs/demo
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,220 @@
+#!/usr/bin/env python
+"""Captions trained per second: our way against the report's way of training the same decoder.
+
+Command: python jobs/bench/train_captioner.py              (quiet machine; 2 CPU cores: about 3 minutes)
+Target: ratio of at least 10 at the report's own size. Also measured: both ways at the size of `best`.
+
+Ours: jobs/train_resnet_captioner.py's loop, `mmcore.training.Training`, as it is: image tokens from the cache of the
+frozen encoder, five captions an image that share its tokens, packed words, bf16 where the device has it, fused
+optimiser; each variant with its own schedule, clipping and average of the weights.
+The report's: the frozen encoder runs again in each step, fp32, 24 images a step with one caption each, captions
+padded to 50, `torch.nn.TransformerDecoder` of the same sizes in a plain loop with Adam. Its images lie decoded in
+memory: reading and decoding JPEGs, which its steps do too, is left out in its favour.
+
+Encoding once is part of our way. `ratio_with_encoding` adds its time, spread over the variant's own number of epochs
+(`best` encodes each image twice, as it is and mirrored); it is measured in the same run.
+
+Without data: ResNet-18 with random weights, random pixels and words, captions as long as Flickr8k's.
+Real data: --storage URI --encoder FOLDER (what `jobs/prepare.py` wrote; a vision model).
+"""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from jobs.bench import inputs
+from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
+from jobs.bench.timing import MIN_PAIRS, clock, compare, publish, say
+from jobs.commandline import run
+from jobs.train_resnet_captioner import build_vocabulary
+from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
+from mmcore.captioners.vision import FrozenVisionEncoder
+from mmcore.data.captions import CaptionRows
+from mmcore.errors import InputError
+from mmcore.seeding import permutation
+from mmcore.storage import Storage
+from mmcore.text import PAD_ID, WordVocabulary
+from mmcore.training import RunHooks, Training
+
+TARGET = 10.0
+Variant = Literal["report", "best"]
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """How much is measured."""
+
+    variants: tuple[Variant, ...] = ("report", "best")
+    """Sizes at which both ways are measured; the target holds for `report`."""
+    pairs: int = 6
+    """Pairs of a block of our steps and a block of the report's."""
+    our_steps: int = 8
+    """Steps in a block of ours."""
+    report_steps: int = 3
+    """Steps in a block of the report's."""
+    warmup_steps: int = 3
+    """Steps of either way before the first block."""
+    our_batch: int = 32
+    """Images in a step of ours, with five captions each."""
+    report_batch: int = 24
+    """Images in a step of the report's, with one caption each."""
+    num_images: int = 256
+    """Images to draw from; only their number a step matters for the time."""
+    storage: str | None = None
+    """Prepared real data instead of synthetic."""
+    encoder: str | None = None
+    """Folder or name of a frozen vision encoder instead of ResNet-18 with random weights."""
+    smoke: bool = False
+    """Tiny sizes: shows that it runs, measures nothing."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images in memory, decoded and encoded, and five captions of each."""
+
+    pixels: np.ndarray  # uint8 (B, P, P, 3)
+    features: np.ndarray  # fp16 (B, L, E)
+    captions: list[list[str]]
+    vocabulary: WordVocabulary
+    encode_seconds: float  # of one image
+
+
+def load_data(bench: TrainBench, recipe: ResNetCaptionerRecipe, num_words: int, encoder: FrozenVisionEncoder) -> Data:
+    seed = recipe.train.seed
+    if bench.storage is None:
+        vocabulary = inputs.synthetic_vocabulary(num_words, recipe.lowercase)
+        captions = inputs.synthetic_captions(vocabulary, bench.num_images, seed)
+        pixels = inputs.synthetic_pixels(bench.num_images, recipe.image_size, seed)
+    else:
+        storage = Storage(bench.storage)
+        vocabulary = build_vocabulary(recipe, storage)
+        data, names, captions = inputs.prepared_images(storage, recipe.dataset, bench.num_images)
+        pixels = inputs.prepared_pixels(data, names, recipe.image_size)
+    inputs.encode(encoder, pixels[: bench.our_batch])  # warm-up
+    started = clock()
+    features = inputs.encode(encoder, pixels)
+    return Data(pixels, features, captions, vocabulary, (clock() - started) / len(pixels))
+
+
+class ReportTraining:
+    """The report's loop: a step encodes, pads, and updates with Adam as PyTorch has it by default."""
+
+    def __init__(self, recipe: ResNetCaptionerRecipe, data: Data, encoder: FrozenVisionEncoder, batch: int) -> None:
+        self.data, self.encoder, self.batch, self.device = data, encoder, batch, encoder.device
+        torch.manual_seed(recipe.train.seed)
+        model = ReportCaptioner(recipe, len(data.vocabulary), data.features.shape[-1])
+        self.model = model.to(self.device).train()
+        train = recipe.train
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=train.lr, weight_decay=train.weight_decay)
+        self.input_ids = torch.full((len(data.captions), MAX_LENGTH), PAD_ID)
+        for row, captions in enumerate(data.captions):
+            ids = data.vocabulary.encode(captions[0], MAX_LENGTH)
+            self.input_ids[row, : len(ids)] = torch.tensor(ids)
+        self.step = 0
+
+    def captions_per_s(self, num_steps: int) -> float:
+        started = clock()
+        for _ in range(num_steps):
+            rows = permutation(len(self.input_ids), 0, self.step)[: self.batch]
+            # A clone, since autograd takes no tensor made in inference mode.
+            tokens_BLE = self.encoder(self.data.pixels[rows]).clone()
+            loss = self.model.loss(tokens_BLE, self.input_ids[torch.from_numpy(rows)].to(self.device))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
+            self.step += 1
+        return num_steps * self.batch / (clock() - started)
+
+
+def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEncoder) -> dict[str, Any]:
+    """Our run goes through its steps; after each block of them the report's loop takes its turn, off our clock."""
+    num_steps = bench.warmup_steps + bench.pairs * bench.our_steps
+    published = VARIANTS[variant]
+    recipe = dataclasses.replace(
+        inputs.tiny(published) if bench.smoke else published,
+        captions_per_image=inputs.CAPTIONS_PER_IMAGE,
+        train=dataclasses.replace(
+            published.train,
+            batch_size=bench.our_batch,
+            num_epochs=num_steps,
+            max_steps=num_steps,
+            validate_every_epochs=num_steps,
+            checkpoint_every_steps=num_steps,
+        ),
+    )
+    data = load_data(bench, recipe, inputs.NUM_VOCABULARY[variant], encoder)
+    report = ReportTraining(recipe, data, encoder, bench.report_batch)
+    report.captions_per_s(bench.warmup_steps)
+    ours: list[float] = []
+    theirs: list[float] = []
+    started = 0.0
+
+    def take_turns(values: dict[str, Any]) -> None:
+        nonlocal started
+        done = values["step"] - bench.warmup_steps
+        if done < 0 or done % bench.our_steps:
+            return
+        if done:
+            ours.append(bench.our_steps * bench.our_batch * recipe.captions_per_image / (clock() - started))
+            theirs.append(report.captions_per_s(bench.report_steps))
+            say(f"{variant}, pair {len(ours)} of {bench.pairs}: ours {ours[-1]:.1f}, report {theirs[-1]:.2f} captions/s")
+        started = clock()
+
+    rows: CaptionRows = inputs.caption_rows(
+        recipe, data.vocabulary, inputs.caption_table(data.captions, bench.our_batch), data.features
+    )
+    torch.manual_seed(recipe.train.seed)
+    model = recipe.build(data.vocabulary, data.features.shape[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(model, rows, recipe.train, RunHooks(progress=take_turns), workdir=Path(folder))
+        training.run()
+    figures = compare("captions/s", {"ours": ours, "report": theirs})
+    views = 2 if recipe.flip else 1
+    encode_seconds = views * data.encode_seconds / (published.train.num_epochs * recipe.captions_per_image)
+    ours_with_encoding = 1 / (1 / figures["ours"]["median"] + encode_seconds)
+    return figures | {
+        "ratio_with_encoding": round(ours_with_encoding / figures["report"]["median"], 3),
+        "encoded_images_per_s": round(1 / data.encode_seconds, 2),
+        "our_precision": training.precision,
+        "words_per_caption": round(float(np.mean([len(c.split()) for row in data.captions for c in row])), 2),
+        "vocabulary": len(data.vocabulary),
+        "parameters": {
+            "ours": sum(p.numel() for p in model.parameters()),
+            "report": sum(p.numel() for p in report.model.parameters()),
+        },
+    }
+
+
+def measure(bench: TrainBench) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        if bench.encoder is None:
+            inputs.write_random_resnet18(Path(folder))
+        image_size = inputs.tiny(VARIANTS["report"]).image_size if bench.smoke else VARIANTS["report"].image_size
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder = FrozenVisionEncoder(bench.encoder or folder, image_size, device)
+    figures = {variant: measure_variant(bench, variant, encoder) for variant in bench.variants}
+    if "report" not in figures:
+        return figures
+    return {"target": TARGET, "target_met": figures["report"]["ratio"]["median"] >= TARGET} | figures
+
+
+def main() -> None:
+    bench = tyro.cli(TrainBench, description=__doc__, prog="python jobs/bench/train_captioner.py")
+    if bench.storage is not None and bench.encoder is None:
+        raise InputError("--storage takes real images; name their encoder too with --encoder FOLDER")
+    if bench.pairs < MIN_PAIRS and not bench.smoke:
+        raise InputError(f"--pairs {bench.pairs}: a median needs at least {MIN_PAIRS}")
+    if bench.num_images < 2 * bench.our_batch:
+        raise InputError(f"--num-images {bench.num_images}: at least twice --our-batch {bench.our_batch} are needed")
+    publish("train_captioner", dataclasses.asdict(bench), lambda: measure(bench))
+
+
+if __name__ == "__main__":
+    run(main)

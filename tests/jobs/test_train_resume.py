@@ -1,0 +1,335 @@
+"""Runs that are really killed, and storage that really fails: the end is that of a run that was left alone."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import tiny
+from conftest import ROOT, free_port
+from mmcore import checkpoint
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+JOB = "jobs/train_resnet_captioner.py"
+# 60 steps of 12 epochs; dropout, so that a resume that forgot randomness would show.
+FLAGS = (
+    "--variant smoke --dataset tiny --split split --image-size 32 --num-epochs 12 --max-steps 60 --batch-size 8 "
+    "--checkpoint-every-steps 2 --log-every-steps 1 --dropout 0.1 --num-threads 1"
+).split()
+NUM_STEPS = 60
+TIMEOUT_S = 400.0
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """One storage for all runs here, so that its images are encoded once."""
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    tiny.write_dataset(storage)
+    return storage
+
+
+_finished: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture
+def reference(run_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
+    """What the run that nobody disturbs ends with."""
+    if storage.uri not in _finished:
+        run_job(JOB, *FLAGS, "--storage", storage, "--name", "reference", timeout_s=TIMEOUT_S)
+        _finished[storage.uri] = outcome(storage, "reference")
+    return _finished[storage.uri]
+
+
+def outcome(storage: Storage, name: str) -> dict[str, Any]:
+    run = run_folder(storage, name)
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    facts = json.loads(run.read("_SUCCESS"))
+    return {
+        "model": run.read("model/model.safetensors"),
+        "metrics": tiny.without_times(rows),
+        "best": (facts["best_step"], facts["best_validation_loss"], facts["rows_seen"], facts["steps"]),
+    }
+
+
+def run_folder(storage: Storage, name: str) -> Storage:
+    return storage / "runs" / "resnet_captioner" / name
+
+
+def committed_step(run: Storage) -> int:
+    """The step of the newest checkpoint that Ray Train's snapshot names; 0 where there is none."""
+    try:
+        snapshot = json.loads(run.read("checkpoint_manager_snapshot.json"))
+    except FileNotFoundError:
+        return 0
+    return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
+
+
+def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -> int:
+    deadline = time.monotonic() + TIMEOUT_S
+    while (now := committed_step(run)) < step:
+        assert process.poll() is None, f"the job ended at step {now}, before it could be disturbed"
+        assert time.monotonic() < deadline, f"no step {step} in time; at {now}"
+        time.sleep(0.02)
+    return now
+
+
+def workers(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The processes in which Ray Train runs this job's workers."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("RayTrainWorker" in word for word in child.cmdline()[:1]):
+                found.append(child)
+    return found
+
+
+def kill_with_all_it_started(process: "subprocess.Popen[bytes]") -> None:
+    """SIGKILL to the driver; then to what of its Ray has not noticed."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for survivor in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            survivor.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+def no_pickles(run: Storage) -> None:
+    files = [path for path in Path(run.uri).rglob("*") if path.is_file()]
+    assert files
+    kinds = {path.suffix for path in files if not path.name.startswith((".", "_", "events"))}
+    assert kinds <= {".safetensors", ".json", ".jsonl"}, kinds
+    for path in files:
+        # A pickle of protocol 2 and later begins so; a zip of one (torch.save) begins with PK.
+        assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path
+
+
+def test_a_killed_worker_is_started_again_and_nothing_changes(
+    start_job: Callable[..., Any], storage: Storage, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    log = tmp_path / "job.log"
+    process = start_job(JOB, *FLAGS, "--storage", storage, "--name", "workers-killed", log=log)
+    run = run_folder(storage, "workers-killed")
+    killed: list[int] = []
+    for step in (6, 30):
+        seen = wait_for_step(run, step, process)
+        time.sleep(random.uniform(0, 0.2))
+        (worker,) = workers(process)
+        worker.kill()
+        killed.append(worker.pid)
+        # The next kill is for the worker after this one.
+        psutil.wait_procs([worker], timeout=10)
+        assert seen < NUM_STEPS
+    assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
+    assert len(set(killed)) == 2
+    assert log.read_text().count("resumed at step") == 2
+    assert outcome(storage, "workers-killed") == reference
+    no_pickles(run)
+
+
+def test_a_killed_driver_goes_on_by_the_same_command(
+    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, reference: dict[str, Any]
+) -> None:
+    run = run_folder(storage, "driver-killed")
+    command = [JOB, *FLAGS, "--storage", storage, "--name", "driver-killed"]
+    process = start_job(*command)
+    wait_for_step(run, 20, process)
+    time.sleep(random.uniform(0, 0.2))
+    kill_with_all_it_started(process)
+    stopped = committed_step(run)
+    assert 20 <= stopped < NUM_STEPS
+    assert not run.exists("_SUCCESS")
+    again = run_job(*command, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of 60" in again.stdout
+    assert outcome(storage, "driver-killed") == reference
+    no_pickles(run)
+
+
+# -- storage that fails --------------------------------------------------------------------------------------------
+
+
+def assert_only_good_checkpoints_load(run: Path) -> tuple[int, int]:
+    """Every folder loads whole or is refused in one line; the one that resume takes loads. (good, refused)"""
+    good = refused = 0
+    for folder in run.glob("checkpoint_2*"):
+        try:
+            tensors, _ = checkpoint.load(folder, str(folder))
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert tensors.keys() == {"weights", "ema", "optimizer", "best"}
+            good += 1
+    snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_bytes())
+    checkpoint.load(run / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"], "latest")
+    return good, refused
+
+
+@contextlib.contextmanager
+def disk_kept_full(folder: Path, free_bytes: int) -> Iterator[None]:
+    """Until the end of the block hardly any room is left on the file system of `folder`."""
+    stop = threading.Event()
+
+    def fill() -> None:
+        number = 0
+        while not stop.is_set():
+            free = shutil.disk_usage(folder).free - free_bytes
+            if free > 0:
+                number += 1
+                with contextlib.suppress(OSError), (folder / f"filler-{number}").open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, free)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        for filler in folder.glob("filler-*"):
+            filler.unlink()
+
+
+@pytest.fixture
+def small_disk(storage: Storage) -> Iterator[Path]:
+    """A file system of 20 MB at the place of the runs of the name `disk-full`."""
+    folder = Path(run_folder(storage, "disk-full").uri)
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        folder.rmdir()
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
+    start_job: Callable[..., Any],
+    run_job: Callable[..., Any],
+    storage: Storage,
+    reference: dict[str, Any],
+    small_disk: Path,
+    tmp_path: Path,
+) -> None:
+    run = run_folder(storage, "disk-full")
+    command = [JOB, *FLAGS, "--storage", storage, "--name", "disk-full"]
+    log = tmp_path / "job.log"
+    process = start_job(*command, log=log)
+    wait_for_step(run, 16, process)
+    # Room for a part of a checkpoint: a file of it is torn, others are whole.
+    with disk_kept_full(small_disk, free_bytes=250_000):
+        assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert "No space left on device" in errors[0]
+    stopped = committed_step(run)
+    assert 16 <= stopped < NUM_STEPS
+    good, refused = assert_only_good_checkpoints_load(small_disk)
+    assert good >= 1
+    assert refused >= 1, "the disk was to fill up in the middle of a checkpoint"
+    assert not run.exists("_SUCCESS")
+    again = run_job(*command, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of 60" in again.stdout
+    assert outcome(storage, "disk-full") == reference
+
+
+class Gate:
+    """A TCP relay in front of a server, which can be shut: a network that fails and comes back."""
+
+    def __init__(self, target_port: int) -> None:
+        self.port, self.target_port = free_port(), target_port
+        self.connections: list[socket.socket] = []
+        self.listener: socket.socket | None = None
+
+    def open(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        assert self.listener is not None
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self.connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target_port))
+                self.connections += [client, server]
+                for source, sink in ((client, server), (server, client)):
+                    threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
+    start_job: Callable[..., Any],
+    run_job: Callable[..., Any],
+    storage: Storage,
+    reference: dict[str, Any],
+    s3_server: str,
+    tmp_path: Path,
+) -> None:
+    there = Storage(s3_server)
+    # What the jobs before have prepared and encoded.
+    for path in sorted(Path(storage.uri).glob("data/**/*")) + sorted(Path(storage.uri).glob("features/**/*")):
+        if path.is_file() and ".tmp" not in path.parts:
+            there.upload(path, str(path.relative_to(storage.uri)))
+    gate = Gate(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
+    gate.open()
+    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}"}
+    run = run_folder(there, "cut-off")
+    command = [JOB, *FLAGS, "--storage", there, "--name", "cut-off"]
+    log = tmp_path / "job.log"
+    process = start_job(*command, env=env, log=log)
+    wait_for_step(run, 16, process)
+    time.sleep(random.uniform(0, 0.2))
+    gate.shut()
+    assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    stopped = committed_step(run)
+    assert 16 <= stopped < NUM_STEPS
+    for name in run.folders():
+        if name.startswith("checkpoint_"):
+            for file in (run / name).list():
+                (run / name).download(file, tmp_path / name / file)
+    snapshot = json.loads(run.read("checkpoint_manager_snapshot.json"))
+    latest = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+    assert (tmp_path / latest).is_dir()
+    assert_only_good_checkpoints_load(tmp_path)
+    gate.open()
+    again = run_job(*command, env=env, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of 60" in again.stdout
+    assert outcome(there, "cut-off") == reference
+    gate.shut()
+
+
+def test_the_repository_holds_no_run() -> None:
+    """The runs of these tests went where they were told."""
+    assert not (ROOT / "out" / "runs" / "resnet_captioner" / "reference").exists()
