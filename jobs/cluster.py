@@ -43,7 +43,7 @@ FIRST_REPORT_S = 45.0
 REPORT_INTERVAL_S = 60.0
 QUERY_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 10.0
-SHUTDOWN_TIMEOUT_S = 10.0
+REMOVE_TIMEOUT_S = 3.0
 
 _T = TypeVar("_T")
 
@@ -70,7 +70,7 @@ def connect() -> None:
         _start_local()
     else:
         _join(address)
-    _show_progress_of_ray_data()
+    _quieten_ray_data()
 
 
 def _start_local() -> None:
@@ -165,10 +165,18 @@ def _temp_dir() -> Path:
     def remove() -> None:
         # Ray's own exit hook runs after this one; its processes must be gone before their folder is.
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
     atexit.register(remove)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    # The last of Ray's processes may still write a log line into it.
+    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _token_exists() -> bool:
@@ -184,16 +192,19 @@ def _reload_auth_mode() -> None:
     Config.initialize("")
 
 
-def _show_progress_of_ray_data() -> None:
-    from ray.data import DataContext
+def _quieten_ray_data() -> None:
+    """Ray Data's bars and its lines about plans and dataset ids: every job shows its own progress, in images.
 
-    context = DataContext.get_current()
-    if sys.stderr.isatty():
-        context.enable_rich_progress_bars = True
-        context.use_ray_tqdm = False
-    else:
-        # In a log file bars become thousands of lines; the jobs print their own progress.
-        context.enable_progress_bars = False
+    Warnings stay, and all of it still goes to the log file of the session.
+    """
+    from ray.data import DataContext
+    from ray.util.debug import log_once
+
+    DataContext.get_current().enable_progress_bars = False
+    log_once("ray_data_progress_manager_disabled")  # spends the warning that they are off
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
 
 
 def _totals() -> str:
@@ -402,12 +413,13 @@ def _bounded(call: Callable[[], _T], timeout_s: float, instead: _T) -> _T:
 
 
 def _end_process(line: str) -> None:
-    """Print the line and exit with code 1 from any thread, whatever the main thread is blocked in."""
+    """Print the line and exit with code 1 from any thread, whatever the main thread is blocked in.
+
+    Without `ray.shutdown()`, which makes a `ray.get` in the main thread raise SystemExit(0): a stalled job
+    would have succeeded. Ray frees what the job holds when its driver is gone, and a local Ray's reaper ends
+    its processes; only the folder with their logs stays.
+    """
     _say(line)
-    # Frees what the job holds on a shared cluster; where Ray hangs the cluster does so when the driver is gone.
-    _bounded(ray.shutdown, SHUTDOWN_TIMEOUT_S, None)
-    if _temp_dir.cache_info().currsize:
-        shutil.rmtree(_temp_dir(), ignore_errors=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job alive
             stream.flush()

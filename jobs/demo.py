@@ -236,7 +236,6 @@ def _score_section(demo: Demo) -> Html:
     ]
     return section(
         "Captions of the test split",
-        *(paragraph(line, style="bad") for line in demo.failures),
         table(
             ("images", "number", "attributes right", "whole scenes right"),
             [
@@ -301,7 +300,7 @@ def _picture_section(rows: list[dict[str, Any]], whole_scene: list[bool]) -> Htm
 
 
 def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
-    stages = table(("stage", "work", "seconds now"), [(name, work, f"{spent:.1f}") for name, work, spent in seconds])
+    stages = table(("stage", "seconds now"), [(f"{name}: {work}", f"{spent:.1f}") for name, work, spent in seconds])
     verdict = "; ".join(demo.failures) or "All scores are above what the demo demands."
     when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     text = page(

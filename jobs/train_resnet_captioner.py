@@ -136,6 +136,7 @@ def train(job: Job) -> dict[str, Any]:
     if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
         prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
     table = read_captions(storage, recipe.dataset, recipe.split)
+    num_steps(recipe.train, len(table.rows("train")))  # too few rows are refused before anything is encoded
     vocabulary = build_vocabulary(recipe, storage)
     columns = [
         cached_image_column(

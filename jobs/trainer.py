@@ -6,6 +6,7 @@ resume), metrics.jsonl, tensorboard/; a finished run adds model/ and, last, _SUC
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -192,6 +193,10 @@ class RunMonitor:
 
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
+    # Two lines at each report, which the run's own progress says better; Ray's log file keeps them.
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
     try:
         return _train(config)
     except InputError as error:
@@ -233,7 +238,13 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         else:
             with checkpoint.as_directory() as folder:
                 training = Training(
-                    setup.model, setup.rows, job.recipe.train, hooks, workdir=workdir, resume_from=Path(folder)
+                    setup.model,
+                    setup.rows,
+                    job.recipe.train,
+                    hooks,
+                    workdir=workdir,
+                    resume_from=Path(folder),
+                    resume_name=str(run / Path(checkpoint.path).name),
                 )
             if rank == 0:
                 print(f"resumed at step {training.state.step} of {training.total_steps}", flush=True)

@@ -1,7 +1,8 @@
 """Checkpoints as safetensors and JSON.
 
 A checkpoint folder holds ``weights``, ``ema``, ``optimizer`` and ``best`` as safetensors, and ``state.json``, written
-last, which names each file with its SHA-256: a folder that is incomplete or damaged does not load.
+last, which names each file with its SHA-256 and itself carries one: a folder that is incomplete or damaged does not
+load.
 """
 
 import hashlib
@@ -31,13 +32,14 @@ def load_trainable(model: nn.Module, state: dict[str, Tensor], where: str) -> No
         raise InputError(
             f"{where}: the weights do not belong to this recipe: missing {missing[:3]}, unknown {unknown[:3]}"
         )
+    for name, parameter in own.items():
+        if parameter.shape != state[name].shape:
+            raise InputError(
+                f"{where}: {name} has shape {tuple(state[name].shape)}, the recipe builds {tuple(parameter.shape)}"
+                " (was the vocabulary or a width changed?)"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise InputError(
-                    f"{where}: {name} has shape {tuple(state[name].shape)}, the recipe builds {tuple(parameter.shape)}"
-                    " (was the vocabulary or a width changed?)"
-                )
             parameter.copy_(state[name])
 
 
@@ -69,19 +71,28 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, A
         path = folder / f"{name}.safetensors"
         save_file({key: value.contiguous().cpu() for key, value in group.items()}, path)
         digests[path.name] = sha256_file(path)
-    (folder / STATE).write_text(json.dumps({**state, "files": digests}, indent=1))
+    content = {**state, "files": digests}
+    (folder / STATE).write_text(json.dumps({"sha256": _sha256_json(content), "content": content}, indent=1))
+
+
+def _sha256_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path, where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save` wrote. Raises InputError when a file is missing or is not the one that was written."""
+    mend = "the checkpoint is incomplete or damaged; restore it, or give another --name or --fresh to start anew"
     try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: no readable {STATE} ({error}); the checkpoint is incomplete") from None
+        record = json.loads((folder / STATE).read_bytes())
+        state, intact = record["content"], record["sha256"] == _sha256_json(record["content"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{where}: no readable {STATE}; {mend}") from None
+    if not intact:
+        raise InputError(f"{where}: {STATE} is not the one that was written; {mend}")
     tensors = {}
     for name, digest in state.pop("files").items():
         path = folder / name
         if not path.exists() or sha256_file(path) != digest:
-            raise InputError(f"{where}: {name} is missing or damaged; remove this checkpoint to go on from another")
+            raise InputError(f"{where}: {name} is missing or damaged; {mend}")
         tensors[path.stem] = load_file(path)
     return tensors, state

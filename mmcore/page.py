@@ -13,15 +13,16 @@ from typing import NewType
 
 Html = NewType("Html", str)
 
-# Okabe and Ito's colours that keep apart on white and on black, for colour-blind readers too.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+# Lines have the style sheet's --line0 to --line3: Okabe and Ito's colours, which colour-blind readers tell apart.
+_NUM_COLOURS = 4
 _WIDTH, _HEIGHT = 480, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 12, 46
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --soft: #5f6368; --back: #fff; --card: #f5f6f7; --line: #d9dce0;
-  --good: #107a3d; --bad: #b3261e; }
+  --good: #107a3d; --bad: #b3261e; --line0: #0072b2; --line1: #d55e00; --line2: #009e73; --line3: #aa5585; }
 @media (prefers-color-scheme: dark) { :root { --text: #e8eaed; --soft: #9aa0a6; --back: #16181b; --card: #202327;
-  --line: #3a3f45; --good: #6dd58c; --bad: #f2857d; } }
+  --line: #3a3f45; --good: #6dd58c; --bad: #f2857d;
+  --line0: #56b4e9; --line1: #e69f00; --line2: #2fc79a; --line3: #e79ac6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 68rem; color: var(--text); background: var(--back);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
@@ -42,7 +43,7 @@ th:first-child, td:first-child { text-align: left; }
 .gallery figcaption { padding: .6rem .8rem .8rem; }
 figure { margin: 0; } figcaption small { display: block; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+svg text { fill: var(--soft); font: 15px system-ui, sans-serif; }
 svg .grid { stroke: var(--line); } svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; }
 .legend i { display: inline-block; width: 1rem; height: .2rem; margin-right: .4rem; vertical-align: middle; }
@@ -131,17 +132,17 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> Html:
     for value in y_ticks:
         _, y = place(x_ticks[0], value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{number(value)}</text>')
     for value in x_ticks:
         x, _ = place(value, y_ticks[0])
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{number(value)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     legend = []
     for index, each in enumerate(drawn):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = f"var(--line{index % _NUM_COLOURS})"
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in each.points))
-        parts.append(f'<polyline class="line" stroke="{colour}" points="{path}"/>')
+        parts.append(f'<polyline class="line" style="stroke:{colour}" points="{path}"/>')
         last = f" {number(each.points[-1][1])}" if each.points else ""
         legend.append(f'<span><i style="background:{colour}"></i>{escape(each.name)}{last}</span>')
     return Html(
@@ -163,10 +164,11 @@ def ticks(low: float, high: float, at_most: int = 7) -> list[float]:
 
 
 def number(value: float) -> str:
-    """At most three significant digits, without an exponent where a person would not write one."""
+    """At most three significant digits (all of a whole number), and a short exponent for the very small and large."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{value:.2e}"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def section(title: str, *parts: Html) -> Html:

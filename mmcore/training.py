@@ -101,9 +101,15 @@ def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
 
 def check_batch(settings: TrainSettings, num_workers: int) -> None:
     """Raise InputError unless all counts are positive and the batch divides evenly over workers and micro-batches."""
-    counts = ("num_epochs", "max_steps", "batch_size", "gradient_accumulation", "validate_every_epochs")
-    counts += ("checkpoint_every_steps", "log_every_steps")
-    for name in counts:
+    for name in (
+        "num_epochs",
+        "max_steps",
+        "batch_size",
+        "gradient_accumulation",
+        "validate_every_epochs",
+        "checkpoint_every_steps",
+        "log_every_steps",
+    ):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1; mend it with --{name.replace('_', '-')}")
@@ -196,15 +202,19 @@ class Training:
         *,
         workdir: Path,
         resume_from: Path | None = None,
+        resume_name: str | None = None,
     ) -> None:
-        """`workdir`: a local folder for checkpoints under way. `resume_from`: a checkpoint folder."""
+        """`workdir`: a local folder for checkpoints under way. `resume_from`: a checkpoint folder; `resume_name`:
+        what errors call it where the folder is a copy."""
         self.settings, self.rows, self.hooks, self.workdir = settings, rows, hooks, workdir
         on_gpu = torch.cuda.is_available()
         num_threads = torch.get_num_threads()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.precision = resolve_precision(settings, device)
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.precision == "bf16" else "no", cpu=not on_gpu, step_scheduler_with_optimizer=False
+            mixed_precision="bf16" if self.precision == "bf16" else "no",
+            cpu=not on_gpu,
+            step_scheduler_with_optimizer=False,
         )
         torch.set_num_threads(num_threads)  # accelerate sets its own number where OMP_NUM_THREADS is unset
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -223,7 +233,7 @@ class Training:
         self.state = Progress()
         self.output_names: list[str] = []
         if resume_from is not None:
-            self._load(resume_from)
+            self._load(resume_from, resume_name or str(resume_from))
         # The last step that is safe; a checkpoint that resumes is.
         self.committed_step = self.state.step
         self.wrapped = self.accelerator.prepare_model(self.model)
@@ -231,12 +241,12 @@ class Training:
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
-    def _load(self, folder: Path) -> None:
-        tensors, state = checkpoint.load(folder, str(folder))
-        checkpoint.load_trainable(self.model, tensors["weights"], str(folder))
+    def _load(self, folder: Path, where: str) -> None:
+        tensors, state = checkpoint.load(folder, where)
+        checkpoint.load_trainable(self.model, tensors["weights"], where)
         checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
         if self.ema is not None:
-            checkpoint.load_trainable(self.ema, tensors["ema"], str(folder))
+            checkpoint.load_trainable(self.ema, tensors["ema"], where)
         self.best = tensors.get("best", {})
         parallelism = {"num_workers": self.world_size, "num_threads": torch.get_num_threads()}
         if self.rank == 0 and state["parallelism"] != parallelism:

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from mmcore.captioners.decoder import CaptionDecoder, Packing, dropout
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.vision import SCRATCH, ScratchEncoder
+from mmcore.errors import InputError
 from mmcore.recipe import TrainSettings
 from mmcore.text import WordVocabulary
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,26 @@ class ResNetCaptionerRecipe:
         )
     )
     """How it is optimised."""
+
+    def __post_init__(self) -> None:
+        sizes = ("width", "num_layers", "num_heads", "ffn_width", "image_size", "captions_per_image", "min_word_count")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with {_flag(name)}")
+        for name in ("dropout", "attention_dropout", "image_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be from 0 to below 1; mend it with {_flag(name)}")
+        if self.max_length < 2:
+            raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); mend it with --max-length")
+        if self.width % self.num_heads:
+            raise InputError(
+                f"num_heads {self.num_heads} does not divide width {self.width}; mend it with --num-heads or --width"
+            )
+        if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
+            raise InputError(
+                f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "
+                f"{self.width} and image_size {self.image_size}; mend it with --width and --image-size"
+            )
 
     def build(self, vocabulary: WordVocabulary, encoder_width: int) -> "ResNetCaptioner":
         """The trainable half. `encoder_width`: channels of the frozen encoder's tokens (ignored by `scratch`)."""

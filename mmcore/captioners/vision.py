@@ -6,8 +6,10 @@ Shapes: B images, L image tokens, C channels of a token, P pixels a side.
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +30,45 @@ def pixels_from_bytes(images: Sequence[bytes], image_size: int, names: Sequence[
     )
 
 
+@contextmanager
+def _quiet_load() -> Iterator[None]:
+    """transformers without its bar and its report on weights, which every process that loads one would print."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 class FrozenVisionEncoder:
     """A Hugging Face vision model whose last hidden state becomes tokens: a feature map is flattened row by row."""
 
     def __init__(self, name: str, image_size: int, device: str = "cpu") -> None:
         """Raises InputError where `name` is neither a folder with a vision model nor one that the hub has."""
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
         try:
             config = AutoConfig.from_pretrained(name)
             # A two-tower model such as CLIP: its vision half alone.
-            if hasattr(config, "vision_config"):
-                from transformers import CLIPVisionModel
-
-                model = CLIPVisionModel.from_pretrained(name, use_safetensors=True)
-            else:
-                model = AutoModel.from_pretrained(name, use_safetensors=True)
+            model_type: Any = CLIPVisionModel if hasattr(config, "vision_config") else AutoModel
+            with _quiet_load():
+                model, loaded = model_type.from_pretrained(name, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
                 f"--encoder {name!r}: no vision model in such a folder, and none by that name can be had ({reason})"
             ) from None
+        # Weights that are left over (a classifier's head) are none of ours; missing ones would be random. A pooler
+        # comes after the last hidden state, which is all that is used.
+        missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise InputError(f"--encoder {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
         self.name, self.image_size, self.device = name, image_size, torch.device(device)
         # On a CPU convolutions run 1.7 times as fast with the channels last (MobileNetV2, one thread, fp32).
         self.model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)

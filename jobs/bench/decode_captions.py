@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+"""Captions decoded per second: cached greedy decoding against full re-decoding, with the same weights.
+
+Command: python jobs/bench/decode_captions.py              (quiet machine; 2 CPU cores: about 3 minutes)
+Target: ratio of at least 20 at the report's own size. Every caption must be equal up to its first end mark.
+
+Ours: `mmcore.captioners.decoding.greedy` as jobs/caption.py calls it: keys and values are kept, a caption that has
+ended leaves the batch, the batch ends with its longest caption.
+The report's: `torch.nn.TransformerDecoder` holding the same weights runs over the whole prefix in each of 50 steps
+and goes on after the end mark. Both work in fp32 on the same batches and the same limit of 50 words, and start from
+image tokens: the encoder takes the same time either way and is left out of both.
+
+Speed depends on the weights only through the lengths of the captions. Without --run the weights are random but for
+the end mark's row of the output layer: it is fitted by least squares so that each image's caption ends where one of
+Flickr8k's, drawn at random, does (the image tokens carry that length). The lengths that came out are printed.
+A trained run: --run STORAGE/runs/resnet_captioner/NAME --storage URI [--encoder FOLDER]
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from jobs.bench import inputs
+from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
+from jobs.bench.timing import MIN_PAIRS, clock, interleaved, publish, say
+from jobs.commandline import run
+from mmcore.captioners.decoder import CaptionDecoder
+from mmcore.captioners.decoding import greedy
+from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
+from mmcore.captioners.trained import TrainedCaptioner
+from mmcore.errors import InputError
+from mmcore.seeding import derive_seed, generator
+from mmcore.storage import Storage
+from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+
+TARGET = 20.0
+# How much the end mark's logit rises a word; the other words' best logit varies by some tenths.
+_END_SLOPE = 4.0
+# Of two words whose logits are closer than this, rounding may choose either.
+_TIE = 1e-3
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """How much is measured."""
+
+    run: str | None = None
+    """A finished run of the captioner, instead of the report's sizes with random weights."""
+    storage: str | None = None
+    """Prepared data whose first images a --run captions."""
+    encoder: str | None = None
+    """Folder or name of the run's frozen encoder, if it is not where the run had it."""
+    pairs: int = 5
+    """Pairs of one pass of ours and one of the report's over all images."""
+    num_images: int = 128
+    """Images that each pass captions."""
+    batch_size: int = 64
+    """Images decoded together, by both."""
+    smoke: bool = False
+    """Tiny sizes: shows that it runs and that the captions are equal, measures nothing."""
+
+
+@torch.inference_mode()
+def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor) -> None:
+    """Set the end mark's row of the output layer so that greedy captions end after about `lengths_B` words.
+
+    The row is the least-squares answer to "words so far minus words wanted" on the decoder's last hidden states
+    along the very captions that it will write (the words before the end do not depend on the end mark's row).
+    """
+    hidden: list[Tensor] = []
+    highest: list[Tensor] = []
+
+    def watch(module: torch.nn.Module, arguments: tuple[Tensor], logits_BV: Tensor) -> None:
+        hidden.append(arguments[0].double())
+        highest.append(logits_BV[:, UNK_ID + 1 :].max(dim=-1).values.double())
+
+    decoder.output.bias[EOS_ID] = -torch.inf
+    decoder.output.weight[EOS_ID] = 0.0
+    handle = decoder.output.register_forward_hook(watch)
+    greedy(decoder, memory_BLD, MAX_LENGTH)
+    handle.remove()
+    x_TBD, highest_TB = torch.stack(hidden), torch.stack(highest)
+    words_T1 = torch.arange(MAX_LENGTH, device=x_TBD.device, dtype=torch.float64)[:, None]
+    # Half a word before the wanted place the end mark overtakes the others. Far from it only the sign matters.
+    wanted_TB = highest_TB + _END_SLOPE * (words_T1 - lengths_B + 0.5).clamp(-4, 4)
+    inputs_XD = torch.cat([x_TBD, torch.ones_like(x_TBD[..., :1])], dim=-1).flatten(0, 1)
+    # Solved through the normal equations, with the little ridge that keeps them solvable.
+    gram_DD = inputs_XD.T @ inputs_XD
+    gram_DD.diagonal().add_(1e-6 * gram_DD.diagonal().mean())
+    row_D = torch.linalg.solve(gram_DD, inputs_XD.T @ wanted_TB.flatten())
+    decoder.output.weight[EOS_ID] = row_D[:-1].to(decoder.output.weight.dtype)
+    decoder.output.bias[EOS_ID] = row_D[-1].to(decoder.output.weight.dtype)
+
+
+def synthetic_model(bench: DecodeBench, recipe: ResNetCaptionerRecipe, device: str) -> tuple[ResNetCaptioner, Tensor]:
+    """The report's sizes with random weights, and image tokens (B, L, D) that say how long a caption is wanted."""
+    seed = recipe.train.seed
+    torch.manual_seed(derive_seed(seed, "weights"))
+    vocabulary = inputs.synthetic_vocabulary(inputs.NUM_VOCABULARY["report"], recipe.lowercase)
+    model = recipe.build(vocabulary, inputs.ENCODER_WIDTH).eval().to(device)
+    lengths_B = torch.from_numpy(inputs.caption_lengths(bench.num_images, seed)).to(device)
+    shape = (bench.num_images, inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)
+    tokens_BLE = torch.randn(shape, generator=generator(seed, "tokens")).to(device)
+    direction_E = torch.randn(inputs.ENCODER_WIDTH, generator=generator(seed, "direction")).to(device)
+    scaled_B = (lengths_B - lengths_B.double().mean()) / lengths_B.double().std()
+    with torch.inference_mode():
+        memory_BLD = model.memory(tokens_BLE + scaled_B.float()[:, None, None] * direction_E)
+    fit_lengths(model.decoder, memory_BLD, lengths_B)
+    return model, memory_BLD
+
+
+def trained_model(bench: DecodeBench, run: str, storage: str, device: str) -> tuple[ResNetCaptioner, Tensor]:
+    """A run's weights, and the projected tokens of the first images of its dataset."""
+    captioner = TrainedCaptioner(Storage(run), device=device, encoder=bench.encoder)
+    model = captioner.model
+    data, names, _ = inputs.prepared_images(Storage(storage), captioner.recipe.dataset, bench.num_images)
+    pixels = inputs.prepared_pixels(data, names, captioner.recipe.image_size)
+    parts = []
+    for start in range(0, len(pixels), bench.batch_size):
+        part = pixels[start : start + bench.batch_size]
+        images = torch.from_numpy(part).to(device) if captioner.encoder is None else captioner.encoder(part)
+        with torch.inference_mode():
+            parts.append(model.memory(images))
+    return model, torch.cat(parts)
+
+
+def up_to_end(ids: list[int]) -> list[int]:
+    return ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
+
+
+@torch.inference_mode()
+def count_ties(report: ReportCaptioner, memory_BLD: Tensor, ours: list[list[int]], theirs: list[list[int]]) -> int:
+    """How many captions differ, each only from a word on where the two best logits are equal but for rounding.
+
+    Raises RuntimeError for any other difference.
+    """
+    ties = 0
+    for image, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if mine == other:
+            continue
+        same = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
+        prefix = torch.tensor([[BOS_ID, *mine[:same]]], device=memory_BLD.device)
+        logits_V = report(prefix, memory_BLD[image : image + 1])[0, -1]
+        logits_V[[PAD_ID, BOS_ID, UNK_ID]] = -torch.inf
+        best, second = logits_V.topk(2).values.tolist()
+        if best - second > _TIE:
+            raise RuntimeError(f"image {image}: the captions differ from word {same + 1} on: {mine} and {other}")
+        ties += 1
+    return ties
+
+
+def measure(bench: DecodeBench) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if bench.run is None:
+        recipe = inputs.tiny(VARIANTS["report"]) if bench.smoke else VARIANTS["report"]
+        model, memory_BLD = synthetic_model(bench, recipe, device)
+    else:
+        assert bench.storage is not None
+        model, memory_BLD = trained_model(bench, bench.run, bench.storage, device)
+    recipe = model.recipe
+    report = ReportCaptioner(recipe, len(model.vocabulary), 1).to(device).eval()
+    report.load_decoder(model.decoder)
+    batches = memory_BLD.split(bench.batch_size)
+    max_length = min(MAX_LENGTH, recipe.max_length)
+    captions: dict[str, list[list[int]]] = {}
+
+    def ours() -> float:
+        started = clock()
+        captions["ours"] = [ids for batch in batches for ids in greedy(model.decoder, batch, max_length)]
+        return len(memory_BLD) / (clock() - started)
+
+    def theirs() -> float:
+        started = clock()
+        ids_by_batch = [report.greedy(batch, max_length).tolist() for batch in batches]
+        seconds = clock() - started
+        captions["report"] = [up_to_end(ids) for batch in ids_by_batch for ids in batch]
+        return len(memory_BLD) / seconds
+
+    say("warm-up")
+    ours()
+    report.greedy(batches[0], 5)
+    figures = interleaved("captions/s", {"ours": ours, "report": theirs}, bench.pairs)
+    ties = count_ties(report, memory_BLD, captions["ours"], captions["report"])
+    lengths = np.array([len(ids) for ids in captions["ours"]])
+    return {
+        "target": TARGET,
+        "target_met": figures["ratio"]["median"] >= TARGET,
+        "sizes": {name: getattr(recipe, name) for name in ("width", "num_layers", "num_heads", "ffn_width")},
+        "vocabulary": len(model.vocabulary),
+        "max_length": max_length,
+        "precision": "fp32",
+        "captions": len(lengths),
+        "captions_equal": len(lengths) - ties,
+        "captions_that_differ_by_rounding": ties,
+        "words_per_caption": {
+            "mean": round(float(lengths.mean()), 2),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+            "cut_at_max_length": int((lengths == max_length).sum()),
+        },
+    } | figures
+
+
+def main() -> None:
+    bench = tyro.cli(DecodeBench, description=__doc__, prog="python jobs/bench/decode_captions.py")
+    if bench.run is not None and bench.storage is None:
+        raise InputError("--run: name the prepared data whose images it captions too, with --storage URI")
+    if bench.run is None and (bench.storage or bench.encoder):
+        raise InputError("--storage and --encoder belong to a trained run; give --run URI too")
+    if bench.pairs < MIN_PAIRS and not bench.smoke:
+        raise InputError(f"--pairs {bench.pairs}: a median needs at least {MIN_PAIRS}")
+    publish("decode_captions", dataclasses.asdict(bench), lambda: measure(bench))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+"""What Ray Train adds to a training step: the same loop through jobs/trainer.py and under plain torchrun.
+
+Command: python jobs/bench/ray_train_overhead.py           (quiet machine; 2 CPU cores: about 4 minutes)
+         python jobs/bench/ray_train_overhead.py --num-workers 2
+Target: ratio of step times at most 1.025 aimed, 1.05 required.
+
+Both run `mmcore.training.Training` on one model with the same data in memory, workers and threads. Under Ray it is a
+whole job: `run_training` with its progress messages, the follower that asks for them and Ray's health checks; under
+torchrun no hook is set. No checkpoint and no validation falls into the timed steps. The time is the loop's own, from
+the end of the warm-up to the last step, so starting and ending are left out; it is the mean over the steps, which
+holds what Ray does now and then, while the median of the steps, given beside it, does not.
+Each run is a process group of its own; Ray is shut down while torchrun runs, since its daemons would slow it too.
+
+The model is `best`'s decoder on one caption an image: steps several times shorter than those of a real run, which
+makes a fixed cost show more than it does there.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import tyro
+
+from jobs.bench.inputs import synthetic_training, tiny
+from jobs.bench.timing import MIN_PAIRS, interleaved, publish, say
+from jobs.cluster import ROOT
+from jobs.commandline import run
+from jobs.trainer import Job, RunOptions, Setup, run_training
+from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
+from mmcore.errors import InputError
+from mmcore.recipe import recipe_to_json
+from mmcore.storage import Storage
+from mmcore.training import check_batch
+
+AIMED, REQUIRED = 1.025, 1.05
+_TORCHRUN_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class OverheadBench:
+    """How much is measured."""
+
+    num_workers: int = 1
+    """Training workers, under Ray and under torchrun."""
+    num_threads: int | None = None
+    """CPU threads of a worker; by default the cores over the workers."""
+    pairs: int = 5
+    """Pairs of a Ray run and a torchrun run."""
+    steps: int = 100
+    """Timed steps of a run."""
+    warmup_steps: int = 15
+    """Steps before them."""
+    batch_size: int = 32
+    """Images a step, over all workers."""
+    num_images: int = 256
+    """Images in memory."""
+    smoke: bool = False
+    """Tiny sizes: shows that it runs, measures nothing."""
+
+    @property
+    def threads(self) -> int:
+        return self.num_threads or max(1, (os.cpu_count() or 1) // self.num_workers)
+
+    def recipe(self) -> ResNetCaptionerRecipe:
+        best = tiny(VARIANTS["best"]) if self.smoke else VARIANTS["best"]
+        total = self.warmup_steps + self.steps
+        train = dataclasses.replace(
+            best.train,
+            batch_size=self.batch_size,
+            num_epochs=total,
+            max_steps=total,
+            validate_every_epochs=total,
+            checkpoint_every_steps=total,
+            log_every_steps=1,
+        )
+        return dataclasses.replace(best, captions_per_image=1, flip=False, train=train)
+
+
+def set_up(job: Job, facts: dict[str, Any]) -> Setup:
+    """Model and rows, on a Ray worker; nothing is sampled."""
+    model, rows = synthetic_training(job.recipe, facts["num_train"])
+    return Setup(model, rows, lambda model, step: {})
+
+
+def step_seconds(history: bytes, warmup_steps: int, medians: list[float]) -> float:
+    """Mean time of a step after the warm-up; the median is added to `medians`."""
+    lines = [json.loads(line) for line in history.splitlines()]
+    # The last step has a second line, of its validation, at the same time.
+    seconds = {row["step"]: row["seconds"] for row in lines}
+    timed = [seconds[step] - seconds[step - 1] for step in sorted(seconds) if step > warmup_steps]
+    medians.append(statistics.median(timed))
+    return statistics.fmean(timed)
+
+
+def with_ray(bench: OverheadBench, storage: Storage, name: str) -> bytes:
+    options = RunOptions(
+        storage=storage.uri, name=name, num_workers=bench.num_workers, num_threads=bench.threads, stall_timeout=300.0
+    )
+    job = Job("bench", "best", bench.recipe(), options)
+    try:
+        run_training(job, set_up, {"num_train": bench.num_images})
+        return job.run.read("metrics.jsonl")
+    finally:
+        ray.shutdown()
+        job.run.delete_tree()
+
+
+def with_torchrun(bench: OverheadBench, folder: Path) -> bytes:
+    recipe, out = folder / "recipe.json", folder / "history.jsonl"
+    recipe.write_text(json.dumps(recipe_to_json(bench.recipe())))
+    out.unlink(missing_ok=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(bench.num_workers)]
+    command = [
+        *torchrun,
+        *(str(ROOT / "jobs" / "bench" / "torchrun_loop.py"), "--recipe", str(recipe), "--out", str(out)),
+        *("--num-train", str(bench.num_images), "--num-threads", str(bench.threads)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(bench.threads), "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=environment, check=True, timeout=_TORCHRUN_TIMEOUT_S, stdout=sys.stderr)
+    return out.read_bytes()
+
+
+def measure(bench: OverheadBench) -> dict[str, Any]:
+    medians: dict[str, list[float]] = {"ray": [], "torchrun": []}
+    num_runs = 0
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Storage(folder)
+
+        def ray_run() -> float:
+            nonlocal num_runs
+            num_runs += 1
+            history = with_ray(bench, storage, f"run-{num_runs}")
+            return step_seconds(history, bench.warmup_steps, medians["ray"])
+
+        def torchrun_run() -> float:
+            return step_seconds(with_torchrun(bench, Path(folder)), bench.warmup_steps, medians["torchrun"])
+
+        say(f"{bench.pairs} pairs of {bench.warmup_steps + bench.steps} steps, {bench.threads} threads a worker")
+        figures = interleaved("s/step", {"ray": ray_run, "torchrun": torchrun_run}, bench.pairs)
+    of_medians = [one / other for one, other in zip(medians["ray"], medians["torchrun"], strict=True)]
+    ratio = figures["ratio"]["median"]
+    return {
+        "aimed": AIMED,
+        "required": REQUIRED,
+        "aim_met": ratio <= AIMED,
+        "requirement_met": ratio <= REQUIRED,
+        "threads_per_worker": bench.threads,
+        "cuda": torch.cuda.is_available(),
+        **figures,
+        "ratio_of_median_steps": {
+            "median": round(statistics.median(of_medians), 5),
+            "min": round(min(of_medians), 5),
+            "max": round(max(of_medians), 5),
+        },
+    }
+
+
+def main() -> None:
+    bench = tyro.cli(OverheadBench, description=__doc__, prog="python jobs/bench/ray_train_overhead.py")
+    check_batch(bench.recipe().train, bench.num_workers)
+    if (bench.pairs < MIN_PAIRS or bench.steps < 100) and not bench.smoke:
+        raise InputError(f"--pairs {bench.pairs} --steps {bench.steps}: at least {MIN_PAIRS} and 100 are needed")
+    publish("ray_train_overhead", dataclasses.asdict(bench), lambda: measure(bench))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""The training loop under plain torchrun, without Ray: what ray_train_overhead.py compares with.
+
+Command: torchrun --standalone --nproc-per-node 1 jobs/bench/torchrun_loop.py --recipe FILE --out FILE
+Writes the history of the run, one JSON object a step, as the jobs' metrics.jsonl.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from jobs.bench.inputs import synthetic_training
+from jobs.commandline import run
+from mmcore.captioners.resnet import ResNetCaptionerRecipe
+from mmcore.recipe import recipe_from_json
+from mmcore.training import RunHooks, Training, write_history
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One run."""
+
+    recipe: Path
+    """JSON that `mmcore.recipe.recipe_to_json` made."""
+    out: Path
+    """File for the history."""
+    num_train: int = 256
+    """Images to train on, held in memory."""
+    num_threads: int = 1
+    """CPU threads of each worker."""
+
+
+def main() -> None:
+    loop = tyro.cli(Loop, description=__doc__, prog="torchrun jobs/bench/torchrun_loop.py")
+    torch.set_num_threads(loop.num_threads)
+    recipe = recipe_from_json(ResNetCaptionerRecipe, json.loads(loop.recipe.read_text()), str(loop.recipe))
+    model, rows = synthetic_training(recipe, loop.num_train)
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(model, rows, recipe.train, RunHooks(), workdir=Path(folder))
+        training.run()
+    if training.rank == 0:
+        loop.out.write_bytes(write_history(training.state.history))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,206 @@
+"""jobs/caption.py: bulk captions are exactly once, whatever is killed, and resume without redoing work."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmcore import checkpoint
+from mmcore.captioners.resnet import VARIANTS
+from mmcore.captioners.trained import TrainedCaptioner
+from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.recipe import recipe_to_json
+from mmcore.storage import Storage
+from mmcore.text import WordVocabulary
+
+NUM_IMAGES = 48
+ROWS_PER_BLOCK = 4
+NUM_KILLS = 3
+
+
+def write_run(folder: Path) -> Path:
+    """A finished run of an untrained captioner of Shapes."""
+    recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32)
+    words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
+    vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
+    torch.manual_seed(0)
+    model = recipe.build(vocabulary, 0)
+    (folder / "model").mkdir(parents=True)
+    save_file(checkpoint.trainable_state(model), folder / "model" / "model.safetensors")
+    facts = {
+        "recipe": "resnet_captioner",
+        "settings": recipe_to_json(recipe),
+        "encoder_width": 32,
+        "vocabulary": vocabulary.to_json(),
+    }
+    (folder / "model" / "recipe.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("captioner") / "runs" / "resnet_captioner" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of image files."""
+    folder = tmp_path_factory.mktemp("images")
+    for row in shapes_rows(ShapesSettings(NUM_IMAGES, 1, 1, 32)):
+        if row["split"] == "train":
+            (folder / row["file_name"]).write_bytes(row["image"])
+    return folder
+
+
+def digests(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        path.name: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.glob("*.parquet"))
+    }
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def find_actor(driver: psutil.Process) -> Iterator[psutil.Process]:
+    for process in driver.children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(process.cmdline()):
+                yield process
+        except psutil.NoSuchProcess:
+            continue
+
+
+def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images, tmp_path, start_job, run_job):
+    out = tmp_path / "out"
+    command = ["jobs/caption.py", "--run", run_folder, "--images", images, "--out", out]
+    command += ["--rows-per-block", str(ROWS_PER_BLOCK), "--num-beams", "8"]
+    committed: dict[str, tuple[str, int]] = {}
+    for kill in range(NUM_KILLS):
+        job = start_job(*command)
+        # A file more than before the start, and another kill each time further on.
+        wanted, deadline = len(committed) + 1 + kill, time.monotonic() + 120
+        while len(list((out / "parts").glob("*.parquet"))) < wanted:
+            assert job.poll() is None, "the job ended before it was killed"
+            assert time.monotonic() < deadline, "no block was committed"
+            time.sleep(0.005)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        now = digests(out / "parts")
+        assert {name: now[name] for name in committed} == committed, "a committed block was written again"
+        assert not (out / "captions.csv").exists() or len(now) == NUM_IMAGES // ROWS_PER_BLOCK
+        committed = now
+    run_job(*command)
+
+    table = pa.concat_tables(pq.read_table(path) for path in sorted((out / "parts").glob("*.parquet")))
+    expected = sorted(path.stem for path in images.iterdir())
+    assert sorted(table["image_id"].to_pylist()) == expected, "lost or doubled images"
+    assert {name: digests(out / "parts")[name] for name in committed} == committed
+    rows = read_csv(out / "captions.csv")
+    assert rows[0] == ["image", "caption"]
+    assert sorted(name for name, _ in rows[1:]) == sorted(path.name for path in images.iterdir())
+    # The bulk job says what the captioner says of one image alone.
+    captioner = TrainedCaptioner(Storage(str(run_folder)))
+    for name, caption in rows[1:4]:
+        assert captioner([(images / name).read_bytes()], [name], num_beams=8) == [caption]
+
+    before = digests(out / "parts")
+    again = run_job(*command)
+    assert f"all {NUM_IMAGES} images are done already" in again.stdout
+    assert digests(out / "parts") == before
+
+
+def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job):
+    out = tmp_path / "out"
+    command = ["jobs/caption.py", "--run", run_folder, "--images", images, "--out", out]
+    job = start_job(*command, "--rows-per-block", "2", "--num-beams", "8")
+    deadline = time.monotonic() + 120
+    killed = 0
+    while not killed:
+        assert job.poll() is None, "the job ended before its actor was found"
+        assert time.monotonic() < deadline
+        if list((out / "parts").glob("*.parquet")):
+            for actor in find_actor(psutil.Process(job.pid)):
+                actor.kill()
+                killed += 1
+        time.sleep(0.005)
+    assert job.wait(timeout=180) == 0
+    assert len(read_csv(out / "captions.csv")) == NUM_IMAGES + 1
+
+
+def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_path, run_job):
+    out = tmp_path / "out"
+    command = ["jobs/caption.py", "--run", run_folder, "--images", images, "--out", out]
+    run_job(*command, "--num-beams", "1")
+    refused = run_job(*command, "--num-beams", "2", check=False)
+    assert refused.returncode == 1
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert "num_beams was 1 and is now 2" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--run": "nowhere"}, "no model/ there"),
+        ({"--images": "empty"}, "neither Parquet shards nor image files"),
+        ({"--num-beams": "0"}, "--num-beams 0: must be at least 1"),
+        ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
+    ],
+)
+def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, run_job):
+    (tmp_path / "empty").mkdir()
+    flags = {"--run": run_folder, "--images": images, "--out": tmp_path / "out"}
+    flags |= {name: tmp_path / value if name in ("--run", "--images") else value for name, value in change.items()}
+    result = run_job("jobs/caption.py", *[part for pair in flags.items() for part in pair], check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists(), "something was written"
+
+
+def test_a_broken_image_names_itself(run_folder, images, tmp_path, run_job):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    good = next(images.iterdir())
+    (folder / "good.png").write_bytes(good.read_bytes())
+    (folder / "cut.png").write_bytes(good.read_bytes()[:60])
+    result = run_job(
+        "jobs/caption.py", "--run", run_folder, "--images", folder, "--out", tmp_path / "out", check=False
+    )
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "cut.png" in line
+    assert not (tmp_path / "out" / "captions.csv").exists()
+
+
+def test_on_s3(run_folder, images, s3_server, run_job):
+    storage = Storage(s3_server)
+    for path in images.iterdir():
+        storage.upload(path, f"images/{path.name}")
+    for path in (run_folder / "model").iterdir():
+        storage.upload(path, f"runs/resnet_captioner/tiny/model/{path.name}")
+    run_job(
+        "jobs/caption.py",
+        *("--run", f"{s3_server}/runs/resnet_captioner/tiny", "--images", f"{s3_server}/images"),
+        *("--out", f"{s3_server}/captions", "--rows-per-block", "16", "--num-beams", "1"),
+    )
+    lines = (storage / "captions").read("captions.csv").decode().splitlines()
+    assert len(lines) == NUM_IMAGES + 1
+    bucket = s3_server.removeprefix("s3://").split("/")[0]
+    keys = [entry["Key"] for entry in boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]]
+    assert sum(key.startswith("prefix/captions/parts/") for key in keys) == NUM_IMAGES // 16

@@ -1,0 +1,86 @@
+"""jobs/demo.py: it fails where the scores are low, keeps what is finished, and its page holds what was made."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+
+from jobs.demo import MIN_CORRECT, STAGES, _picture_section, failures
+
+# Far too little to learn from: its captions must not pass.
+TINY = [
+    "--shapes.num-train", "64", "--shapes.num-validation", "12", "--shapes.num-test", "12",
+    "--captioner.width", "32", "--captioner.num-layers", "1", "--captioner.num-heads", "2",
+    "--captioner.ffn-width", "64", "--captioner.train.num-epochs", "2", "--captioner.train.batch-size", "8",
+]  # fmt: skip
+
+
+def scores(correct: float, named: float) -> dict[str, Any]:
+    return {"all": {"fraction_correct": correct}, "named_per_caption": named, "named_per_reference": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("correct", "named", "expected"),
+    [
+        (MIN_CORRECT, 4.0, []),
+        (0.95, 8.0, []),
+        (0.7999, 8.0, ["80.0% of the attributes that the captions name are right; 80% are needed"]),
+        (1.0, 3.9, ["the captions name 3.90 attributes each; 4.00 are needed, 50% of the 8.00 of true captions"]),
+    ],
+)
+def test_what_fails(correct: float, named: float, expected: list[str]) -> None:
+    assert failures(scores(correct, named)) == expected
+
+
+def test_silence_fails_twice() -> None:
+    assert len(failures(scores(0.0, 0.0))) == 2
+
+
+def test_captions_are_no_markup() -> None:
+    row = {"image": b"\x89PNG", "image_id": "<i>", "caption": "<script>alert(1)</script>"}
+    html = _picture_section([row], [False])
+    assert "<script" not in html
+    assert "<i>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
+    run_job: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    storage = tmp_path / "a demo"
+    first = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False)
+    assert first.returncode == 1, first.stderr
+    # Not a crash: one line that says what is too low, after everything was made.
+    assert re.search(
+        r"^error: .*% of the attributes that the captions name are right; 80% are needed", first.stderr, re.M
+    )
+    assert "Traceback" not in first.stderr
+    for number, (title, _) in enumerate(STAGES, start=1):
+        assert f"== {number}/{len(STAGES)} {title}" in first.stdout
+    html = (storage / "index.html").read_text()
+    assert html.count("<img ") == 12
+    assert html.count("<polyline ") == 5
+    assert "are needed" in html
+    run = storage / "runs" / "resnet_captioner" / "default"
+    result = json.loads((storage / "scores" / "resnet_captioner" / "default-attributes.json").read_text())
+    assert result["all"]["num_scenes"] == 12
+    made = {
+        path: path.stat().st_mtime_ns for path in [*storage.glob("data/**/*"), *run.glob("model/*")] if path.is_file()
+    }
+    assert made
+
+    second = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False)
+    assert second.returncode == 1, "low scores stay a failure when nothing is done anew"
+    assert second.stdout.count("kept") == 2
+    assert "Ray: started" not in second.stderr, "finished stages need no Ray"
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+    # Another training: the data stays, the captions of the old model do not.
+    third = run_job("jobs/demo.py", "--storage", storage, *TINY, "--captioner.train.seed", "7", check=False)
+    assert "trained anew" in third.stdout
+    assert "12 images, 12 of them now" in third.stdout
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns > made[run / "model" / "model.safetensors"]

@@ -1,0 +1,132 @@
+"""The Makefile without its installs: what it would run, from where, and when it has nothing to do."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What make looks at, in a folder with a space in its name."""
+    folder = tmp_path / "a clone"
+    (folder / ".ci").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/run"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def make(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    # Inside `make test` these would make it a sub-make.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(
+        ["make", "--no-print-directory", *arguments], cwd=clone, env=env, capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def fake_install(clone: Path) -> Path:
+    """A `.venv` as `make setup` leaves it, whose Python only says what it was called with."""
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "called: $*"\n')
+    python.chmod(0o755)
+    stamp = clone / ".venv" / ".installed"
+    stamp.write_text(f"{clone.resolve()}\n")
+    return stamp
+
+
+def test_help_is_the_default(clone: Path) -> None:
+    text = make(clone).stdout
+    for target in ("setup", "demo", "test", "test-all", "check", "clean"):
+        assert f"make {target} " in text
+
+
+def test_setup_installs_the_tested_versions(clone: Path) -> None:
+    text = make(clone, "-n", "setup").stdout
+    assert "-m venv .venv" in text
+    assert "pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'" in text
+
+
+def test_a_second_run_does_nothing(clone: Path) -> None:
+    fake_install(clone)
+    text = make(clone, "setup").stdout
+    assert "called" not in text
+    assert make(clone, "demo", "ARGS=--fresh").stdout.splitlines()[-1] == "called: jobs/demo.py --fresh"
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_pull_that_changes_requirements_installs_anew(clone: Path, name: str) -> None:
+    stamp = fake_install(clone)
+    later = stamp.stat().st_mtime + 1
+    os.utime(clone / name, (later, later))
+    assert "pip install" in make(clone, "-n", "setup").stdout
+
+
+def test_a_moved_clone_installs_anew(clone: Path) -> None:
+    fake_install(clone)
+    moved = clone.rename(clone.with_name("moved here"))
+    assert "pip install" in make(moved, "-n", "setup").stdout
+
+
+def test_an_old_python_is_refused_in_words(clone: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\nexit 1\n')
+    old.chmod(0o755)
+    done = make(clone, "setup", f"PYTHON={old}", check=False)
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed" in done.stderr
+    assert "3.9.2" in done.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_an_install_that_broke_off_is_not_taken_for_one(clone: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    # Its venv has a Python whose pip fails, as without a network.
+    python.write_text(
+        '#!/bin/sh\n[ "$2" = venv ] || exit 0\n'
+        'mkdir -p .venv/bin && printf "#!/bin/sh\\nexit 1\\n" > .venv/bin/python && chmod +x .venv/bin/python\n'
+    )
+    python.chmod(0o755)
+    assert make(clone, "setup", f"PYTHON={python}", check=False).returncode != 0
+    assert not (clone / ".venv" / ".installed").exists()
+
+
+def test_checks_come_before_tests_and_soak_tests_only_where_asked(clone: Path) -> None:
+    fake_install(clone)
+    lines = [line for line in make(clone, "test").stdout.splitlines() if line.startswith("called")]
+    assert lines == ["called: -m ruff check .", "called: -m mypy", "called: -m pytest -m not soak"]
+    assert make(clone, "test-all").stdout.splitlines()[-1] == "called: -m pytest"
+
+
+def test_ci_runs_make_test_from_anywhere(clone: Path, tmp_path: Path) -> None:
+    fake_install(clone)
+    done = subprocess.run([clone / ".ci" / "run"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "called: -m pytest -m not soak"
+
+
+def test_clean_leaves_what_make_did_not_make(clone: Path) -> None:
+    fake_install(clone)
+    for name in ("runs/demo/index.html", "runs/mine/model", "jobs/__pycache__/a.pyc", "out/data"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).touch()
+    make(clone, "clean")
+    left = sorted(str(path.relative_to(clone)) for path in clone.rglob("*") if path.is_file())
+    assert left == [".ci/run", "Makefile", "constraints.txt", "out/data", "pyproject.toml", "runs/mine/model"]
+
+
+def test_constraints_hold_on_any_machine() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    for line in lines:
+        name, equals, version = line.partition("==")
+        assert equals, line
+        assert "+" not in version, f"{line}: a build of this machine"
+        assert not name.startswith(("nvidia", "triton", "mmcore")), line
+    names = [line.partition("==")[0].lower() for line in lines]
+    assert len(set(names)) == len(names)
+    assert {"torch", "ray", "transformers", "pytest", "ruff", "mypy"} <= set(names)
