@@ -51,7 +51,7 @@ class DemoSettings:
     """Folder or s3://bucket/prefix for everything, the page included."""
     fresh: bool = False
     """Start anew instead of keeping the stages that are finished."""
-    num_beams: int = 1
+    num_beams: int = 3
     """Beams of the search for captions; 1 is greedy."""
     shapes: ShapesSettings = field(default_factory=ShapesSettings)
     """The built-in data."""

@@ -337,7 +337,7 @@ def run_training(
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise InputError(
-                f"{job.run}: training failed: {_first_line(error)}; the same command goes on from the last checkpoint"
+                f"{job.run}: training failed: {_last_line(error)}; the same command goes on from the last checkpoint"
             ) from error
     summary: dict[str, Any] = result.return_value or {}  # type: ignore[attr-defined]
     if "error" in summary:
@@ -348,7 +348,7 @@ def run_training(
     return summary
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     """The line of a nested traceback that says what happened: its last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

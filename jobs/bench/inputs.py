@@ -17,7 +17,6 @@ from mmcore.data.columns import Column
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
-from mmcore.training import Batch
 
 CAPTIONS_PER_IMAGE = 5
 
@@ -139,6 +138,3 @@ def synthetic_training(recipe: ResNetCaptionerRecipe, num_train: int) -> tuple[R
     torch.manual_seed(derive_seed(seed, "weights"))
     return recipe.build(vocabulary, ENCODER_WIDTH), rows
 
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) for name, value in batch.items()}

@@ -62,8 +62,8 @@ class ReportCaptioner(nn.Module):
         if self.layers.norm is not None:
             self.layers.norm.load_state_dict(decoder.final_norm.state_dict())
         for theirs, ours in zip(self.layers.layers, decoder.layers, strict=True):
-            assert isinstance(theirs, nn.TransformerDecoderLayer) and isinstance(ours, DecoderLayer)
-            state = {}
+            assert isinstance(ours, DecoderLayer)
+            state: dict[str, Tensor] = {}
             for name in ("weight", "bias"):
                 cross = [getattr(ours.cross_q, name), getattr(ours.cross_kv, name)]
                 state |= {

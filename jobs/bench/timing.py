@@ -61,6 +61,11 @@ def interleaved(unit: str, ways: dict[str, Callable[[], float]], num_pairs: int)
     return compare(unit, figures)
 
 
+def verdict(name: str, met: bool, limit: float, smoke: bool) -> dict[str, Any]:
+    """The limit and whether it is met; tiny sizes show nothing about it."""
+    return {name: limit, f"{name}_met": None if smoke else met}
+
+
 def device_name() -> str:
     """What the figures were taken on, in words."""
     if torch.cuda.is_available():

@@ -30,7 +30,7 @@ import tyro
 
 from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
-from jobs.bench.timing import MIN_PAIRS, clock, compare, publish, say
+from jobs.bench.timing import MIN_PAIRS, clock, compare, publish, say, verdict
 from jobs.commandline import run
 from jobs.train_resnet_captioner import build_vocabulary
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
@@ -164,7 +164,8 @@ def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEn
         if done:
             ours.append(bench.our_steps * bench.our_batch * recipe.captions_per_image / (clock() - started))
             theirs.append(report.captions_per_s(bench.report_steps))
-            say(f"{variant}, pair {len(ours)} of {bench.pairs}: ours {ours[-1]:.1f}, report {theirs[-1]:.2f} captions/s")
+            rates = f"ours {ours[-1]:.1f}, report {theirs[-1]:.2f} captions/s"
+            say(f"{variant}, pair {len(ours)} of {bench.pairs}: {rates}")
         started = clock()
 
     rows: CaptionRows = inputs.caption_rows(
@@ -199,10 +200,10 @@ def measure(bench: TrainBench) -> dict[str, Any]:
         image_size = inputs.tiny(VARIANTS["report"]).image_size if bench.smoke else VARIANTS["report"].image_size
         device = "cuda" if torch.cuda.is_available() else "cpu"
         encoder = FrozenVisionEncoder(bench.encoder or folder, image_size, device)
-    figures = {variant: measure_variant(bench, variant, encoder) for variant in bench.variants}
+    figures: dict[str, Any] = {variant: measure_variant(bench, variant, encoder) for variant in bench.variants}
     if "report" not in figures:
         return figures
-    return {"target": TARGET, "target_met": figures["report"]["ratio"]["median"] >= TARGET} | figures
+    return verdict("target", figures["report"]["ratio"]["median"] >= TARGET, TARGET, bench.smoke) | figures
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import time
 from pathlib import Path
 
@@ -205,7 +206,7 @@ connect()
 def never():
     pass
 
-with Watchdog("training", stall_timeout_s=4, report_after_s=2):
+with Watchdog("training", stall_timeout_s=12, report_after_s=2):
     print("waits", flush=True)
     ray.get(never.remote())
 """
@@ -218,12 +219,13 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("waits\n")
     lines = done.stderr.splitlines()
-    (first,) = [line for line in lines if line.startswith("stalled: training: no progress for 2 s")]
+    # How many seconds is left open: the answer of a busy machine takes some.
+    (first,) = [line for line in lines if re.match(r"stalled: training: no progress for \d+ s: ", line)]
     assert "waiting for {CPU: 1, GPU: 1}" in first
     assert "missing: GPU" in first
-    (last,) = [line for line in lines if line.startswith("error: training: no progress for 4 s")]
+    (last,) = [line for line in lines if re.match(r"error: training: no progress for \d+ s: ", line)]
     assert "missing: GPU" in last
-    assert "--stall-timeout 4" in last
+    assert "--stall-timeout 12" in last
     # The reaper of that Ray ends its processes; they are known by the folder in their command lines.
     folder = lines[0].partition("token in ")[2].rpartition("/")[0]
     assert "mmcore-ray-" in folder

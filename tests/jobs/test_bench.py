@@ -1,0 +1,157 @@
+"""The measurements at tiny sizes: that they run, give their figures, and compare like with like. No time is checked."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.bench import decode_captions, inputs, ray_train_overhead, timing, train_captioner
+from jobs.bench.report_way import ReportCaptioner
+from mmcore.captioners.decoder import Packing
+from mmcore.captioners.resnet import VARIANTS
+from mmcore.recipe import recipe_to_json
+from mmcore.text import EOS_ID
+
+ROOT = Path(__file__).parents[2]
+SHARED_CAPTIONS = ROOT.parent / "shared" / "data" / "flickr8k" / "captions.txt"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other make tiny sizes very slow on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_ratios_are_of_pairs_and_the_order_changes():
+    calls = []
+    values = {"ours": iter([4.0, 9.0, 10.0]), "theirs": iter([2.0, 3.0, 1.0])}
+
+    def way(name):
+        def call():
+            calls.append(name)
+            return next(values[name])
+
+        return call
+
+    figures = timing.interleaved("x", {name: way(name) for name in values}, 3)
+    assert figures["ratio"] == {"median": 3.0, "min": 2.0, "max": 10.0, "all": [2.0, 3.0, 10.0]}
+    assert figures["theirs"]["median"] == 2.0
+    assert calls == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+
+
+def test_publish_prints_one_object_and_moves_other_output_away(capsys):
+    def measure():
+        print("a line of a library")
+        return {"ratio": 2}
+
+    timing.publish("x", {"pairs": 1}, measure)
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert (result["bench"], result["ratio"], result["threads"]) == ("x", 2, torch.get_num_threads())
+    assert result["commit"]
+    assert err == "a line of a library\n"
+
+
+def test_lengths_are_flickr8ks():
+    counts = np.array(inputs.NUM_CAPTIONS_BY_WORDS)
+    assert counts.sum() == 40_455
+    assert (counts * np.arange(1, len(counts) + 1)).sum() / counts.sum() == pytest.approx(11.78, abs=0.005)
+    if not SHARED_CAPTIONS.exists():
+        pytest.skip(f"{SHARED_CAPTIONS} is not here")
+    captions = [line.partition(",")[2] for line in SHARED_CAPTIONS.read_text().splitlines()[1:]]
+    assert np.array_equal(np.bincount([len(caption.split()) for caption in captions])[1:], counts)
+
+
+@pytest.mark.parametrize("variant", ["report", "best"])
+def test_the_reports_decoder_with_our_weights_gives_our_logits(variant):
+    recipe = inputs.tiny(VARIANTS[variant])
+    vocabulary = inputs.synthetic_vocabulary(100, recipe.lowercase)
+    torch.manual_seed(0)
+    model = recipe.build(vocabulary, 8).eval()
+    report = ReportCaptioner(recipe, len(vocabulary), 8).eval()
+    report.load_decoder(model.decoder)
+    ids_BT, memory_BLD = torch.randint(1, 100, (3, 7)), torch.randn(3, 4, recipe.width)
+    with torch.inference_mode():
+        ours = model.decoder(ids_BT, Packing.from_lengths(torch.full((3,), 7), 7), memory_BLD)
+        theirs = report(ids_BT, memory_BLD).flatten(0, 1)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_train_captioner():
+    bench = train_captioner.TrainBench(
+        smoke=True, pairs=2, our_steps=1, report_steps=1, warmup_steps=1, our_batch=4, report_batch=2, num_images=8
+    )
+    figures = train_captioner.measure(bench)
+    assert figures["target_met"] is None
+    for variant in ("report", "best"):
+        assert len(figures[variant]["ratio"]["all"]) == 2
+        assert figures[variant]["ratio"]["min"] > 0
+    # The same model on both sides: `best` only adds the norm and the positions of its image tokens.
+    assert figures["report"]["parameters"]["ours"] == figures["report"]["parameters"]["report"]
+
+
+def test_decode_captions():
+    figures = decode_captions.measure(decode_captions.DecodeBench(smoke=True, pairs=1, num_images=8, batch_size=4))
+    assert figures["captions_equal"] == figures["captions"] == 8
+    assert figures["words_per_caption"]["min"] < figures["words_per_caption"]["max"] < 50
+    assert len(figures["ratio"]["all"]) == 1
+
+
+def test_a_caption_that_differs_is_found():
+    bench = decode_captions.DecodeBench(smoke=True, num_images=4)
+    model, memory = decode_captions.synthetic_model(bench, inputs.tiny(VARIANTS["report"]), "cpu")
+    report = ReportCaptioner(model.recipe, len(model.vocabulary), 1).eval()
+    report.load_decoder(model.decoder)
+    right = [decode_captions.up_to_end(ids) for ids in report.greedy(memory).tolist()]
+    assert decode_captions.count_ties(report, memory, right, right) == 0
+    assert all(EOS_ID not in ids for ids in right)
+    wrong = [list(ids) for ids in right]
+    image = max(range(4), key=lambda image: len(right[image]))
+    wrong[image][-1] += 1
+    with pytest.raises(RuntimeError, match=f"image {image}: .* from word {len(right[image])} on"):
+        decode_captions.count_ties(report, memory, wrong, right)
+
+
+OVERHEAD = ray_train_overhead.OverheadBench(
+    smoke=True, pairs=1, steps=4, warmup_steps=2, batch_size=4, num_images=8, num_threads=1
+)
+
+
+def test_step_seconds_leaves_the_warm_up_out():
+    seconds = [9.0, 10.0, 10.5, 11.0, 13.0, 13.0]
+    steps = [1, 2, 3, 4, 5, 5]
+    history = "".join(json.dumps({"step": a, "seconds": b}) + "\n" for a, b in zip(steps, seconds, strict=True))
+    medians: list[float] = []
+    assert ray_train_overhead.step_seconds(history.encode(), 2, medians) == 1.0
+    assert medians == [0.5]
+
+
+def test_torchrun_loop_times_every_step(tmp_path):
+    history = ray_train_overhead.with_torchrun(OVERHEAD, tmp_path)
+    rows = [json.loads(line) for line in history.splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
+    assert "validation_loss" in rows[-1]
+    assert json.loads((tmp_path / "recipe.json").read_text()) == recipe_to_json(OVERHEAD.recipe())
+
+
+@pytest.mark.soak
+def test_ray_train_overhead(job_environment):
+    settings = {"pairs": 1, "steps": 4, "warmup-steps": 2, "batch-size": 4, "num-images": 8}
+    command = [sys.executable, "jobs/bench/ray_train_overhead.py", "--smoke"]
+    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(command, cwd=ROOT, env=job_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["required_met"] is None
+    assert {"ray", "torchrun", "ratio", "commit"} <= result.keys()
+    assert dataclasses.asdict(OVERHEAD).keys() == result["settings"].keys()
+    assert os.cpu_count() == result["threads_per_worker"]

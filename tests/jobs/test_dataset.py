@@ -1,0 +1,116 @@
+"""The frozen encoder runs once over the images, whoever asks again."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import MobileNetV2Config, MobileNetV2Model
+
+from jobs.dataset import cached_image_column
+from jobs.prepare import PrepareSettings, prepare
+from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.data.columns import open_column
+from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+SHAPES = ShapesSettings(num_train=70, num_validation=10, num_test=12, image_size=32)
+NUM_IMAGES = 92
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny convolutional encoder in Hugging Face format, with random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.1, finegrained_output=False, depth_divisible_by=2)
+    MobileNetV2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def storage(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    prepare(PrepareSettings(dataset="shapes", storage=storage.uri, shapes=SHAPES))
+    return storage
+
+
+def part_times(folder: Storage) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in sorted(Path(folder.uri, "parts").glob("*.parquet"))}
+
+
+def test_the_encoder_runs_once(storage: Storage, encoder_folder: str, tmp_path: Path) -> None:
+    first = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
+    assert first.encoded_now == NUM_IMAGES
+    times = part_times(first.folder)
+
+    again = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
+    assert (again.encoded_now, again.folder) == (0, first.folder)
+    # The same weights in another folder are the same encoder: the key hashes content, not a path.
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in Path(encoder_folder).iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert cached_image_column(storage, "shapes", encoder=str(copy), image_size=32).encoded_now == 0
+    assert part_times(first.folder) == times
+
+    mirrored = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32, flip=True)
+    assert mirrored.encoded_now == NUM_IMAGES
+    assert mirrored.folder != first.folder
+
+
+def test_an_interrupted_encoding_goes_on(storage: Storage, encoder_folder: str) -> None:
+    done = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
+    times = part_times(done.folder)
+    assert len(times) > 1
+    lost = sorted(times)[-1]
+    done.folder.delete("_SUCCESS")
+    done.folder.delete(f"parts/{lost}")
+    resumed = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
+    assert 0 < resumed.encoded_now < NUM_IMAGES
+    assert {name: time for name, time in part_times(done.folder).items() if name != lost} == {
+        name: time for name, time in times.items() if name != lost
+    }
+
+
+def test_the_column_holds_what_the_encoder_says(storage: Storage, encoder_folder: str, tmp_path: Path) -> None:
+    cached = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
+    column = open_column(cached.folder, tmp_path)
+    rows = list(shapes_rows(SHAPES))
+    assert list(column.image_ids) == [row["image_id"] for row in rows]
+    pixels = pixels_from_bytes([row["image"] for row in rows[:5]], 32, ["x"] * 5)
+    expected = FrozenVisionEncoder(encoder_folder, 32)(pixels).numpy()
+    # fp16 keeps 11 bits: half a unit in the last place of values below 8 is 0.002.
+    np.testing.assert_allclose(column.values[:5].astype(np.float32), expected, atol=0.004)
+
+    some = [rows[3]["image_id"], rows[60]["image_id"]]
+    part = open_column(cached.folder, tmp_path, only=some)
+    assert list(part.image_ids) == some
+    np.testing.assert_array_equal(part.values[1], column.values[60])
+
+
+def test_pixels_for_an_encoder_that_is_trained(storage: Storage, tmp_path: Path) -> None:
+    cached = cached_image_column(storage, "shapes", encoder=SCRATCH, image_size=32)
+    column = open_column(cached.folder, tmp_path)
+    assert (column.values.dtype, column.values.shape) == (np.uint8, (NUM_IMAGES, 32, 32, 3))
+    row = next(iter(shapes_rows(SHAPES)))
+    np.testing.assert_array_equal(column.values[0], pixels_from_bytes([row["image"]], 32, ["x"])[0])
+
+
+def test_unfinished_columns_are_not_read(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished column"):
+        open_column(storage / "features" / "none", tmp_path)
+
+
+def test_a_key_is_of_content(storage: Storage, encoder_folder: str) -> None:
+    encoder = FrozenVisionEncoder(encoder_folder, 32)
+    before = encoder.fingerprint()
+    with torch.no_grad():
+        weight = next(encoder.model.parameters())
+        weight[(0,) * weight.ndim] += 1
+    assert encoder.fingerprint() != before
+    facts = json.loads((storage / "data" / "shapes").read("_SUCCESS"))
+    assert len(facts["fingerprint"]) == len(hashlib.sha256().hexdigest())
