@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@pwd -P > $(STAMP)
 
 setup: $(STAMP)
+	@echo '.venv is ready'
 
 demo: $(STAMP)
 	$(PY) jobs/demo.py $(ARGS)

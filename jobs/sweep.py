@@ -240,9 +240,7 @@ def _results(
         return {"block": item["block"], "rows": read_block(source, item)}
 
     dataset = (
-        ray.data.from_items(
-            [{"item": json.dumps(item)} for item in todo], override_num_blocks=len(todo)
-        )
+        ray.data.from_items([{"item": json.dumps(item)} for item in todo], override_num_blocks=len(todo))
         # Fractions of a CPU: reading must not take the CPU that the actors wait for (a deadlock on 2 CPUs).
         .map(read, num_cpus=0.25)
         .map(

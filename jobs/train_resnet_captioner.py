@@ -65,7 +65,7 @@ def setup(job: Job, facts: dict[str, Any]) -> Setup:
     else:
         rows = CaptionRows(table, [open_column(folder, default_cache()) for folder in folders], vocabulary, **keywords)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
-    model = recipe.build(vocabulary, facts["encoder_width"])
+    model = recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
 
     def samples(model: torch.nn.Module, step: int) -> dict[str, Any]:
         assert isinstance(model, ResNetCaptioner)
@@ -78,10 +78,10 @@ def setup(job: Job, facts: dict[str, Any]) -> Setup:
     return Setup(model, rows, samples)
 
 
-def describe(job: Job, vocabulary: WordVocabulary, encoder_width: int, num_train: int) -> None:
+def describe(job: Job, vocabulary: WordVocabulary, encoder_shape: tuple[int, int], num_train: int) -> None:
     """Print sizes beside the report's Table 1, and the steps."""
     recipe: ResNetCaptionerRecipe = job.recipe
-    model = recipe.build(vocabulary, encoder_width)
+    model = recipe.build(vocabulary, encoder_shape)
     trainable = sum(parameter.numel() for parameter in model.parameters())
     frozen = 0
     if recipe.encoder != SCRATCH:
@@ -112,11 +112,12 @@ def dry_run(job: Job) -> None:
         print("sizes and steps: known once the Shapes data is made, which this job does first")
         return
     table = read_captions(storage, recipe.dataset, recipe.split)
-    width = 0
+    encoder_shape = (0, 0)
     if recipe.encoder != SCRATCH:
         blank = np.zeros((1, recipe.image_size, recipe.image_size, 3), np.uint8)
-        width = FrozenVisionEncoder(recipe.encoder, recipe.image_size)(blank).shape[-1]
-    describe(job, build_vocabulary(recipe, storage), width, len(table.rows("train")))
+        _, num_tokens, width = FrozenVisionEncoder(recipe.encoder, recipe.image_size)(blank).shape
+        encoder_shape = (num_tokens, width)
+    describe(job, build_vocabulary(recipe, storage), encoder_shape, len(table.rows("train")))
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -149,10 +150,11 @@ def train(job: Job) -> dict[str, Any]:
         )
         for flip in ([False, True] if recipe.flip else [False])
     ]
-    encoder_width = columns[0].shape[-1]
-    describe(job, vocabulary, encoder_width, len(table.rows("train")))
+    encoder_shape = (int(np.prod(columns[0].shape[:-1])), columns[0].shape[-1])
+    describe(job, vocabulary, encoder_shape, len(table.rows("train")))
     facts = {
-        "encoder_width": encoder_width,
+        "image_tokens": encoder_shape[0],
+        "encoder_width": encoder_shape[1],
         "dataset_fingerprint": table.facts["fingerprint"],
         "columns": [column.folder.uri for column in columns],
         "vocabulary": vocabulary.to_json(),

@@ -208,9 +208,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
 
     job, setup_fn, monitor = config["job"], config["setup"], config["monitor"]
     context = ray.train.get_context()
-    torch.set_num_threads(
-        job.options.num_threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-    )
+    torch.set_num_threads(job.options.num_threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     rank = context.get_world_rank()
     workdir = Path(tempfile.mkdtemp(prefix="mmcore-run-"))
     run = job.run

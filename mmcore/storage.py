@@ -245,8 +245,10 @@ class Storage:
         bucket, key = self._key()
         prefix = key and key + "/"
         names: list[str] = []
-        for page in _s3_client(os.getpid()).get_paginator("list_objects_v2").paginate(
-            Bucket=bucket, Prefix=prefix, Delimiter="/"
+        for page in (
+            _s3_client(os.getpid())
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
         ):
             names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
         return sorted(name for name in names if name and name.endswith(suffix))
@@ -260,8 +262,10 @@ class Storage:
         bucket, key = self._key()
         prefix = key and key + "/"
         names: builtins.list[str] = []
-        for page in _s3_client(os.getpid()).get_paginator("list_objects_v2").paginate(
-            Bucket=bucket, Prefix=prefix, Delimiter="/"
+        for page in (
+            _s3_client(os.getpid())
+            .get_paginator("list_objects_v2")
+            .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
         ):
             names += [entry["Prefix"][len(prefix) :].rstrip("/") for entry in page.get("CommonPrefixes", [])]
         return sorted(names)

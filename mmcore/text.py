@@ -21,11 +21,11 @@ class WordVocabulary:
     @classmethod
     def build(cls, captions: Iterable[str], *, min_count: int, lowercase: bool) -> "WordVocabulary":
         """The words that occur at least `min_count` times in `captions`; ties in alphabetical order."""
-        counts = Counter(
-            word for caption in captions for word in (caption.lower() if lowercase else caption).split()
+        counts = Counter(word for caption in captions for word in (caption.lower() if lowercase else caption).split())
+        kept = sorted(
+            (word for word, count in counts.items() if count >= min_count and word not in SPECIAL),
+            key=lambda word: (-counts[word], word),
         )
-        kept = sorted((word for word, count in counts.items() if count >= min_count and word not in SPECIAL),
-                      key=lambda word: (-counts[word], word))
         return cls(words=tuple(kept), lowercase=lowercase)
 
     def __len__(self) -> int:

@@ -411,9 +411,7 @@ class Training:
                 if state.step % settings.log_every_steps == 0 or last:
                     state.history.append({**row, "seconds": round(state.seconds, 3)})
                 if self.rank == 0:
-                    self.hooks.progress(
-                        {**row, "total": self.total_steps, "rows_per_s": settings.batch_size / elapsed}
-                    )
+                    self.hooks.progress({**row, "total": self.total_steps, "rows_per_s": settings.batch_size / elapsed})
                 validate = last or state.step % validate_every == 0
                 if validate:
                     row = self._validated(row)

@@ -100,7 +100,7 @@ def vocabulary(recipe: ResNetCaptionerRecipe, facts: CaptionTable | None = None)
 
 def model_of(recipe: ResNetCaptionerRecipe, seed: int = 0) -> ResNetCaptioner:
     torch.manual_seed(seed)
-    return recipe.build(vocabulary(recipe), ENCODER_WIDTH)
+    return recipe.build(vocabulary(recipe), (NUM_TOKENS, ENCODER_WIDTH))
 
 
 @dataclasses.dataclass

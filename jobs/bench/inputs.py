@@ -27,8 +27,8 @@ NUM_CAPTIONS_BY_WORDS = (
     *(329, 189, 178, 112, 66, 60, 30, 23, 11, 11, 9, 6, 3, 4, 1, 0, 0, 1),
 )
 
-# Entries of the vocabulary that each variant builds from the same file, with the four special ones.
-NUM_VOCABULARY = {"report": 2379, "best": 2792}
+# Entries of the vocabulary that each variant builds from the prepared captions, with the four special ones.
+NUM_VOCABULARY = {"report": 2366, "best": 2764}
 
 # Channels of the last feature map of ResNet-18, and its tokens at 224 pixels.
 ENCODER_WIDTH, IMAGE_TOKENS = 512, 49
@@ -136,5 +136,4 @@ def synthetic_training(recipe: ResNetCaptionerRecipe, num_train: int) -> tuple[R
     features = generator.standard_normal((num_images, num_tokens, ENCODER_WIDTH), dtype=np.float32).astype(np.float16)
     rows = caption_rows(recipe, vocabulary, caption_table(captions, recipe.train.batch_size), features)
     torch.manual_seed(derive_seed(seed, "weights"))
-    return recipe.build(vocabulary, ENCODER_WIDTH), rows
-
+    return recipe.build(vocabulary, (num_tokens, ENCODER_WIDTH)), rows

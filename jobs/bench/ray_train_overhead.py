@@ -60,7 +60,7 @@ class OverheadBench:
     """Timed steps of a run."""
     warmup_steps: int = 15
     """Steps before them."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images a step, over all workers."""
     num_images: int = 256
     """Images in memory."""

@@ -44,9 +44,7 @@ class ReportCaptioner(nn.Module):
         # Boolean like the padding mask; True is what no position may look at.
         ones_TT = torch.ones(num_positions, num_positions, dtype=torch.bool, device=input_ids_BT.device)
         return self.output(
-            self.layers(
-                x_BTD, memory_BLD, tgt_mask=ones_TT.triu(1), tgt_key_padding_mask=input_ids_BT == PAD_ID
-            )
+            self.layers(x_BTD, memory_BLD, tgt_mask=ones_TT.triu(1), tgt_key_padding_mask=input_ids_BT == PAD_ID)
         )
 
     def loss(self, tokens_BLE: Tensor, input_ids_BT: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEn
         recipe, data.vocabulary, inputs.caption_table(data.captions, bench.our_batch), data.features
     )
     torch.manual_seed(recipe.train.seed)
-    model = recipe.build(data.vocabulary, data.features.shape[-1])
+    model = recipe.build(data.vocabulary, data.features.shape[1:])
     with tempfile.TemporaryDirectory() as folder:
         training = Training(model, rows, recipe.train, RunHooks(progress=take_turns), workdir=Path(folder))
         training.run()

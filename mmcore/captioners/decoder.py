@@ -131,9 +131,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x_ND: Tensor, packing: Packing, memory_BLD: Tensor) -> Tensor:
         """All positions at once, on packed tokens."""
         num_images = memory_BLD.shape[0]
-        attend = functools.partial(
-            attention, dropout_probability=self.attention_dropout, training=self.training
-        )
+        attend = functools.partial(attention, dropout_probability=self.attention_dropout, training=self.training)
 
         def self_attention(x_ND: Tensor) -> Tensor:
             qkv_RTX = packing.pad(self.self_qkv(x_ND))
@@ -216,8 +214,7 @@ class CaptionDecoder(nn.Module):
         self.positions_TD: Tensor
         self.register_buffer("positions_TD", sinusoidal_positions(max_length, width), persistent=False)
         self.layers = nn.ModuleList(
-            DecoderLayer(width, num_heads, ffn_width, dropout, attention_dropout, norm_first)
-            for _ in range(num_layers)
+            DecoderLayer(width, num_heads, ffn_width, dropout, attention_dropout, norm_first) for _ in range(num_layers)
         )
         # Pre-norm leaves the residual stream unnormalised at the end; post-norm has just normalised it.
         self.final_norm = nn.LayerNorm(width) if norm_first else nn.Identity()

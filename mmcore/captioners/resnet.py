@@ -104,22 +104,26 @@ class ResNetCaptionerRecipe:
                 f"{self.width} and image_size {self.image_size}; mend it with --width and --image-size"
             )
 
-    def build(self, vocabulary: WordVocabulary, encoder_width: int) -> "ResNetCaptioner":
-        """The trainable half. `encoder_width`: channels of the frozen encoder's tokens (ignored by `scratch`)."""
-        return ResNetCaptioner(self, vocabulary, encoder_width)
+    def build(self, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]) -> "ResNetCaptioner":
+        """The trainable half. `encoder_shape`: (L, E) of the frozen encoder's tokens (`scratch` knows its own)."""
+        return ResNetCaptioner(self, vocabulary, encoder_shape)
 
 
 class ResNetCaptioner(nn.Module):
     """Projected image tokens, then the decoder; the frozen encoder itself stays outside and runs once."""
 
-    def __init__(self, recipe: ResNetCaptionerRecipe, vocabulary: WordVocabulary, encoder_width: int) -> None:
+    def __init__(
+        self, recipe: ResNetCaptionerRecipe, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.recipe, self.vocabulary = recipe, vocabulary
-        scratch = recipe.encoder == SCRATCH
-        self.encoder = ScratchEncoder(recipe.width) if scratch else None
-        self.image_projection = nn.Linear(recipe.width if scratch else encoder_width, recipe.width)
+        num_tokens, encoder_width = encoder_shape
+        self.encoder = None
+        if recipe.encoder == SCRATCH:
+            self.encoder = ScratchEncoder(recipe.width)
+            num_tokens, encoder_width = (recipe.image_size // 8) ** 2, recipe.width
+        self.image_projection = nn.Linear(encoder_width, recipe.width)
         self.image_norm = nn.LayerNorm(recipe.width) if recipe.image_norm else nn.Identity()
-        num_tokens = (recipe.image_size // 8) ** 2 if scratch else (recipe.image_size // 32) ** 2
         self.image_positions_LD = nn.Parameter(torch.zeros(num_tokens, recipe.width)) if recipe.image_norm else None
         self.decoder = CaptionDecoder(
             vocabulary_size=len(vocabulary),

@@ -35,7 +35,8 @@ class TrainedCaptioner:
             raise InputError(f"{where}: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}")
         self.recipe = recipe_from_json(recipe_type, facts["settings"], where)
         self.device = torch.device(device)
-        self.model = self.recipe.build(WordVocabulary.from_json(facts["vocabulary"]), facts["encoder_width"])
+        vocabulary = WordVocabulary.from_json(facts["vocabulary"])
+        self.model = self.recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.safetensors"
             run.download("model/model.safetensors", path)

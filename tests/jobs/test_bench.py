@@ -76,7 +76,7 @@ def test_the_reports_decoder_with_our_weights_gives_our_logits(variant):
     recipe = inputs.tiny(VARIANTS[variant])
     vocabulary = inputs.synthetic_vocabulary(100, recipe.lowercase)
     torch.manual_seed(0)
-    model = recipe.build(vocabulary, 8).eval()
+    model = recipe.build(vocabulary, (4, 8)).eval()
     report = ReportCaptioner(recipe, len(vocabulary), 8).eval()
     report.load_decoder(model.decoder)
     ids_BT, memory_BLD = torch.randint(1, 100, (3, 7)), torch.randn(3, 4, recipe.width)
@@ -100,14 +100,14 @@ def test_train_captioner():
 
 
 def test_decode_captions():
-    figures = decode_captions.measure(decode_captions.DecodeBench(smoke=True, pairs=1, num_images=8, batch_size=4))
-    assert figures["captions_equal"] == figures["captions"] == 8
+    figures = decode_captions.measure(decode_captions.DecodeBench(smoke=True, pairs=1, num_images=32, batch_size=16))
+    assert figures["captions_equal"] == figures["captions"] == 32
     assert figures["words_per_caption"]["min"] < figures["words_per_caption"]["max"] < 50
     assert len(figures["ratio"]["all"]) == 1
 
 
 def test_a_caption_that_differs_is_found():
-    bench = decode_captions.DecodeBench(smoke=True, num_images=4)
+    bench = decode_captions.DecodeBench(smoke=True, num_images=32)
     model, memory = decode_captions.synthetic_model(bench, inputs.tiny(VARIANTS["report"]), "cpu")
     report = ReportCaptioner(model.recipe, len(model.vocabulary), 1).eval()
     report.load_decoder(model.decoder)
@@ -115,7 +115,7 @@ def test_a_caption_that_differs_is_found():
     assert decode_captions.count_ties(report, memory, right, right) == 0
     assert all(EOS_ID not in ids for ids in right)
     wrong = [list(ids) for ids in right]
-    image = max(range(4), key=lambda image: len(right[image]))
+    image = max(range(32), key=lambda image: len(right[image]))
     wrong[image][-1] += 1
     with pytest.raises(RuntimeError, match=f"image {image}: .* from word {len(right[image])} on"):
         decode_captions.count_ties(report, memory, wrong, right)

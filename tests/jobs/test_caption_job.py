@@ -37,13 +37,14 @@ def write_run(folder: Path) -> Path:
     words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
     vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
     torch.manual_seed(0)
-    model = recipe.build(vocabulary, 0)
+    model = recipe.build(vocabulary, (0, 0))
     (folder / "model").mkdir(parents=True)
     save_file(checkpoint.trainable_state(model), folder / "model" / "model.safetensors")
     facts = {
         "recipe": "resnet_captioner",
         "settings": recipe_to_json(recipe),
-        "encoder_width": 32,
+        "image_tokens": 0,
+        "encoder_width": 0,
         "vocabulary": vocabulary.to_json(),
     }
     (folder / "model" / "recipe.json").write_text(json.dumps(facts))
@@ -179,9 +180,7 @@ def test_a_broken_image_names_itself(run_folder, images, tmp_path, run_job):
     good = next(images.iterdir())
     (folder / "good.png").write_bytes(good.read_bytes())
     (folder / "cut.png").write_bytes(good.read_bytes()[:60])
-    result = run_job(
-        "jobs/caption.py", "--run", run_folder, "--images", folder, "--out", tmp_path / "out", check=False
-    )
+    result = run_job("jobs/caption.py", "--run", run_folder, "--images", folder, "--out", tmp_path / "out", check=False)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "cut.png" in line

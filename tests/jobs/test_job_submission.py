@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,11 @@ if __name__ == "__main__":
 # (script, what its output holds): sent as `ray job submit SCRIPT`
 BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
 # (script, flags, what its output holds): sent as `ray job submit --working-dir . -- python SCRIPT FLAGS`
-JOBS_WITH_FLAGS = [pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe")]
+JOBS_WITH_FLAGS = [
+    pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
+    pytest.param("jobs/train_resnet_captioner.py", ["--variant", "smoke"], "finished: ", id="train"),
+]
+TRAIN_JOB = "jobs/train_resnet_captioner.py"
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,12 @@ class Cluster:
             self.outputs[args] = self.submit(*args).stdout
         return self.outputs[args]
 
+    def ray(self, *args: str) -> "subprocess.CompletedProcess[str]":
+        return run_command(["ray", *args], env=self.env, check=True, timeout_s=120, cwd=self.checkout)
+
     def submit(self, *args: str, check: bool = True, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         command = ["ray", "job", "submit", *args]
-        return run_command(command, env=self.env, check=check, timeout_s=120, cwd=cwd or self.checkout)
+        return run_command(command, env=self.env, check=check, timeout_s=300, cwd=cwd or self.checkout)
 
 
 def copy_code(target: Path, probe: str) -> Path:
@@ -180,6 +188,33 @@ def test_submitted_with_a_working_directory(cluster, script, flags, expected):
     assert "code from the job's working directory" in done.stdout
 
 
+def test_the_training_job_as_a_file_trains(cluster):
+    """It is stopped once it trains; the soak test below lets it finish."""
+    name = f"train-{secrets.token_hex(4)}"
+    cluster.submit("--no-wait", "--submission-id", name, TRAIN_JOB)
+    deadline = time.monotonic() + 300
+    output = ""
+    while "train resnet_captioner: " not in output:
+        assert time.monotonic() < deadline, output[-3000:]
+        time.sleep(1)
+        output = cluster.ray("job", "logs", name).stdout
+        assert "RUNNING" in cluster.ray("job", "status", name).stdout, output[-3000:]
+    assert "no --variant given: running `shapes`, self-contained" in output
+    assert "--variant report" in output
+    assert f"code from {cluster.checkout}" in output
+    cluster.ray("job", "stop", name)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_the_training_job_as_a_file_finishes(cluster):
+    done = run_command(
+        ["ray", "job", "submit", TRAIN_JOB], env=cluster.env, check=True, timeout_s=1500, cwd=cluster.checkout
+    )
+    assert "succeeded" in done.stdout
+    assert (cluster.checkout / "out" / "runs" / "resnet_captioner" / "default" / "_SUCCESS").exists()
+
+
 def test_a_failing_job_has_failed(cluster):
     done = cluster.submit("--working-dir", ".", "--", "python", "jobs/probe.py", "--fail", check=False)
     assert done.returncode == 1
@@ -206,7 +241,7 @@ def test_plain_python_joins_the_cluster_of_ray_address(cluster):
     def run(address: str, check: bool = True, **more: str) -> "subprocess.CompletedProcess[str]":
         env = cluster.env | {"RAY_ADDRESS": address, **more}
         command = ["python", "jobs/probe.py", "--flag", "plain"]
-        return run_command(command, env=env, check=check, timeout_s=120, cwd=cluster.checkout)
+        return run_command(command, env=env, check=check, timeout_s=300, cwd=cluster.checkout)
 
     done = run(cluster.gcs_address)
     result = result_of(done.stdout)

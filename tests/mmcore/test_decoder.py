@@ -100,7 +100,7 @@ def test_packed_decoder_equals_padded_torch_layers(norm_first: bool, training: b
     expected_RTV = decoder.output(decoder.final_norm(x))
     mask_RT = torch.arange(9)[None] < lengths_R[:, None]
     assert logits_NV.shape == (23, 40)
-    # measured 4e-15 on logits of about 8
+    # measured 3.6e-15 on logits up to 7
     torch.testing.assert_close(logits_NV, expected_RTV[mask_RT], rtol=0, atol=1e-12)
     (mine,) = torch.autograd.grad(logits_NV.square().sum(), memory_BLD, retain_graph=True)
     (theirs,) = torch.autograd.grad(expected_RTV[mask_RT].square().sum(), memory_BLD)
@@ -116,9 +116,9 @@ def test_attention_by_products_equals_the_fused_kernel(is_causal: bool) -> None:
         output = attention(q, k, v, is_causal=is_causal, dropout_probability=0.0, training=training)
         outputs.append(output)
         gradients.append(torch.autograd.grad(output.square().sum(), (q, k, v)))
-    torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)  # measured 4.8e-7
+    torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)  # measured 3.0e-7
     for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # measured 3.3e-6
 
 
 def test_packing_and_heads_round_trip() -> None:
@@ -188,7 +188,7 @@ def test_incremental_equals_full_decoding(norm_first: bool) -> None:
     state = decoder.start(memory_BLD, 3, 12)
     for position in range(12):
         step_RV = decoder.step(ids_RT[:, position], state)
-        torch.testing.assert_close(step_RV, full_NV[:, position], rtol=0, atol=1e-5)  # measured 4e-6
+        torch.testing.assert_close(step_RV, full_NV[:, position], rtol=0, atol=1e-5)  # measured 2.4e-6
 
 
 def test_rows_can_be_reordered_and_images_dropped_on_the_way() -> None:
