@@ -129,11 +129,16 @@ class _BlockWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         block = int(row["block"])
-        table = self.worker(json.loads(row["rows"]) if isinstance(row["rows"], str) else row["rows"])
+        result = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": ""}
+        try:
+            table = self.worker(row["rows"])
+        except InputError as error:
+            # Returned, not raised: Ray Data hands on an exception's text, not its type.
+            return {**result, "seconds": time.perf_counter() - start, "error": str(error)}
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         self.out.create(f"parts/{part_name(block)}", buffer.getvalue())
-        return {"block": block, "num_rows": len(table), "seconds": time.perf_counter() - start, "load_s": self.load_s}
+        return {**result, "num_rows": len(table), "seconds": time.perf_counter() - start}
 
 
 def _num_actors() -> tuple[int, float]:
@@ -210,6 +215,8 @@ def run_sweep(
         report(num_rows_before, blocks.num_rows)
         for row in _results(out, blocks.source, todo, worker_type, worker_kwargs, num_threads):
             watchdog.beat()
+            if row["error"]:
+                raise InputError(row["error"])
             facts["rows_done_now"] += int(row["num_rows"])
             facts["load_s"] = max(facts.get("load_s", 0.0), float(row["load_s"]))
             report(num_rows_before + facts["rows_done_now"], blocks.num_rows)

@@ -211,11 +211,8 @@ class Training:
         num_threads = torch.get_num_threads()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.precision = resolve_precision(settings, device)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.precision == "bf16" else "no",
-            cpu=not on_gpu,
-            step_scheduler_with_optimizer=False,
-        )
+        # Autocast is entered below: accelerate would fix one precision for the whole process.
+        self.accelerator = Accelerator(cpu=not on_gpu, step_scheduler_with_optimizer=False)
         torch.set_num_threads(num_threads)  # accelerate sets its own number where OMP_NUM_THREADS is unset
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         check_batch(settings, self.world_size)
@@ -310,6 +307,9 @@ class Training:
         moved = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
         return {name: value.to(real) if value.is_floating_point() else value for name, value in moved.items()}
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def _reduce(self, sums: dict[str, Any]) -> dict[str, float]:
         """Add up over the workers, in float64."""
         names = sorted(sums)
@@ -331,7 +331,7 @@ class Training:
             last = index == len(micro_batches) - 1
             context = self.accelerator.no_sync(self.wrapped) if not last else contextlib.nullcontext()
             with context:
-                with self.accelerator.autocast():
+                with self._autocast():
                     outputs = self.wrapped(self._to_device(batch))
                 self.accelerator.backward(outputs["loss"])
             for name, value in outputs.items():
@@ -374,7 +374,7 @@ class Training:
         starts = range(0, self.rows.num_validation, batch_size)
         for start in list(starts)[self.rank :: self.world_size]:
             indices = np.arange(start, min(start + batch_size, self.rows.num_validation))
-            with self.accelerator.autocast():
+            with self._autocast():
                 outputs = model(self._to_device(self.rows.validation_batch(indices)))
             for name, value in outputs.items():
                 sums[name] = sums.get(name, 0) + value.double()

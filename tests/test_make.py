@@ -20,11 +20,19 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
+def outside_make() -> dict[str, str]:
+    """The environment without what would turn a `make` inside `make test` into a sub-make."""
+    return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+
+
 def make(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    # Inside `make test` these would make it a sub-make.
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=clone, env=env, capture_output=True, text=True, check=False
+        ["make", "--no-print-directory", *arguments],
+        cwd=clone,
+        env=outside_make(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -106,7 +114,8 @@ def test_checks_come_before_tests_and_soak_tests_only_where_asked(clone: Path) -
 
 def test_ci_runs_make_test_from_anywhere(clone: Path, tmp_path: Path) -> None:
     fake_install(clone)
-    done = subprocess.run([clone / ".ci" / "run"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [clone / ".ci" / "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=outside_make(), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "called: -m pytest -m not soak"
 
 

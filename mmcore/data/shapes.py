@@ -74,7 +74,7 @@ OUTLINE_POINTS = 64
 class ShapesSettings:
     """How many scenes there are, how large they are rendered, and the seed they are drawn with."""
 
-    num_train: int = 4000
+    num_train: int = 8000
     """Number of training images."""
     num_validation: int = 200
     """Number of validation images, with the same colour and shape pairs as training."""

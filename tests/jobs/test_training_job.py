@@ -65,8 +65,7 @@ def error_line(result: Any) -> str:
     assert not any("Traceback" in line for line in own), everything
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, everything
-    # The last line: nothing that Ray says comes after it.
-    assert result.stderr.rstrip().splitlines()[-1] == errors[0]
+    assert [line for line in own if line.strip()][-1] == errors[0]
     return errors[0]
 
 
