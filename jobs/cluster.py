@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import sys
@@ -95,6 +96,9 @@ def _start_local() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
         token_note = "" if "RAY_AUTH_TOKEN" in os.environ else f" (it asks for the token in {token_file})"
+    # Ray starts a worker that has a runtime environment (Ray Train's all do) through a shell, and does not quote
+    # this path: in a clone whose path has a space no worker would ever start.
+    python = shlex.quote(sys.executable)
     context = ray.init(
         # Not None, which would join a Ray that somebody else started on this machine.
         address="local",
@@ -103,6 +107,7 @@ def _start_local() -> None:
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         logging_level=logging.WARNING,
+        runtime_env=None if python == sys.executable else {"py_executable": python},
         _temp_dir=str(folder),
     )
     _say(f"Ray: started on this machine, {_totals()}, dashboard http://{context.dashboard_url}{token_note}")
