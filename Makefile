@@ -24,6 +24,8 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is none ($$('$(PYTHON)' --version 2>&1)); name one: make PYTHON=python3.12" >&2; exit 1; }
+	@# Of another folder: its programs name that folder's Python.
+	@[ ! -e $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || rm -rf .venv
 	@rm -f $(STAMP)
 	'$(PYTHON)' -m venv .venv
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -7,7 +7,9 @@ Writes OUT/parts/*.parquet as it goes and, last, OUT/captions.csv (image,caption
 
 import csv
 import io
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ from jobs.commandline import run as run_job
 from jobs.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
 from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.errors import InputError
+from mmcore.finished import read_facts
 from mmcore.storage import Storage
 
 CAPTIONS_FILE = "captions.csv"
@@ -39,6 +42,8 @@ class CaptionSettings:
     """Beams of the search; 1 is greedy."""
     max_length: int = 30
     """Longest caption in words."""
+    length_penalty: float = 1.0
+    """Power of the length that a beam's log-probability is divided by: below 1 prefers shorter captions."""
     encoder: str | None = None
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
     rows_per_block: int = ROWS_PER_BLOCK
@@ -52,15 +57,13 @@ class CaptionSettings:
 class CaptionImages:
     """Holds the captioner on a worker."""
 
-    def __init__(self, run: Storage, encoder: str | None, num_beams: int, max_length: int) -> None:
+    def __init__(self, run: Storage, encoder: str, search: dict[str, Any]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.captioner = TrainedCaptioner(run, device=device, encoder=encoder)
-        self.num_beams, self.max_length = num_beams, max_length
+        self.search = search
 
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
-        captions = self.captioner(
-            rows["image"], rows["file_name"], num_beams=self.num_beams, max_length=self.max_length
-        )
+        captions = self.captioner(rows["image"], rows["file_name"], **self.search)
         return pa.table({"image_id": rows["image_id"], "file_name": rows["file_name"], "caption": captions})
 
 
@@ -70,31 +73,34 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
     run, out = Storage(settings.run), Storage(settings.out)
-    if not run.exists("model/recipe.json"):
-        raise InputError(f"--run {run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME")
+    if not math.isfinite(settings.length_penalty):
+        raise InputError(f"--length-penalty {settings.length_penalty}: must be a finite number")
+    if settings.length_penalty != 1 and settings.num_beams == 1:
+        raise InputError("--length-penalty: greedy search has no use for it; give --num-beams 2 or more")
+    facts = read_facts(run)
+    encoder = settings.encoder or facts["settings"]["encoder"]
+    if Path(encoder).is_dir():
+        encoder = str(Path(encoder).absolute())  # a worker's working directory is not the driver's
     blocks = plan_blocks(Storage(settings.images), settings.split, settings.rows_per_block)
     print(f"caption: {blocks.num_rows} images of {blocks.source} in {len(blocks.items)} blocks -> {out}", flush=True)
     if settings.dry_run:
         return {"num_rows": blocks.num_rows, "num_blocks": len(blocks.items)}
-    facts = run_sweep(
+    search = {name: getattr(settings, name) for name in ("num_beams", "max_length", "length_penalty")}
+    done = run_sweep(
         what="caption",
         out=out,
         settings={
             "run": run.uri,
+            # A run that was trained anew under the same name is another one.
+            "weights_sha256": facts["weights_sha256"],
             "images": blocks.source.uri,
             "split": settings.split,
-            "num_beams": settings.num_beams,
-            "max_length": settings.max_length,
+            **search,
             "rows_per_block": settings.rows_per_block,
         },
         blocks=blocks,
         worker_type=CaptionImages,
-        worker_kwargs={
-            "run": run,
-            "encoder": settings.encoder,
-            "num_beams": settings.num_beams,
-            "max_length": settings.max_length,
-        },
+        worker_kwargs={"run": run, "encoder": encoder, "search": search},
         stall_timeout_s=settings.stall_timeout,
     )
     table = read_parts(out, ["file_name", "caption"])
@@ -104,7 +110,7 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
     writer.writerows(zip(table["file_name"].to_pylist(), table["caption"].to_pylist(), strict=True))
     out.write(CAPTIONS_FILE, text.getvalue().encode())
     print(f"caption: {len(table)} captions in {out}/{CAPTIONS_FILE}", flush=True)
-    return facts
+    return done
 
 
 def main() -> None:

@@ -229,6 +229,12 @@ def _one_line(error: BaseException) -> str:
 # --- Waiting -----------------------------------------------------------------------------------------------
 
 
+def max_gpus() -> int:
+    """GPUs that the cluster has, or that its autoscaler can start."""
+    could = ray._private.state.state.get_max_resources_from_cluster_config() or {}  # type: ignore[attr-defined]
+    return int(max(ray.cluster_resources().get("GPU", 0), could.get("GPU", 0)))
+
+
 class Watchdog:
     """Says what a job waits for when nothing moves, and ends it after `stall_timeout_s` if that is given.
 

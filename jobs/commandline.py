@@ -1,5 +1,6 @@
 """The edge between a job and the shell: exit codes and one-line errors."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -8,13 +9,13 @@ from mmcore.errors import InputError
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it came from, through Ray's errors of tasks and actors too."""
+    """`error` and what it was raised from, through Ray's errors of tasks and actors too."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = getattr(current, "cause", None) or current.__cause__ or current.__context__
+        current = getattr(current, "cause", None) or current.__cause__
 
 
 def one_line(error: BaseException) -> str | None:
@@ -29,7 +30,8 @@ def one_line(error: BaseException) -> str | None:
         if isinstance(cause, PermissionError | FileExistsError | NotADirectoryError) or (
             isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None
         ):
-            return f"{cause.filename}: {os.strerror(cause.errno or 0)}; check the path and the free space"
+            mend = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
+            return f"{cause.filename}: {os.strerror(cause.errno or 0)}; {mend}"
     return None
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.training import Batch
 
+# Stands for an encoder's fingerprint where the recipe trains its own.
+PIXELS = "pixels"
 # Rows that an encoder takes at once.
 _ENCODE_BATCH = 32
 # A streamed run shuffles among this many batches.
@@ -62,6 +65,7 @@ class CachedColumn:
     dtype: str
     num_rows: int
     encoded_now: int
+    encoder_fingerprint: str
 
 
 def cached_image_column(
@@ -79,18 +83,19 @@ def cached_image_column(
     with the same encoder and a restart find it.
     """
     facts = read_dataset_facts(storage, dataset)
-    what = "pixels" if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
+    if Path(encoder).is_dir():
+        encoder = str(Path(encoder).absolute())  # a worker's working directory is not the driver's
+    what = PIXELS if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
     key = hashlib.sha256(json.dumps([what, image_size, flip, facts["fingerprint"]]).encode()).hexdigest()[:24]
     folder = storage / "features" / key
     encoded_now = 0
     if not folder.exists(SUCCESS):
         blocks = plan_blocks(storage / "data" / dataset)
-        settings = {"dataset": dataset, "encoder": encoder, "image_size": image_size, "flip": flip}
         view = "mirrored " if flip else ""
         done = run_sweep(
             what=f"encode {view}{dataset} with {encoder}",
             out=folder,
-            settings=settings,
+            settings={"features": key},  # whatever the encoder's folder is called today
             blocks=blocks,
             worker_type=EncodeImages,
             worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
@@ -99,7 +104,7 @@ def cached_image_column(
         encoded_now = done["rows_done_now"]
         _finish(folder, key, blocks.num_rows)
     facts = json.loads(folder.read(SUCCESS))
-    return CachedColumn(folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now)
+    return CachedColumn(folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now, what)
 
 
 def streamed_column(column: CachedColumn, image_ids: Sequence[str]) -> Dataset:

@@ -35,6 +35,7 @@ import tyro
 from jobs.cluster import Watchdog, connect
 from jobs.commandline import run
 from jobs.progress import Report, progress
+from jobs.sweep import ROWS_PER_BLOCK
 from mmcore.data.archive import unpack_zip
 from mmcore.data.flickr8k import SPLIT_COLUMNS, Flickr8k, photo_row, read_flickr8k
 from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, unpack_dataset
@@ -278,7 +279,9 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
     make_part = functools.partial(_make_part, part_refs, plan.make_row, plan.schema)
     filesystem, path = attempt.arrow()
     dataset.map_batches(make_part, batch_size=1, batch_format="pyarrow", **remote_args).write_parquet(
-        path, filesystem=filesystem
+        path,
+        filesystem=filesystem,
+        row_group_size=ROWS_PER_BLOCK,  # bulk jobs read a block at a time
     )
 
 

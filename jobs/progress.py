@@ -13,7 +13,7 @@ LINE_INTERVAL_S = 10.0
 
 
 class Report(Protocol):
-    """Says how far the work is."""
+    """Says how far the work is; a total of 0 says only that something is being done."""
 
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
@@ -29,22 +29,30 @@ def progress(what: str, unit: str) -> Iterator[Report]:
             task = bars.add_task(what, total=None, detail="")
 
             def show(done: int, total: int, detail: str = "") -> None:
-                bars.update(task, completed=done, total=total, detail=detail)
+                bars.update(task, completed=done, total=total or None, detail=detail)
 
             yield show
         return
     started = last_line = time.monotonic()
-    last_done, first_done = -1, None
+    last_done = -1
+    # How much was done at first sight, and when: what is left is reckoned from there, without the start-up.
+    first: tuple[int, float] | None = None
 
     def log(done: int, total: int, detail: str = "") -> None:
-        nonlocal last_line, last_done, first_done
-        first_done = done if first_done is None else first_done
+        nonlocal last_line, last_done, first
         now = time.monotonic()
-        if done != last_done and (now - last_line >= LINE_INTERVAL_S or done == total):
-            rate = (done - first_done) / (now - started)
-            left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-            text = f"{what}: {done:,} of {total:,} {unit}, {now - started:.0f} s{left}{', ' if detail else ''}{detail}"
-            print(text, file=sys.stderr, flush=True)
-            last_line, last_done = now, done
+        if total and first is None:
+            first = done, now
+        finished = done == total and done != last_done and total > 0
+        if not finished and now - last_line < LINE_INTERVAL_S:
+            return
+        parts = [f"{now - started:.0f} s"]
+        if first is not None and first[0] < done < total:
+            parts.append(f"{(total - done) * (now - first[1]) / (done - first[0]):.0f} s left")
+        if detail:
+            parts.append(detail)
+        count = f"{done:,} of {total:,} {unit}, " if total else ""
+        print(f"{what}: {count}{', '.join(parts)}", file=sys.stderr, flush=True)
+        last_line, last_done = now, done
 
     yield log

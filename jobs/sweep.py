@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.cluster import Watchdog, connect
+from jobs.cluster import Watchdog, connect, max_gpus
 from jobs.progress import progress
 from mmcore.errors import InputError
 from mmcore.storage import Storage
@@ -27,6 +27,8 @@ from mmcore.storage import Storage
 # More files than this make listing and reading a finished sweep slow.
 MAX_BLOCKS = 10_000
 ROWS_PER_BLOCK = 64
+# Of an autoscaler without a limit.
+_MAX_ACTORS = 1000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -60,6 +62,8 @@ def plan_blocks(source: Storage, split: str | None = None, rows_per_block: int =
         ids = [os.path.splitext(name)[0] for name in files]
         step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
         items = [{"files": files[i : i + step]} for i in range(0, len(files), step)]
+    if not ids and shards:
+        raise InputError(f"--split {split}: no row of {source} is of it; see the values of that column")
     if not ids:
         raise InputError(f"{source}: neither Parquet shards nor image files ({' '.join(IMAGE_SUFFIXES)}) there")
     if len(set(ids)) != len(ids):
@@ -119,17 +123,25 @@ class _BlockWorker:
 
     def __init__(self, worker_type: type, worker_kwargs: dict[str, Any], out: Storage, num_threads: int | None) -> None:
         import torch
+        from ray._private.utils import get_num_cpus
 
-        # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is the scheduler's number, not the machine's.
-        torch.set_num_threads(num_threads or os.cpu_count() or 1)
+        # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is the scheduler's number, not the container's.
+        torch.set_num_threads(num_threads or max(1, int(get_num_cpus())))
         start = time.perf_counter()
-        self.worker, self.out = worker_type(**worker_kwargs), out
+        self.out, self.mistake = out, ""
+        try:
+            self.worker = worker_type(**worker_kwargs)
+        except InputError as error:
+            # Told with the first block: Ray would hand on a constructor's exception as text, after trying again.
+            self.mistake = str(error)
         self.load_s = time.perf_counter() - start
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         block = int(row["block"])
         result = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": ""}
+        if self.mistake:
+            return {**result, "seconds": 0.0, "error": self.mistake}
         try:
             table = self.worker(row["rows"])
         except InputError as error:
@@ -142,10 +154,10 @@ class _BlockWorker:
 
 
 def _num_actors() -> tuple[int, float]:
-    """Actors and GPUs of each: one a GPU, or one a machine where there is none (its threads use all cores)."""
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    """Most actors and the GPUs of each: one a GPU, or one a machine where there is none (its threads use all cores)."""
+    num_gpus = max_gpus()
     if num_gpus:
-        return num_gpus, 1.0
+        return min(num_gpus, _MAX_ACTORS), 1.0
     return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")), 0.0
 
 
@@ -223,7 +235,10 @@ def run_sweep(
     facts["seconds"] = time.perf_counter() - start
     missing = {item["block"] for item in blocks.items} - committed_blocks(out)
     if missing:
-        raise InputError(f"{out}: {len(missing)} blocks are missing after the sweep; run the same command again")
+        raise InputError(
+            f"{out}: {len(missing)} blocks are missing after the sweep; a local folder must be one that every machine "
+            "of the cluster shares, otherwise use s3://bucket/prefix"
+        )
     return facts
 
 
@@ -258,7 +273,8 @@ def _results(
                 "out": out,
                 "num_threads": num_threads,
             },
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            # From one on: an autoscaler starts machines as they are asked for.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors),
             num_cpus=0.5,
             num_gpus=num_gpus or None,
         )

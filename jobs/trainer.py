@@ -6,12 +6,9 @@ resume), metrics.jsonl, tensorboard/; a finished run adds model/ and, last, _SUC
 
 import dataclasses
 import json
-import logging
-import os
-import shutil
+import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,20 +19,23 @@ from typing import Annotated, Any, Literal
 import ray
 import ray.train
 import tyro
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from torch import nn
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.cluster import ROOT, Watchdog, connect
+from jobs.cluster import ROOT, Watchdog, connect, max_gpus
 from jobs.progress import progress
+from jobs.train_worker import Doing, RunMonitor, Setup, train_on_worker
 from mmcore.errors import InputError
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
-from mmcore.training import Rows, RunHooks, Training, check_batch, write_history
+from mmcore.training import check_batch
 
-# A crash is retried this often; losing a machine to preemption is no crash and is retried without limit.
-MAX_CRASHES = 3
+# Crashes are counted by the run's monitor; this ends workers that fail before they can tell it.
+_MAX_RESTARTS = 100
 _POLL_S = 0.5
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class RunOptions:
     name: str = "default"
     """Name of the run."""
     num_workers: int = 1
-    """Training workers; a GPU each where the cluster has them."""
+    """Training workers."""
+    use_gpu: bool | None = None
+    """A GPU for each worker; by default where the cluster has GPUs or its autoscaler can start some."""
     fresh: bool = False
     """Start anew even if a run of this name is there."""
     dry_run: bool = False
@@ -63,12 +65,20 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A training job's command line, resolved."""
+    """A training job's command line, resolved. Raises InputError for options that no run can have."""
 
     recipe_name: str
     variant: str
     recipe: Any
     options: RunOptions
+
+    def __post_init__(self) -> None:
+        if not _RUN_NAME.fullmatch(self.options.name):
+            raise InputError(
+                f"--name {self.options.name!r}: use letters, digits, '.', '_' and '-', a letter or digit first"
+            )
+        if self.options.num_threads is not None and self.options.num_threads < 1:
+            raise InputError(f"--num-threads {self.options.num_threads}: must be at least 1")
 
     @property
     def storage(self) -> Storage:
@@ -77,15 +87,6 @@ class Job:
     @property
     def run(self) -> Storage:
         return self.storage / "runs" / self.recipe_name / self.options.name
-
-
-@dataclass
-class Setup:
-    """What a worker trains: made inside the worker by the recipe's own function."""
-
-    model: nn.Module
-    rows: Rows
-    samples: Callable[[nn.Module, int], dict[str, Any]]
 
 
 def recipe_name(job_file: str) -> str:
@@ -123,6 +124,13 @@ def parse_job(job_file: str, variants: dict[str, Any], description: str, argv: l
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=Storage(parsed.options.storage).uri)
     job = dataclasses.replace(parsed, options=options)
+    if "/runtime_resources/working_dir_files/" in options.storage:
+        print(
+            f"warning: {options.storage} lies in Ray's copy of the working directory, which changes with the code and "
+            "is removed with the cluster; give --storage an absolute folder or s3://bucket/prefix",
+            file=sys.stderr,
+            flush=True,
+        )
     if source == "no --variant":
         print(
             f"no --variant given: running `shapes`, self-contained on built-in data; "
@@ -161,6 +169,8 @@ def open_run(job: Job, facts: dict[str, Any]) -> None:
         there = json.loads(run.read("recipe.json"))
         there.pop("commit")
         mine.pop("variant"), there.pop("variant")
+        # The encoder is known by its fingerprint, wherever its folder lies today.
+        mine["settings"].pop("encoder", None), there["settings"].pop("encoder", None)
         differences = difference(json.loads(json.dumps(mine)), there)
         if differences:
             raise InputError(f"{run} holds an unfinished run of other settings: {'; '.join(differences[:5])}; {again}")
@@ -174,120 +184,15 @@ def check_new_run(job: Job) -> None:
         raise InputError(f"{job.run} is finished; give another --name, or --fresh to start anew")
 
 
-# -- on the workers ------------------------------------------------------------------------------------------------
-
-
-@ray.remote(num_cpus=0)
-class RunMonitor:
-    """The newest progress of a run, between its workers and its driver."""
-
-    def __init__(self) -> None:
-        self.progress: dict[str, Any] = {}
-
-    def update(self, progress: dict[str, Any]) -> None:
-        self.progress = progress
-
-    def latest(self) -> dict[str, Any]:
-        return self.progress
-
-
-def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
-    # Two lines at each report, which the run's own progress says better; Ray's log file keeps them.
-    for handler in logging.getLogger("ray.train").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
+def remove_unfinished_uploads(run: Storage) -> None:
+    """Remove checkpoint folders that Ray Train's snapshot does not name: uploads that failed or were killed."""
     try:
-        return _train(config)
-    except InputError as error:
-        return {"error": str(error)}
-
-
-def _train(config: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    job, setup_fn, monitor = config["job"], config["setup"], config["monitor"]
-    context = ray.train.get_context()
-    torch.set_num_threads(job.options.num_threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    rank = context.get_world_rank()
-    workdir = Path(tempfile.mkdtemp(prefix="mmcore-run-"))
-    run = job.run
-    last_update = 0.0
-
-    def send_progress(values: dict[str, Any]) -> None:
-        nonlocal last_update
-        now = time.monotonic()
-        if now - last_update >= _POLL_S / 2 or values["step"] == values["total"]:
-            last_update = now
-            monitor.update.remote(values)
-
-    def commit(folder: Path | None, metrics: dict[str, Any]) -> None:
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
-        if folder is not None:
-            shutil.rmtree(folder)
-            publish(run, training.state.history, workdir)
-
-    setup: Setup = setup_fn(job, config["facts"])
-    hooks = RunHooks(commit=commit, progress=send_progress, samples=setup.samples)
-    checkpoint = ray.train.get_checkpoint()
-    try:
-        if checkpoint is None:
-            training = Training(setup.model, setup.rows, job.recipe.train, hooks, workdir=workdir)
-        else:
-            with checkpoint.as_directory() as folder:
-                training = Training(
-                    setup.model,
-                    setup.rows,
-                    job.recipe.train,
-                    hooks,
-                    workdir=workdir,
-                    resume_from=Path(folder),
-                    resume_name=str(run / Path(checkpoint.path).name),
-                )
-            if rank == 0:
-                print(f"resumed at step {training.state.step} of {training.total_steps}", flush=True)
-        weights = training.run()
-        if rank == 0:
-            publish(run, training.state.history, workdir)
-            _save_model(run, weights, workdir)
-        return {
-            "best_step": training.state.best_step,
-            "best_validation_loss": training.state.best_loss,
-            "steps": training.total_steps,
-            "train_seconds": round(training.state.seconds, 1),
-            "rows_seen": training.state.rows_seen,
-            "precision": training.precision,
-            "device": training.accelerator.device.type,
-        }
-    finally:
-        shutil.rmtree(workdir, ignore_errors=True)
-
-
-def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
-    """Write metrics.jsonl and the TensorBoard file anew from the committed history, so a restart leaves no doubles."""
-    from tensorboardX import SummaryWriter
-
-    run.write("metrics.jsonl", write_history(history))
-    folder = workdir / "tensorboard"
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder), filename_suffix=".run") as writer:
-        for row in history:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name not in ("step", "seconds"):
-                    writer.add_scalar(name, value, row["step"], walltime=row["seconds"])
-            for name, text in row.get("samples", {}).items():
-                writer.add_text(f"samples/{name}", str(text), row["step"], walltime=row["seconds"])
-    (events,) = folder.iterdir()
-    run.upload(events, "tensorboard/events.out.tfevents.0.run")
-
-
-def _save_model(run: Storage, weights: dict[str, Any], workdir: Path) -> None:
-    from safetensors.torch import save_file
-
-    path = workdir / "model.safetensors"
-    save_file({name: value.contiguous().cpu() for name, value in weights.items()}, path)
-    run.upload(path, "model/model.safetensors")
-    run.write("model/recipe.json", run.read("recipe.json"))
+        snapshot = run.read(_SNAPSHOT).decode()
+    except FileNotFoundError:
+        snapshot = ""
+    for folder in run.folders():
+        if folder.startswith("checkpoint_") and folder not in snapshot:
+            (run / folder).delete_tree()
 
 
 # -- on the driver -------------------------------------------------------------------------------------------------
@@ -295,24 +200,32 @@ def _save_model(run: Storage, weights: dict[str, Any], workdir: Path) -> None:
 
 def run_training(
     job: Job,
-    setup: Callable[[Job, dict[str, Any]], Setup],
+    setup: Callable[[Job, dict[str, Any], Doing], Setup],
     facts: dict[str, Any],
     datasets: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train `job` to its end, going on from what is committed. Raises InputError where the run cannot go on.
 
-    `setup(job, facts)` runs on every worker and makes the model and its rows; `datasets` are Ray Datasets that a
-    streamed run splits over its workers. Returns the run's summary, which ``_SUCCESS`` holds too.
+    `setup(job, facts, doing)` runs on every worker and makes the model and its rows, telling `doing` what takes
+    time; `datasets` are Ray Datasets that a streamed run splits over its workers. Returns the run's summary, which
+    ``_SUCCESS`` holds too.
     """
-    open_run(job, facts)
     connect()
+    # Beside the driver, which no reclaimed machine takes along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = RunMonitor.options(  # type: ignore[attr-defined]
+        max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+    ).remote()
+    follower = _Follower(job, monitor)
+    # Last, since with --fresh it removes a run: everything that can be refused has been.
+    open_run(job, facts)
+    remove_unfinished_uploads(job.run)
     filesystem, path = job.run.parent.arrow_whole_files()
     if not job.run.is_s3:
         Path(path).mkdir(parents=True, exist_ok=True)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    monitor = RunMonitor.remote()  # type: ignore[attr-defined]
+    use_gpu = max_gpus() > 0 if job.options.use_gpu is None else job.options.use_gpu
     trainer = TorchTrainer(
-        _train_on_worker,  # type: ignore[arg-type]
+        train_on_worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "setup": setup, "facts": facts, "monitor": monitor},
         scaling_config=ScalingConfig(
             num_workers=job.options.num_workers,
@@ -325,12 +238,12 @@ def run_training(
             name=job.run.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=MAX_CRASHES, max_preemption_failures=-1),  # type: ignore[call-arg]
+            failure_config=FailureConfig(max_failures=_MAX_RESTARTS, max_preemption_failures=-1),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
     start = time.perf_counter()
-    with _Follower(job, monitor):
+    with follower:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -340,6 +253,7 @@ def run_training(
     summary: dict[str, Any] = result.return_value or {}  # type: ignore[attr-defined]
     if "error" in summary:
         raise InputError(summary["error"])
+    remove_unfinished_uploads(job.run)
     summary = {**summary, "wall_seconds": round(time.perf_counter() - start, 1), "num_workers": job.options.num_workers}
     job.run.write("_SUCCESS", json.dumps(summary, indent=1).encode())
     print(f"finished: {job.run}/model ({summary['train_seconds']:.0f} s of training)", flush=True)
@@ -371,15 +285,20 @@ class _Follower:
         self.watchdog.__exit__(*details)
 
     def _follow(self) -> None:
-        seen = -1
+        seen: dict[str, Any] = {}
         with progress(f"train {self.job.recipe_name}", "steps") as report:
             while not self.stop.wait(_POLL_S):
                 try:
                     latest = ray.get(self.monitor.latest.remote(), timeout=10)
                 except ray.exceptions.RayError:
                     continue  # the monitor comes back or the run ends; the watchdog speaks meanwhile
-                if latest and latest["step"] != seen:
-                    seen = latest["step"]
-                    self.watchdog.beat()
+                if latest == seen:
+                    continue
+                seen = latest
+                self.watchdog.beat()
+                if "step" in latest:
                     speed = f"loss {latest['loss']:.4f}, {latest['rows_per_s']:.0f} rows/s"
-                    report(seen, latest["total"], f"epoch {latest['epoch']:.2f}, {speed}")
+                    detail = latest["doing"] or f"epoch {latest['epoch']:.2f}, {speed}"
+                    report(latest["step"], latest["total"], detail)
+                elif latest.get("doing"):
+                    report(0, 0, latest["doing"])

@@ -15,6 +15,7 @@ import queue
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from mmcore import checkpoint
@@ -59,6 +60,8 @@ class RunHooks:
     """A checkpoint folder (None on other ranks) and the metrics at it; returns once it is safe."""
     progress: Callable[[dict[str, Any]], None] = lambda progress: None
     """Step, total, loss, rows per second."""
+    doing: Callable[[str], None] = lambda text: None
+    """What takes time between two steps."""
     samples: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {}
     """What the model makes of a few validation rows; kept in the metrics."""
 
@@ -100,7 +103,7 @@ def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
 
 
 def check_batch(settings: TrainSettings, num_workers: int) -> None:
-    """Raise InputError unless all counts are positive and the batch divides evenly over workers and micro-batches."""
+    """Raise InputError for a number that cannot train, or a batch that workers and micro-batches do not divide."""
     for name in (
         "num_epochs",
         "max_steps",
@@ -113,6 +116,16 @@ def check_batch(settings: TrainSettings, num_workers: int) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1; mend it with --{name.replace('_', '-')}")
+    if settings.clip_grad_norm is not None and not settings.clip_grad_norm > 0:
+        raise InputError(f"clip_grad_norm {settings.clip_grad_norm} must be above 0; mend it with --clip-grad-norm")
+    for name in ("lr", "weight_decay", "warmup_steps", "step_epoch", "num_samples"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise InputError(
+                f"{name} {getattr(settings, name)} must be 0 or above; mend it with --{name.replace('_', '-')}"
+            )
+    for name, value in (("betas", settings.betas[0]), ("betas", settings.betas[1]), ("ema_decay", settings.ema_decay)):
+        if value is not None and not 0 <= value < 1:
+            raise InputError(f"{name} {value} must be from 0 to below 1; mend it with --{name.replace('_', '-')}")
     if num_workers < 1:
         raise InputError(f"num_workers {num_workers} must be at least 1; mend it with --num-workers")
     parts = num_workers * settings.gradient_accumulation
@@ -211,8 +224,14 @@ class Training:
         num_threads = torch.get_num_threads()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.precision = resolve_precision(settings, device)
+        # With this flag DDP keeps its first layout of gradients. Without it the second step has another one, and with
+        # three workers or more a resumed run would add up in another order than the run that went on.
+        keep_layout = DistributedDataParallelKwargs(find_unused_parameters=True)
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         # Autocast is entered below: accelerate would fix one precision for the whole process.
-        self.accelerator = Accelerator(cpu=not on_gpu, step_scheduler_with_optimizer=False)
+        self.accelerator = Accelerator(
+            cpu=not on_gpu, step_scheduler_with_optimizer=False, kwargs_handlers=[keep_layout]
+        )
         torch.set_num_threads(num_threads)  # accelerate sets its own number where OMP_NUM_THREADS is unset
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         check_batch(settings, self.world_size)
@@ -293,7 +312,10 @@ class Training:
                 for _ in range(first, self.steps_per_epoch):
                     batches = list(itertools.islice(stream, self.settings.gradient_accumulation))
                     if len(batches) < self.settings.gradient_accumulation:
-                        break
+                        raise InputError(
+                            f"the streamed shard of worker {self.rank} ended before epoch {epoch} did; use a batch "
+                            "size that leaves rows over, fewer workers, or no --stream"
+                        )
                     yield batches
                 continue
             order = permutation(self.rows.num_train, self.settings.seed, epoch)
@@ -373,6 +395,7 @@ class Training:
         batch_size = self.settings.batch_size
         starts = range(0, self.rows.num_validation, batch_size)
         for start in list(starts)[self.rank :: self.world_size]:
+            self.hooks.doing(f"validating row {start:,} of {self.rows.num_validation:,}")
             indices = np.arange(start, min(start + batch_size, self.rows.num_validation))
             with self._autocast():
                 outputs = model(self._to_device(self.rows.validation_batch(indices)))

@@ -124,6 +124,7 @@ def job_environment(short_tmp: Path) -> Callable[..., dict[str, str]]:
         clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
         clean["PYTHONPATH"] = str(root)
         clean["RAY_TMPDIR"] = str(short_tmp)
+        clean["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # each checkpoint waits for one
         return clean | dict(env or {})
 
     return build

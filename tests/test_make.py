@@ -80,6 +80,10 @@ def test_a_moved_clone_installs_anew(clone: Path) -> None:
     fake_install(clone)
     moved = clone.rename(clone.with_name("moved here"))
     assert "pip install" in make(moved, "-n", "setup").stdout
+    # For real: programs such as .venv/bin/ray name the Python of the old folder and must go.
+    (moved / ".venv" / "bin" / "ray").touch()
+    make(moved, "setup", "PYTHON=true", check=False)
+    assert not (moved / ".venv" / "bin" / "ray").exists()
 
 
 def test_an_old_python_is_refused_in_words(clone: Path, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from jobs.bench.inputs import synthetic_training, tiny
 from jobs.bench.timing import MIN_PAIRS, interleaved, publish, say, verdict
 from jobs.cluster import ROOT
 from jobs.commandline import run
-from jobs.trainer import Job, RunOptions, Setup, run_training
+from jobs.train_worker import Doing, Setup
+from jobs.trainer import Job, RunOptions, run_training
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
 from mmcore.errors import InputError
 from mmcore.recipe import recipe_to_json
@@ -86,7 +87,7 @@ class OverheadBench:
         return dataclasses.replace(best, captions_per_image=1, flip=False, train=train)
 
 
-def set_up(job: Job, facts: dict[str, Any]) -> Setup:
+def set_up(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     """Model and rows, on a Ray worker; nothing is sampled."""
     model, rows = synthetic_training(job.recipe, facts["num_train"])
     return Setup(model, rows, lambda model, step: {})

@@ -35,7 +35,7 @@ from jobs.commandline import run
 from jobs.train_resnet_captioner import build_vocabulary
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
 from mmcore.captioners.vision import FrozenVisionEncoder
-from mmcore.data.captions import CaptionRows
+from mmcore.data.captions import CaptionRows, read_captions
 from mmcore.errors import InputError
 from mmcore.seeding import permutation
 from mmcore.storage import Storage
@@ -93,7 +93,7 @@ def load_data(bench: TrainBench, recipe: ResNetCaptionerRecipe, num_words: int, 
         pixels = inputs.synthetic_pixels(bench.num_images, recipe.image_size, seed)
     else:
         storage = Storage(bench.storage)
-        vocabulary = build_vocabulary(recipe, storage)
+        vocabulary = build_vocabulary(recipe, read_captions(storage, recipe.dataset, recipe.split))
         data, names, captions = inputs.prepared_images(storage, recipe.dataset, bench.num_images)
         pixels = inputs.prepared_pixels(data, names, recipe.image_size)
     inputs.encode(encoder, pixels[: bench.our_batch])  # warm-up

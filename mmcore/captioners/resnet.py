@@ -172,14 +172,16 @@ class ResNetCaptioner(nn.Module):
         }
 
     @torch.inference_mode()
-    def caption(self, images: Tensor, *, num_beams: int = 1, max_length: int = 30) -> list[str]:
+    def caption(
+        self, images: Tensor, *, num_beams: int = 1, max_length: int = 30, length_penalty: float = 1.0
+    ) -> list[str]:
         """A caption of each image; `images` as `memory` takes them. One beam is greedy search."""
-        max_length = min(max_length, self.recipe.max_length)
+        max_length = min(max_length, self.recipe.max_length)  # no position was trained beyond it
         memory_BLD = self.memory(images)
         if num_beams == 1:
             ids = greedy(self.decoder, memory_BLD, max_length)
         else:
-            ids = beam_search(self.decoder, memory_BLD, max_length, num_beams)
+            ids = beam_search(self.decoder, memory_BLD, max_length, num_beams, length_penalty)
         return [self.vocabulary.decode(row) for row in ids]
 
 
@@ -196,7 +198,7 @@ _BEST = dataclasses.replace(
     num_layers=3,
     num_heads=6,
     ffn_width=1536,
-    dropout=0.15,
+    dropout=0.2,
     attention_dropout=0.0,
     image_dropout=0.2,
     norm_first=True,
@@ -204,7 +206,7 @@ _BEST = dataclasses.replace(
     tie_embeddings=True,
     label_smoothing=0.1,
     train=TrainSettings(
-        num_epochs=12,
+        num_epochs=10,
         batch_size=32,
         optimizer="adamw",
         lr=6e-4,

@@ -1,17 +1,14 @@
 """A trained captioner, read back from its run folder: encoded images in, captions out."""
 
-import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from mmcore import checkpoint
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
+from mmcore.finished import read_facts, read_weights
 from mmcore.recipe import recipe_from_json
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -26,10 +23,7 @@ class TrainedCaptioner:
         Raises InputError where `run` is no finished run of a captioner.
         """
         where = f"{run}/model/recipe.json"
-        try:
-            facts = json.loads(run.read("model/recipe.json"))
-        except FileNotFoundError:
-            raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
+        facts = read_facts(run)
         recipe_type = CAPTIONERS.get(facts["recipe"])
         if recipe_type is None:
             raise InputError(f"{where}: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}")
@@ -37,19 +31,26 @@ class TrainedCaptioner:
         self.device = torch.device(device)
         vocabulary = WordVocabulary.from_json(facts["vocabulary"])
         self.model = self.recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            run.download("model/model.safetensors", path)
-            checkpoint.load_trainable(self.model, load_file(path), str(run))
+        checkpoint.load_trainable(self.model, read_weights(run, facts), str(run))
         self.model.eval().to(self.device)
         name = encoder or self.recipe.encoder
-        self.encoder = None if name == SCRATCH else FrozenVisionEncoder(name, self.recipe.image_size, device)
+        self.encoder = None
+        if name != SCRATCH:
+            self.encoder = FrozenVisionEncoder(name, self.recipe.image_size, device)
+            if self.encoder.fingerprint() != facts["encoder_fingerprint"]:
+                raise InputError(f"--encoder {name!r}: not the encoder that {run} was trained on; name that one")
 
     @torch.inference_mode()
     def __call__(
-        self, images: Sequence[bytes], names: Sequence[str], *, num_beams: int = 1, max_length: int = 30
+        self,
+        images: Sequence[bytes],
+        names: Sequence[str],
+        *,
+        num_beams: int = 1,
+        max_length: int = 30,
+        length_penalty: float = 1.0,
     ) -> list[str]:
         """Encoded images (PNG, JPEG, ...) -> captions. `names` are used in error messages."""
         pixels = pixels_from_bytes(images, self.recipe.image_size, names)
         inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-        return self.model.caption(inputs, num_beams=num_beams, max_length=max_length)
+        return self.model.caption(inputs, num_beams=num_beams, max_length=max_length, length_penalty=length_penalty)

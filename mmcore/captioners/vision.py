@@ -19,7 +19,16 @@ from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
 
 SCRATCH = "scratch"
-# Where a model has no preprocessor_config.json: the statistics of ImageNet.
+# Of a configuration: where it came from and how it was stored, not what the model computes.
+_NOT_OF_THE_FUNCTION = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "_commit_hash",
+)
+# Where a model does not say its statistics: those of ImageNet.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,6 +55,21 @@ def _quiet_load() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and standard deviation of the three channels of pixels in [0, 1], and where they come from."""
+    from transformers.utils import cached_file
+
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        fields = json.loads(Path(path).read_text()) if path else {}
+        fields = fields.get("image_processor", fields)
+        if fields.get("do_normalize") is False:
+            return (0.0,) * 3, (1.0,) * 3, file
+        if "image_mean" in fields and "image_std" in fields:
+            return tuple(fields["image_mean"]), tuple(fields["image_std"]), file
+    return _IMAGENET_MEAN, _IMAGENET_STD, "ImageNet, as the model names none"
+
+
 class FrozenVisionEncoder:
     """A Hugging Face vision model whose last hidden state becomes tokens: a feature map is flattened row by row."""
 
@@ -55,10 +79,12 @@ class FrozenVisionEncoder:
 
         try:
             config = AutoConfig.from_pretrained(name)
-            # A two-tower model such as CLIP: its vision half alone.
-            model_type: Any = CLIPVisionModel if hasattr(config, "vision_config") else AutoModel
+            # CLIP's vision half alone; other models of two halves are read whole, and theirs is taken.
+            model_type: Any = CLIPVisionModel if config.model_type == "clip" else AutoModel
             with _quiet_load():
-                model, loaded = model_type.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+                model, loaded = model_type.from_pretrained(
+                    name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
@@ -69,22 +95,29 @@ class FrozenVisionEncoder:
         missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
         if missing:
             raise InputError(f"--encoder {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
+        model = getattr(model, "vision_model", model)
+        if model.main_input_name != "pixel_values":
+            raise InputError(
+                f"--encoder {name!r}: a {config.model_type} model takes {model.main_input_name}, not images"
+            )
         self.name, self.image_size, self.device = name, image_size, torch.device(device)
         # On a CPU convolutions run 1.7 times as fast with the channels last (MobileNetV2, one thread, fp32).
         self.model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
-        self.mean, self.std = self._statistics(name)
-
-    @staticmethod
-    def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        from transformers.utils import cached_file
-
-        path = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        fields = json.loads(Path(path).read_text()) if path else {}
-        return tuple(fields.get("image_mean", _IMAGENET_MEAN)), tuple(fields.get("image_std", _IMAGENET_STD))
+        self.mean, self.std, self.statistics_from = _statistics(name)
+        try:
+            self.token_shape = tuple(self(np.zeros((1, image_size, image_size, 3), np.uint8)).shape[1:])
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"--encoder {name!r} does not take images of {image_size} x {image_size}: {reason}; mend --image-size"
+            ) from None
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the tokens: weights, normalisation and image size."""
-        digest = hashlib.sha256(json.dumps([self.image_size, self.mean, self.std]).encode())
+        """SHA-256 over all that decides the tokens: weights, configuration, normalisation and image size."""
+        config = self.model.config.to_dict()
+        settings = {key: config[key] for key in sorted(config) if key not in _NOT_OF_THE_FUNCTION}
+        facts = [self.image_size, self.mean, self.std, settings]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())

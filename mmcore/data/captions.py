@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from mmcore.data.columns import Column
+from mmcore.data.shapes import SPLITS, ShapesSettings, make_scene, scene_captions
 from mmcore.errors import InputError
 from mmcore.seeding import uniform
 from mmcore.storage import Storage
@@ -65,6 +66,16 @@ def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
         table[split].to_pylist(),
         facts,
     )
+
+
+def shapes_table(settings: ShapesSettings) -> CaptionTable:
+    """The table that the Shapes data of these settings will have; no image is drawn."""
+    indices = [(split, index) for split in SPLITS for index in range(settings.num_images(split))]
+    ids = [f"shapes-{split}-{index:06d}" for split, index in indices]
+    captions = [
+        scene_captions(settings.seed, split, index, make_scene(settings.seed, split, index)) for split, index in indices
+    ]
+    return CaptionTable(ids, [f"{image_id}.png" for image_id in ids], captions, [split for split, _ in indices], {})
 
 
 class CaptionRows:

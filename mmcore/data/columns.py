@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,24 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def open_column(folder: Storage, cache: Path, only: Sequence[str] | None = None) -> Column:
+def open_column(
+    folder: Storage,
+    cache: Path,
+    only: Sequence[str] | None = None,
+    doing: Callable[[str], None] = lambda text: None,
+) -> Column:
     """Map the column that `folder` holds, copying it to `cache` first if it is not there.
 
-    `only`: the image_ids to copy, in the column's order, where the whole is too large for this disk.
-    Raises InputError where the folder holds no finished column.
+    `only`: the image_ids to copy, in the column's order, where the whole is too large for this disk. `doing` is told
+    how far the copying is. Raises InputError where the folder holds no finished column.
     """
     try:
         facts = json.loads(folder.read(SUCCESS))
     except FileNotFoundError:
-        raise InputError(f"{folder}: no finished column there; run the job that makes it again") from None
+        raise InputError(
+            f"{folder}: no finished column there; a local storage must be a folder that all machines share, otherwise "
+            "use s3://bucket/prefix; or run the job that makes it again"
+        ) from None
     dtype, shape, num_rows = np.dtype(facts["dtype"]), tuple(facts["shape"]), facts["num_rows"]
     # The content's own hash names the copy, so that a column made anew is never mistaken for an old copy.
     target = cache / "columns" / facts["fingerprint"]
@@ -64,13 +72,15 @@ def open_column(folder: Storage, cache: Path, only: Sequence[str] | None = None)
         digest = hashlib.sha256(json.dumps(sorted(chosen)).encode()).hexdigest()[:16]
         target = target.with_name(f"{target.name}-{digest}")
     with _locked(target.with_suffix(".lock")):
-        if not (target / "ids.json").exists():
+        # Both, since cleaners of temporary folders take what is old and large.
+        if not ((target / "ids.json").exists() and (target / "values.npy").exists()):
             target.mkdir(parents=True, exist_ok=True)
             values = np.lib.format.open_memmap(target / "values.npy", "w+", dtype, (num_rows, *shape))
             image_ids: list[str] = []
             filesystem, path = (folder / "parts").arrow()
             for name in (folder / "parts").list(".parquet"):
                 for batch in pq.ParquetFile(f"{path}/{name}", filesystem=filesystem).iter_batches(batch_size=256):
+                    doing(f"copying features to this machine: {len(image_ids):,} of {num_rows:,}")
                     for image_id, value in zip(batch["image_id"].to_pylist(), batch["value"], strict=True):
                         if chosen is not None and image_id not in chosen:
                             continue

@@ -311,6 +311,11 @@ def caption_scene(scene: tuple[SceneObject, ...], rng: random.Random) -> list[st
     return [template() for template in rng.sample(templates, CAPTIONS_PER_IMAGE)]
 
 
+def scene_captions(seed: int, split: str, index: int, scene: tuple[SceneObject, ...]) -> list[str]:
+    """The captions of scene `index`. They have their own stream, so a new template leaves the scenes as they are."""
+    return caption_scene(scene, _random(seed, f"{split}/captions", index))
+
+
 def shapes_row(settings: ShapesSettings, split: str, index: int) -> dict[str, Any]:
     """One row: image_id, file_name, image (PNG bytes), captions (a list of five), split.
 
@@ -323,13 +328,11 @@ def shapes_row(settings: ShapesSettings, split: str, index: int) -> dict[str, An
     encoded = io.BytesIO()
     render_scene(scene, settings.image_size).save(encoded, "PNG")
     image_id = f"shapes-{split}-{index:06d}"
-    # The captions have their own stream, so a new template leaves the scenes as they are.
-    captions = caption_scene(scene, _random(settings.seed, f"{split}/captions", index))
     return {
         "image_id": image_id,
         "file_name": f"{image_id}.png",
         "image": encoded.getvalue(),
-        "captions": captions,
+        "captions": scene_captions(settings.seed, split, index, scene),
         "split": split,
     }
 

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import hashlib
-import json
 import os
 import signal
 import time
@@ -16,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from jobs.caption import CaptionSettings, caption
 from mmcore import checkpoint
 from mmcore.captioners.resnet import VARIANTS
 from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.errors import InputError
+from mmcore.finished import write_model
 from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -31,15 +32,13 @@ ROWS_PER_BLOCK = 4
 NUM_KILLS = 3
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, seed: int = 0) -> Path:
     """A finished run of an untrained captioner of Shapes."""
     recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32)
     words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
     vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = recipe.build(vocabulary, (0, 0))
-    (folder / "model").mkdir(parents=True)
-    save_file(checkpoint.trainable_state(model), folder / "model" / "model.safetensors")
     facts = {
         "recipe": "resnet_captioner",
         "settings": recipe_to_json(recipe),
@@ -47,7 +46,7 @@ def write_run(folder: Path) -> Path:
         "encoder_width": 0,
         "vocabulary": vocabulary.to_json(),
     }
-    (folder / "model" / "recipe.json").write_text(json.dumps(facts))
+    write_model(Storage(str(folder)), checkpoint.trainable_state(model), facts)
     return folder
 
 
@@ -117,8 +116,8 @@ def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images,
     assert sorted(name for name, _ in rows[1:]) == sorted(path.name for path in images.iterdir())
     # The bulk job says what the captioner says of one image alone.
     captioner = TrainedCaptioner(Storage(str(run_folder)))
-    for name, caption in rows[1:4]:
-        assert captioner([(images / name).read_bytes()], [name], num_beams=8) == [caption]
+    for name, text in rows[1:4]:
+        assert captioner([(images / name).read_bytes()], [name], num_beams=8) == [text]
 
     before = digests(out / "parts")
     again = run_job(*command)
@@ -153,6 +152,14 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert "num_beams was 1 and is now 2" in line
 
+    # The same place, where somebody trained the run anew: captions of two models must not mix.
+    write_run(run_folder, seed=1)
+    try:
+        with pytest.raises(InputError, match=r"weights_sha256 was '[0-9a-f]{64}' and is now"):
+            caption(CaptionSettings(run=str(run_folder), images=str(images), out=str(out), num_beams=1))
+    finally:
+        write_run(run_folder)
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -160,6 +167,8 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--run": "nowhere"}, "no model/ there"),
         ({"--images": "empty"}, "neither Parquet shards nor image files"),
         ({"--num-beams": "0"}, "--num-beams 0: must be at least 1"),
+        ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty: greedy search has no use for it"),
+        ({"--length-penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
     ],
 )
@@ -172,6 +181,16 @@ def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, ru
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "out").exists(), "something was written"
+
+
+def test_an_encoder_that_is_not_there_is_one_line(run_folder, images, tmp_path, run_job):
+    """Found out on a worker, when it loads the captioner."""
+    flags = ["--run", run_folder, "--images", images, "--out", tmp_path / "out", "--encoder", tmp_path / "no" / "such"]
+    result = run_job("jobs/caption.py", *flags, check=False)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "no vision model in such a folder" in line
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_a_broken_image_names_itself(run_folder, images, tmp_path, run_job):

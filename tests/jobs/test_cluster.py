@@ -16,6 +16,8 @@ STATUS_JOB = """
 import os, sys
 from pathlib import Path
 from jobs.cluster import connect
+if "--default-interval" in sys.argv:
+    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 connect(); connect()
 import ray
 token_file = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -31,16 +33,16 @@ print({"cpus": ray.cluster_resources()["CPU"], "answer": answer, "auth": os.envi
 def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path):
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
-    env = {"HOME": str(home)}
+    env, flags = {"HOME": str(home)}, ["--default-interval"]
     if history == "token from earlier":
         (home / ".ray" / "auth_token").write_text("a" * 64)
     elif history.startswith("mode"):
         env["RAY_AUTH_MODE"] = history.removeprefix("mode ")
-        env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"
+        env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"], flags = "0.25", []
     script = tmp_path / "status.py"
     script.write_text(STATUS_JOB)
 
-    done = run_job(script, env=env)
+    done = run_job(script, *flags, env=env)
 
     result = ast.literal_eval(done.stdout.strip())
     assert result["answer"] == 42

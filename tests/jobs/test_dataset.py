@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import MobileNetV2Config, MobileNetV2Model
 
-from jobs.dataset import cached_image_column
+from jobs.dataset import EncodeImages, cached_image_column
 from jobs.prepare import PrepareSettings, prepare
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.data.columns import open_column
@@ -42,9 +45,25 @@ def part_times(folder: Storage) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted(Path(folder.uri, "parts").glob("*.parquet"))}
 
 
-def test_the_encoder_runs_once(storage: Storage, encoder_folder: str, tmp_path: Path) -> None:
+def test_the_encoder_runs_once(
+    storage: Storage, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "calls"
+
+    class CountedEncoder(EncodeImages):
+        """Counts the images that the encoder sees, in the worker."""
+
+        def __call__(self, rows: dict[str, Any]) -> pa.Table:
+            with open(log, "a") as file:
+                file.write(f"{len(rows['image'])}\n")
+            return super().__call__(rows)
+
+    def num_encoded() -> int:
+        return sum(map(int, log.read_text().split()))
+
+    monkeypatch.setattr("jobs.dataset.EncodeImages", CountedEncoder)
     first = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
-    assert first.encoded_now == NUM_IMAGES
+    assert first.encoded_now == NUM_IMAGES == num_encoded()
     times = part_times(first.folder)
 
     again = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
@@ -55,21 +74,24 @@ def test_the_encoder_runs_once(storage: Storage, encoder_folder: str, tmp_path: 
     for path in Path(encoder_folder).iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     assert cached_image_column(storage, "shapes", encoder=str(copy), image_size=32).encoded_now == 0
+    assert num_encoded() == NUM_IMAGES
     assert part_times(first.folder) == times
 
     mirrored = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32, flip=True)
-    assert mirrored.encoded_now == NUM_IMAGES
+    assert mirrored.encoded_now == NUM_IMAGES == num_encoded() - NUM_IMAGES
     assert mirrored.folder != first.folder
 
 
-def test_an_interrupted_encoding_goes_on(storage: Storage, encoder_folder: str) -> None:
+def test_an_interrupted_encoding_goes_on(storage: Storage, encoder_folder: str, tmp_path: Path) -> None:
     done = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
     times = part_times(done.folder)
     assert len(times) > 1
     lost = sorted(times)[-1]
     done.folder.delete("_SUCCESS")
     done.folder.delete(f"parts/{lost}")
-    resumed = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
+    # By another name, as on another machine.
+    renamed = shutil.copytree(encoder_folder, tmp_path / "renamed")
+    resumed = cached_image_column(storage, "shapes", encoder=str(renamed), image_size=32)
     assert 0 < resumed.encoded_now < NUM_IMAGES
     assert {name: time for name, time in part_times(done.folder).items() if name != lost} == {
         name: time for name, time in times.items() if name != lost

@@ -113,6 +113,18 @@ def copy_code(target: Path, probe: str) -> Path:
     return target
 
 
+def programs(folder: Path) -> str:
+    """The environment's programs as a PATH without a space: Ray's own nodes start workers by an unquoted path."""
+    environment = ROOT / ".venv"
+    if " " not in str(environment):
+        return str(environment / "bin")
+    folder.mkdir()
+    (folder / "venv").symlink_to(environment)
+    (folder / "ray").write_text(f'#!/bin/sh\nexec {folder}/venv/bin/python -m ray.scripts.scripts "$@"\n')
+    (folder / "ray").chmod(0o755)
+    return f"{folder}{os.pathsep}{folder / 'venv' / 'bin'}"
+
+
 @pytest.fixture(scope="module")
 def cluster(short_tmp: Path) -> Iterator[Cluster]:
     """A head in the checkout and a second node whose installed code is another version; both end by pid."""
@@ -124,7 +136,7 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
     python_bin = str(Path(shutil.which("python") or "").parent)
     base = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     base |= {
-        "PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{python_bin}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{programs(short_tmp / 'bin')}{os.pathsep}{python_bin}{os.pathsep}{os.environ['PATH']}",
         # On both sides, whatever a token file in the home folder would make of it.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -137,27 +137,62 @@ def no_pickles(run: Storage) -> None:
         assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_killed_worker_is_started_again_and_nothing_changes(
-    start_job: Callable[..., Any], storage: Storage, reference: dict[str, Any], tmp_path: Path
+    num_workers: int,
+    start_job: Callable[..., Any],
+    run_job: Callable[..., Any],
+    storage: Storage,
+    reference: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    log = tmp_path / "job.log"
-    process = start_job(JOB, *FLAGS, "--storage", storage, "--name", "workers-killed", log=log)
-    run = run_folder(storage, "workers-killed")
+    name, log = f"killed-of-{num_workers}", tmp_path / "job.log"
+    flags = [*FLAGS, "--storage", storage, "--num-workers", num_workers]
+    expected = reference
+    if num_workers > 1:
+        run_job(JOB, *flags, "--name", f"{name}-reference", timeout_s=TIMEOUT_S)
+        expected = outcome(storage, f"{name}-reference")
+    process = start_job(JOB, *flags, "--name", name, log=log)
+    run = run_folder(storage, name)
     killed: list[int] = []
     for step in (6, 30):
         seen = wait_for_step(run, step, process)
         time.sleep(random.uniform(0, 0.2))
-        (worker,) = workers(process)
+        group = workers(process)
+        assert len(group) == num_workers
+        worker = random.choice(group)
         worker.kill()
         killed.append(worker.pid)
-        # The next kill is for the worker after this one.
-        psutil.wait_procs([worker], timeout=10)
+        # The next kill is for a worker of the next group.
+        psutil.wait_procs(group, timeout=10)
         assert seen < NUM_STEPS
     assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
     assert len(set(killed)) == 2
     assert log.read_text().count("resumed at step") >= 2
-    assert outcome(storage, "workers-killed") == reference
+    assert outcome(storage, name) == expected
     no_pickles(run)
+
+
+def test_a_worker_that_crashes_again_and_again_ends_the_run(
+    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, tmp_path: Path
+) -> None:
+    log = tmp_path / "job.log"
+    process = start_job(JOB, *FLAGS, "--storage", storage, "--name", "crashes", log=log)
+    killed: set[int] = set()
+    deadline = time.monotonic() + TIMEOUT_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        for worker in workers(process):
+            # Once it trains: Ray counts what dies before that otherwise.
+            if worker.pid not in killed and log.read_text().count("resumed at step") >= len(killed):
+                wait_for_step(run_folder(storage, "crashes"), 2, process)
+                worker.kill()
+                killed.add(worker.pid)
+        time.sleep(0.1)
+    assert process.returncode == 1
+    assert len(killed) == 4
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: training crashed 4 times, last: a worker was killed; the same command goes on")
 
 
 def test_a_killed_driver_goes_on_by_the_same_command(

@@ -1,10 +1,12 @@
 """The training job at its edges: what it refuses and how it says so, and two workers through Ray."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,26 @@ FLAGS = [
     "--precision",
     "fp32",
 ]
+# The training job, whose second worker meets a user's mistake at its first batch.
+ONE_SIDED_MISTAKE = """
+import ray.train
+import jobs.train_resnet_captioner as job
+from jobs.commandline import run
+from mmcore.errors import InputError
+
+original = job.setup
+
+def setup(*args):
+    made = original(*args)
+    if ray.train.get_context().get_world_rank() == 1:
+        def train_batch(indices, epoch):
+            raise InputError("worker 1 alone cannot read its images")
+        made.rows.train_batch = train_batch
+    return made
+
+job.setup = setup
+run(job.main)
+"""
 RunJob = Callable[..., Any]
 
 
@@ -95,6 +117,14 @@ def everything_in(storage: Storage) -> dict[str, bytes]:
         (["--num-heads", "3"], ["num_heads 3", "width 32", "--num-heads"]),
         (["--dropout", "1.0"], ["dropout 1.0", "--dropout"]),
         (["--batch-size", "64"], ["batch_size 64", "40 training rows", "--batch-size"]),
+        (["--name", ""], ["--name ''", "a letter or digit first"]),
+        (["--name", ".."], ["--name '..'", "a letter or digit first"]),
+        (["--name", "a/b"], ["--name 'a/b'", "a letter or digit first"]),
+        (["--num-threads", "0"], ["--num-threads 0", "at least 1"]),
+        (["--lr", "-1"], ["lr -1.0", "--lr"]),
+        (["--warmup-steps", "-5"], ["warmup_steps -5", "--warmup-steps"]),
+        (["--clip-grad-norm", "0"], ["clip_grad_norm 0.0", "--clip-grad-norm"]),
+        (["--ema-decay", "1"], ["ema_decay 1.0", "--ema-decay"]),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
 )
@@ -146,6 +176,12 @@ def test_a_finished_run_is_refused_and_fresh_starts_anew(run_job: RunJob, storag
         f"error: {re.escape(str(folder))} is finished; give another --name, or --fresh to start anew", line
     )
     assert folder.read("model/model.safetensors") == model
+
+    # Anew, but nothing can start: what is there stays.
+    line = error_line(run_job(*command, "--fresh", env={"RAY_ADDRESS": "127.0.0.1:1"}, check=False))
+    assert "no Ray cluster answers there" in line
+    assert folder.read("model/model.safetensors") == model
+    assert folder.exists("_SUCCESS")
 
     again = run_job(*command, "--fresh", "--seed", "7")
     assert "resumed" not in again.stdout
@@ -244,6 +280,56 @@ def test_dry_run_writes_nothing(run_job: RunJob, storage: Storage) -> None:
     result = run_job(JOB, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run")
     assert everything_in(storage) == before
     assert not run_folder(storage, "dry").exists()
-    assert "batch_size" in result.stdout
-    assert "20" in result.stdout
+    assert '"batch_size": 8' in result.stdout
+    assert "steps: 20 of 8 images, 5 an epoch" in result.stdout
+    assert "parameters: 0.0" in result.stdout
     assert str(run_folder(storage, "dry")) in result.stdout
+
+
+def test_without_a_variant_it_says_what_it_runs_and_how_to_run_the_reports(run_job: RunJob, tmp_path: Path) -> None:
+    result = run_job(JOB, "--dry-run", "--storage", tmp_path / "empty")
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("no --variant given: running `shapes`, self-contained")
+    assert "python jobs/train_resnet_captioner.py --variant report" in first
+    assert "steps: 4,000 of 16 images" in result.stdout
+    assert not (tmp_path / "empty").exists()
+
+
+def test_help_shows_the_variants_own_values(run_job: RunJob) -> None:
+    best = run_job(JOB, "--variant", "best", "--help").stdout
+    report = run_job(JOB, "--variant", "report", "--help").stdout
+    for text in (best, report):
+        assert all(
+            f"--{flag}" in text for flag in ("storage", "name", "num-workers", "fresh", "dry-run", "width", "lr")
+        )
+    assert "384" in best
+    assert "384" not in report
+
+
+def test_a_job_that_cannot_be_placed_says_what_is_missing(run_job: RunJob, storage: Storage) -> None:
+    flags = ["--batch-size", "40", "--num-workers", "40", "--stall-timeout", "4"]
+    line = error_line(run_job(JOB, *FLAGS, *flags, "--storage", storage, "--name", "too-many", check=False))
+    assert "train resnet_captioner/too-many" in line
+    assert "CPU" in line
+
+
+def test_a_run_fed_by_ray_data_trains(run_job: RunJob, storage: Storage) -> None:
+    run_job(JOB, *FLAGS, "--max-steps", "6", "--stream", "--storage", storage, "--name", "streamed")
+    rows = [json.loads(line) for line in run_folder(storage, "streamed").read("metrics.jsonl").decode().splitlines()]
+    losses = [row["loss"] for row in rows if "validation_loss" not in row]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_a_mistake_that_one_worker_meets_ends_the_others(run_job: RunJob, storage: Storage, tmp_path: Path) -> None:
+    """The other worker waits in a collective for it; without word from the first it would wait for half an hour."""
+    script = tmp_path / "job.py"
+    script.write_text(ONE_SIDED_MISTAKE)
+    left = Path(tempfile.gettempdir()) / f"mmcore-run-{os.getuid()}-of-a-killed-worker"
+    left.mkdir(exist_ok=True)
+    (left / "lock").touch()
+    command = [script, *FLAGS, "--num-workers", "2", "--storage", storage, "--name", "one-sided"]
+    line = error_line(run_job(*command, check=False, timeout_s=120))
+    assert line == "error: worker 1 alone cannot read its images"
+    assert not left.exists(), "what a killed worker leaves is removed by the next"
+    assert not run_folder(storage, "one-sided").exists("_SUCCESS")

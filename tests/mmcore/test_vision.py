@@ -1,12 +1,24 @@
 """mmcore/captioners/vision.py: a frozen encoder is loaded whole, quietly, or not at all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from mmcore.captioners.vision import FrozenVisionEncoder
 from mmcore.errors import InputError
@@ -44,3 +56,64 @@ def test_what_decides_the_tokens_decides_the_fingerprint(folder: Path) -> None:
     assert FrozenVisionEncoder(str(folder), 64).fingerprint() != before
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
     assert FrozenVisionEncoder(str(folder), 32).fingerprint() != before
+    before = FrozenVisionEncoder(str(folder), 32).fingerprint()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    assert FrozenVisionEncoder(str(folder), 32).fingerprint() != before
+
+
+def test_statistics_are_those_of_either_file(folder: Path) -> None:
+    assert "ImageNet" in FrozenVisionEncoder(str(folder), 32).statistics_from
+    fields = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}
+    (folder / "processor_config.json").write_text(json.dumps(fields))
+    encoder = FrozenVisionEncoder(str(folder), 32)
+    assert (encoder.mean, encoder.statistics_from) == ((0.1, 0.2, 0.3), "processor_config.json")
+    (folder / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    assert FrozenVisionEncoder(str(folder), 32).std == (1.0, 1.0, 1.0)
+
+
+def test_half_precision_weights_are_computed_in_fp32(folder: Path) -> None:
+    full = FrozenVisionEncoder(str(folder), 32)(PIXELS)
+    ResNetForImageClassification.from_pretrained(folder).half().save_pretrained(folder)
+    encoder = FrozenVisionEncoder(str(folder), 32)
+    assert len(encoder.fingerprint()) == 64
+    # fp16 keeps 11 bits: weights are off by 2^-12 of themselves.
+    torch.testing.assert_close(encoder(PIXELS), full, rtol=1e-2, atol=1e-2)
+
+
+VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "siglip"])
+def test_transformers_of_other_families(kind: str, tmp_path: Path) -> None:
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "projection_dim": 16}  # fmt: skip
+    vision = VIT | {"image_size": 32}
+    if kind == "vit":
+        ViTModel(ViTConfig(**vision)).save_pretrained(tmp_path)
+    elif kind == "clip":
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
+    else:
+        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    encoder = FrozenVisionEncoder(str(tmp_path), 32)
+    num_tokens = 16 if kind == "siglip" else 17  # SigLIP has no class token
+    assert encoder.token_shape == (num_tokens, 16)
+    assert encoder(PIXELS).shape == (2, num_tokens, 16)
+    with pytest.raises(InputError, match=r"does not take images of 64 x 64: .*; mend --image-size"):
+        FrozenVisionEncoder(str(tmp_path), 64)
+
+
+def test_a_language_model_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    BertModel(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a bert model takes input_ids, not images"):
+        FrozenVisionEncoder(str(tmp_path), 32)
+
+
+def test_the_pretrained_mobilenet_of_the_results() -> None:
+    folder = Path(__file__).parents[3] / "shared" / "weights" / "mobilenet_v2_1.0_224"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there")
+    encoder = FrozenVisionEncoder(str(folder), 224)
+    assert encoder.token_shape == (49, 1280)
+    assert encoder.statistics_from == "preprocessor_config.json"

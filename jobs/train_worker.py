@@ -1,0 +1,238 @@
+"""What runs on each worker of a training: the loop with its hooks, and the word between workers and driver."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray._private.utils import get_num_cpus
+from ray.train import Checkpoint
+from torch import nn
+
+from mmcore.errors import InputError
+from mmcore.finished import write_model
+from mmcore.storage import Storage
+from mmcore.training import Rows, RunHooks, Training, write_history
+
+# A crash is retried this often; losing a machine is no crash and is not counted.
+MAX_CRASHES = 3
+# Seconds between words to the driver.
+_UPDATE_S = 0.25
+# Workers that meet the same mistake meet it within this time of each other.
+_MISTAKE_S = 5.0
+_WORK_PREFIX = f"mmcore-run-{os.getuid()}-"
+
+Doing = Callable[[str], None]
+
+
+@dataclass
+class Setup:
+    """What a worker trains: made inside the worker by the recipe's own ``setup(job, facts, doing)``."""
+
+    model: nn.Module
+    rows: Rows
+    samples: Callable[[nn.Module, int], dict[str, Any]]
+
+
+class RestartBudget:
+    """Tells crashes from lost machines: each start of the workers after the first is one or the other.
+
+    Ray's own counting takes a reclaimed spot machine for a crash wherever the cloud's notice does not reach it.
+    """
+
+    def __init__(self) -> None:
+        self.num_starts = 0
+        self.machines: set[str] = set()
+        self.num_lost = 0
+
+    def started(self, alive: set[str]) -> int:
+        """The workers have started while these machines are alive; returns the crashes so far."""
+        self.num_starts += 1
+        self.machines |= alive
+        self.num_lost = len(self.machines - alive)
+        return max(0, self.num_starts - 1 - self.num_lost)
+
+
+@ray.remote(num_cpus=0)
+class RunMonitor:
+    """The newest progress of a run, its restarts and the mistakes that its workers met. Lives beside the driver."""
+
+    def __init__(self) -> None:
+        self.progress: dict[str, Any] = {}
+        self.mistakes: dict[int, str] = {}
+        self.budget = RestartBudget()
+        self.crash = "a worker was killed"
+
+    def start(self, rank: int) -> str | None:
+        """A worker starts. Returns the mistake for which it must not."""
+        if rank == 0 and not self.mistakes:
+            num_crashes = self.budget.started({node["NodeID"] for node in ray.nodes() if node["Alive"]})
+            if num_crashes > MAX_CRASHES:
+                self.mistakes[rank] = (
+                    f"training crashed {num_crashes} times, last: {self.crash}; "
+                    "the same command goes on from the last checkpoint"
+                )
+        return self.first_mistake()
+
+    def update(self, progress: dict[str, Any]) -> None:
+        self.progress |= progress
+
+    def latest(self) -> dict[str, Any]:
+        return self.progress
+
+    def add_crash(self, text: str) -> None:
+        self.crash = text
+
+    def add_mistake(self, rank: int, text: str) -> int:
+        """Returns how many workers have met one."""
+        self.mistakes[rank] = text
+        return len(self.mistakes)
+
+    def first_mistake(self) -> str | None:
+        return self.mistakes[min(self.mistakes)] if self.mistakes else None
+
+
+def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
+    monitor, rank = config["monitor"], ray.train.get_context().get_world_rank()
+    # Two lines at each report, which the run's own progress says better; Ray's log file keeps them.
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
+    try:
+        mistake = ray.get(monitor.start.remote(rank))
+        if mistake:
+            raise InputError(mistake)
+        return _train(config)
+    except InputError as error:
+        return _mistake(monitor, rank, error)
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        ray.get(monitor.add_crash.remote(f"{type(error).__name__}: {text[0]} (worker {rank})"))
+        raise
+
+
+def _mistake(monitor: Any, rank: int, error: InputError) -> dict[str, Any]:
+    """Return the mistake if all workers met it; else end the others, which wait in a collective for this one.
+
+    Raising does that: Ray restarts the group, and each new worker finds the mistake and returns it.
+    """
+    deadline = time.monotonic() + _MISTAKE_S
+    while ray.get(monitor.add_mistake.remote(rank, str(error))) < ray.train.get_context().get_world_size():
+        if time.monotonic() > deadline:
+            raise error
+        time.sleep(0.1)
+    return {"error": ray.get(monitor.first_mistake.remote())}
+
+
+def _train(config: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    job, monitor = config["job"], config["monitor"]
+    context = ray.train.get_context()
+    # The container's CPUs, not the machine's.
+    num_cpus = int(get_num_cpus())
+    torch.set_num_threads(job.options.num_threads or max(1, num_cpus // context.get_local_world_size()))
+    rank, run = context.get_world_rank(), job.run
+    last_update = 0.0
+
+    def update(values: dict[str, Any], at_once: bool = False) -> None:
+        nonlocal last_update
+        now = time.monotonic()
+        if at_once or now - last_update >= _UPDATE_S:
+            last_update = now
+            monitor.update.remote(values)
+
+    def send_progress(values: dict[str, Any]) -> None:
+        update({**values, "doing": ""}, at_once=values["step"] == values["total"])
+
+    def doing(text: str) -> None:
+        if rank == 0:
+            update({"doing": text})
+
+    def commit(folder: Path | None, metrics: dict[str, Any]) -> None:
+        doing("saving a checkpoint")
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
+        if folder is not None:
+            shutil.rmtree(folder)
+            publish(run, training.state.history, workdir)
+
+    with _work_folder() as workdir:
+        setup: Setup = config["setup"](job, config["facts"], doing)
+        hooks = RunHooks(commit=commit, progress=send_progress, doing=doing, samples=setup.samples)
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            training = Training(setup.model, setup.rows, job.recipe.train, hooks, workdir=workdir)
+        else:
+            with checkpoint.as_directory() as folder:
+                training = Training(
+                    setup.model,
+                    setup.rows,
+                    job.recipe.train,
+                    hooks,
+                    workdir=workdir,
+                    resume_from=Path(folder),
+                    resume_name=str(run / Path(checkpoint.path).name),
+                )
+            if rank == 0:
+                print(f"resumed at step {training.state.step} of {training.total_steps}", flush=True)
+        weights = training.run()
+        if rank == 0:
+            doing("writing the model")
+            publish(run, training.state.history, workdir)
+            write_model(run, weights, json.loads(run.read("recipe.json")))
+        return {
+            "best_step": training.state.best_step,
+            "best_validation_loss": training.state.best_loss,
+            "steps": training.total_steps,
+            "train_seconds": round(training.state.seconds, 1),
+            "rows_seen": training.state.rows_seen,
+            "precision": training.precision,
+            "device": training.accelerator.device.type,
+        }
+
+
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A folder for checkpoints under way. What killed workers left is removed first: nobody holds its lock."""
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{_WORK_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), open(left) as lock:  # OSError: another worker's, or just removed
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX))
+    with open(folder / "lock.new", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(folder / "lock.new", folder / "lock")  # seen only once it is held
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
+    """Write metrics.jsonl and the TensorBoard file anew from the committed history, so a restart leaves no doubles."""
+    from tensorboardX import SummaryWriter
+
+    run.write("metrics.jsonl", write_history(history))
+    folder = workdir / "tensorboard"
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder), filename_suffix=".run") as writer:
+        for row in history:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name not in ("step", "seconds"):
+                    writer.add_scalar(name, value, row["step"], walltime=row["seconds"])
+            for name, text in row.get("samples", {}).items():
+                writer.add_text(f"samples/{name}", str(text), row["step"], walltime=row["seconds"])
+    (events,) = folder.iterdir()
+    run.upload(events, "tensorboard/events.out.tfevents.0.run")

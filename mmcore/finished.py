@@ -1,0 +1,46 @@
+"""The model of a finished run: ``RUN/model/`` holds model.safetensors and recipe.json, which names its SHA-256."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmcore.checkpoint import sha256_file
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+_WEIGHTS, _RECIPE = "model.safetensors", "recipe.json"
+
+
+def write_model(run: Storage, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write the weights and, last, `facts` (what the run's recipe.json holds)."""
+    with tempfile.TemporaryDirectory(prefix="mmcore-model-") as folder:
+        path = Path(folder) / _WEIGHTS
+        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, path)
+        (run / "model").upload(path, _WEIGHTS)
+        facts = {**facts, "weights_sha256": sha256_file(path)}
+    (run / "model").write(_RECIPE, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+
+
+def read_facts(run: Storage) -> dict[str, Any]:
+    """What `write_model` was given, and ``weights_sha256``. Raises InputError where `run` is not finished."""
+    try:
+        return json.loads((run / "model").read(_RECIPE))
+    except FileNotFoundError:
+        raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
+
+
+def read_weights(run: Storage, facts: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights. Raises InputError where they are not those that `facts` names."""
+    with tempfile.TemporaryDirectory(prefix="mmcore-model-") as folder:
+        path = Path(folder) / _WEIGHTS
+        try:
+            (run / "model").download(_WEIGHTS, path)
+        except FileNotFoundError:
+            raise InputError(f"{run}/model/{_WEIGHTS}: missing; copy the whole folder model/ again") from None
+        if sha256_file(path) != facts["weights_sha256"]:
+            raise InputError(f"{run}/model/{_WEIGHTS}: not the weights that recipe.json names; copy model/ again")
+        return load_file(path)
