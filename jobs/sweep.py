@@ -22,6 +22,7 @@ import ray
 from jobs.cluster import Watchdog, connect, max_gpus
 from jobs.progress import progress
 from mmcore.errors import InputError
+from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
 # More files than this make listing and reading a finished sweep slow.
@@ -29,7 +30,6 @@ MAX_BLOCKS = 10_000
 ROWS_PER_BLOCK = 64
 # Of an autoscaler without a limit.
 _MAX_ACTORS = 1000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def part_name(block: int) -> str:
 def plan_blocks(source: Storage, split: str | None = None, rows_per_block: int = ROWS_PER_BLOCK) -> Blocks:
     """Blocks over Parquet shards (``image_id``, ``image``) or over a folder of image files.
 
-    `split`: ``COLUMN:NAME`` keeps the rows of one split. Raises InputError for an empty or unfinished source,
-    a missing column, or an image_id that stands there twice.
+    `split`: ``COLUMN:NAME`` keeps the rows of one split. Raises InputError for an empty source, a missing column, a
+    split that no row is of, or an image_id that stands there twice.
     """
     shards = source.list(".parquet")
     if shards:

@@ -261,9 +261,10 @@ def run_training(
 
 
 def _last_line(error: BaseException) -> str:
-    """The line of a nested traceback that says what happened: its last one."""
+    """The line of a nested traceback that says what happened: the last that names an exception, else the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return (named or lines or [type(error).__name__])[-1]
 
 
 class _Follower:

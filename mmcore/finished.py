@@ -20,9 +20,9 @@ def write_model(run: Storage, weights: dict[str, Tensor], facts: dict[str, Any])
     with tempfile.TemporaryDirectory(prefix="mmcore-model-") as folder:
         path = Path(folder) / _WEIGHTS
         save_file({name: value.contiguous().cpu() for name, value in weights.items()}, path)
-        (run / "model").upload(path, _WEIGHTS)
+        run.upload(path, f"model/{_WEIGHTS}")
         facts = {**facts, "weights_sha256": sha256_file(path)}
-    (run / "model").write(_RECIPE, json.dumps(facts, indent=1, ensure_ascii=False).encode())
+    run.write(f"model/{_RECIPE}", json.dumps(facts, indent=1, ensure_ascii=False).encode())
 
 
 def read_facts(run: Storage) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import builtins
 import functools
 import os
 import shutil
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ _S3 = "s3://"
 # Attempts of one S3 request; boto3's "standard" mode waits exponentially longer between them, with jitter.
 _S3_MAX_ATTEMPTS = 10
 _S3_CONNECT_TIMEOUT_S = 10
+# Before a conditional write that met another one is tried again.
+_CONFLICT_PAUSE_S = 0.1
 _S3_READ_TIMEOUT_S = 60
 
 
@@ -203,7 +206,8 @@ class Storage:
                 except ClientError as error:
                     code = error.response["Error"]["Code"]
                     if code == "ConditionalRequestConflict":
-                        continue  # another writer is at it: S3 asks to try again, and then says who won
+                        time.sleep(_CONFLICT_PAUSE_S)  # another writer is at it: S3 asks to try again
+                        continue
                     if code in ("PreconditionFailed", "412"):
                         # A retry after a lost answer meets its own object: only then are the same bytes ours.
                         retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
@@ -317,7 +321,7 @@ class Storage:
         if not self.is_s3:
             return pyarrow.fs.LocalFileSystem(), self.uri
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        scheme, _, host = endpoint.rpartition("://")
+        scheme, _, host = endpoint.rstrip("/").rpartition("://")
         options: dict[str, Any] = {"endpoint_override": host, "scheme": scheme or "https"} if endpoint else {}
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if region:

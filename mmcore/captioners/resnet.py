@@ -236,7 +236,7 @@ _SHAPES = dataclasses.replace(
     dropout=0.0,
     image_dropout=0.0,
     label_smoothing=0.0,
-    train=dataclasses.replace(_BEST.train, num_epochs=8, batch_size=16, lr=1e-3, warmup_steps=100, ema_decay=0.99),
+    train=dataclasses.replace(_BEST.train, num_epochs=6, batch_size=16, lr=1e-3, warmup_steps=100, ema_decay=0.99),
 )
 _SMOKE = dataclasses.replace(
     _SHAPES,

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mmcore.errors import InputError
-from mmcore.images import decode_image
+from mmcore.images import IMAGE_SUFFIXES, decode_image
 
 CAPTIONS_FILE = "captions.txt"
 IMAGES_FOLDER = "Images"
@@ -28,7 +28,6 @@ SPLIT_FILES = {
 SPLIT_FOLDERS = ("splits", ".", "Flickr8k_text")
 SPLIT_COLUMNS = ("split_report", "split_report_generation", "split_karpathy")
 UNUSED = "unused"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from mmcore.data.flickr8k import split_caption_row
 from mmcore.errors import InputError
+from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
-IMAGE_FILE = re.compile(r"(?P<stem>.+)\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)", re.IGNORECASE)
+IMAGE_FILE = re.compile(rf"(?P<stem>.+)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})", re.IGNORECASE)
 # The fields that may name the image in a JSON line, the first present one counts.
 NAME_FIELDS = ("image", "file_name", "image_id")
 HEADERS = tuple((name, "caption") for name in NAME_FIELDS)

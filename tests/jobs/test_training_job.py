@@ -291,7 +291,7 @@ def test_without_a_variant_it_says_what_it_runs_and_how_to_run_the_reports(run_j
     first = result.stdout.splitlines()[0]
     assert first.startswith("no --variant given: running `shapes`, self-contained")
     assert "python jobs/train_resnet_captioner.py --variant report" in first
-    assert "steps: 4,000 of 16 images" in result.stdout
+    assert "steps: 3,000 of 16 images" in result.stdout
     assert not (tmp_path / "empty").exists()
 
 

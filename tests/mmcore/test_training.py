@@ -126,7 +126,9 @@ def test_a_stream_goes_on_at_the_right_step(tmp_path: Path) -> None:
     assert (again.state.step, rows.epochs) == (7, [1])
 
 
-def train_as_worker(rank: int, world_size: int, port: int, folder: Path, train: dict[str, Any]) -> None:
+def train_as_worker(
+    rank: int, world_size: int, port: int, folder: Path, train: dict[str, Any], resume_from: Path | None = None
+) -> None:
     """One worker of a gloo group; rank 0 writes its history down."""
     torch.set_num_threads(1)
     os.environ.update(
@@ -139,7 +141,7 @@ def train_as_worker(rank: int, world_size: int, port: int, folder: Path, train: 
     )
     os.environ.pop("OMP_NUM_THREADS", None)
     recipe = tiny.recipe(**train)
-    run = tiny.train(recipe, folder / f"rank-{rank}", num_validation=21)
+    run = tiny.train(recipe, folder / f"rank-{rank}", resume_from=resume_from, num_validation=21)
     assert run.training.world_size == world_size
     assert torch.get_num_threads() == 1, "accelerate changed the number of threads"
     (folder / f"history-{rank}.json").write_text(json.dumps(run.training.state.history))
@@ -179,6 +181,20 @@ def test_two_workers_agree_with_one_in_fp64(tmp_path: Path) -> None:
     assert max(row["step"] for row in both) == 200
     assert largest_difference(alone, both, "loss") <= 1e-9  # measured 1.8e-15
     assert alone[-1]["loss"] < 0.2 * alone[0]["loss"]
+
+
+def test_three_workers_resumed_end_bit_identical(tmp_path: Path) -> None:
+    """Three summands add up in the order that the layout of the gradients gives, which must not change on resume."""
+    from conftest import free_port
+
+    train = {"batch_size": 6, "max_steps": 9, "checkpoint_every_steps": 3}
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for folder, resume_from in ((whole, None), (again, whole / "rank-0" / "step-00000003")):
+        arguments = (3, free_port(), folder, train, resume_from)
+        torch.multiprocessing.spawn(train_as_worker, args=arguments, nprocs=3)
+    mine, theirs = (torch.load(folder / "weights-0.pt", weights_only=True) for folder in (whole, again))
+    assert_identical({"weights": mine}, {"weights": theirs})
+    assert not (again / "rank-0" / "step-00000003").exists()
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
