@@ -3,20 +3,17 @@
 Shapes: B images, L image tokens, C channels of a token, P pixels a side.
 """
 
-import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
+from mmcore.pretrained import load_frozen, sha256_of
 
 SCRATCH = "scratch"
 # Where a model has no preprocessor_config.json: the statistics of ImageNet.
@@ -30,48 +27,19 @@ def pixels_from_bytes(images: Sequence[bytes], image_size: int, names: Sequence[
     )
 
 
-@contextmanager
-def _quiet_load() -> Iterator[None]:
-    """transformers without its bar and its report on weights, which every process that loads one would print."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 class FrozenVisionEncoder:
     """A Hugging Face vision model whose last hidden state becomes tokens: a feature map is flattened row by row."""
 
-    def __init__(self, name: str, image_size: int, device: str = "cpu") -> None:
-        """Raises InputError where `name` is neither a folder with a vision model nor one that the hub has."""
-        from transformers import AutoConfig, AutoModel, CLIPVisionModel
+    def __init__(self, name: str, image_size: int, device: str = "cpu", *, flag: str = "--encoder") -> None:
+        """Raises InputError, naming `flag`, where `name` is neither a folder with a vision model nor on the hub."""
+        from transformers import AutoModel, CLIPVisionModel
 
-        try:
-            config = AutoConfig.from_pretrained(name)
-            # A two-tower model such as CLIP: its vision half alone.
-            model_type: Any = CLIPVisionModel if hasattr(config, "vision_config") else AutoModel
-            with _quiet_load():
-                model, loaded = model_type.from_pretrained(name, use_safetensors=True, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"--encoder {name!r}: no vision model in such a folder, and none by that name can be had ({reason})"
-            ) from None
-        # Weights that are left over (a classifier's head) are none of ours; missing ones would be random. A pooler
-        # comes after the last hidden state, which is all that is used.
-        missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
-        if missing:
-            raise InputError(f"--encoder {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
+        # A two-tower model such as CLIP: its vision half alone.
+        choose = lambda config: CLIPVisionModel if hasattr(config, "vision_config") else AutoModel
+        model = load_frozen(name, choose, flag=flag, what="vision model")
         self.name, self.image_size, self.device = name, image_size, torch.device(device)
         # On a CPU convolutions run 1.7 times as fast with the channels last (MobileNetV2, one thread, fp32).
-        self.model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         self.mean, self.std = self._statistics(name)
 
     @staticmethod
@@ -84,11 +52,7 @@ class FrozenVisionEncoder:
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the tokens: weights, normalisation and image size."""
-        digest = hashlib.sha256(json.dumps([self.image_size, self.mean, self.std]).encode())
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return sha256_of(self.model, [self.image_size, self.mean, self.std])
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> Tensor:
