@@ -7,7 +7,6 @@ Command: python jobs/train_resnet_captioner.py --variant best --storage URI --en
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,15 @@ import torch
 
 from jobs.cluster import connect
 from jobs.commandline import run
-from jobs.dataset import StreamedCaptionRows, cached_image_column, streamed_column
-from jobs.prepare import SHAPES, PrepareSettings, prepare
+from jobs.dataset import StreamedCaptionRows, cached_image_column, ensure_dataset, streamed_column
+from jobs.prepare import SHAPES
 from jobs.trainer import Job, Setup, check_new_run, parse_job, run_training
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.data.captions import CaptionRows, read_captions
 from mmcore.data.columns import default_cache, open_column
 from mmcore.errors import InputError
+from mmcore.pretrained import absolute_folder
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
@@ -123,19 +123,14 @@ def dry_run(job: Job) -> None:
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary."""
     check_new_run(job)
-    if Path(job.recipe.encoder).is_dir():
-        # Absolute: a worker's working directory is not the driver's.
-        recipe = dataclasses.replace(job.recipe, encoder=str(Path(job.recipe.encoder).absolute()))
-        job = dataclasses.replace(job, recipe=recipe)
-    recipe, storage = job.recipe, job.storage
+    recipe = dataclasses.replace(job.recipe, encoder=absolute_folder(job.recipe.encoder))
+    job, storage = dataclasses.replace(job, recipe=recipe), job.storage
     if job.options.stream and recipe.flip:
         raise InputError("--stream reads one view of each image; add --no-flip")
     if job.options.dry_run:
         dry_run(job)
         return {}
-    # Shapes of any settings will do: somebody may have made more of them.
-    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
-        prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
+    ensure_dataset(storage, recipe.dataset)
     table = read_captions(storage, recipe.dataset, recipe.split)
     num_steps(recipe.train, len(table.rows("train")))  # too few rows are refused before anything is encoded
     vocabulary = build_vocabulary(recipe, storage)

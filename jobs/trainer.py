@@ -1,7 +1,8 @@
 """A recipe on Ray Train: the run folder, workers, restarts, progress, and the finished model.
 
 ``STORAGE/runs/{recipe}/{name}/`` holds recipe.json, Ray Train's checkpoints and snapshot (the only commit point for
-resume), metrics.jsonl, tensorboard/; a finished run adds model/ and, last, _SUCCESS.
+resume), metrics.jsonl, tensorboard/, samples/ where a model makes images; a finished run adds model/, with copies of
+the frozen parts that it needs, and, last, _SUCCESS.
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import ray
 import ray.train
 import tyro
@@ -29,10 +31,13 @@ from torch import nn
 from jobs.cluster import ROOT, Watchdog, connect
 from jobs.progress import progress
 from mmcore.errors import InputError
+from mmcore.images import decode_image, png_bytes
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
 from mmcore.training import Rows, RunHooks, Training, check_batch, write_history
 
+# Folder of the images that a run makes on its way.
+SAMPLES = "samples"
 # A crash is retried this often; losing a machine to preemption is no crash and is retried without limit.
 MAX_CRASHES = 3
 _POLL_S = 0.5
@@ -86,6 +91,9 @@ class Setup:
     model: nn.Module
     rows: Rows
     samples: Callable[[nn.Module, int], dict[str, Any]]
+    """What the model makes at a step, by name: text, or uint8 images (H, W, 3), which are written under samples/."""
+    assets: dict[str, Storage] = field(default_factory=dict)
+    """Folders that a finished run keeps a copy of, by their name under model/: what it needs beside its weights."""
 
 
 def recipe_name(job_file: str) -> str:
@@ -227,8 +235,17 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             shutil.rmtree(folder)
             publish(run, training.state.history, workdir)
 
+    def samples(model: nn.Module, step: int) -> dict[str, Any]:
+        made = setup.samples(model, step).items()
+        return {
+            name: _keep_image(run, workdir, f"{SAMPLES}/step-{step:08d}-{name}.png", value)
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in made
+        }
+
     setup: Setup = setup_fn(job, config["facts"])
-    hooks = RunHooks(commit=commit, progress=send_progress, samples=setup.samples)
+    hooks = RunHooks(commit=commit, progress=send_progress, samples=samples)
     checkpoint = ray.train.get_checkpoint()
     try:
         if checkpoint is None:
@@ -249,7 +266,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         weights = training.run()
         if rank == 0:
             publish(run, training.state.history, workdir)
-            _save_model(run, weights, workdir)
+            _save_model(run, weights, setup.assets, workdir)
         return {
             "best_step": training.state.best_step,
             "best_validation_loss": training.state.best_loss,
@@ -261,6 +278,15 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         }
     finally:
         shutil.rmtree(workdir, ignore_errors=True)
+
+
+def _keep_image(run: Storage, workdir: Path, name: str, image: np.ndarray) -> dict[str, str]:
+    """Write a sample, over the same one of a run that was killed after it; returns how the history names it."""
+    data = png_bytes(image)
+    run.write(name, data)
+    (workdir / name).parent.mkdir(exist_ok=True)
+    (workdir / name).write_bytes(data)
+    return {"image": name}
 
 
 def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
@@ -275,18 +301,30 @@ def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in ("step", "seconds"):
                     writer.add_scalar(name, value, row["step"], walltime=row["seconds"])
-            for name, text in row.get("samples", {}).items():
-                writer.add_text(f"samples/{name}", str(text), row["step"], walltime=row["seconds"])
+            for name, made in row.get("samples", {}).items():
+                if not isinstance(made, dict):
+                    writer.add_text(f"{SAMPLES}/{name}", str(made), row["step"], walltime=row["seconds"])
+                    continue
+                path = workdir / made["image"]
+                if not path.exists():  # made before a restart
+                    run.download(made["image"], path)
+                image = np.asarray(decode_image(path.read_bytes(), name=made["image"]))
+                writer.add_image(f"{SAMPLES}/{name}", image, row["step"], walltime=row["seconds"], dataformats="HWC")
     (events,) = folder.iterdir()
     run.upload(events, "tensorboard/events.out.tfevents.0.run")
 
 
-def _save_model(run: Storage, weights: dict[str, Any], workdir: Path) -> None:
+def _save_model(run: Storage, weights: dict[str, Any], assets: dict[str, Storage], workdir: Path) -> None:
     from safetensors.torch import save_file
 
     path = workdir / "model.safetensors"
     save_file({name: value.contiguous().cpu() for name, value in weights.items()}, path)
     run.upload(path, "model/model.safetensors")
+    for asset, folder in assets.items():
+        for name in folder.list():
+            folder.download(name, workdir / name)
+            run.upload(workdir / name, f"model/{asset}/{name}")
+            (workdir / name).unlink()
     run.write("model/recipe.json", run.read("recipe.json"))
 
 

@@ -9,6 +9,7 @@ Shapes: B samples, C channels, H rows, W columns, T text tokens, D channels of a
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,17 +121,20 @@ def make_sampler(name: SamplerName, schedule: NoiseSchedule, *, clip: bool = Fal
     return kind(**config, clip_sample=clip)
 
 
+def _takes(method: Callable[..., Any], argument: str) -> bool:
+    """How diffusers' own pipelines tell its schedulers apart."""
+    return argument in inspect.signature(method).parameters
+
+
 def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
     """Choose the timesteps that `sampler` visits. Raises InputError for a number that it cannot take."""
-    from diffusers import DDIMScheduler
-
     total = sampler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= total:
         raise InputError(f"{num_inference_steps} sampling steps: give 1 to {total}, the timesteps of the training")
-    if not isinstance(sampler, DDIMScheduler):
+    if _takes(sampler.set_timesteps, "timesteps"):
         # Computed here: in diffusers' own spacing a quotient that is rounded can lead to a timestep of -1.
-        last = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
-        sampler.set_timesteps(timesteps=last)
+        timesteps = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
+        sampler.set_timesteps(timesteps=timesteps)
         return
     if total % num_inference_steps:
         # DDIM's step goes from t to t - T // steps; between other timesteps it would leave noise behind.
@@ -155,7 +159,7 @@ def guided(predict: Callable[[Tensor, int, Tensor], Tensor], context: Tensor, nu
     both = torch.cat([null, context])
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
-        unconditional, conditional = predict(torch.cat([x, x]), timestep, both).chunk(2)
+        unconditional, conditional = predict(torch.cat([x, x]), timestep, both).to(x.dtype).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
     return denoise
@@ -178,16 +182,12 @@ def sample(
     neither on its batch-mates nor on the device's generator. `shape`: (C, H, W). `on_step(done, total)` is called
     after each step; what it raises ends the sampling.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler
-
     set_timesteps(sampler, num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    options: dict[str, Any] = {}
-    if isinstance(sampler, DDPMScheduler):
-        options["generator"] = generators
-    elif isinstance(sampler, DDIMScheduler):
-        # The noise that belongs to the clipped x_0, as DDPM and DPM-Solver++ take it.
+    options: dict[str, Any] = {"generator": generators}
+    if _takes(sampler.step, "use_clipped_model_output"):
+        # DDIM's alone: the noise that belongs to the clipped x_0, as the others take it always.
         options["use_clipped_model_output"] = sampler.config.clip_sample
     for done, timestep in enumerate(sampler.timesteps, start=1):
         predicted = denoise(x, int(timestep)).to(x.dtype)
