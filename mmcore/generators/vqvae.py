@@ -233,7 +233,7 @@ class VQVAE(nn.Module):
         return self.decode_codes(codes_BChw)
 
     def to_diffusers(self, scaling_factor: float = 1.0) -> "VQModel":
-        """The same model as diffusers' class; `scaling_factor` is what a pipeline divides its latents by.
+        """The same model as diffusers' class, in fp32; `scaling_factor` is what a pipeline divides its latents by.
 
         Raises InputError for several attention heads, which VQModel could not be loaded with again.
         """
@@ -260,7 +260,7 @@ class VQVAE(nn.Module):
         )
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("quantizer.")}
         model.load_state_dict({**state, "quantize.embedding.weight": self.quantizer.codebook.detach()})
-        return model.to(self.quantizer.codebook.device, self.quantizer.codebook.dtype).eval()
+        return model.to(self.quantizer.codebook.device).eval()
 
 
 class VQVAETraining(nn.Module):
