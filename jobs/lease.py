@@ -1,6 +1,6 @@
 """One live run at a time for a place in the storage: a lease of numbered files that is renewed while the run lives.
 
-``LEASE/000000.json`` says who holds the place (host, process, the moment at which the lease ends). Each file is
+``PLACE/lease/000000.json`` says who holds the place (host, process, the moment at which the lease ends). Each file is
 created once, so of two runs that want the place at the same moment one gets it; only its holder writes it again, to
 renew it. A run takes the place over by creating the next number, when the newest file was given back, has expired, or
 belongs to a process of this machine that is dead. A holder that finds a newer number than its own has been taken
@@ -27,6 +27,7 @@ from jobs.commandline import one_line
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
+LEASE = "lease"
 TTL_S = 60.0
 """How long a holder that is silent is believed to live."""
 RENEW_S = 15.0
@@ -88,7 +89,7 @@ def _start_of(pid: int) -> str | None:
 
 
 class Lease:
-    """Holds the lease in `folder` while a ``with`` block runs; a thread renews it.
+    """Holds the lease of `place` while a ``with`` block runs; a thread renews it.
 
     Entering raises InputError while another live run holds it. `on_lost` is called, from that thread, with one line
     when another run has taken the place over; by default it ends the process with that line and exit code 1.
@@ -96,14 +97,14 @@ class Lease:
 
     def __init__(
         self,
-        folder: Storage,
+        place: Storage,
         what: str,
         *,
         ttl_s: float = TTL_S,
         renew_s: float = RENEW_S,
         on_lost: Callable[[str], None] | None = None,
     ) -> None:
-        self.folder, self.what, self.ttl_s, self.renew_s = folder, what, ttl_s, renew_s
+        self.place, self.what, self.ttl_s, self.renew_s = place, what, ttl_s, renew_s
         self.on_lost = on_lost or (lambda line: end_process(f"error: {line}"))
         self.number = -1
         self._stop = threading.Event()
@@ -127,28 +128,29 @@ class Lease:
 
     def _newest(self) -> int:
         """The newest number, -1 where there is none."""
-        return max((int(name.removesuffix(".json")) for name in self.folder.list(".json")), default=-1)
+        return max((int(name.removesuffix(".json")) for name in (self.place / LEASE).list(".json")), default=-1)
 
     def _take(self, newest: int) -> bool:
         """Create the file after `newest` if that one does not stand in the way; False if another run was faster."""
         if newest >= 0:
-            holder = Holder(**json.loads(self.folder.read(_name(newest))))
+            holder = Holder(**json.loads(self.place.read(_name(newest))))
             left_s = holder.expires_unix - time.time()
             if left_s > 0 and not holder.is_dead():
                 raise InputError(
                     f"{self.what} is being run by {holder}: wait for it or stop it; if it is dead already, "
                     f"the same command works in {left_s:.0f} s"
                 )
-            if holder.expires_unix > 0:
-                print(f"{self.what}: taken over from {holder}, which ended without giving it back", file=sys.stderr)
         self.number = newest + 1
-        return self.folder.create(_name(self.number), self._encoded(Holder.this_process(self.ttl_s)))
+        taken = self.place.create(_name(self.number), self._encoded(Holder.this_process(self.ttl_s)))
+        if taken and newest >= 0 and holder.expires_unix > 0:
+            print(f"{self.what}: taken over from {holder}, which ended without giving it back", file=sys.stderr)
+        return taken
 
     def _encoded(self, holder: Holder) -> bytes:
         return (json.dumps(dataclasses.asdict(holder)) + "\n").encode()
 
     def _write(self, holder: Holder) -> None:
-        self.folder.write(_name(self.number), self._encoded(holder))
+        self.place.write(_name(self.number), self._encoded(holder))
 
     def _renew_for_ever(self) -> None:
         while not self._stop.wait(self.renew_s):
@@ -157,7 +159,7 @@ class Lease:
                 if newest == self.number:
                     self._write(Holder.this_process(self.ttl_s))
                     continue
-                holder = Holder(**json.loads(self.folder.read(_name(newest))))
+                holder = Holder(**json.loads(self.place.read(_name(newest))))
             except Exception as error:  # a storage that fails now may work when the next renewal is due
                 reason = one_line(error) or f"{type(error).__name__}: {error}"
                 print(f"{self.what}: the lease could not be renewed ({reason}); trying again", file=sys.stderr)
@@ -167,4 +169,4 @@ class Lease:
 
 
 def _name(number: int) -> str:
-    return f"{number:06d}.json"
+    return f"{LEASE}/{number:06d}.json"

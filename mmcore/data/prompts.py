@@ -86,7 +86,8 @@ def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, coun
 
 def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
     prompt, image_id, seed = row.prompt, row.image_id, row.seed
-    if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt:
+    # Half a surrogate pair, which JSON can spell, is no character and cannot be written down.
+    if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt or not _is_encodable(prompt):
         raise InputError(f"{row.place}: prompt is {prompt!r}; give some text")
     image_id = default_id if image_id is None else image_id
     if not isinstance(image_id, str) or not IMAGE_ID.fullmatch(image_id):
@@ -99,6 +100,10 @@ def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"{row.place}: seed is {seed!r}; give a whole number from 0 to {MAX_SEED}")
     return Prompt(image_id, prompt, seed)
+
+
+def _is_encodable(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
 
 
 def _rows(source: str, storage: str | None, count: int | None) -> Iterator[_Row]:

@@ -28,25 +28,24 @@ with Lease(Storage(sys.argv[1]), "the sweep", renew_s=float(sys.argv[2])):
 
 
 @pytest.fixture(params=["local", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    base = Storage(str(tmp_path)) if request.param == "local" else Storage(request.getfixturevalue("s3_server"))
-    return base / "lease"
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_server"))
 
 
-def held(folder: Storage, number: int) -> dict:
-    return json.loads(folder.read(f"{number:06d}.json"))
+def held(place: Storage, number: int) -> dict:
+    return json.loads(place.read(f"lease/{number:06d}.json"))
 
 
-def put(folder: Storage, number: int, **changes: object) -> Holder:
+def put(place: Storage, number: int, **changes: object) -> Holder:
     """The file of a holder that is this process but for `changes`."""
     holder = dataclasses.replace(Holder.this_process(60), **changes)  # type: ignore[arg-type]
-    folder.write(f"{number:06d}.json", json.dumps(dataclasses.asdict(holder)).encode())
+    place.write(f"lease/{number:06d}.json", json.dumps(dataclasses.asdict(holder)).encode())
     return holder
 
 
-def start_holder(folder: Storage, renew_s: float = 15) -> "subprocess.Popen[str]":
+def start_holder(place: Storage, renew_s: float = 15) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder.uri, str(renew_s)], cwd=ROOT, text=True,
+        [sys.executable, "-c", HOLD, place.uri, str(renew_s)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout is not None
@@ -61,104 +60,104 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_live_run_is_not_disturbed_and_gives_back(folder: Storage) -> None:
-    with Lease(folder, "the sweep"):
+def test_a_live_run_is_not_disturbed_and_gives_back(place: Storage) -> None:
+    with Lease(place, "the sweep"):
         with pytest.raises(InputError, match=rf"the sweep is being run by process {os.getpid()} on ") as refused:
-            Lease(folder, "the sweep").__enter__()
+            Lease(place, "the sweep").__enter__()
         assert "\n" not in str(refused.value)
-        assert held(folder, 0)["expires_unix"] > time.time() + 30
-    assert held(folder, 0)["expires_unix"] == 0
-    with Lease(folder, "the sweep") as again:
+        assert held(place, 0)["expires_unix"] > time.time() + 30
+    assert held(place, 0)["expires_unix"] == 0
+    with Lease(place, "the sweep") as again:
         assert again.number == 1
 
 
-def test_a_failing_run_gives_back_too(folder: Storage) -> None:
-    with pytest.raises(KeyboardInterrupt), Lease(folder, "the sweep"):
+def test_a_failing_run_gives_back_too(place: Storage) -> None:
+    with pytest.raises(KeyboardInterrupt), Lease(place, "the sweep"):
         raise KeyboardInterrupt
-    with Lease(folder, "the sweep"):
+    with Lease(place, "the sweep"):
         pass
 
 
 def test_a_killed_run_of_this_machine_is_replaced_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Storage(str(tmp_path / "lease"))
-    process = start_holder(folder)
+    place = Storage(str(tmp_path))
+    process = start_holder(place)
     try:
         with pytest.raises(InputError, match=f"process {process.pid}"):
-            Lease(folder, "the sweep").__enter__()
+            Lease(place, "the sweep").__enter__()
     finally:
         process.kill()
     # A process that its parent has not waited for yet still has its number.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    with Lease(folder, "the sweep") as lease:
+    with Lease(place, "the sweep") as lease:
         assert lease.number == 1
     assert f"taken over from process {process.pid}" in capsys.readouterr().err
     process.communicate()
 
 
-def test_a_process_number_that_is_used_again_is_no_holder(folder: Storage) -> None:
-    put(folder, 0, start="another moment")
-    with Lease(folder, "the sweep") as lease:
+def test_a_process_number_that_is_used_again_is_no_holder(place: Storage) -> None:
+    put(place, 0, start="another moment")
+    with Lease(place, "the sweep") as lease:
         assert lease.number == 1
 
 
 @pytest.mark.parametrize("machine", ["another boot", None])
 def test_another_machine_holds_until_it_expires(machine: str | None, tmp_path: Path) -> None:
-    folder = Storage(str(tmp_path / "lease"))
+    place = Storage(str(tmp_path))
     # Its process numbers say nothing here, even where a container there has this host's name.
     elsewhere: dict = {"machine": machine} if machine else {"host": "elsewhere"}
-    put(folder, 0, pid=2**22 + 1, expires_unix=time.time() + 30, **elsewhere)
+    put(place, 0, pid=2**22 + 1, expires_unix=time.time() + 30, **elsewhere)
     with pytest.raises(InputError, match=r"if it is dead already, the same command works in (29|30) s"):
-        Lease(folder, "the sweep").__enter__()
-    put(folder, 0, pid=2**22 + 1, expires_unix=time.time() - 1, **elsewhere)
-    with Lease(folder, "the sweep") as lease:
+        Lease(place, "the sweep").__enter__()
+    put(place, 0, pid=2**22 + 1, expires_unix=time.time() - 1, **elsewhere)
+    with Lease(place, "the sweep") as lease:
         assert lease.number == 1
 
 
 def test_the_holder_renews(tmp_path: Path) -> None:
-    folder = Storage(str(tmp_path / "lease"))
-    with Lease(folder, "the sweep", ttl_s=1, renew_s=0.05):
-        first = held(folder, 0)["expires_unix"]
-        wait_until(lambda: held(folder, 0)["expires_unix"] > first + 1.5)
+    place = Storage(str(tmp_path))
+    with Lease(place, "the sweep", ttl_s=1, renew_s=0.05):
+        first = held(place, 0)["expires_unix"]
+        wait_until(lambda: held(place, 0)["expires_unix"] > first + 1.5)
         with pytest.raises(InputError, match="is being run"):
-            Lease(folder, "the sweep").__enter__()
+            Lease(place, "the sweep").__enter__()
 
 
 def test_a_holder_that_was_replaced_is_told_and_leaves_its_successor_alone(tmp_path: Path) -> None:
-    folder = Storage(str(tmp_path / "lease"))
+    place = Storage(str(tmp_path))
     lines: list[str] = []
-    with Lease(folder, "the sweep", renew_s=0.05, on_lost=lines.append):
-        successor = put(folder, 1, host="elsewhere")
+    with Lease(place, "the sweep", renew_s=0.05, on_lost=lines.append):
+        successor = put(place, 1, host="elsewhere")
         wait_until(lambda: bool(lines))
     assert lines == [
         f"the sweep was taken over by process {os.getpid()} on elsewhere; this run ends, what it committed stays"
     ]
-    assert held(folder, 1) == dataclasses.asdict(successor)
+    assert held(place, 1) == dataclasses.asdict(successor)
 
 
 def test_a_holder_that_was_replaced_ends(tmp_path: Path) -> None:
-    folder = Storage(str(tmp_path / "lease"))
-    process = start_holder(folder, renew_s=0.05)
-    put(folder, 1, host="elsewhere")
+    place = Storage(str(tmp_path))
+    process = start_holder(place, renew_s=0.05)
+    put(place, 1, host="elsewhere")
     _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert err.startswith("error: the sweep was taken over by process")
     assert len(err.splitlines()) == 1
 
 
-def test_of_many_at_once_one_gets_it(folder: Storage) -> None:
+def test_of_many_at_once_one_gets_it(place: Storage) -> None:
     won: list[Lease] = []
     refused: list[InputError] = []
     barrier = threading.Barrier(6)
 
     def enter() -> None:
-        lease = Lease(folder, "the sweep")
+        lease = Lease(place, "the sweep")
         barrier.wait()
         try:
             won.append(lease.__enter__())
         except InputError as error:
             refused.append(error)
 
-    put(folder, 0, start="another moment")
+    put(place, 0, start="another moment")
     threads = [threading.Thread(target=enter) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -171,8 +170,8 @@ def test_of_many_at_once_one_gets_it(folder: Storage) -> None:
 def test_a_storage_that_fails_for_a_while_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Storage(str(tmp_path / "lease"))
-    with Lease(folder, "the sweep", ttl_s=1, renew_s=0.05):
+    place = Storage(str(tmp_path))
+    with Lease(place, "the sweep", ttl_s=1, renew_s=0.05):
         with monkeypatch.context() as patch:
             patch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error", "disk")))
             text = ""
@@ -183,5 +182,5 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
                 return "the lease could not be renewed (disk: Input/output error" in text
 
             wait_until(told)
-        now = held(folder, 0)["expires_unix"]
-        wait_until(lambda: held(folder, 0)["expires_unix"] > now)
+        now = held(place, 0)["expires_unix"]
+        wait_until(lambda: held(place, 0)["expires_unix"] > now)

@@ -96,6 +96,7 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         ("p.csv", "prompt,image_id\na dog,../up\n", r"p.csv:2: image_id is '../up'"),
         ("p.csv", "prompt,image_id\na dog,.hidden\n", r"p.csv:2: image_id is '.hidden'"),
         ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": 3}\n', r"p.jsonl:2: prompt is 3"),
+        ("p.jsonl", '{"prompt": "half a \\ud83d"}\n', r"p.jsonl:1: prompt is 'half a \\ud83d'"),
         ("p.jsonl", '{"prompt": "a dog", "seed": true}\n', r"p.jsonl:1: seed is True"),
         ("p.jsonl", '{"prompt": "a dog", "seed": 9223372036854775808}\n', r"p.jsonl:1: seed is 9223372036854775808"),
         ("p.jsonl", '{"prompt": "a dog"\n', r"p.jsonl:1: broken JSON"),
