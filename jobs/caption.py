@@ -69,11 +69,11 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
     for name in ("num_beams", "max_length", "rows_per_block"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
-    run, out = Storage(settings.run), Storage(settings.out)
+    run, images, out = Storage(settings.run), Storage(settings.images), Storage(settings.out)
     if not run.exists("model/recipe.json"):
         raise InputError(f"--run {run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME")
-    blocks = plan_blocks(Storage(settings.images), settings.split, settings.rows_per_block)
-    print(f"caption: {blocks.num_rows} images of {blocks.source} in {len(blocks.items)} blocks -> {out}", flush=True)
+    blocks = plan_blocks(images, settings.split, settings.rows_per_block)
+    print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)
     if settings.dry_run:
         return {"num_rows": blocks.num_rows, "num_blocks": len(blocks.items)}
     facts = run_sweep(
@@ -81,7 +81,7 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
         out=out,
         settings={
             "run": run.uri,
-            "images": blocks.source.uri,
+            "images": images.uri,
             "split": settings.split,
             "num_beams": settings.num_beams,
             "max_length": settings.max_length,
