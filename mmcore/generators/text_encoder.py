@@ -5,7 +5,9 @@ A frozen encoder's hidden states are computed once for all captions and cached; 
 Shapes: B prompts, T tokens, E channels of the encoder's hidden states, D channels that the network attends to.
 """
 
+import dataclasses
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -154,11 +156,9 @@ class PromptTokenizer:
             return {name: (Path(local) / name).read_bytes() for name in _TOKENIZER_FILES}
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the ids."""
-        digest = hashlib.sha256(str(self.max_tokens).encode())
-        for name, data in self.files().items():
-            digest.update(name.encode() + data)
-        return digest.hexdigest()
+        """SHA-256 over all that decides the ids (the other file also says where the tokenizer was read from)."""
+        marks = json.dumps([self.max_tokens, dataclasses.asdict(self.inputs())])
+        return hashlib.sha256(marks.encode() + self.files()[_TOKENIZER_FILES[0]]).hexdigest()
 
     def inputs(self) -> TextInputs:
         return TextInputs(
