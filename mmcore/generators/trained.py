@@ -66,6 +66,8 @@ class TrainedGenerator:
         self.text_encoder: FrozenTextEncoder | None = None
         text = self.recipe.text
         if text.is_scratch:
+            if text_encoder is not None:
+                raise InputError(f"--text-encoder {text_encoder!r}: this run's was trained with it; leave the flag out")
             self.tokenizer = PromptTokenizer.read(assets / TOKENIZER_ASSET, text.max_tokens)
             return
         self.text_encoder = FrozenTextEncoder(text_encoder or text.text_encoder, text.max_tokens, device)
