@@ -9,7 +9,6 @@ import csv
 import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from jobs.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
 from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.errors import InputError
 from mmcore.finished import read_facts
+from mmcore.pretrained import absolute_folder
 from mmcore.storage import Storage
 
 CAPTIONS_FILE = "captions.csv"
@@ -72,17 +72,15 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
     for name in ("num_beams", "max_length", "rows_per_block"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
-    run, out = Storage(settings.run), Storage(settings.out)
+    run, images, out = Storage(settings.run), Storage(settings.images), Storage(settings.out)
     if not math.isfinite(settings.length_penalty):
         raise InputError(f"--length-penalty {settings.length_penalty}: must be a finite number")
     if settings.length_penalty != 1 and settings.num_beams == 1:
         raise InputError("--length-penalty: greedy search has no use for it; give --num-beams 2 or more")
     facts = read_facts(run)
-    encoder = settings.encoder or facts["settings"]["encoder"]
-    if Path(encoder).is_dir():
-        encoder = str(Path(encoder).absolute())  # a worker's working directory is not the driver's
-    blocks = plan_blocks(Storage(settings.images), settings.split, settings.rows_per_block)
-    print(f"caption: {blocks.num_rows} images of {blocks.source} in {len(blocks.items)} blocks -> {out}", flush=True)
+    encoder = absolute_folder(settings.encoder or facts["settings"]["encoder"])
+    blocks = plan_blocks(images, settings.split, settings.rows_per_block)
+    print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)
     if settings.dry_run:
         return {"num_rows": blocks.num_rows, "num_blocks": len(blocks.items)}
     search = {name: getattr(settings, name) for name in ("num_beams", "max_length", "length_penalty")}
@@ -93,7 +91,7 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
             "run": run.uri,
             # A run that was trained anew under the same name is another one.
             "weights_sha256": facts["weights_sha256"],
-            "images": blocks.source.uri,
+            "images": images.uri,
             "split": settings.split,
             **search,
             "rows_per_block": settings.rows_per_block,

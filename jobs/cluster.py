@@ -229,6 +229,13 @@ def _one_line(error: BaseException) -> str:
 # --- Waiting -----------------------------------------------------------------------------------------------
 
 
+def cpus() -> int:
+    """CPUs that this process may use: those of its container, where os.cpu_count() tells the machine's."""
+    from ray._private.utils import get_num_cpus
+
+    return max(1, int(get_num_cpus()))
+
+
 def max_gpus() -> int:
     """GPUs that the cluster has, or that its autoscaler can start."""
     could = ray._private.state.state.get_max_resources_from_cluster_config() or {}  # type: ignore[attr-defined]
@@ -294,7 +301,7 @@ class Watchdog:
             idle_s = time.monotonic() - watched_beat
             line = f"{self.what}: no progress for {idle_s:.0f} s: {waiting}"
             if self.stall_timeout_s is not None and idle_s >= self.stall_timeout_s:
-                _end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
+                end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
             _say(f"stalled: {line}")
             next_report_s = idle_s + REPORT_INTERVAL_S
 
@@ -423,7 +430,7 @@ def _bounded(call: Callable[[], _T], timeout_s: float, instead: _T) -> _T:
     return result[0] if result else instead
 
 
-def _end_process(line: str) -> None:
+def end_process(line: str) -> None:
     """Print the line and exit with code 1 from any thread, whatever the main thread is blocked in.
 
     Without `ray.shutdown()`, which makes a `ray.get` in the main thread raise SystemExit(0): a stalled job

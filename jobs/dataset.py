@@ -1,10 +1,14 @@
-"""Frozen work, done once by Ray Data: the image column that a recipe trains on, cached in the storage."""
+"""Frozen work, done once by Ray Data: the columns that recipes train on, cached in the storage.
+
+A column holds one tensor an image: pixels, the tokens of a frozen vision encoder, the latents of a trained VQ-VAE, or
+the hidden states of a frozen text encoder for the image's captions.
+"""
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +17,16 @@ import ray
 import torch
 from ray.data import Dataset
 
-from jobs.sweep import plan_blocks, run_sweep
+from jobs.prepare import SHAPES, PrepareSettings, prepare
+from jobs.sweep import ROWS_PER_BLOCK, Blocks, blocks_of_rows, plan_blocks, run_sweep
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
-from mmcore.data.captions import CaptionRows, read_dataset_facts
+from mmcore.data.captions import CaptionRows, CaptionTable, read_dataset_facts
 from mmcore.data.columns import SUCCESS
+from mmcore.data.generation import NO_TEXT
+from mmcore.data.pixels import to_network
+from mmcore.generators.text_encoder import FrozenTextEncoder
+from mmcore.generators.vqvae import TrainedVQVAE
+from mmcore.pretrained import absolute_folder
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.training import Batch
@@ -27,33 +37,95 @@ PIXELS = "pixels"
 _ENCODE_BATCH = 32
 # A streamed run shuffles among this many batches.
 _SHUFFLE_BATCHES = 32
+# Hidden states of no text, beside a column of texts.
+_NULL = "null.npy"
+
+
+def ensure_dataset(storage: Storage, dataset: str) -> None:
+    """Make the built-in data where it is wanted and missing. Any settings will do: somebody may have made more."""
+    if dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS):
+        prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
+
+
+# -- what encodes, on the workers ----------------------------------------------------------------------------------
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _column_table(image_ids: Sequence[str], values: np.ndarray) -> pa.Table:
+    """One tensor an image. The shape travels in the schema, so that a finished cache describes itself."""
+    schema = pa.schema(
+        [("image_id", pa.string()), ("value", pa.binary())],
+        metadata={"shape": json.dumps(values.shape[1:]), "dtype": str(values.dtype)},
+    )
+    return pa.table({"image_id": image_ids, "value": [value.tobytes() for value in values]}, schema=schema)
+
+
+def _pixel_batches(rows: dict[str, Any], image_size: int, flip: bool) -> Iterator[np.ndarray]:
+    """The images of `rows` as uint8 (B, P, P, 3), mirrored with `flip`, a batch at a time."""
+    for start in range(0, len(rows["image"]), _ENCODE_BATCH):
+        stop = start + _ENCODE_BATCH
+        pixels = pixels_from_bytes(rows["image"][start:stop], image_size, rows["file_name"][start:stop])
+        yield np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
 
 
 class EncodeImages:
-    """Images -> one tensor each: frozen tokens in fp16, or the squashed pixels for a recipe that trains its encoder."""
+    """Images -> frozen tokens in fp16, or the squashed pixels for a recipe that trains its encoder."""
 
     def __init__(self, encoder: str, image_size: int, flip: bool) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, device)
+        self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, _device())
         self.image_size, self.flip = image_size, flip
 
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
-        values: list[bytes] = []
-        shape: tuple[int, ...] = ()
-        for start in range(0, len(rows["image"]), _ENCODE_BATCH):
-            stop = start + _ENCODE_BATCH
-            pixels = pixels_from_bytes(rows["image"][start:stop], self.image_size, rows["file_name"][start:stop])
-            if self.flip:
-                pixels = np.ascontiguousarray(pixels[:, :, ::-1])
-            batch = pixels if self.encoder is None else self.encoder(pixels).half().cpu().numpy()
-            shape = batch.shape[1:]
-            values += [value.tobytes() for value in batch]
-        # The shape travels in the schema, so that a finished cache describes itself.
-        schema = pa.schema(
-            [("image_id", pa.string()), ("value", pa.binary())],
-            metadata={"shape": json.dumps(shape), "dtype": str(batch.dtype)},
-        )
-        return pa.table({"image_id": rows["image_id"], "value": values}, schema=schema)
+        batches = _pixel_batches(rows, self.image_size, self.flip)
+        if self.encoder is None:
+            values = list(batches)
+        else:
+            values = [self.encoder(pixels).half().cpu().numpy() for pixels in batches]
+        return _column_table(rows["image_id"], np.concatenate(values))
+
+
+class EncodeLatents:
+    """Images -> latents (C, h, w) of a trained VQ-VAE before they are quantised, in fp16."""
+
+    def __init__(self, vqvae: Storage, flip: bool) -> None:
+        self.vqvae, self.flip = TrainedVQVAE(vqvae, _device()), flip
+
+    @torch.inference_mode()
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        values = []
+        for pixels in _pixel_batches(rows, self.vqvae.recipe.image_size, self.flip):
+            x = to_network(torch.from_numpy(pixels).to(_device()))
+            values.append(self.vqvae.model.encode(x).half().cpu().numpy())
+        return _column_table(rows["image_id"], np.concatenate(values))
+
+
+class EncodeText:
+    """Captions -> hidden states (K, T, E) of a frozen text encoder in fp16; zeros where an image has fewer."""
+
+    def __init__(self, encoder: str, max_tokens: int, captions_per_image: int) -> None:
+        self.encoder = FrozenTextEncoder(encoder, max_tokens, _device())
+        self.captions_per_image = captions_per_image
+
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        # As many captions at once as images, several times over: these are short.
+        texts = [text for captions in rows["captions"] for text in captions]
+        hidden = [
+            self.encoder(texts[start : start + 2 * _ENCODE_BATCH]).half().cpu().numpy()
+            for start in range(0, len(texts), 2 * _ENCODE_BATCH)
+        ]
+        hidden_NTE = np.concatenate(hidden)
+        values = np.zeros((len(rows["captions"]), self.captions_per_image, *hidden_NTE.shape[1:]), np.float16)
+        start = 0
+        for row, captions in enumerate(rows["captions"]):
+            values[row, : len(captions)] = hidden_NTE[start : start + len(captions)]
+            start += len(captions)
+        return _column_table(rows["image_id"], values)
+
+
+# -- columns -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -68,6 +140,44 @@ class CachedColumn:
     encoder_fingerprint: str
 
 
+def _cached_column(
+    storage: Storage,
+    *,
+    what: str,
+    encoder_fingerprint: str,
+    key: list[Any],
+    blocks: Callable[[], Blocks],
+    worker_type: type,
+    worker_kwargs: dict[str, Any],
+    stall_timeout_s: float | None,
+) -> CachedColumn:
+    """The column that `key` names; made now only where no run has done it before.
+
+    `key` holds all that decides the values, weights and data by their fingerprints, so a second run, another recipe
+    with the same encoder and a restart find it.
+    """
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    folder = storage / "features" / digest
+    encoded_now = 0
+    if not folder.exists(SUCCESS):
+        plan = blocks()
+        done = run_sweep(
+            what=what,
+            out=folder,
+            settings={"features": digest},  # whatever the encoder's folder is called today
+            blocks=plan,
+            worker_type=worker_type,
+            worker_kwargs=worker_kwargs,
+            stall_timeout_s=stall_timeout_s,
+        )
+        encoded_now = done["rows_done_now"]
+        _finish(folder, digest, plan.num_rows)
+    facts = json.loads(folder.read(SUCCESS))
+    return CachedColumn(
+        folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now, encoder_fingerprint
+    )
+
+
 def cached_image_column(
     storage: Storage,
     dataset: str,
@@ -77,34 +187,76 @@ def cached_image_column(
     flip: bool = False,
     stall_timeout_s: float | None = None,
 ) -> CachedColumn:
-    """The image column of a prepared dataset; encoded now only where no run has done it before.
-
-    The key of the cache hashes the encoder's weights, its input and the dataset, so a second run, another recipe
-    with the same encoder and a restart find it.
-    """
+    """The images of a prepared dataset: tokens of the frozen `encoder`, or with `scratch` pixels."""
     facts = read_dataset_facts(storage, dataset)
-    if Path(encoder).is_dir():
-        encoder = str(Path(encoder).absolute())  # a worker's working directory is not the driver's
-    what = PIXELS if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
-    key = hashlib.sha256(json.dumps([what, image_size, flip, facts["fingerprint"]]).encode()).hexdigest()[:24]
-    folder = storage / "features" / key
-    encoded_now = 0
-    if not folder.exists(SUCCESS):
-        blocks = plan_blocks(storage / "data" / dataset)
-        view = "mirrored " if flip else ""
-        done = run_sweep(
-            what=f"encode {view}{dataset} with {encoder}",
-            out=folder,
-            settings={"features": key},  # whatever the encoder's folder is called today
-            blocks=blocks,
-            worker_type=EncodeImages,
-            worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
-            stall_timeout_s=stall_timeout_s,
-        )
-        encoded_now = done["rows_done_now"]
-        _finish(folder, key, blocks.num_rows)
-    facts = json.loads(folder.read(SUCCESS))
-    return CachedColumn(folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now, what)
+    encoder = absolute_folder(encoder)
+    fingerprint = PIXELS if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
+    view = "mirrored " if flip else ""
+    return _cached_column(
+        storage,
+        what=f"encode {view}{dataset} with {encoder}",
+        encoder_fingerprint=fingerprint,
+        key=[fingerprint, image_size, flip, facts["fingerprint"]],
+        blocks=lambda: plan_blocks(storage / "data" / dataset),
+        worker_type=EncodeImages,
+        worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
+        stall_timeout_s=stall_timeout_s,
+    )
+
+
+def cached_latent_column(
+    storage: Storage, dataset: str, *, vqvae: Storage, flip: bool = False, stall_timeout_s: float | None = None
+) -> CachedColumn:
+    """The images of a prepared dataset as latents (C, h, w) of the trained `vqvae`, a finished run."""
+    facts, fingerprint = read_dataset_facts(storage, dataset), TrainedVQVAE(vqvae).fingerprint()
+    view = "mirrored " if flip else ""
+    return _cached_column(
+        storage,
+        what=f"encode {view}{dataset} with {vqvae}",
+        encoder_fingerprint=fingerprint,
+        key=["latents", fingerprint, flip, facts["fingerprint"]],
+        blocks=lambda: plan_blocks(storage / "data" / dataset),
+        worker_type=EncodeLatents,
+        worker_kwargs={"vqvae": vqvae, "flip": flip},
+        stall_timeout_s=stall_timeout_s,
+    )
+
+
+def cached_text_column(
+    storage: Storage,
+    table: CaptionTable,
+    *,
+    encoder: FrozenTextEncoder,
+    max_tokens: int,
+    captions_per_image: int,
+    stall_timeout_s: float | None = None,
+) -> CachedColumn:
+    """The first `captions_per_image` captions of each image as hidden states (K, T, E) of a frozen text encoder.
+
+    The hidden states of no text are kept beside it: `read_null`.
+    """
+    captions, fingerprint = [row[:captions_per_image] for row in table.captions], encoder.fingerprint()
+    name = absolute_folder(encoder.name)
+    column = _cached_column(
+        storage,
+        what=f"encode captions with {encoder.name}",
+        encoder_fingerprint=fingerprint,
+        key=["text", fingerprint, captions_per_image, table.facts["fingerprint"]],
+        blocks=lambda: blocks_of_rows({"image_id": table.image_ids, "captions": captions}, ROWS_PER_BLOCK),
+        worker_type=EncodeText,
+        worker_kwargs={"encoder": name, "max_tokens": max_tokens, "captions_per_image": captions_per_image},
+        stall_timeout_s=stall_timeout_s,
+    )
+    if not column.folder.exists(_NULL):
+        buffer = io.BytesIO()
+        np.save(buffer, encoder([NO_TEXT])[0].half().cpu().numpy(), allow_pickle=False)
+        column.folder.write(_NULL, buffer.getvalue())
+    return column
+
+
+def read_null(folder: Storage) -> np.ndarray:
+    """fp16 (T, E): the hidden states of no text that belong to a column of texts."""
+    return np.load(io.BytesIO(folder.read(_NULL)), allow_pickle=False)
 
 
 def streamed_column(column: CachedColumn, image_ids: Sequence[str]) -> Dataset:

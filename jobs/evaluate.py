@@ -2,6 +2,8 @@
 """Score what a run produced: one JSON object on stdout, everything else on stderr.
 
     python jobs/evaluate.py captions --predictions captions.csv --references captions.txt
+    python jobs/evaluate.py shapes --sweep URI
+    python jobs/evaluate.py colours --sweep URI --colours pink black green
 
 BLEU on Flickr8k has many dialects that differ by points, so the protocol stands in the JSON beside the
 numbers: scorer, smoothing, weights, tokens, case, references per image, which images, which files.
@@ -18,8 +20,10 @@ import nltk
 import tyro
 
 from jobs.commandline import run
+from mmcore.data.manifest import read_images, read_manifest
 from mmcore.errors import InputError
 from mmcore.metrics.captions import BLEU_WEIGHTS, BleuCounts, tokenize
+from mmcore.metrics.images import score_colours, score_shapes
 from mmcore.metrics.predictions import (
     References,
     match_predictions,
@@ -61,6 +65,33 @@ class CaptionScoreSettings:
     run: str | None = None
     """Run that made the predictions, STORAGE/runs/RECIPE/NAME: the result is also written to
     STORAGE/scores/RECIPE/NAME.json."""
+
+
+@dataclass(frozen=True)
+class ShapesScoreSettings:
+    """Which of the attributes that the prompts of a sweep name are in its images, by the oracle of the Shapes data.
+
+    Beside the score stands what the same prompts get on each other's images (`shuffled`).
+    """
+
+    sweep: str
+    """Images of prompts of the Shapes data, as jobs/generate.py leaves them in its --out."""
+    run: str | None = None
+    """Run that made the images, STORAGE/runs/RECIPE/NAME: the result is also written to
+    STORAGE/scores/RECIPE/NAME.json."""
+
+
+@dataclass(frozen=True)
+class ColourScoreSettings:
+    """Whether the images of a sweep lean towards the colour that their prompt names, rather than to the others."""
+
+    sweep: str
+    """Images whose prompts name one of the colours each, as jobs/generate.py leaves them in its --out."""
+    colours: tuple[str, ...] = ("pink", "black", "green")
+    """The colours that are told apart."""
+    run: str | None = None
+    """Run that made the images, STORAGE/runs/RECIPE/NAME: the result is also written to
+    STORAGE/scores/RECIPE/NAME-colours.json."""
 
 
 def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
@@ -133,6 +164,34 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
     return result
 
 
+def evaluate_images(settings: ShapesScoreSettings | ColourScoreSettings) -> dict[str, Any]:
+    """Score the images of a sweep; with `settings.run`, write the result into the run's storage as well.
+
+    Returns the scores and the sweep's own settings, all of it plain JSON values. Raises InputError where there is no
+    finished sweep, an image is not the one of the manifest, or the prompts are of another kind.
+    """
+    scores_place = find_scores_place(settings.run) if settings.run is not None else None
+    sweep = Storage(settings.sweep)
+    manifest, _ = read_manifest(sweep)
+    plan = json.loads(sweep.read("sweep.json"))
+    if len(manifest) != plan["num_rows"]:
+        raise InputError(
+            f"--sweep {sweep}: {len(manifest)} of {plan['num_rows']} images are there; run jobs/generate.py to its end"
+        )
+    images, prompts = read_images(sweep, manifest), manifest["prompt"].to_pylist()
+    if isinstance(settings, ShapesScoreSettings):
+        scores, ending = score_shapes(images, prompts), ""
+    else:
+        scores, ending = score_colours(images, prompts, settings.colours), "-colours"
+    result = {**scores, "num_images": len(manifest), "sweep": sweep.uri, "settings": plan["settings"]}
+    if scores_place is not None:
+        place, file_name = scores_place
+        name = f"{file_name.removesuffix('.json')}{ending}.json"
+        place.write(name, (json.dumps(result, indent=2) + "\n").encode())
+        print(f"scores written to {place.uri}/{name}", file=sys.stderr)
+    return result
+
+
 def check_settings(settings: CaptionScoreSettings) -> None:
     """InputError for a combination in which a setting is missing or would be ignored."""
     if settings.references is None and settings.storage is None:
@@ -184,8 +243,14 @@ def find_scores_place(run_uri: str) -> tuple[Storage, str]:
 
 
 def main() -> None:
-    settings = tyro.extras.subcommand_cli_from_dict({"captions": CaptionScoreSettings}, description=__doc__)
-    print(json.dumps(evaluate_captions(settings), indent=2))
+    kinds: dict[str, Any] = {
+        "captions": CaptionScoreSettings,
+        "shapes": ShapesScoreSettings,
+        "colours": ColourScoreSettings,
+    }
+    settings = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+    score = evaluate_captions if isinstance(settings, CaptionScoreSettings) else evaluate_images
+    print(json.dumps(score(settings), indent=2))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torch
 
 from jobs.cluster import connect
 from jobs.commandline import run
-from jobs.dataset import StreamedCaptionRows, cached_image_column, streamed_column
-from jobs.prepare import SHAPES, PrepareSettings, prepare
+from jobs.dataset import StreamedCaptionRows, cached_image_column, ensure_dataset, streamed_column
+from jobs.prepare import SHAPES
 from jobs.train_worker import Doing, Setup
 from jobs.trainer import Job, check_new_run, parse_job, run_training
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
@@ -132,9 +132,7 @@ def train(job: Job) -> dict[str, Any]:
     if job.options.dry_run:
         dry_run(job)
         return {}
-    # Shapes of any settings will do: somebody may have made more of them.
-    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
-        prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
+    ensure_dataset(storage, recipe.dataset)
     table = read_captions(storage, recipe.dataset, recipe.split)
     num_steps(recipe.train, len(table.rows("train")))  # too few rows are refused before anything is encoded
     vocabulary = build_vocabulary(recipe, table)

@@ -9,18 +9,20 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
-from ray._private.utils import get_num_cpus
 from ray.train import Checkpoint
 from torch import nn
 
+from jobs.cluster import cpus
 from mmcore.errors import InputError
 from mmcore.finished import write_model
+from mmcore.images import decode_image, png_bytes
 from mmcore.storage import Storage
 from mmcore.training import Rows, RunHooks, Training, write_history
 
@@ -30,6 +32,8 @@ MAX_CRASHES = 3
 _UPDATE_S = 0.25
 # Workers that meet the same mistake meet it within this time of each other.
 _MISTAKE_S = 5.0
+# Folder of the images that a run makes on its way.
+SAMPLES = "samples"
 _WORK_PREFIX = f"mmcore-run-{os.getuid()}-"
 
 Doing = Callable[[str], None]
@@ -42,6 +46,9 @@ class Setup:
     model: nn.Module
     rows: Rows
     samples: Callable[[nn.Module, int], dict[str, Any]]
+    """What the model makes at a step, by name: text, or uint8 images (H, W, 3), which are written under samples/."""
+    assets: dict[str, Storage] = field(default_factory=dict)
+    """Folders that a finished run keeps a copy of, by their name under model/: what it needs beside its weights."""
 
 
 class RestartBudget:
@@ -140,9 +147,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
 
     job, monitor = config["job"], config["monitor"]
     context = ray.train.get_context()
-    # The container's CPUs, not the machine's.
-    num_cpus = int(get_num_cpus())
-    torch.set_num_threads(job.options.num_threads or max(1, num_cpus // context.get_local_world_size()))
+    torch.set_num_threads(job.options.num_threads or max(1, cpus() // context.get_local_world_size()))
     rank, run = context.get_world_rank(), job.run
     last_update = 0.0
 
@@ -167,9 +172,17 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             shutil.rmtree(folder)
             publish(run, training.state.history, workdir)
 
+    def samples(model: nn.Module, step: int) -> dict[str, Any]:
+        return {
+            name: _keep_image(run, workdir, f"{SAMPLES}/step-{step:08d}-{name}.png", value)
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in setup.samples(model, step).items()
+        }
+
     with _work_folder() as workdir:
         setup: Setup = config["setup"](job, config["facts"], doing)
-        hooks = RunHooks(commit=commit, progress=send_progress, doing=doing, samples=setup.samples)
+        hooks = RunHooks(commit=commit, progress=send_progress, doing=doing, samples=samples)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             training = Training(setup.model, setup.rows, job.recipe.train, hooks, workdir=workdir)
@@ -190,6 +203,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         if rank == 0:
             doing("writing the model")
             publish(run, training.state.history, workdir)
+            copy_assets(run, setup.assets, workdir)
             write_model(run, weights, json.loads(run.read("recipe.json")))
         return {
             "best_step": training.state.best_step,
@@ -220,6 +234,24 @@ def _work_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _keep_image(run: Storage, workdir: Path, name: str, image: np.ndarray) -> dict[str, str]:
+    """Write a sample, over the same one of a run that was killed after it; returns how the history names it."""
+    data = png_bytes(image)
+    run.write(name, data)
+    (workdir / name).parent.mkdir(exist_ok=True)
+    (workdir / name).write_bytes(data)
+    return {"image": name}
+
+
+def copy_assets(run: Storage, assets: dict[str, Storage], workdir: Path) -> None:
+    """Copy folders of files to their names under model/."""
+    for asset, folder in assets.items():
+        for name in folder.list():
+            folder.download(name, workdir / name)
+            run.upload(workdir / name, f"model/{asset}/{name}")
+            (workdir / name).unlink()
+
+
 def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
     """Write metrics.jsonl and the TensorBoard file anew from the committed history, so a restart leaves no doubles."""
     from tensorboardX import SummaryWriter
@@ -232,7 +264,14 @@ def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
             for name, value in row.items():
                 if isinstance(value, int | float) and name not in ("step", "seconds"):
                     writer.add_scalar(name, value, row["step"], walltime=row["seconds"])
-            for name, text in row.get("samples", {}).items():
-                writer.add_text(f"samples/{name}", str(text), row["step"], walltime=row["seconds"])
+            for name, made in row.get("samples", {}).items():
+                if not isinstance(made, dict):
+                    writer.add_text(f"{SAMPLES}/{name}", str(made), row["step"], walltime=row["seconds"])
+                    continue
+                path = workdir / made["image"]
+                if not path.exists():  # made before a restart
+                    run.download(made["image"], path)
+                image = np.asarray(decode_image(path.read_bytes(), name=made["image"]))
+                writer.add_image(f"{SAMPLES}/{name}", image, row["step"], walltime=row["seconds"], dataformats="HWC")
     (events,) = folder.iterdir()
     run.upload(events, "tensorboard/events.out.tfevents.0.run")

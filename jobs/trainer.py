@@ -1,7 +1,8 @@
 """A recipe on Ray Train: the run folder, workers, restarts, progress, and the finished model.
 
 ``STORAGE/runs/{recipe}/{name}/`` holds recipe.json, Ray Train's checkpoints and snapshot (the only commit point for
-resume), metrics.jsonl, tensorboard/; a finished run adds model/ and, last, _SUCCESS.
+resume), metrics.jsonl, tensorboard/, samples/ where a model makes images; a finished run adds model/, with copies of
+the frozen parts that it needs, and, last, _SUCCESS.
 """
 
 import dataclasses

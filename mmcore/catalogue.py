@@ -3,7 +3,17 @@
 from typing import Any
 
 from mmcore.captioners.resnet import ResNetCaptionerRecipe
+from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
+from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
+from mmcore.generators.vqvae import VQVAERecipe
 
 CAPTIONERS: dict[str, Any] = {
     "resnet_captioner": ResNetCaptionerRecipe,
+}
+GENERATORS: dict[str, Any] = {
+    "pixel_diffusion": PixelDiffusionRecipe,
+    "ldm": LatentDiffusionRecipe,
+}
+AUTOENCODERS: dict[str, Any] = {
+    "vqvae": VQVAERecipe,
 }

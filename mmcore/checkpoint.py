@@ -1,8 +1,8 @@
 """Checkpoints as safetensors and JSON.
 
-A checkpoint folder holds ``weights``, ``ema``, ``optimizer`` and ``best`` as safetensors, and ``state.json``, written
-last, which names each file with its SHA-256 and itself carries one: a folder that is incomplete or damaged does not
-load.
+A checkpoint folder holds ``weights``, ``ema``, ``optimizer`` (and ``optimizer-PHASE`` for each further phase) and
+``best`` as safetensors, and ``state.json``, written last, which names each file with its SHA-256 and itself carries
+one: a folder that is incomplete or damaged does not load.
 """
 
 import hashlib
@@ -19,9 +19,19 @@ from mmcore.errors import InputError
 STATE = "state.json"
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name (frozen ones are named in the recipe and never saved), and no tied copy."""
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by name, and no tied copy."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def state_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training moves by other means than gradients: those that ``model.state_buffers`` names."""
+    return {name: model.get_buffer(name) for name in getattr(model, "state_buffers", ())}
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """All that training moves, by name: weights and state buffers (frozen weights are named in the recipe instead)."""
+    return trainable_parameters(model) | state_buffers(model)
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -51,9 +61,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_state` gave."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
+        like = parameters[int(index)]
+        if value.shape == like.shape:
+            # In the layout of the weight: fused Adam walks both in memory order and would silently mix up the moments
+            # of a channels-last weight (safetensors holds rows first).
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         slots.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 

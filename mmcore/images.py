@@ -6,15 +6,18 @@ Arrays are uint8 of shape (height, width, 3), channels in the order red, green, 
 import io
 import struct
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from mmcore.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Endings of the files that are taken for images, in lower case."""
 
+# Between the images of a grid: pixels, and their grey.
+_GRID_GAP, _GRID_GREY = 2, 255
 # What Pillow raises on damaged bytes, by 400 random corruptions of each of six formats.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -46,3 +49,37 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image.convert("RGB"))
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images of one size, uint8 (N, H, W, 3), side by side on white, `columns` in a row: uint8 (H', W', 3)."""
+    num_images, height, width, _ = images.shape
+    rows = -(-num_images // columns)
+    grid = np.full(
+        (rows * (height + _GRID_GAP) - _GRID_GAP, columns * (width + _GRID_GAP) - _GRID_GAP, 3), _GRID_GREY, np.uint8
+    )
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + _GRID_GAP), index % columns * (width + _GRID_GAP)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def png_bytes(image: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """A uint8 image (H, W, 3) as PNG; `text` becomes text chunks (any Unicode). Equal input gives equal bytes."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def read_png_text(data: bytes, *, name: str = "image") -> dict[str, str]:
+    """The text chunks of a PNG. Raises InputError, naming `name`, where it is no whole PNG."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            return {key: str(value) for key, value in image.text.items()}
+    except _BROKEN as error:
+        raise InputError(f"{name}: broken PNG ({' '.join(str(error).split())})") from None

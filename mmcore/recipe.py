@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from mmcore.errors import InputError
 
@@ -65,10 +65,11 @@ def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise InputError(f"{where}: unknown fields {', '.join(unknown)}; this version knows {', '.join(known)}")
+    types = get_type_hints(recipe_type)
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
-            values[name] = recipe_from_json(TrainSettings, value, f"{where}: {name}")
+            values[name] = recipe_from_json(types[name], value, f"{where}: {name}")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
     return recipe_type(**values)

@@ -8,6 +8,7 @@ Credentials, region and endpoint come from the usual ``AWS_*`` environment varia
 import builtins
 import functools
 import os
+import random
 import shutil
 import time
 import uuid
@@ -29,6 +30,9 @@ _S3_CONNECT_TIMEOUT_S = 10
 # Before a conditional write that met another one is tried again.
 _CONFLICT_PAUSE_S = 0.1
 _S3_READ_TIMEOUT_S = 60
+# Connections that are kept open for the threads of one process; each further one would be opened anew.
+_S3_CONNECTIONS = 32
+_S3_MAX_BACKOFF_S = 20
 
 
 @functools.cache
@@ -43,6 +47,7 @@ def _s3_client(process_id: int) -> Any:
             retries={"max_attempts": _S3_MAX_ATTEMPTS, "mode": "standard"},
             connect_timeout=_S3_CONNECT_TIMEOUT_S,
             read_timeout=_S3_READ_TIMEOUT_S,
+            max_pool_connections=_S3_CONNECTIONS,
         ),
     )
 
@@ -171,15 +176,22 @@ class Storage:
         """The whole content of `name`. Raises FileNotFoundError."""
         if not self.is_s3:
             return self._path(name).read_bytes()
-        from botocore.exceptions import ClientError
+        from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 
         bucket, key = self._key(name)
-        try:
-            return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"].read()
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                raise FileNotFoundError(f"{self.uri}/{name}") from None
-            raise
+        for attempt in range(_S3_MAX_ATTEMPTS):
+            try:
+                return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"].read()
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                    raise FileNotFoundError(f"{self.uri}/{name}") from None
+                raise
+            except (IncompleteReadError, ResponseStreamingError):
+                # boto3 tries again until an answer begins, and leaves to us one that breaks off in the middle.
+                if attempt == _S3_MAX_ATTEMPTS - 1:
+                    raise
+                time.sleep(random.random() * min(_S3_MAX_BACKOFF_S, 0.05 * 2**attempt))
+        raise AssertionError("the last attempt returned or raised")
 
     def write(self, name: str, data: bytes) -> None:
         """Write `name` whole or not at all, over what was there."""

@@ -4,6 +4,16 @@ A model's ``forward(batch)`` returns sums over the batch: ``loss`` (what is mini
 by: tokens, pixels, images) and any others to log. The loop adds them up over micro-batches and workers and divides
 once, so a step means the same for any number of workers. Everything random in a step is drawn from (seed, step,
 worker); nothing has to be remembered to repeat it.
+
+A model may have more, all of it optional:
+
+* ``phases`` and ``phase_parameters(phase)``: parts of a step in turn, each with an optimiser of its own, as
+  ``("generator", "discriminator")``. The loop then calls ``forward(batch, phase)``, and before each step
+  ``active_phases(step)``, which says what runs in it; the first phase always does, and it is what is validated.
+* Outputs that are no scalars (statistics): summed as the scalars are and never logged. ``after_step(statistics, step)``
+  takes them once the weights have moved, ``summarize(statistics)`` makes scalars to log of them, for the batch and for
+  the whole validation set.
+* ``state_buffers``: names of buffers that ``after_step`` moves; they are saved wherever the weights are.
 """
 
 import contextlib
@@ -28,6 +38,7 @@ from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
+from mmcore.optimization import Phase, build_phases, lr_factor, only, update_ema
 from mmcore.recipe import TrainSettings
 from mmcore.seeding import derive_seed, permutation
 
@@ -136,35 +147,18 @@ def check_batch(settings: TrainSettings, num_workers: int) -> None:
         )
 
 
-def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of `step` as a share of the peak; a function of the step alone, so nothing is remembered."""
-    factor = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    if settings.schedule == "cosine":
-        factor *= 0.5 * (1 + math.cos(math.pi * step / total_steps))
-    elif settings.schedule == "step" and step >= settings.step_epoch * steps_per_epoch:
-        factor *= 0.1
-    return factor
-
-
-def build_optimizer(settings: TrainSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
-
-
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the weights; early steps move it faster, so that it forgets the initial weights."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        averages, weights = (list(checkpoint.trainable_state(each).values()) for each in (ema, model))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
-
 def seed_step(*key: int | str) -> None:
     """Set the generator of every library for one step."""
     seed = derive_seed(0, *key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def add_outputs(sums: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    """Add what a model returned to `sums`, in float64."""
+    for name, value in outputs.items():
+        sums[name] = sums.get(name, 0) + value.detach().double()
 
 
 def prefetched(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
@@ -229,6 +223,7 @@ class Training:
         keep_layout = DistributedDataParallelKwargs(find_unused_parameters=True)
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         # Autocast is entered below: accelerate would fix one precision for the whole process.
+        # A phase leaves the weights of the others without a gradient, too, which DDP must look for.
         self.accelerator = Accelerator(
             cpu=not on_gpu, step_scheduler_with_optimizer=False, kwargs_handlers=[keep_layout]
         )
@@ -242,25 +237,23 @@ class Training:
             model = model.double()
         self.model = model.to(self.accelerator.device)
         self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(settings, parameters)
+        self.phases = build_phases(self.model, settings)
         self.ema = copy.deepcopy(self.model) if settings.ema_decay is not None else None
         self.best: dict[str, Tensor] = {}
         self.state = Progress()
-        self.output_names: list[str] = []
         if resume_from is not None:
             self._load(resume_from, resume_name or str(resume_from))
         # The last step that is safe; a checkpoint that resumes is.
         self.committed_step = self.state.step
         self.wrapped = self.accelerator.prepare_model(self.model)
-        self.parameters = parameters
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _load(self, folder: Path, where: str) -> None:
         tensors, state = checkpoint.load(folder, where)
         checkpoint.load_trainable(self.model, tensors["weights"], where)
-        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
+        for phase in self.phases:
+            checkpoint.load_optimizer(phase.optimizer, tensors[phase.group])
         if self.ema is not None:
             checkpoint.load_trainable(self.ema, tensors["ema"], where)
         self.best = tensors.get("best", {})
@@ -281,10 +274,9 @@ class Training:
         folder = None
         if self.rank == 0:
             folder = self.workdir / f"step-{self.state.step:08d}"
-            tensors = {
-                "weights": weights,
-                "optimizer": checkpoint.optimizer_state(self.optimizer),
-            }
+            tensors = {"weights": weights}
+            for phase in self.phases:
+                tensors[phase.group] = checkpoint.optimizer_state(phase.optimizer)
             if self.ema is not None:
                 tensors["ema"] = checkpoint.trainable_state(self.ema)
             if self.best:
@@ -332,52 +324,74 @@ class Training:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _reduce(self, sums: dict[str, Any]) -> dict[str, float]:
-        """Add up over the workers, in float64."""
+    def _reduce(self, sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Add up over the workers, in float64; scalars and statistics apart, both on the CPU."""
         names = sorted(sums)
-        values = torch.stack([torch.as_tensor(sums[name]).detach().double().cpu() for name in names])
+        values = torch.cat([sums[name].detach().double().cpu().flatten() for name in names])
         if self.world_size > 1:
             values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
-        return dict(zip(names, values.tolist(), strict=True))
+        parts = dict(zip(names, values.split([sums[name].numel() for name in names]), strict=True))
+        scalars = {name: parts[name].item() for name in names if sums[name].ndim == 0}
+        return scalars, {name: parts[name].view(sums[name].shape) for name in names if sums[name].ndim}
+
+    def _summary(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+        return self.model.summarize(statistics) if statistics else {}  # type: ignore[operator]
 
     # -- steps -------------------------------------------------------------------------------------------------
 
     def _step(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """One optimiser step; returns the means over the whole batch."""
+        """One step of each phase that is active; returns the means over the whole batch."""
         settings, step = self.settings, self.state.step
         self.wrapped.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Any] = {}
+        active = self.model.active_phases(step) if self.phases[0].name else (None,)  # type: ignore[operator]
+        lr = settings.lr * lr_factor(settings, step, self.total_steps, self.steps_per_epoch)
+        means: dict[str, float] = {}
+        statistics: dict[str, Tensor] = {}
+        for phase in self.phases:
+            if phase.name in active:
+                phase_means, phase_statistics = self._phase_step(phase, micro_batches, lr)
+                means |= {phase.logged(name): value for name, value in phase_means.items()}
+                statistics |= {phase.logged(name): value for name, value in phase_statistics.items()}
+        if statistics:
+            with torch.no_grad():
+                self.model.after_step(statistics, step)  # type: ignore[operator]
+        if self.ema is not None and settings.ema_decay is not None:
+            update_ema(self.ema, self.model, settings.ema_decay, step)
+        return {**means, **self._summary(statistics), "lr": lr}
+
+    def _phase_step(
+        self, phase: Phase, micro_batches: list[Batch], lr: float
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Move the weights of `phase` once; returns its means and its statistics over the whole batch."""
+        settings, step = self.settings, self.state.step
+        phase.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
         for index, batch in enumerate(micro_batches):
-            seed_step(settings.seed, "step", step, index, self.rank)
+            seed_step(settings.seed, "step", step, index, self.rank, *phase.arguments)
             last = index == len(micro_batches) - 1
             context = self.accelerator.no_sync(self.wrapped) if not last else contextlib.nullcontext()
-            with context:
+            with context, only(phase, self.phases):
                 with self._autocast():
-                    outputs = self.wrapped(self._to_device(batch))
+                    outputs = self.wrapped(self._to_device(batch), *phase.arguments)
                 self.accelerator.backward(outputs["loss"])
-            for name, value in outputs.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()
-        self.output_names = list(sums)
-        totals = self._reduce(sums)
+            add_outputs(sums, outputs)
+        totals, statistics = self._reduce(sums)
         count = totals.pop("count")
         means = {name: value / count for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
-            raise self._diverged(f"the loss is {means['loss']}", step + 1)
+            raise self._diverged(f"{phase.of('loss')} is {means['loss']}", step + 1)
         # Each backward pass summed over its rows; DDP averaged over workers. Now divide once by the whole count.
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in phase.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, self.world_size / count)
         if settings.clip_grad_norm is not None:
-            means["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, settings.clip_grad_norm).item()
-            if not math.isfinite(means["grad_norm"]):
-                raise self._diverged(f"the gradient's norm is {means['grad_norm']}", step + 1)
-        lr = settings.lr * lr_factor(settings, step, self.total_steps, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
+            norm = nn.utils.clip_grad_norm_(phase.parameters, settings.clip_grad_norm).item()
+            if not math.isfinite(norm):
+                raise self._diverged(f"{phase.of('gradient')}'s norm is {norm}", step + 1)
+            means["grad_norm"] = norm
+        for group in phase.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        if self.ema is not None and settings.ema_decay is not None:
-            update_ema(self.ema, self.model, settings.ema_decay, step)
-        return {**means, "lr": lr}
+        phase.optimizer.step()
+        return means, statistics
 
     def _diverged(self, what: str, step: int) -> InputError:
         """The error for `what` at `step`, counted from 1 as in the metrics."""
@@ -390,22 +404,24 @@ class Training:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Means over the validation rows; each worker takes every W-th batch."""
-        model = self.eval_model()
-        sums: dict[str, Any] = {}
+        model, phase = self.eval_model(), self.phases[0]
         batch_size = self.settings.batch_size
-        starts = range(0, self.rows.num_validation, batch_size)
-        for start in list(starts)[self.rank :: self.world_size]:
+
+        def outputs_of(start: int) -> dict[str, Tensor]:
             self.hooks.doing(f"validating row {start:,} of {self.rows.num_validation:,}")
             indices = np.arange(start, min(start + batch_size, self.rows.num_validation))
             with self._autocast():
-                outputs = model(self._to_device(self.rows.validation_batch(indices)))
-            for name, value in outputs.items():
-                sums[name] = sums.get(name, 0) + value.double()
-        if not sums:  # more workers than batches: this one adds nothing, under the names of the training step
-            sums = dict.fromkeys(self.output_names, 0.0)
-        totals = self._reduce(sums)
+                return model(self._to_device(self.rows.validation_batch(indices)), *phase.arguments)
+
+        sums: dict[str, Tensor] = {}
+        for start in list(range(0, self.rows.num_validation, batch_size))[self.rank :: self.world_size]:
+            add_outputs(sums, outputs_of(start))
+        if not sums:  # more workers than batches: this one adds nothing, in the shapes of the others
+            sums = {name: torch.zeros_like(value) for name, value in outputs_of(0).items()}
+        totals, statistics = self._reduce(sums)
         count = totals.pop("count")
-        return {f"validation_{name}": value / count for name, value in totals.items()}
+        means = {name: value / count for name, value in totals.items()} | self._summary(statistics)
+        return {f"validation_{name}": value for name, value in means.items()}
 
     def eval_model(self) -> nn.Module:
         """The weights that are validated, sampled and kept: their average where there is one."""

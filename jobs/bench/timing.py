@@ -3,17 +3,16 @@
 import contextlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from jobs.trainer import source_commit
+from mmcore.device import device_name
 
 MIN_PAIRS = 5
 
@@ -64,18 +63,6 @@ def interleaved(unit: str, ways: dict[str, Callable[[], float]], num_pairs: int)
 def verdict(name: str, met: bool, limit: float, smoke: bool) -> dict[str, Any]:
     """The limit and whether it is met; tiny sizes show nothing about it."""
     return {name: limit, f"{name}_met": None if smoke else met}
-
-
-def device_name() -> str:
-    """What the figures were taken on, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def publish(bench: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:

@@ -3,13 +3,10 @@
 Shapes: B images, L image tokens, C channels of a token, P pixels a side.
 """
 
-import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
+from mmcore.pretrained import load_frozen, sha256_of
 
 SCRATCH = "scratch"
 # Of a configuration: where it came from and how it was stored, not what the model computes.
@@ -39,22 +37,6 @@ def pixels_from_bytes(images: Sequence[bytes], image_size: int, names: Sequence[
     )
 
 
-@contextmanager
-def _quiet_load() -> Iterator[None]:
-    """transformers without its bar and its report on weights, which every process that loads one would print."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and standard deviation of the three channels of pixels in [0, 1], and where they come from."""
     from transformers.utils import cached_file
@@ -73,55 +55,34 @@ def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
 class FrozenVisionEncoder:
     """A Hugging Face vision model whose last hidden state becomes tokens: a feature map is flattened row by row."""
 
-    def __init__(self, name: str, image_size: int, device: str = "cpu") -> None:
-        """Raises InputError where `name` is neither a folder with a vision model nor one that the hub has."""
-        from transformers import AutoConfig, AutoModel, CLIPVisionModel
+    def __init__(self, name: str, image_size: int, device: str = "cpu", *, flag: str = "--encoder") -> None:
+        """Raises InputError, naming `flag`, where `name` is neither a folder with a vision model nor on the hub."""
+        from transformers import AutoModel, CLIPVisionModel
 
-        try:
-            config = AutoConfig.from_pretrained(name)
-            # CLIP's vision half alone; other models of two halves are read whole, and theirs is taken.
-            model_type: Any = CLIPVisionModel if config.model_type == "clip" else AutoModel
-            with _quiet_load():
-                model, loaded = model_type.from_pretrained(
-                    name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-                )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"--encoder {name!r}: no vision model in such a folder, and none by that name can be had ({reason})"
-            ) from None
-        # Weights that are left over (a classifier's head) are none of ours; missing ones would be random. A pooler
-        # comes after the last hidden state, which is all that is used.
-        missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
-        if missing:
-            raise InputError(f"--encoder {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
+        # CLIP's vision half alone; other models of two halves are read whole, and theirs is taken.
+        choose = lambda config: CLIPVisionModel if config.model_type == "clip" else AutoModel
+        model = load_frozen(name, choose, flag=flag, what="vision model")
         model = getattr(model, "vision_model", model)
         if model.main_input_name != "pixel_values":
-            raise InputError(
-                f"--encoder {name!r}: a {config.model_type} model takes {model.main_input_name}, not images"
-            )
+            kind, takes = model.config.model_type, model.main_input_name
+            raise InputError(f"{flag} {name!r}: a {kind} model takes {takes}, not images; name another")
         self.name, self.image_size, self.device = name, image_size, torch.device(device)
         # On a CPU convolutions run 1.7 times as fast with the channels last (MobileNetV2, one thread, fp32).
-        self.model = model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         self.mean, self.std, self.statistics_from = _statistics(name)
         try:
             self.token_shape = tuple(self(np.zeros((1, image_size, image_size, 3), np.uint8)).shape[1:])
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"--encoder {name!r} does not take images of {image_size} x {image_size}: {reason}; mend --image-size"
+                f"{flag} {name!r} does not take images of {image_size} x {image_size}: {reason}; mend --image-size"
             ) from None
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the tokens: weights, configuration, normalisation and image size."""
         config = self.model.config.to_dict()
-        settings = {key: config[key] for key in sorted(config) if key not in _NOT_OF_THE_FUNCTION}
-        facts = [self.image_size, self.mean, self.std, settings]
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_FUNCTION}
+        return sha256_of(self.model, [self.image_size, self.mean, self.std, settings])
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> Tensor:

@@ -19,7 +19,7 @@ from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 from mmcore.training import Batch
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class CaptionTable:
 
     def rows(self, split: str) -> list[int]:
         return [row for row, name in enumerate(self.splits) if name == split]
+
+    def validation_rows(self) -> list[int]:
+        """The rows of `validation`, or of `test` in a split without any (Flickr8k's for generators)."""
+        return self.rows(VALIDATION) or self.rows(TEST)
 
 
 def read_dataset_facts(storage: Storage, dataset: str) -> dict:

@@ -59,6 +59,26 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     ]
 
 
+def test_moments_come_back_in_the_layout_of_their_weight() -> None:
+    """Fused Adam walks weight and moments in memory order: moments with their rows first under a channels-last weight
+    would silently be those of other weights."""
+
+    def moved(resume: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+        for step in range(4):
+            weight.grad = torch.randn_like(weight) * (step + 1)
+            if resume and step == 2:
+                state = {name: value.contiguous() for name, value in checkpoint.optimizer_state(optimizer).items()}
+                optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+                checkpoint.load_optimizer(optimizer, state)
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(moved(resume=True), moved(resume=False))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 

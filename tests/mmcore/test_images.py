@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmcore.errors import InputError
-from mmcore.images import decode_image, resize_image
+from mmcore.images import decode_image, image_grid, png_bytes, read_png_text, resize_image
 
 
 def noise(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
@@ -96,3 +96,31 @@ def test_resize_squashes_to_a_square_array() -> None:
 def test_resize_leaves_the_right_size_alone() -> None:
     image = noise(24, 24)
     assert np.array_equal(resize_image(image, 24), np.asarray(image))
+
+
+def test_png_keeps_pixels_and_text_and_is_the_same_each_time() -> None:
+    pixels = np.asarray(noise())
+    text = {"prompt": "a girl in a pink dress, 女孩", "seed": "9223372036854775807", "empty": ""}
+    data = png_bytes(pixels, text)
+    assert data == png_bytes(pixels, text)
+    assert np.array_equal(np.asarray(decode_image(data, name="x")), pixels)
+    assert read_png_text(data) == text
+    assert read_png_text(png_bytes(pixels)) == {}
+
+
+def test_text_of_what_is_no_whole_png_is_refused() -> None:
+    data = png_bytes(np.asarray(noise()), {"prompt": "x"})
+    for broken in (data[: len(data) // 2], b"", encoded(noise(), "JPEG")):
+        with pytest.raises(InputError, match=r"^image-1\.png: broken PNG"):
+            read_png_text(broken, name="image-1.png")
+
+
+def test_a_grid_holds_every_image_in_its_place() -> None:
+    images = np.random.default_rng(0).integers(0, 200, (5, 4, 6, 3), dtype=np.uint8)
+    grid = image_grid(images, 3)
+    assert grid.shape == (2 * 4 + 2, 3 * 6 + 2 * 2, 3)
+    for index, image in enumerate(images):
+        top, left = index // 3 * 6, index % 3 * 8
+        assert np.array_equal(grid[top : top + 4, left : left + 6], image)
+    assert (grid[6:, 16:] == 255).all(), "no image in the last place"
+    assert (grid[4:6] == 255).all()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
+from mmcore.optimization import lr_factor
 from mmcore.recipe import TrainSettings
-from mmcore.training import RunHooks, Training, check_batch, lr_factor, num_steps, prefetched
+from mmcore.training import RunHooks, Training, check_batch, num_steps, prefetched
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def one_thread():
 def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:
     tensors = {
         "weights": checkpoint.trainable_state(training.model),
-        "optimizer": checkpoint.optimizer_state(training.optimizer),
+        "optimizer": checkpoint.optimizer_state(training.phases[0].optimizer),
         "best": training.best,
     }
     if training.ema is not None:
@@ -288,14 +289,15 @@ def test_gradient_is_the_mean_over_words_and_is_clipped(tmp_path: Path) -> None:
     outputs = model.train()({**batch, "images": batch["images"].double()})
     expected = torch.autograd.grad(outputs["loss"] / outputs["count"], list(model.parameters()))
     run = tiny.train(recipe, tmp_path, model=model)
-    for mine, theirs in zip(run.training.parameters, expected, strict=True):
+    for mine, theirs in zip(run.training.phases[0].parameters, expected, strict=True):
         torch.testing.assert_close(mine.grad, theirs, rtol=1e-9, atol=1e-12)
     norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in expected))
     clipped = tiny.train(
         dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, clip_grad_norm=norm / 2)), tmp_path / "c"
     )
     assert clipped.training.state.history[0]["grad_norm"] == pytest.approx(norm, rel=1e-9)
-    after = math.sqrt(sum(float((p.grad**2).sum()) for p in clipped.training.parameters if p.grad is not None))
+    gradients = [p.grad for p in clipped.training.phases[0].parameters if p.grad is not None]
+    after = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
     assert after == pytest.approx(norm / 2, rel=1e-5)
 
 

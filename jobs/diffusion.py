@@ -1,0 +1,191 @@
+"""What the jobs that train a diffusion model share: the text's way in, the rows, the sample images, what is printed."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jobs.dataset import cached_text_column, read_null
+from jobs.prepare import SHAPES
+from jobs.trainer import Job, Setup, check_new_run
+from mmcore.data.captions import TRAIN, CaptionTable, read_captions
+from mmcore.data.columns import SUCCESS, default_cache, open_column
+from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, Prompts
+from mmcore.data.pixels import to_pixels
+from mmcore.errors import InputError
+from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.text_encoder import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
+from mmcore.generators.trained import TOKENIZER_ASSET
+from mmcore.images import image_grid
+from mmcore.pretrained import absolute_folder
+from mmcore.recipe import recipe_to_json
+from mmcore.seeding import derive_seed
+from mmcore.storage import Storage
+from mmcore.training import num_steps, resolve_precision
+
+Text = PromptTokenizer | FrozenTextEncoder
+
+
+def resolved(job: Job) -> Job:
+    """`job` with absolute folders, its run checked to be a new or an unfinished one."""
+    check_new_run(job)
+    if job.options.stream:
+        raise InputError("--stream: this recipe looks its rows up on the worker's disk; leave it out")
+    text = job.recipe.text
+    text = dataclasses.replace(
+        text, text_encoder=absolute_folder(text.text_encoder), tokenizer=absolute_folder(text.tokenizer)
+    )
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+def open_text(recipe: Any, table: CaptionTable) -> Text:
+    """The frozen text encoder, or the tokenizer of the one that is trained along."""
+    text = recipe.text
+    if not text.is_scratch:
+        return FrozenTextEncoder(text.text_encoder, text.max_tokens)
+    if text.tokenizer != WORDS:
+        return PromptTokenizer.from_name(text.tokenizer, text.max_tokens)
+    captions = [caption for row in table.rows(TRAIN) for caption in table.captions[row][: recipe.captions_per_image]]
+    return PromptTokenizer.of_words(captions, text.max_tokens)
+
+
+def text_inputs(text: Text) -> TextInputs:
+    """What the network is fed of it."""
+    if isinstance(text, PromptTokenizer):
+        return text.inputs()
+    return TextInputs(width=text([""]).shape[-1])
+
+
+def text_facts(job: Job, table: CaptionTable, text: Text) -> dict[str, Any]:
+    """What a run must know of its text: the tokenizer is written to the storage, frozen hidden states are cached."""
+    fingerprint = text.fingerprint()
+    facts = {"text_inputs": dataclasses.asdict(text_inputs(text)), "text_fingerprint": fingerprint}
+    if isinstance(text, PromptTokenizer):
+        folder = job.storage / "tokenizers" / fingerprint[:24]
+        for name, data in text.files().items():
+            folder.create(name, data)
+        return {**facts, "text": folder.uri}
+    column = cached_text_column(
+        job.storage,
+        table,
+        encoder=text,
+        max_tokens=job.recipe.text.max_tokens,
+        captions_per_image=job.recipe.captions_per_image,
+        stall_timeout_s=job.options.stall_timeout,
+    )
+    return {**facts, "text": column.folder.uri}
+
+
+def _prompts(recipe: Any, facts: dict[str, Any], table: CaptionTable) -> Prompts:
+    folder = Storage(facts["text"])
+    if recipe.text.is_scratch:
+        captions = [row[: recipe.captions_per_image] for row in table.captions]
+        return PromptIds(captions, PromptTokenizer.read(folder, recipe.text.max_tokens))
+    return PromptEmbeddings(open_column(folder, default_cache()), read_null(folder), table.image_ids)
+
+
+# -- on a worker ---------------------------------------------------------------------------------------------------
+
+
+def diffusion_setup(
+    job: Job,
+    facts: dict[str, Any],
+    images: Callable[[Tensor], Tensor] | None = None,
+    assets: dict[str, Storage] | None = None,
+) -> Setup:
+    """Model and rows, on a worker. `images` makes of x_0 images in [-1, 1]; None where x_0 is the image itself."""
+    recipe = job.recipe
+    table = read_captions(job.storage, recipe.dataset, recipe.split)
+    rows = GenerationRows(
+        table,
+        [open_column(Storage(folder), default_cache()) for folder in facts["columns"]],
+        _prompts(recipe, facts, table),
+        captions_per_image=recipe.captions_per_image,
+        drop_text=recipe.drop_text,
+        flip=recipe.flip,
+        num_timesteps=recipe.noise.num_timesteps,
+        scaling_factor=facts["scaling_factor"],
+        seed=recipe.train.seed,
+    )
+    torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+    model = recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
+    chosen = rows.validation[: recipe.train.num_samples].tolist()
+    seeds = [derive_seed(recipe.train.seed, "sample", number) for number in range(len(chosen))]
+
+    def samples(model: nn.Module, step: int) -> dict[str, Any]:
+        """The same prompts and seeds each time."""
+        assert isinstance(model, Denoiser)
+        if not chosen:
+            return {}
+        parameter = next(model.parameters())
+        device = parameter.device
+
+        def prompts(captions: list[int | None]) -> dict[str, Tensor]:
+            batch = rows.prompts.batch(chosen, captions)
+            return {
+                name: each.to(device, parameter.dtype if each.is_floating_point() else None)
+                for name, each in batch.items()
+            }
+
+        in_bf16 = resolve_precision(recipe.train, device) == "bf16"
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
+            x_0 = model.generate(
+                prompts([0] * len(chosen)),
+                prompts([None] * len(chosen)),
+                seeds,
+                num_inference_steps=recipe.sample_steps,
+                guidance_scale=recipe.sample_guidance,
+                clip=images is None,
+            )
+            pixels = to_pixels(x_0 if images is None else images(x_0)).cpu().numpy()
+        columns = math.ceil(math.sqrt(len(pixels)))
+        return {
+            "grid": image_grid(pixels, columns),
+            "prompts": " | ".join(table.captions[row][0] for row in chosen),
+        }
+
+    kept = dict(assets or {})
+    if recipe.text.is_scratch:
+        kept[TOKENIZER_ASSET] = Storage(facts["text"])
+    return Setup(model, rows, samples, kept)
+
+
+# -- on the driver -------------------------------------------------------------------------------------------------
+
+
+def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
+    """Print sizes and steps."""
+    recipe = job.recipe
+    with torch.device("meta"):
+        model = recipe.build(text_inputs(text), x_0_shape)
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    frozen = f"{count(text.model):.2f} M of the frozen {text.name}" if isinstance(text, FrozenTextEncoder) else "none"
+    steps_per_epoch, total = num_steps(recipe.train, num_train)
+    print(
+        f"parameters: {count(model.unet):.2f} M of the U-Net on {' x '.join(map(str, x_0_shape))}, "
+        f"{count(model.text):.2f} M of the text's way in; frozen text encoder: {frozen}\n"
+        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
+        flush=True,
+    )
+    if job.variant == "report":
+        print("the report trains in fp16; --precision auto is bf16 where the device has it, else fp32", flush=True)
+
+
+def dry_run(job: Job, x_0_shape: tuple[int, int, int], reads: str) -> None:
+    """Print the resolved recipe and what would be read and written; nothing is written."""
+    recipe, storage = job.recipe, job.storage
+    print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
+    print(f"reads:  {storage}/data/{recipe.dataset}, {reads}, {storage}/features (encoded first where missing)")
+    print(f"writes: {job.run}, {storage}/tokenizers, copies of the features in {default_cache()}")
+    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS):
+        print("sizes and steps: known once the Shapes data is made, which this job does first")
+        return
+    table = read_captions(storage, recipe.dataset, recipe.split)
+    describe(job, open_text(recipe, table), x_0_shape, len(table.rows(TRAIN)))

@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Train a latent diffusion model: a conditional U-Net on the latents of a frozen VQ-VAE.
+
+Paper: the report's VQ-VAE + latent diffusion; Rombach et al. 2022, https://arxiv.org/abs/2112.10752
+Command: python jobs/train_ldm.py --variant best --storage URI --vqvae URI/runs/vqvae/NAME
+Without --vqvae the VQ-VAE of the same variant and name is trained first, into the same storage.
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+from torch import Tensor
+
+from jobs.commandline import run
+from jobs.dataset import cached_latent_column, ensure_dataset
+from jobs.diffusion import describe, diffusion_setup, dry_run, open_text, resolved, text_facts
+from jobs.train_vqvae import default_job
+from jobs.train_vqvae import train as train_vqvae
+from jobs.trainer import Job, Setup, parse_job, run_training
+from mmcore.data.captions import TRAIN, read_captions
+from mmcore.data.columns import default_cache, open_column
+from mmcore.data.generation import scaling_factor
+from mmcore.errors import InputError
+from mmcore.generators.latent_diffusion import VARIANTS
+from mmcore.generators.trained import VQVAE_ASSET
+from mmcore.generators.vqvae import VQVAE, TrainedVQVAE
+from mmcore.recipe import difference, recipe_to_json
+from mmcore.storage import Storage
+from mmcore.training import num_steps
+
+# Images whose latents say by what all are scaled: a million numbers at the smallest size.
+_SCALE_IMAGES = 1024
+
+
+def vqvae_job(job: Job) -> Job:
+    """The training of the VQ-VAE that belongs to `job` where it names none: same variant, name, data and machines.
+
+    Raises InputError for a variant whose VQ-VAE needs weights that this job does not ask for.
+    """
+    own = default_job(job.storage, job.options.name, job.variant, job.options)
+    if own.recipe.perceptual is not None:
+        raise InputError(
+            f"--vqvae is missing: the VQ-VAE of `{job.variant}` is trained with a perceptual loss whose weights are "
+            f"files of yours; run `python jobs/train_vqvae.py --variant {job.variant} --storage {job.storage} ...` "
+            "first, and name its run"
+        )
+    recipe = dataclasses.replace(own.recipe, dataset=job.recipe.dataset, split=job.recipe.split)
+    return dataclasses.replace(own, recipe=recipe)
+
+
+def ensure_vqvae(job: Job) -> Storage:
+    """The run of the VQ-VAE: the one that `job` names, or else its own, trained now unless it is finished."""
+    if job.recipe.vqvae is not None:
+        return Storage(job.recipe.vqvae)
+    own = vqvae_job(job)
+    if not own.run.exists("_SUCCESS"):
+        print(f"no --vqvae given: training {own.run} first", flush=True)
+        train_vqvae(own)
+        return own.run
+    there = json.loads(own.run.read("recipe.json"))["settings"]
+    differences = difference(recipe_to_json(own.recipe), there)
+    if differences:
+        raise InputError(
+            f"{own.run} is finished with other settings: {'; '.join(differences[:5])}; name it with --vqvae if it is "
+            "the one you mean, or give another --name"
+        )
+    print(f"no --vqvae given: taking the finished {own.run}", flush=True)
+    return own.run
+
+
+def setup(job: Job, facts: dict[str, Any]) -> Setup:
+    """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded."""
+    run = Storage(job.recipe.vqvae)
+
+    @functools.cache
+    def vqvae(device: str) -> VQVAE:
+        return TrainedVQVAE(run, device).model
+
+    def images(latents: Tensor) -> Tensor:
+        return vqvae(str(latents.device)).decode(latents / facts["scaling_factor"])
+
+    # As a run of its own, so that it is read back in the same way.
+    return diffusion_setup(job, facts, images, {f"{VQVAE_ASSET}/model": run / "model"})
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
+    job = resolved(job)
+    storage = job.storage
+    if job.options.dry_run:
+        named = job.recipe.vqvae
+        vqvae_recipe = vqvae_job(job).recipe if named is None else TrainedVQVAE(Storage(named)).recipe
+        reads = vqvae_job(job).run.uri + " (trained first where missing)" if named is None else named
+        dry_run(job, vqvae_recipe.latent_shape, f"{reads}, {job.recipe.text.text_encoder}")
+        return {}
+    ensure_dataset(storage, job.recipe.dataset)
+    table = read_captions(storage, job.recipe.dataset, job.recipe.split)
+    num_train = len(table.rows(TRAIN))
+    num_steps(job.recipe.train, num_train)  # too few rows are refused before anything is trained or encoded
+    text = open_text(job.recipe, table)
+    run = ensure_vqvae(job)
+    recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
+    job = dataclasses.replace(job, recipe=recipe)
+    vqvae = TrainedVQVAE(run)
+    describe(job, text, vqvae.recipe.latent_shape, num_train)
+    columns = [
+        cached_latent_column(
+            storage, recipe.dataset, vqvae=run, flip=flip, stall_timeout_s=job.options.stall_timeout
+        ).folder
+        for flip in ([False, True] if recipe.flip else [False])
+    ]
+    some = [table.image_ids[row] for row in table.rows(TRAIN)[:_SCALE_IMAGES]]
+    facts = {
+        "resolution": vqvae.recipe.image_size,
+        "x_0_shape": vqvae.recipe.latent_shape,
+        "scaling_factor": scaling_factor(open_column(columns[0], default_cache(), some).values),
+        "vqvae_fingerprint": vqvae.fingerprint(),
+        "dataset_fingerprint": table.facts["fingerprint"],
+        "columns": [column.uri for column in columns],
+        **text_facts(job, table, text),
+    }
+    return run_training(job, setup, facts)
+
+
+def main() -> None:
+    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    run(main)

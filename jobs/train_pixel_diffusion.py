@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Train a diffusion model on pixels: a conditional U-Net, with a frozen or a jointly trained text encoder.
+
+Paper: the report's "our diffusion"; DDPM, Ho et al. 2020, https://arxiv.org/abs/2006.11239
+Command: python jobs/train_pixel_diffusion.py --variant best --storage URI
+"""
+
+from typing import Any
+
+from jobs.commandline import run
+from jobs.dataset import cached_image_column, ensure_dataset
+from jobs.diffusion import describe, diffusion_setup, dry_run, open_text, resolved, text_facts
+from jobs.trainer import Job, Setup, parse_job, run_training
+from mmcore.captioners.vision import SCRATCH
+from mmcore.data.captions import TRAIN, read_captions
+from mmcore.generators.pixel_diffusion import VARIANTS
+from mmcore.training import num_steps
+
+
+def setup(job: Job, facts: dict[str, Any]) -> Setup:
+    """Model and rows, on a worker."""
+    return diffusion_setup(job, facts)
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
+    job = resolved(job)
+    recipe, storage = job.recipe, job.storage
+    x_0_shape = (3, recipe.image_size, recipe.image_size)
+    if job.options.dry_run:
+        dry_run(job, x_0_shape, recipe.text.text_encoder)
+        return {}
+    ensure_dataset(storage, recipe.dataset)
+    table = read_captions(storage, recipe.dataset, recipe.split)
+    num_train = len(table.rows(TRAIN))
+    num_steps(recipe.train, num_train)  # too few rows are refused before anything is encoded
+    text = open_text(recipe, table)
+    describe(job, text, x_0_shape, num_train)
+    column = cached_image_column(
+        storage,
+        recipe.dataset,
+        encoder=SCRATCH,
+        image_size=recipe.image_size,
+        stall_timeout_s=job.options.stall_timeout,
+    )
+    facts = {
+        "resolution": recipe.image_size,
+        "x_0_shape": x_0_shape,
+        "scaling_factor": 1.0,
+        "vqvae_fingerprint": None,
+        "dataset_fingerprint": table.facts["fingerprint"],
+        "columns": [column.folder.uri],
+        **text_facts(job, table, text),
+    }
+    return run_training(job, setup, facts)
+
+
+def main() -> None:
+    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    run(main)

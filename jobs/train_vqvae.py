@@ -1,0 +1,150 @@
+#!/usr/bin/env python
+"""Train a VQ-VAE: images to a small grid of codes and back, the space in which latent diffusion works.
+
+Paper: van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, with the report's perceptual and PatchGAN losses
+Command: python jobs/train_vqvae.py --variant best --storage URI
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.commandline import run
+from jobs.dataset import cached_image_column, ensure_dataset
+from jobs.prepare import SHAPES
+from jobs.trainer import Job, RunOptions, Setup, check_new_run, parse_job, recipe_name, run_training
+from mmcore.captioners.vision import SCRATCH
+from mmcore.data.captions import TRAIN, read_captions
+from mmcore.data.columns import default_cache, open_column
+from mmcore.data.pixels import PixelRows, to_network, to_pixels
+from mmcore.errors import InputError
+from mmcore.generators.perceptual import PerceptualDistance
+from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining
+from mmcore.images import image_grid
+from mmcore.pretrained import absolute_folder, sha256_of
+from mmcore.recipe import recipe_to_json
+from mmcore.seeding import derive_seed
+from mmcore.storage import Storage
+from mmcore.training import num_steps
+
+
+def default_job(storage: Storage, name: str, variant: str, options: RunOptions | None = None) -> Job:
+    """The job of ``--variant VARIANT --name NAME --storage STORAGE``, for another job that needs a VQ-VAE first.
+
+    `options`: that job's own, for workers, threads and patience.
+    """
+    options = dataclasses.replace(options or RunOptions(), fresh=False, dry_run=False, stream=False)
+    options = dataclasses.replace(options, storage=storage.uri, name=name)
+    return Job(recipe_name(__file__), variant, VARIANTS[variant], options)
+
+
+def setup(job: Job, facts: dict[str, Any]) -> Setup:
+    """Model and rows, on a worker."""
+    recipe: VQVAERecipe = job.recipe
+    table = read_captions(job.storage, recipe.dataset, recipe.split)
+    column = open_column(Storage(facts["column"]), default_cache())
+    rows = PixelRows(table, column, flip=recipe.flip, seed=recipe.train.seed)
+    torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+    model = VQVAETraining(recipe)
+
+    def samples(model: torch.nn.Module, step: int) -> dict[str, Any]:
+        assert isinstance(model, VQVAETraining)
+        if not recipe.train.num_samples:
+            return {}
+        originals = rows.pixels(rows.validation[: recipe.train.num_samples], None)
+        weight = model.vqvae.quant_conv.weight
+        with torch.inference_mode():
+            x = to_network(torch.from_numpy(originals).to(weight.device), weight.dtype)
+            made = to_pixels(model.vqvae.decode(model.vqvae.encode(x))).cpu().numpy()
+        # Originals above their reconstructions.
+        return {"reconstructions": image_grid(np.concatenate([originals, made]), len(originals))}
+
+    return Setup(model, rows, samples)
+
+
+def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) -> None:
+    """Print sizes and steps, and where the settings depart from the report's."""
+    recipe: VQVAERecipe = job.recipe
+    model = VQVAETraining(dataclasses.replace(recipe, perceptual=None, vgg16=None, lpips_heads=None))
+    trained = sum(parameter.numel() for parameter in model.vqvae.parameters())
+    judge = sum(parameter.numel() for parameter in model.discriminator.parameters()) if model.discriminator else 0
+    frozen = sum(parameter.numel() for parameter in perceptual.parameters()) if perceptual else 0
+    channels, height, width = recipe.latent_shape
+    steps_per_epoch, total = num_steps(recipe.train, num_train)
+    print(
+        f"parameters: {trained / 1e6:.2f} M, discriminator {judge / 1e6:.2f} M, frozen for the perceptual loss "
+        f"{frozen / 1e6:.2f} M\n"
+        f"images {recipe.image_size}x{recipe.image_size}x3 -> latents {height}x{width}x{channels}, "
+        f"{recipe.num_codes:,} codes\n"
+        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
+        flush=True,
+    )
+    if job.variant == "report":
+        print(
+            "departures from the report: GroupNorm in the discriminator where it has BatchNorm (no batch statistics); "
+            "one more residual block a level in the decoder (diffusers' VQModel). A step is the report's 4 batches of 4.",
+            flush=True,
+        )
+
+
+def dry_run(job: Job, perceptual: PerceptualDistance | None) -> None:
+    """Print the resolved recipe and what would be read and written; nothing is written."""
+    recipe, storage = job.recipe, job.storage
+    print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
+    print(f"reads:  {storage}/data/{recipe.dataset}, {storage}/features (pixels, made first where missing)")
+    print(f"writes: {job.run}, copies of the pixels in {default_cache()}")
+    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
+        print("sizes and steps: known once the Shapes data is made, which this job does first")
+        return
+    describe(job, perceptual, len(read_captions(storage, recipe.dataset, recipe.split).rows(TRAIN)))
+
+
+def with_absolute_paths(recipe: VQVAERecipe) -> VQVAERecipe:
+    """A worker's working directory is not the driver's."""
+    files = {name: getattr(recipe, name) for name in ("vgg16", "lpips_heads")}
+    absolute = {name: path and str(Path(path).absolute()) for name, path in files.items()}
+    if recipe.perceptual not in (None, LPIPS_NAME):
+        absolute["perceptual"] = absolute_folder(recipe.perceptual)
+    return dataclasses.replace(recipe, **absolute)
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Make what is missing (Shapes, the column of pixels), then train. Returns the run's summary."""
+    check_new_run(job)
+    if job.options.stream:
+        raise InputError("--stream is for frozen features; a VQ-VAE reads pixels from a copy on the worker's disk")
+    recipe = with_absolute_paths(job.recipe)
+    job, storage = dataclasses.replace(job, recipe=recipe), job.storage
+    perceptual = recipe.build_perceptual()
+    if job.options.dry_run:
+        dry_run(job, perceptual)
+        return {}
+    ensure_dataset(storage, recipe.dataset)
+    table = read_captions(storage, recipe.dataset, recipe.split)
+    num_steps(recipe.train, len(table.rows(TRAIN)))  # too few rows are refused before anything is written
+    column = cached_image_column(
+        storage,
+        recipe.dataset,
+        encoder=SCRATCH,
+        image_size=recipe.image_size,
+        stall_timeout_s=job.options.stall_timeout,
+    )
+    describe(job, perceptual, len(table.rows(TRAIN)))
+    facts = {
+        "dataset_fingerprint": table.facts["fingerprint"],
+        "column": column.folder.uri,
+        "perceptual_fingerprint": perceptual and sha256_of(perceptual, None),
+    }
+    return run_training(job, setup, facts)
+
+
+def main() -> None:
+    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    run(main)

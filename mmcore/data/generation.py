@@ -1,0 +1,164 @@
+"""Captioned images as rows that a generator trains on: pixels or latents, a prompt, a timestep and noise.
+
+Everything random of a row is drawn from one generator of its own, keyed by (seed, epoch, image_id): no worker, no
+order and no restart changes it.
+
+Shapes: N rows of the dataset, K captions an image, B rows of a batch, C channels, H rows and W columns of a sample,
+T text tokens, E channels of a frozen text encoder.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from mmcore.data.captions import TRAIN, CaptionTable
+from mmcore.data.columns import Column
+from mmcore.data.pixels import to_network
+from mmcore.errors import InputError
+from mmcore.generators.text_encoder import PromptTokenizer
+from mmcore.seeding import generator
+from mmcore.training import Batch
+
+NO_TEXT = ""
+
+
+class Prompts(Protocol):
+    """The captions of a dataset in the form that a network takes."""
+
+    def batch(self, rows: Sequence[int], captions: Sequence[int | None]) -> Batch:
+        """Of each row of the dataset the caption of that number, or with None what stands for no text."""
+
+
+class PromptIds:
+    """Captions as token ids, for a text encoder that is trained along."""
+
+    def __init__(self, captions: Sequence[Sequence[str]], tokenizer: PromptTokenizer) -> None:
+        """`captions`: of each row of the dataset, in its order."""
+        ids, _ = tokenizer([text for row in captions for text in row])
+        self.ids_by_row = ids.split([len(row) for row in captions])
+        self.null_T = tokenizer([NO_TEXT])[0][0]
+
+    def batch(self, rows: Sequence[int], captions: Sequence[int | None]) -> Batch:
+        """`input_ids` int64 (B, T)."""
+        pairs = zip(rows, captions, strict=True)
+        ids = [self.null_T if caption is None else self.ids_by_row[row][caption] for row, caption in pairs]
+        return {"input_ids": torch.stack(ids)}
+
+
+class PromptEmbeddings:
+    """Captions as the cached hidden states of a frozen text encoder."""
+
+    def __init__(self, column: Column, null: np.ndarray, image_ids: Sequence[str]) -> None:
+        """`column`: fp16 (N, K, T, E); `null`: hidden states of no text, (T, E); `image_ids`: the dataset's order."""
+        places = {image_id: place for place, image_id in enumerate(column.image_ids)}
+        self.places = [places[image_id] for image_id in image_ids]
+        self.values_NKTE, self.null_TE = column.values, null.astype(column.values.dtype)
+
+    def batch(self, rows: Sequence[int], captions: Sequence[int | None]) -> Batch:
+        """`encoder_hidden_states` fp16 (B, T, E)."""
+        pairs = zip(rows, captions, strict=True)
+        values = [
+            self.null_TE if caption is None else self.values_NKTE[self.places[row], caption] for row, caption in pairs
+        ]
+        return {"encoder_hidden_states": torch.from_numpy(np.stack(values))}
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What is random of one row in one epoch."""
+
+    mirrored: bool
+    caption: int | None
+    timestep: int
+    noise: torch.Tensor
+
+
+class GenerationRows:
+    """Rows by index: `x_0`, `noise` (B, C, H, W), `timesteps` (B,) and the prompts.
+
+    In validation every row has its first caption and the same timestep and noise each time.
+    """
+
+    def __init__(
+        self,
+        table: CaptionTable,
+        views: Sequence[Column],
+        prompts: Prompts,
+        *,
+        captions_per_image: int,
+        drop_text: float,
+        flip: bool,
+        num_timesteps: int,
+        scaling_factor: float,
+        seed: int,
+    ) -> None:
+        """`views`: pixels uint8 (H, W, 3), mirrored here, or latents (C, H, W), whose mirrored view must be given.
+
+        `scaling_factor` is what latents are multiplied with; `flip` mirrors half of the images.
+        """
+        if len({view.image_ids for view in views}) != 1:
+            raise InputError("the cached views are not of the same images; remove STORAGE/features to make them anew")
+        self.are_pixels = views[0].values.dtype == np.uint8
+        assert len(views) == (2 if flip and not self.are_pixels else 1), "a mirrored latent is no latent of a mirror"
+        places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
+        self.places = [places[image_id] for image_id in table.image_ids]
+        self.views, self.prompts, self.image_ids = [view.values for view in views], prompts, table.image_ids
+        self.num_captions = [min(captions_per_image, len(captions)) for captions in table.captions]
+        self.drop_text, self.flip, self.num_timesteps = drop_text, flip, num_timesteps
+        self.scaling_factor, self.seed = scaling_factor, seed
+        shape = self.views[0].shape[1:]
+        self.x_0_shape = (shape[2], shape[0], shape[1]) if self.are_pixels else shape
+        self.train, self.validation = np.array(table.rows(TRAIN)), np.array(table.validation_rows())
+        self.num_train, self.num_validation = len(self.train), len(self.validation)
+
+    def _draw(self, row: int, epoch: int | None) -> _Draw:
+        """All draws are made always, so that no setting moves another draw."""
+        random = generator(self.seed, "row", "validation" if epoch is None else epoch, self.image_ids[row])
+        mirrored, caption, dropped = torch.rand(3, generator=random, dtype=torch.float64).tolist()
+        timestep = int(torch.randint(self.num_timesteps, (1,), generator=random))
+        noise = torch.randn(self.x_0_shape, generator=random)
+        if epoch is None:
+            return _Draw(False, 0, timestep, noise)
+        chosen = None if dropped < self.drop_text else int(caption * self.num_captions[row])
+        return _Draw(self.flip and mirrored < 0.5, chosen, timestep, noise)
+
+    def _x_0(self, rows: Sequence[int], mirrored: Sequence[bool]) -> torch.Tensor:
+        """fp32 (B, C, H, W): pixels in [-1, 1], or scaled latents."""
+        pairs = list(zip([self.places[row] for row in rows], mirrored, strict=True))
+        if self.are_pixels:
+            pixels = [self.views[0][place][:, ::-1] if mirror else self.views[0][place] for place, mirror in pairs]
+            return to_network(torch.from_numpy(np.stack(pixels)))
+        latents = np.stack([self.views[int(mirror)][place] for place, mirror in pairs])
+        return torch.from_numpy(latents).float() * self.scaling_factor
+
+    def _batch(self, rows: list[int], epoch: int | None) -> Batch:
+        draws = [self._draw(row, epoch) for row in rows]
+        return {
+            "x_0": self._x_0(rows, [draw.mirrored for draw in draws]),
+            "noise": torch.stack([draw.noise for draw in draws]),
+            "timesteps": torch.tensor([draw.timestep for draw in draws]),
+            **self.prompts.batch(rows, [draw.caption for draw in draws]),
+        }
+
+    def train_batch(self, indices: np.ndarray, epoch: int) -> Batch:
+        return self._batch(self.train[indices].tolist(), epoch)
+
+    def validation_batch(self, indices: np.ndarray) -> Batch:
+        return self._batch(self.validation[indices].tolist(), None)
+
+    def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch] | None:
+        return None
+
+
+def scaling_factor(latents: np.ndarray) -> float:
+    """What scales latents (N, C, H, W) to a standard deviation of 1, as diffusers' autoencoders name it.
+
+    Raises InputError where they do not vary: the autoencoder has collapsed.
+    """
+    deviation = float(latents.astype(np.float64).std())
+    if not deviation > 0:
+        raise InputError("the latents of the VQ-VAE are all alike: its training collapsed; train it anew")
+    return 1 / deviation

@@ -1,0 +1,211 @@
+"""Prompts for a sweep of images: files of prompts, and the prompts on which the report's generators are judged.
+
+A file holds one prompt a line (``.txt``) or a column ``prompt``, and where they are given ``image_id`` and ``seed``
+(``.csv`` with a header, ``.jsonl``, ``.parquet``). Two names stand for prepared data: ``flickr8k:report-test``, the
+first captions of the 1,091 images that the report's generators never saw, and ``shapes-test``.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.errors import InputError
+from mmcore.metrics.predictions import decode_lines, read_bytes, read_prepared
+from mmcore.seeding import derive_seed
+from mmcore.storage import Storage
+
+FLICKR8K_TEST, SHAPES_TEST = "flickr8k:report-test", "shapes-test"
+COLUMNS = ("prompt", "image_id", "seed")
+MAX_SEED = 2**63 - 1
+# An image_id is the name of a file and of an object; with ".png" and a temporary ending it stays below 255 bytes.
+IMAGE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What decides one image, whatever else is made beside it."""
+
+    image_id: str
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt as it was found; `place` is its file and line."""
+
+    place: str
+    prompt: Any
+    image_id: Any = None
+    seed: Any = None
+
+
+def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, count: int | None = None) -> list[Prompt]:
+    """The first `count` prompts of `source`, or all.
+
+    Args:
+        source: a local path or URI ending in .txt, .csv, .jsonl or .parquet, or one of the two names.
+        storage: holds the prepared data of a name. The Shapes need none: without it they are those of seed 0, as
+            many as are wanted, drawn from the test split, half of whose scenes have a pair of colour and shape
+            that is in no training image.
+        seed: an image without a seed of its own gets one derived from this number and its image_id.
+
+    Raises InputError that names file and line.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"--seed {seed}: must lie between 0 and {MAX_SEED}")
+    if count is not None and count < 1:
+        raise InputError(f"--count {count}: must be at least 1")
+    rows = list(_rows(source, storage, count))
+    if not rows:
+        raise InputError(f"{source}: holds no prompts")
+    if count is not None and count > len(rows):
+        raise InputError(f"--count {count}: {source} holds {len(rows)} prompts; ask for no more, or give more prompts")
+    width = max(6, len(str(len(rows) - 1)))
+    places: dict[str, str] = {}
+    prompts = []
+    for index, row in enumerate(rows):
+        prompt = _checked(row, f"{index:0{width}d}", seed)
+        if prompt.image_id in places:
+            raise InputError(
+                f"{row.place}: image_id {prompt.image_id!r} is that of {places[prompt.image_id]} too; give each image "
+                "its own"
+            )
+        places[prompt.image_id] = row.place
+        prompts.append(prompt)
+    return prompts[:count]
+
+
+def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
+    prompt, image_id, seed = row.prompt, row.image_id, row.seed
+    # Half a surrogate pair, which JSON can spell, is no character and cannot be written down.
+    if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt or not _is_encodable(prompt):
+        raise InputError(f"{row.place}: prompt is {prompt!r}; give some text")
+    image_id = default_id if image_id is None else image_id
+    if not isinstance(image_id, str) or not IMAGE_ID.fullmatch(image_id):
+        raise InputError(
+            f"{row.place}: image_id is {image_id!r}, and it names the image's file: give up to 200 of the letters "
+            "a-z A-Z 0-9 . _ - = + @ that begin with a letter, a digit or _"
+        )
+    if seed is None:
+        seed = derive_seed(sweep_seed, image_id)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"{row.place}: seed is {seed!r}; give a whole number from 0 to {MAX_SEED}")
+    return Prompt(image_id, prompt, seed)
+
+
+def _is_encodable(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
+
+
+def _rows(source: str, storage: str | None, count: int | None) -> Iterator[_Row]:
+    if source == FLICKR8K_TEST:
+        if storage is None:
+            raise InputError(f"--prompts {source}: give --storage URI with the prepared flickr8k")
+        yield from _prepared_rows(storage, "flickr8k", "split_report_generation")
+        return
+    if source == SHAPES_TEST:
+        if storage is None:
+            scenes = ShapesSettings(num_test=ShapesSettings().num_test if count is None else count)
+            made = (shapes_row(scenes, "test", index) for index in range(scenes.num_test))
+            yield from (_Row(source, row["captions"][0], row["image_id"]) for row in made)
+        else:
+            yield from _prepared_rows(storage, "shapes", "split")
+        return
+    if storage is not None:
+        raise InputError(f"--storage {storage}: is read for --prompts {FLICKR8K_TEST} and {SHAPES_TEST} only")
+    readers = {".txt": _txt_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    for ending, reader in readers.items():
+        if source.lower().endswith(ending):
+            yield from reader(source)
+            return
+    raise InputError(
+        f"--prompts {source}: expected a file ending in {', '.join(readers)}, or {FLICKR8K_TEST} or {SHAPES_TEST}"
+    )
+
+
+def _prepared_rows(storage: str, dataset: str, split: str) -> Iterator[_Row]:
+    """The first captions of a prepared dataset's test images, in its order."""
+    table = read_prepared(storage, dataset, ["image_id", "captions", split])
+    place = f"{Storage(storage)}/data/{dataset}"
+    for row in table.to_pylist():
+        if row[split] == "test":
+            yield _Row(place, row["captions"][0], row["image_id"])
+
+
+def _txt_rows(source: str) -> Iterator[_Row]:
+    lines = decode_lines(read_bytes(source), source)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        yield _Row(f"{source}:{number}", line.strip())
+
+
+def _csv_rows(source: str) -> Iterator[_Row]:
+    lines = decode_lines(read_bytes(source), source)
+    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+    # The reader's count at the end of a row is where the next one begins, as a quoted prompt may hold line ends.
+    header: list[str] | None = None
+    start = 1
+    try:
+        for fields in reader:
+            place, start = f"{source}:{start}", reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = [name.strip() for name in fields]
+                _check_names(header, place)
+                continue
+            if len(fields) != len(header):
+                raise InputError(
+                    f"{place}: {len(fields)} fields where the header has {len(header)} ({','.join(header)}); put a "
+                    "prompt with a comma in it into double quotes"
+                )
+            row: dict[str, Any] = {name: field or None for name, field in zip(header, fields, strict=True)}
+            if row.get("seed") is not None and re.fullmatch(r"[0-9]+", row["seed"]):
+                row["seed"] = int(row["seed"])
+            yield _Row(place, **row)
+    except csv.Error as error:
+        raise InputError(f"{source}:{reader.line_num}: broken CSV: {error}") from None
+
+
+def _jsonl_rows(source: str) -> Iterator[_Row]:
+    for number, line in enumerate(decode_lines(read_bytes(source), source), start=1):
+        if not line.strip():
+            continue
+        place = f"{source}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place}: broken JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{place}: expected an object such as {{"prompt": "a dog"}}, got {line[:60]!r}')
+        _check_names(list(row), place)
+        yield _Row(place, **row)
+
+
+def _parquet_rows(source: str) -> Iterator[_Row]:
+    try:
+        table = pq.read_table(io.BytesIO(read_bytes(source)))
+    except pa.ArrowException as error:
+        raise InputError(f"{source}: broken Parquet: {str(error).splitlines()[0]}") from None
+    _check_names(table.column_names, source)
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield _Row(f"{source}: row {number}", **row)
+
+
+def _check_names(names: list[str], place: str) -> None:
+    """InputError for a missing, repeated or unknown column: a mistyped `image_id` must not be passed over."""
+    unknown = [name for name in names if name not in COLUMNS]
+    if "prompt" not in names or unknown or len(set(names)) != len(names):
+        raise InputError(
+            f"{place}: columns {', '.join(map(repr, names))}; expected prompt, and if wanted image_id, seed"
+        )

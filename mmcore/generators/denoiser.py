@@ -1,0 +1,157 @@
+"""The network of every diffusion recipe: diffusers' conditional U-Net and the trainable part of the text's way into it.
+
+It denoises pixels or latents alike; what x_0 is, and how it becomes an image, is the recipe's.
+
+Shapes: B samples, C channels, H rows, W columns, T text tokens, D channels of a text token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcore.errors import InputError
+from mmcore.generators.diffusion import NoiseSchedule, SamplerName, guided, make_sampler, sample
+from mmcore.generators.text_encoder import TextContext, TextInputs, TextSettings
+
+# Groups of every GroupNorm, diffusers' default.
+_NORM_GROUPS = 32
+# Positions up to which plain attention is faster on a CPU than PyTorch's fused one, whose backward pass took 36 % of a
+# step; above it the attention matrix would not fit.
+_PLAIN_ATTENTION_POSITIONS = 32 * 32
+
+
+@dataclass(frozen=True)
+class UNetSettings:
+    """Sizes of diffusers' `UNet2DConditionModel`."""
+
+    channels: tuple[int, ...] = (64, 128, 256, 256)
+    """Channels of each level, from the finest on; each further level halves the side."""
+    layers_per_block: int = 2
+    """Residual blocks of a level on the way down (one more on the way up)."""
+    attention_levels: tuple[int, ...] = (0, 1)
+    """Levels that attend to the text and within the image; 0 is the finest. The middle always attends."""
+    num_heads: int = 8
+    """Heads of each attention."""
+    time_width: int | None = None
+    """Width of the timestep's embedding; None is four times the first level's channels."""
+
+    def __post_init__(self) -> None:
+        if not self.channels or any(channels < 1 or channels % _NORM_GROUPS for channels in self.channels):
+            raise InputError(f"channels {self.channels} must be multiples of {_NORM_GROUPS}; mend it with --channels")
+        for name in ("layers_per_block", "num_heads"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
+        if not set(self.attention_levels) <= set(range(len(self.channels))):
+            raise InputError(
+                f"attention_levels {self.attention_levels}: there are levels 0 to {len(self.channels) - 1}; mend it "
+                "with --attention-levels"
+            )
+        attending = [self.channels[level] for level in {*self.attention_levels, len(self.channels) - 1}]
+        if any(channels % self.num_heads for channels in attending):
+            raise InputError(
+                f"num_heads {self.num_heads} does not divide the {attending} channels of the levels that attend; "
+                "mend it with --num-heads or --channels"
+            )
+
+    def build(self, x_0_shape: tuple[int, int, int], context_width: int) -> Any:
+        """The U-Net for samples of (C, H, W). Raises InputError for a side that its levels do not halve evenly."""
+        from diffusers import UNet2DConditionModel
+        from diffusers.models.attention_processor import AttnProcessor
+
+        num_channels, height, width = x_0_shape
+        factor = 2 ** (len(self.channels) - 1)
+        if height % factor or width % factor:
+            raise InputError(
+                f"channels {self.channels}: {len(self.channels)} levels need sides divisible by {factor}, and samples "
+                f"are {height} x {width}; mend it with --channels"
+            )
+        attends = [level in self.attention_levels for level in range(len(self.channels))]
+        unet: Any = UNet2DConditionModel(
+            sample_size=height,
+            in_channels=num_channels,
+            out_channels=num_channels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in attends),
+            up_block_types=tuple("CrossAttnUpBlock2D" if each else "UpBlock2D" for each in reversed(attends)),
+            block_out_channels=self.channels,
+            layers_per_block=self.layers_per_block,
+            norm_num_groups=_NORM_GROUPS,
+            cross_attention_dim=context_width,
+            # By a mistake that became an interface, this is the number of heads.
+            attention_head_dim=self.num_heads,
+            time_embedding_dim=self.time_width,
+        )
+        finest = min(self.attention_levels, default=len(self.channels) - 1)
+        positions = (height >> finest) * (width >> finest)
+        if not torch.cuda.is_available() and positions <= _PLAIN_ATTENTION_POSITIONS:
+            unet.set_attn_processor(AttnProcessor())
+        # Convolutions are several times as fast so, on a CPU in bf16 and on a GPU.
+        return unet.to(memory_format=torch.channels_last)
+
+
+class Denoiser(nn.Module):
+    """Predicts the noise, or v, of noisy samples from their prompts."""
+
+    def __init__(
+        self,
+        unet: UNetSettings,
+        noise: NoiseSchedule,
+        text: TextSettings,
+        inputs: TextInputs,
+        x_0_shape: tuple[int, int, int],
+    ) -> None:
+        """`x_0_shape`: (C, H, W) of a sample."""
+        super().__init__()
+        self.noise, self.x_0_shape = noise, x_0_shape
+        self.text = TextContext(text, inputs)
+        self.unet = unet.build(x_0_shape, self.text.width)
+
+    def predict(self, x: Tensor, timesteps: Tensor | int, context: Tensor) -> Tensor:
+        """Noisy samples (B, C, H, W), timesteps (B,) or one for all, text (B, T, D) -> prediction (B, C, H, W)."""
+        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last)
+        return self.unet(x, timesteps, context).sample
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the samples of the batch.
+
+        Args:
+            batch: `x_0` and `noise` (B, C, H, W), `timesteps` int64 (B,), and the text as `TextContext` takes it.
+        Returns: `loss` (the weighted mean squared error of each sample, summed), `count` (samples).
+        """
+        x_0, noise, timesteps = batch["x_0"], batch["noise"], batch["timesteps"]
+        x_t = self.noise.add_noise(x_0, noise, timesteps)
+        losses = self.noise.losses(self.predict(x_t, timesteps, self.text(batch)), x_0, noise, timesteps)
+        return {"loss": losses.sum(), "count": torch.tensor(len(x_0), device=losses.device)}
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: dict[str, Tensor],
+        null: dict[str, Tensor],
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        sampler: SamplerName = "ddim",
+        clip: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Samples of x_0, fp32 (B, C, H, W), each decided by its prompt and its seed alone.
+
+        `prompts` and `null` hold the text as `forward` takes it, B prompts and B times what stands for none; `clip` as
+        in `make_sampler`.
+        """
+        context = self.text(prompts)
+        null_context = context if guidance_scale == 1 else self.text(null)
+        return sample(
+            guided(self.predict, context, null_context, guidance_scale),
+            self.x_0_shape,
+            seeds,
+            make_sampler(sampler, self.noise, clip=clip),
+            num_inference_steps,
+            device=next(self.parameters()).device,
+            on_step=on_step,
+        )

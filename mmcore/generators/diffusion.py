@@ -1,0 +1,197 @@
+"""The mathematics of diffusion, without a network: noise, targets, losses and sampling.
+
+DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), v-prediction (Salimans & Ho 2022,
+https://arxiv.org/abs/2202.00512, section 4), min-SNR weights (Hang et al. 2023, https://arxiv.org/abs/2303.09556,
+section 3.4), classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6).
+The schedulers are diffusers'.
+
+Shapes: B samples, C channels, H rows, W columns, T text tokens, D channels of a text token.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmcore.errors import InputError
+
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
+Denoise = Callable[[Tensor, int], Tensor]
+"""Noisy samples (B, C, H, W) and their timestep -> what the network predicts, (B, C, H, W)."""
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How noise is added, what the network predicts of it, and how the timesteps are weighted."""
+
+    num_timesteps: int = 1000
+    """Steps of the diffusion, T."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """Variance added at each step; squaredcos_cap_v2 (the cosine schedule) has no start and end of its own."""
+    beta_start: float = 1e-4
+    """First variance of linear and scaled_linear."""
+    beta_end: float = 0.02
+    """Last variance of linear and scaled_linear."""
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the network predicts: the noise, or v = alpha noise - sigma x_0."""
+    min_snr_gamma: float | None = None
+    """Cap of the signal-to-noise ratio in the weights of the loss; None weights all timesteps alike."""
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 1:
+            raise InputError(f"num_timesteps {self.num_timesteps} must be at least 1; mend it with --num-timesteps")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise InputError(
+                f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise within 0 and 1; mend them with "
+                "--beta-start and --beta-end"
+            )
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be above 0; mend it with --min-snr-gamma")
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The arguments that every scheduler of diffusers takes."""
+        return {
+            "num_train_timesteps": self.num_timesteps,
+            "beta_schedule": self.beta_schedule,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "prediction_type": self.prediction,
+            # From the very last timestep on, which is (nearly) pure noise, as the first noise is (Lin et al. 2023).
+            "timestep_spacing": "trailing",
+        }
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = alpha x_0 + sigma noise (DDPM, eq. 4); all (B, C, H, W), `timesteps` int64 (B,)."""
+        return _training_scheduler(self).add_noise(x_0, noise, timesteps)
+
+    def targets(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict, (B, C, H, W)."""
+        if self.prediction == "epsilon":
+            return noise
+        return _training_scheduler(self).get_velocity(x_0, noise, timesteps)
+
+    def signal_to_noise(self, timesteps: Tensor) -> Tensor:
+        """alpha² / sigma² of each timestep, float64 (B,)."""
+        alpha_bar = _training_scheduler(self).alphas_cumprod.to(timesteps.device)[timesteps].double()
+        return alpha_bar / (1 - alpha_bar)
+
+    def loss_weights(self, timesteps: Tensor) -> Tensor:
+        """The weight of each sample's squared error, float64 (B,).
+
+        Min-SNR weights the error of x_0 by min(SNR, gamma); as the error of the noise is SNR times that of x_0, and
+        the error of v is SNR + 1 times that, theirs is divided by as much.
+        """
+        if self.min_snr_gamma is None:
+            return torch.ones(timesteps.shape, dtype=torch.float64, device=timesteps.device)
+        snr = self.signal_to_noise(timesteps)
+        return snr.clamp_max(self.min_snr_gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
+    def losses(self, predicted: Tensor, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The weighted mean squared error of each sample, (B,), in fp32 at least."""
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        errors = (predicted.to(dtype) - self.targets(x_0, noise, timesteps).to(dtype)).square().flatten(1).mean(1)
+        return errors * self.loss_weights(timesteps).to(dtype)
+
+
+@functools.cache
+def _training_scheduler(schedule: NoiseSchedule) -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**schedule.scheduler_config())
+
+
+def make_sampler(name: SamplerName, schedule: NoiseSchedule, *, clip: bool = False) -> Any:
+    """The scheduler of diffusers that samples what was trained with `schedule`.
+
+    `clip` keeps the x_0 that each step estimates within [-1, 1], where pixels are.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    config = schedule.scheduler_config()
+    if name == "dpmsolver++":
+        # A dynamic threshold that may not rise above 1 is a fixed one.
+        return DPMSolverMultistepScheduler(**config, thresholding=clip, sample_max_value=1.0)
+    kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}.get(name)
+    if kind is None:
+        raise InputError(f"sampler {name!r}: choose one of ddpm, ddim, dpmsolver++")
+    return kind(**config, clip_sample=clip)
+
+
+def _takes(method: Callable[..., Any], argument: str) -> bool:
+    """How diffusers' own pipelines tell its schedulers apart."""
+    return argument in inspect.signature(method).parameters
+
+
+def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
+    """Choose the timesteps that `sampler` visits. Raises InputError for a number that it cannot take."""
+    total = sampler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= total:
+        raise InputError(f"{num_inference_steps} sampling steps: give 1 to {total}, the timesteps of the training")
+    if _takes(sampler.set_timesteps, "timesteps"):
+        # Computed here: in diffusers' own spacing a quotient that is rounded can lead to a timestep of -1.
+        timesteps = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
+        sampler.set_timesteps(timesteps=timesteps)
+        return
+    if total % num_inference_steps:
+        # DDIM's step goes from t to t - T // steps; between other timesteps it would leave noise behind.
+        fitting = [steps for steps in range(1, total + 1) if total % steps == 0]
+        below = max(steps for steps in fitting if steps < num_inference_steps)
+        above = min(steps for steps in fitting if steps > num_inference_steps)
+        raise InputError(
+            f"{num_inference_steps} sampling steps: ddim takes a divisor of the {total} timesteps, such as {below} or "
+            f"{above}; dpmsolver++ takes any number"
+        )
+    sampler.set_timesteps(num_inference_steps)
+
+
+def guided(predict: Callable[[Tensor, int, Tensor], Tensor], context: Tensor, null: Tensor, scale: float) -> Denoise:
+    """A denoiser under classifier-free guidance: null + scale (conditional - null).
+
+    `predict(x, timestep, context)` is the network; `context` and `null` (B, T, D) are the prompts and what stands
+    for no prompt. A scale of 1 is no guidance, and then no second half is computed.
+    """
+    if scale == 1:
+        return lambda x, timestep: predict(x, timestep, context)
+    both = torch.cat([null, context])
+
+    def denoise(x: Tensor, timestep: int) -> Tensor:
+        unconditional, conditional = predict(torch.cat([x, x]), timestep, both).to(x.dtype).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return denoise
+
+
+@torch.inference_mode()
+def sample(
+    denoise: Denoise,
+    shape: tuple[int, int, int],
+    seeds: Sequence[int],
+    sampler: Any,
+    num_inference_steps: int,
+    *,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """x_0 (B, C, H, W) in fp32 on `device`, from noise that each sample's own seed decides.
+
+    One CPU generator a sample gives its first noise and that of every step, so what becomes of a sample depends
+    neither on its batch-mates nor on the device's generator. `shape`: (C, H, W). `on_step(done, total)` is called
+    after each step; what it raises ends the sampling.
+    """
+    set_timesteps(sampler, num_inference_steps)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    options: dict[str, Any] = {"generator": generators}
+    if _takes(sampler.step, "use_clipped_model_output"):
+        # DDIM's alone: the noise that belongs to the clipped x_0, as the others take it always.
+        options["use_clipped_model_output"] = sampler.config.clip_sample
+    for done, timestep in enumerate(sampler.timesteps, start=1):
+        predicted = denoise(x, int(timestep)).to(x.dtype)
+        x = sampler.step(predicted, timestep, x, **options).prev_sample
+        if on_step is not None:
+            on_step(done, len(sampler.timesteps))
+    return x

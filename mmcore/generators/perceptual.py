@@ -1,0 +1,146 @@
+"""Perceptual distance: how far two images are apart in the features of a frozen network.
+
+`LPIPS` is Zhang et al. 2018 (arXiv 1801.03924, equation 1) over VGG-16, with the published weights read from files (the
+``lpips`` package needs torchvision). `FeatureDistance` is the same without the learned channel weights, over any
+convolutional vision model of Hugging Face, by name or folder.
+
+Shapes: B images, P pixels a side, C channels, H and W sides of a feature map.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmcore.captioners.vision import FrozenVisionEncoder
+from mmcore.errors import InputError
+
+# torchvision's vgg16: places of its convolutions in `features`, and after which ones LPIPS looks (relu1_2 ... relu5_3).
+_VGG16_CHANNELS = {
+    0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+    17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
+}  # fmt: skip
+_LAST_OF_STAGE = (2, 7, 14, 21, 28)
+# The reference implementation's normalisation of images in [-1, 1].
+_LPIPS_SHIFT, _LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+# What the two formats raise on a file that is none of them.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
+# Guards the unit vectors against a feature of length zero.
+_EPSILON = 1e-10
+
+
+def _squared_differences(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+    """Squared differences of features scaled to unit length over their channels: (B, C, H, W), at least fp32."""
+    real = torch.promote_types(a_BCHW.dtype, torch.float32)
+    a_BCHW, b_BCHW = (F.normalize(each.to(real), dim=1, eps=_EPSILON) for each in (a_BCHW, b_BCHW))
+    return (a_BCHW - b_BCHW).square()
+
+
+class PerceptualDistance(nn.Module):
+    """Never trained: no gradient reaches the weights, and BatchNorm always uses its stored statistics."""
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        return super().train(False)
+
+
+class FeatureDistance(PerceptualDistance):
+    """Mean over resolutions of the squared distance of unit features, from the last feature map of each resolution."""
+
+    def __init__(self, name: str, image_size: int) -> None:
+        """Raises InputError where `name` is no convolutional vision model."""
+        super().__init__()
+        encoder = FrozenVisionEncoder(name, image_size, flag="--perceptual")
+        self.network = encoder.model
+        for what, values in (("mean", encoder.mean), ("std", encoder.std)):
+            self.register_buffer(what, torch.tensor(values).view(1, 3, 1, 1))
+        self.freeze()
+        with torch.no_grad():
+            maps = self._features(torch.zeros(1, 3, image_size, image_size))
+        if not maps:
+            raise InputError(f"--perceptual {name!r}: no feature maps there; name a convolutional vision model")
+
+    def _features(self, x_B3PP: Tensor) -> list[Tensor]:
+        normalised = ((x_B3PP + 1) / 2 - self.mean) / self.std  # type: ignore[operator]
+        # In fp32 on a CPU, where depthwise convolutions are slow in bf16.
+        enabled = torch.is_autocast_enabled(x_B3PP.device.type) and x_B3PP.device.type != "cpu"
+        with torch.autocast(x_B3PP.device.type, enabled=enabled):
+            hidden = self.network(normalised, output_hidden_states=True).hidden_states
+        return list({each.shape[2:]: each for each in hidden if each.ndim == 4}.values())
+
+    def forward(self, a_B3PP: Tensor, b_B3PP: Tensor) -> Tensor:
+        """Images in [-1, 1] -> their distances (B,)."""
+        pairs = zip(self._features(a_B3PP), self._features(b_B3PP), strict=True)
+        return torch.stack([_squared_differences(a, b).sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
+
+
+class LPIPS(PerceptualDistance):
+    """LPIPS 0.1 over VGG-16."""
+
+    def __init__(self, vgg16: str, heads: str) -> None:
+        """`vgg16`: torchvision's state dict; `heads`: the ``lpips`` package's ``weights/v0.1/vgg.pth``; each a
+        safetensors or .pth file. Raises InputError where a weight is missing there."""
+        super().__init__()
+        convolutions = _read_weights(vgg16, "--vgg16")
+        self.convolutions = nn.ModuleDict()
+        for place, (before, after) in _VGG16_CHANNELS.items():
+            layer = nn.Conv2d(before, after, 3, padding=1)
+            for what, parameter in layer.named_parameters():
+                _fill(parameter, convolutions, f"features.{place}.{what}", vgg16, "--vgg16")
+            self.convolutions[str(place)] = layer
+        heads_of = _read_weights(heads, "--lpips-heads")
+        self.heads = nn.ModuleList()
+        for stage, place in enumerate(_LAST_OF_STAGE):
+            head = nn.Conv2d(_VGG16_CHANNELS[place][1], 1, 1, bias=False)
+            for parameter in head.parameters():
+                _fill(parameter, heads_of, f"lin{stage}.model.1.weight", heads, "--lpips-heads")
+            self.heads.append(head)
+        self.register_buffer("shift", torch.tensor(_LPIPS_SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(_LPIPS_SCALE).view(1, 3, 1, 1))
+        self.freeze()
+
+    def _features(self, x_B3PP: Tensor) -> list[Tensor]:
+        x = (x_B3PP - self.shift) / self.scale  # type: ignore[operator]
+        stages = []
+        for place in _VGG16_CHANNELS:
+            x = F.relu(self.convolutions[str(place)](x))
+            if place in _LAST_OF_STAGE:
+                stages.append(x)
+                x = F.max_pool2d(x, 2)
+        return stages
+
+    def forward(self, a_B3PP: Tensor, b_B3PP: Tensor) -> Tensor:
+        """Images in [-1, 1] -> their distances (B,)."""
+        distances = []
+        for a, b, head in zip(self._features(a_B3PP), self._features(b_B3PP), self.heads, strict=True):
+            weights_C = head.weight.view(1, -1, 1, 1)  # type: ignore[operator]
+            distances.append((_squared_differences(a, b) * weights_C).sum(1).mean((1, 2)))
+        return torch.stack(distances).sum(0)
+
+
+def _read_weights(path: str, flag: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file of weights")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{flag} {path!r}: not a file of weights ({reason})") from None
+
+
+def _fill(parameter: nn.Parameter, weights: dict[str, Tensor], name: str, path: str, flag: str) -> None:
+    found = weights.get(name)
+    if found is None or found.shape != parameter.shape:
+        has = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+        raise InputError(f"{flag} {path!r}: {name} {has} where {tuple(parameter.shape)} is needed")
+    with torch.no_grad():
+        parameter.copy_(found)

@@ -1,0 +1,136 @@
+"""The report's "our diffusion": a conditional U-Net on pixels, with a frozen or a jointly trained text encoder."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from mmcore.errors import InputError
+from mmcore.generators.denoiser import Denoiser, UNetSettings
+from mmcore.generators.diffusion import NoiseSchedule
+from mmcore.generators.text_encoder import TextInputs, TextSettings
+from mmcore.recipe import TrainSettings
+
+
+@dataclass(frozen=True)
+class PixelDiffusionRecipe:
+    """BERT (frozen), projection, U-Net on pixels; the defaults are the report's settings."""
+
+    dataset: str = "flickr8k"
+    """Name of the prepared dataset under STORAGE/data/."""
+    split: str = "split_report_generation"
+    """Column of the dataset that says which rows train."""
+    captions_per_image: int = 1
+    """Captions of each image that are trained on, one drawn at random each time: the first 1, or up to 5."""
+    image_size: int = 128
+    """Pixels a side."""
+    flip: bool = True
+    """Mirror half of the images, drawn anew each epoch."""
+    drop_text: float = 0.0
+    """Share of the captions that are replaced by no text, for classifier-free guidance."""
+    sample_steps: int = 50
+    """Sampling steps of the images that are written at each validation."""
+    sample_guidance: float = 1.0
+    """Guidance scale of those images; 1 is none."""
+    unet: UNetSettings = field(default_factory=UNetSettings)
+    """The network."""
+    noise: NoiseSchedule = field(default_factory=NoiseSchedule)
+    """The diffusion."""
+    text: TextSettings = field(
+        default_factory=lambda: TextSettings(text_encoder="bert-base-uncased", max_tokens=24, projection_width=512)
+    )
+    """The text."""
+    train: TrainSettings = field(
+        default_factory=lambda: TrainSettings(
+            num_epochs=5,
+            batch_size=32,
+            optimizer="adamw",
+            lr=1e-4,
+            weight_decay=0.01,
+            schedule="cosine",
+            warmup_steps=500,
+            clip_grad_norm=1.0,
+            seed=42,
+            num_samples=16,
+        )
+    )
+    """How it is optimised."""
+
+    def __post_init__(self) -> None:
+        for name in ("captions_per_image", "image_size", "sample_steps"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
+        check_guidance(self.drop_text, self.sample_guidance)
+
+    def build(self, inputs: TextInputs, x_0_shape: tuple[int, int, int]) -> Denoiser:
+        """The network. `x_0_shape`: (3, P, P) with P `image_size`."""
+        return Denoiser(self.unet, self.noise, self.text, inputs, x_0_shape)
+
+
+def check_guidance(drop_text: float, sample_guidance: float) -> None:
+    """Raise InputError for a share out of range, or for guidance of a network that never sees a prompt missing."""
+    if not 0 <= drop_text < 1:
+        raise InputError(f"drop_text {drop_text} must be from 0 to below 1; mend it with --drop-text")
+    if sample_guidance != 1 and drop_text == 0:
+        raise InputError(
+            f"sample_guidance {sample_guidance} needs captions that are dropped in training, and drop_text is 0; mend "
+            "it with --drop-text 0.1 or --sample-guidance 1"
+        )
+
+
+_REPORT = PixelDiffusionRecipe()
+_BEST = dataclasses.replace(
+    _REPORT,
+    captions_per_image=5,
+    image_size=64,
+    drop_text=0.1,
+    sample_guidance=3.0,
+    # Attention where there are at most 16² positions.
+    unet=UNetSettings(channels=(32, 96, 192, 256), layers_per_block=1, attention_levels=(2, 3), num_heads=4),
+    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by.
+    noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction", min_snr_gamma=5.0),
+    text=TextSettings(max_tokens=40, text_width=192, text_layers=3, text_heads=4),
+    train=TrainSettings(
+        num_epochs=60,
+        batch_size=32,
+        lr=3e-4,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup_steps=500,
+        ema_decay=0.999,
+        seed=42,
+        validate_every_epochs=5,
+        num_samples=16,
+    ),
+)
+_SHAPES = dataclasses.replace(
+    _BEST,
+    dataset="shapes",
+    split="split",
+    image_size=32,
+    # A mirrored image would make "left" mean right.
+    flip=False,
+    sample_steps=25,
+    unet=UNetSettings(channels=(32, 96, 160), layers_per_block=1, attention_levels=(1, 2), num_heads=4),
+    # What is where, and in which colour, is decided in the noisiest steps, which min-SNR weights least.
+    noise=dataclasses.replace(_BEST.noise, min_snr_gamma=None),
+    text=TextSettings(max_tokens=32, text_width=128, text_layers=2, text_heads=4),
+    train=dataclasses.replace(
+        _BEST.train,
+        num_epochs=12,
+        lr=1e-3,
+        warmup_steps=100,
+        ema_decay=0.995,
+        validate_every_epochs=2,
+    ),
+)
+_SMOKE = dataclasses.replace(
+    _SHAPES,
+    sample_steps=4,
+    unet=UNetSettings(channels=(32, 32), layers_per_block=1, attention_levels=(1,), num_heads=2),
+    text=TextSettings(max_tokens=16, text_width=32, text_layers=1, text_heads=2),
+    train=dataclasses.replace(
+        _SHAPES.train, num_epochs=1, max_steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, num_samples=4
+    ),
+)
+VARIANTS: dict[str, PixelDiffusionRecipe] = {"report": _REPORT, "best": _BEST, "shapes": _SHAPES, "smoke": _SMOKE}

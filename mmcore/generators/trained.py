@@ -1,0 +1,130 @@
+"""A trained text-to-image generator, read back from its run folder: prompts and seeds in, images out."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmcore import checkpoint
+from mmcore.catalogue import GENERATORS
+from mmcore.data.generation import NO_TEXT
+from mmcore.data.pixels import to_pixels
+from mmcore.errors import InputError
+from mmcore.generators.diffusion import SamplerName
+from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs
+from mmcore.generators.vqvae import TrainedVQVAE
+from mmcore.recipe import recipe_from_json
+from mmcore.storage import Storage
+
+# Folders under model/ of what a run needs beside its weights.
+TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
+
+
+class TrainedGenerator:
+    """The best weights of a finished run, with the frozen parts that it was trained on."""
+
+    def __init__(
+        self,
+        run: Storage,
+        *,
+        device: str = "cpu",
+        text_encoder: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`text_encoder`: where the frozen encoder lies on this machine, if not where the run had it. `dtype`: bfloat16
+        computes under autocast, faster and with images that depend on the size of the batch.
+
+        Raises InputError where `run` is no finished run of a generator, or the text encoder is another one.
+        """
+        where = f"{run}/model/recipe.json"
+        try:
+            facts = json.loads(run.read("model/recipe.json"))
+        except FileNotFoundError:
+            raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
+        recipe_type = GENERATORS.get(facts["recipe"])
+        if recipe_type is None:
+            raise InputError(f"{where}: recipe {facts['recipe']!r} is no generator; known: {', '.join(GENERATORS)}")
+        self.recipe = recipe_from_json(recipe_type, facts["settings"], where)
+        self.device, self.dtype = torch.device(device), dtype
+        self.resolution: int = facts["resolution"]
+        self.scaling_factor: float = facts["scaling_factor"]
+        self.model = self.recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            run.download("model/model.safetensors", path)
+            checkpoint.load_trainable(self.model, load_file(path), str(run))
+        self.model.eval().requires_grad_(False).to(self.device)
+        assets = run / "model"
+        # Without one, x_0 is the image itself.
+        self.vqvae = TrainedVQVAE(assets / VQVAE_ASSET, device).model if facts["vqvae_fingerprint"] else None
+        self.tokenizer: PromptTokenizer | None = None
+        self.text_encoder: FrozenTextEncoder | None = None
+        text = self.recipe.text
+        if text.is_scratch:
+            if text_encoder is not None:
+                raise InputError(f"--text-encoder {text_encoder!r}: this run's was trained with it; leave the flag out")
+            self.tokenizer = PromptTokenizer.read(assets / TOKENIZER_ASSET, text.max_tokens)
+            return
+        self.text_encoder = FrozenTextEncoder(text_encoder or text.text_encoder, text.max_tokens, device)
+        if self.text_encoder.fingerprint() != facts["text_fingerprint"]:
+            raise InputError(
+                f"{where}: trained on another text encoder than {self.text_encoder.name!r}: its weights or its "
+                "tokenizer differ; name the right one with --text-encoder"
+            )
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts as the network takes them."""
+        if self.text_encoder is not None:
+            return {"encoder_hidden_states": self.text_encoder(prompts)}
+        assert self.tokenizer is not None
+        return {"input_ids": self.tokenizer(prompts)[0].to(self.device)}
+
+    def images(self, x_0: Tensor) -> Tensor:
+        """x_0 as the network makes it, (B, C, H, W) -> images in [-1, 1], (B, 3, P, P)."""
+        return x_0 if self.vqvae is None else self.vqvae.decode(x_0 / self.scaling_factor)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        sampler: SamplerName = "ddim",
+        negative_prompts: Sequence[str] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """An image for each prompt and seed: uint8 (B, H, W, 3).
+
+        An image depends on its prompt, its seed and the other arguments, not on its batch-mates. `negative_prompts`
+        are what guidance leads away from (nothing by default); `on_step(done, total)` is called after each step, and
+        what it raises ends the work. Raises InputError for a number of steps that the sampler does not take, and for
+        guidance without which the run was trained.
+        """
+        if not len(prompts) == len(seeds) == len(negative_prompts or prompts):
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
+        if guidance_scale == 1 and negative_prompts is not None:
+            raise InputError("negative prompts work by guidance, and a scale of 1 is none; give a larger one")
+        if guidance_scale != 1 and self.recipe.drop_text == 0:
+            raise InputError(
+                f"guidance scale {guidance_scale:g}: this run never saw a prompt missing (drop_text 0), so it has "
+                "nothing to be led away from; give a scale of 1"
+            )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x_0 = self.model.generate(
+                self.encode(prompts),
+                self.encode(negative_prompts or [NO_TEXT] * len(prompts)),
+                seeds,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                sampler=sampler,
+                clip=self.vqvae is None,
+                on_step=on_step,
+            )
+            return to_pixels(self.images(x_0)).cpu().numpy()

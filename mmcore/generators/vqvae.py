@@ -1,0 +1,437 @@
+"""The report's VQ-VAE: images to a grid of codes and back (van den Oord et al. 2017; with a discriminator as in
+Esser et al. 2021, arXiv 2012.09841).
+
+Encoder and decoder are those of diffusers' VQModel, so that a trained model exports to it. Departures from the report:
+GroupNorm in the discriminator where it has BatchNorm (no batch statistics), and a decoder with one residual block a
+level more, as VQModel has it.
+
+Shapes: B images, P pixels a side, C channels and h, w sides of a latent grid, K codes.
+"""
+
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmcore import checkpoint
+from mmcore.data.pixels import to_network
+from mmcore.errors import InputError
+from mmcore.generators.discriminator import PatchDiscriminator, fooling_loss, telling_loss
+from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
+from mmcore.generators.quantizer import Quantizer, codebook_use
+from mmcore.pretrained import sha256_of
+from mmcore.recipe import TrainSettings, recipe_from_json, recipe_to_json
+from mmcore.storage import Storage
+
+if TYPE_CHECKING:
+    from diffusers import VQModel
+
+LPIPS_NAME = "lpips"
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+# A perfect reconstruction counts as one of 100 dB.
+_MIN_SQUARED_ERROR = 1e-10
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class VQVAERecipe:
+    """Convolutions, a codebook, convolutions; the defaults are the report's settings."""
+
+    dataset: str = "flickr8k"
+    """Name of the prepared dataset under STORAGE/data/."""
+    split: str = "split_report_generation"
+    """Column of the dataset that says which rows train and which validate."""
+    image_size: int = 256
+    """Pixels a side that images are squashed to."""
+    flip: bool = False
+    """Mirror half of the images, drawn anew each epoch."""
+    latent_channels: int = 4
+    """Channels of a latent, the width of a code."""
+    num_codes: int = 8192
+    """Codes in the codebook."""
+    channels: tuple[int, ...] = (64, 128, 256, 256)
+    """Channels of each level; the side halves from level to level."""
+    layers_per_block: int = 2
+    """Residual blocks a level (the decoder has one more)."""
+    num_heads: int = 4
+    """Attention heads of the middle block; 0 leaves its attention out. Above 1 the model cannot be exported, as
+    diffusers' VQModel has one."""
+    norm_groups: int = 32
+    """Groups of each GroupNorm."""
+    codebook_ema_decay: float | None = None
+    """Decay of the moving averages that the codebook consists of; None moves it by the codebook loss instead."""
+    revive_below: float = 0.0
+    """A code used less than this share of the mean is replaced by a split of a busy one; 0 revives none."""
+    codebook_weight: float = 1.0
+    """Weight of the codebook loss, which a codebook of moving averages does not have."""
+    commitment_weight: float = 0.2
+    """Weight of the commitment loss."""
+    perceptual: str | None = LPIPS_NAME
+    """`lpips` (needs --vgg16 and --lpips-heads) or a convolutional vision model of Hugging Face by name or folder, in
+    whose features reconstructions are compared; None compares pixels alone."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual loss."""
+    vgg16: str | None = None
+    """File of torchvision's VGG-16 weights, for `lpips`."""
+    lpips_heads: str | None = None
+    """File of the lpips package's weights v0.1/vgg, for `lpips`."""
+    discriminator_channels: tuple[int, ...] = (64, 128, 256)
+    """Channels of the PatchGAN discriminator's layers."""
+    discriminator_from_step: int | None = 3750
+    """Step from which the discriminator takes part; None has none. The report's 15,000 are batches of 4, of which a
+    step here holds four."""
+    adversarial_weight: float = 0.5
+    """Weight of the discriminator's loss and of the generator's loss against it."""
+    train: TrainSettings = field(
+        default_factory=lambda: TrainSettings(
+            num_epochs=60,
+            batch_size=16,
+            gradient_accumulation=4,
+            optimizer="adam",
+            lr=1e-5,
+            betas=(0.5, 0.999),
+            weight_decay=0.0,
+            clip_grad_norm=None,
+            seed=1111,
+        )
+    )
+    """How it is optimised."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "latent_channels", "layers_per_block", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with {_flag(name)}")
+        if self.num_codes < 2:
+            raise InputError(f"num_codes {self.num_codes} must be at least 2; mend it with --num-codes")
+        for name in ("commitment_weight", "codebook_weight", "perceptual_weight", "adversarial_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)} must not be negative; mend it with {_flag(name)}")
+        for name in ("channels", "discriminator_channels"):
+            wrong = [each for each in getattr(self, name) if each < 1 or each % self.norm_groups]
+            if wrong or not getattr(self, name):
+                raise InputError(
+                    f"{name} {getattr(self, name)} must be multiples of norm_groups {self.norm_groups}; "
+                    f"mend it with {_flag(name)} or --norm-groups"
+                )
+        if self.image_size % self.factor:
+            raise InputError(
+                f"image_size {self.image_size} must be divisible by {self.factor} for {len(self.channels)} levels of "
+                "channels; mend it with --image-size or --channels"
+            )
+        if self.num_heads < 0 or (self.num_heads and self.channels[-1] % self.num_heads):
+            raise InputError(
+                f"num_heads {self.num_heads} does not divide the last of channels {self.channels}; "
+                "mend it with --num-heads"
+            )
+        if self.codebook_ema_decay is not None and not 0 < self.codebook_ema_decay < 1:
+            raise InputError(
+                f"codebook_ema_decay {self.codebook_ema_decay} must lie between 0 and 1; "
+                "mend it with --codebook-ema-decay"
+            )
+        if not 0 <= self.revive_below < 1:
+            raise InputError(f"revive_below {self.revive_below} must be from 0 to below 1; mend it with --revive-below")
+        if self.revive_below and self.codebook_ema_decay is None:
+            raise InputError(
+                "revive_below needs a codebook of moving averages; give --codebook-ema-decay, or --revive-below 0"
+            )
+        if self.discriminator_from_step is not None and self.discriminator_from_step < 0:
+            raise InputError(
+                f"discriminator_from_step {self.discriminator_from_step} must not be negative; "
+                "mend it with --discriminator-from-step"
+            )
+        if self.perceptual != LPIPS_NAME and (self.vgg16 or self.lpips_heads):
+            raise InputError(f"--vgg16 and --lpips-heads are for --perceptual {LPIPS_NAME}, not {self.perceptual!r}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image a side of one latent."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one image's latents."""
+        side = self.image_size // self.factor
+        return self.latent_channels, side, side
+
+    def build(self) -> "VQVAE":
+        return VQVAE(self)
+
+    def build_perceptual(self) -> PerceptualDistance | None:
+        """The frozen network of the perceptual loss. Raises InputError where its weights are not to be had."""
+        if self.perceptual is None:
+            return None
+        if self.perceptual != LPIPS_NAME:
+            return FeatureDistance(self.perceptual, self.image_size)
+        if not self.vgg16 or not self.lpips_heads:
+            raise InputError(
+                "perceptual 'lpips' needs --vgg16 FILE and --lpips-heads FILE; or give --perceptual MODEL or "
+                "--perceptual None"
+            )
+        return LPIPS(self.vgg16, self.lpips_heads)
+
+
+class VQVAE(nn.Module):
+    """Encoder, codebook, decoder."""
+
+    def __init__(self, recipe: VQVAERecipe) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.vae import Decoder, Encoder
+
+        self.recipe = recipe
+        num_levels, width = len(recipe.channels), recipe.latent_channels
+        common: dict[str, Any] = {
+            "block_out_channels": recipe.channels,
+            "layers_per_block": recipe.layers_per_block,
+            "norm_num_groups": recipe.norm_groups,
+            "mid_block_add_attention": recipe.num_heads > 0,
+        }
+        down, up = ("DownEncoderBlock2D",) * num_levels, ("UpDecoderBlock2D",) * num_levels
+        self.encoder = Encoder(3, width, down_block_types=down, double_z=False, **common)
+        self.decoder = Decoder(width, 3, up_block_types=up, **common)
+        for half in (self.encoder, self.decoder):
+            attentions: Any = half.mid_block.attentions
+            for attention in attentions:
+                if attention is not None:
+                    # diffusers gives its autoencoders one head and no way to ask for more; the weights are the same.
+                    attention.heads = recipe.num_heads
+                    attention.scale = (attention.inner_dim // recipe.num_heads) ** -0.5
+        self.quant_conv = nn.Conv2d(width, width, 1)
+        self.post_quant_conv = nn.Conv2d(width, width, 1)
+        self.quantizer = Quantizer(
+            recipe.num_codes,
+            width,
+            ema_decay=recipe.codebook_ema_decay,
+            revive_below=recipe.revive_below,
+            seed=recipe.train.seed,
+        )
+        self.state_buffers = tuple(f"quantizer.{name}" for name in self.quantizer.state_buffers)
+
+    def encode(self, x_B3PP: Tensor) -> Tensor:
+        """Images in [-1, 1] -> latents (B, C, h, w) before they are quantised; never below fp32."""
+        hidden = self.encoder(x_B3PP)
+        # In bf16 a latent would be rounded by a good part of the distance between codes.
+        with torch.autocast(x_B3PP.device.type, enabled=False):
+            return self.quant_conv(hidden.to(self.quant_conv.weight.dtype))
+
+    def decode_codes(self, codes_BChw: Tensor) -> Tensor:
+        """Latents that are codes -> images, about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(codes_BChw))
+
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Latents, each first replaced by the code nearest to it -> images, about in [-1, 1]."""
+        with torch.autocast(latents_BChw.device.type, enabled=False):
+            codes_BChw = self.quantizer.quantize(latents_BChw.to(self.quantizer.codebook.dtype))
+        return self.decode_codes(codes_BChw)
+
+    def to_diffusers(self, scaling_factor: float = 1.0) -> "VQModel":
+        """The same model as diffusers' class, in fp32; `scaling_factor` is what a pipeline divides its latents by.
+
+        Raises InputError for several attention heads, which VQModel could not be loaded with again.
+        """
+        from diffusers import VQModel
+
+        recipe = self.recipe
+        if recipe.num_heads > 1:
+            raise InputError(
+                f"num_heads {recipe.num_heads}: diffusers' VQModel has one attention head, so this model cannot be "
+                "exported; train one with --num-heads 1"
+            )
+        num_levels = len(recipe.channels)
+        model: Any = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * num_levels,
+            up_block_types=("UpDecoderBlock2D",) * num_levels,
+            block_out_channels=recipe.channels,
+            layers_per_block=recipe.layers_per_block,
+            latent_channels=recipe.latent_channels,
+            sample_size=recipe.image_size,
+            num_vq_embeddings=recipe.num_codes,
+            norm_num_groups=recipe.norm_groups,
+            scaling_factor=scaling_factor,
+            mid_block_add_attention=recipe.num_heads > 0,
+        )
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("quantizer.")}
+        model.load_state_dict({**state, "quantize.embedding.weight": self.quantizer.codebook.detach()})
+        return model.to(self.quantizer.codebook.device).eval()
+
+
+class VQVAETraining(nn.Module):
+    """A VQ-VAE beside what judges it: the perceptual network, frozen, and the discriminator, a phase of its own."""
+
+    def __init__(self, recipe: VQVAERecipe) -> None:
+        """Raises InputError where the perceptual network's weights are not to be had."""
+        super().__init__()
+        self.recipe = recipe
+        self.vqvae = recipe.build()
+        self.perceptual = recipe.build_perceptual()
+        self.discriminator: PatchDiscriminator | None = None
+        self.phases: tuple[str, ...] = ()
+        if recipe.discriminator_from_step is not None:
+            self.discriminator = PatchDiscriminator(recipe.discriminator_channels, recipe.norm_groups)
+            self.phases = (GENERATOR, DISCRIMINATOR)
+        self.state_buffers = tuple(f"vqvae.{name}" for name in self.vqvae.state_buffers)
+        self.has_opponent = False
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        part = self.vqvae if phase == GENERATOR else self.discriminator
+        assert part is not None
+        return list(part.parameters())
+
+    def active_phases(self, step: int) -> tuple[str, ...]:
+        """The discriminator takes part from its first step on, on both sides: the generator then faces it too."""
+        assert self.recipe.discriminator_from_step is not None
+        self.has_opponent = step >= self.recipe.discriminator_from_step
+        return self.phases if self.has_opponent else (GENERATOR,)
+
+    def forward(self, batch: dict[str, Tensor], phase: str = GENERATOR) -> dict[str, Tensor]:
+        """Sums over the images of the batch.
+
+        Args:
+            batch: `images`, uint8 (B, P, P, 3).
+            phase: whose loss it is.
+        Returns: `loss`, `count` (images) and the parts of the loss, unweighted. Of the generator also `psnr`
+            (in dB, of each image by itself) and the codebook's statistics `counts` and, in training, `sums`. Its loss
+            in validation leaves the discriminator out, whose judgement moves with it.
+        """
+        x_B3PP = to_network(batch["images"], self.vqvae.quant_conv.weight.dtype)
+        return self._generator(x_B3PP) if phase == GENERATOR else self._discriminator(x_B3PP)
+
+    def _generator(self, x_B3PP: Tensor) -> dict[str, Tensor]:
+        recipe = self.recipe
+        codes_BChw, quantised = self._quantised(x_B3PP)
+        made_B3PP = self.vqvae.decode_codes(codes_BChw).to(x_B3PP.dtype)
+        parts = {
+            "reconstruction_loss": (made_B3PP - x_B3PP).square().mean((1, 2, 3)),
+            "commitment_loss": quantised["commitment_loss"],
+        }
+        loss_B = parts["reconstruction_loss"] + recipe.commitment_weight * parts["commitment_loss"]
+        if "codebook_loss" in quantised:
+            parts["codebook_loss"] = quantised["codebook_loss"]
+            loss_B = loss_B + recipe.codebook_weight * parts["codebook_loss"]
+        if self.perceptual is not None:
+            parts["perceptual_loss"] = self.perceptual(x_B3PP, made_B3PP)
+            loss_B = loss_B + recipe.perceptual_weight * parts["perceptual_loss"]
+        if self.discriminator is not None and self.training and self.has_opponent:
+            parts["adversarial_loss"] = fooling_loss(self.discriminator(made_B3PP))
+            loss_B = loss_B + recipe.adversarial_weight * parts["adversarial_loss"]
+        outputs = {name: value.detach().sum() for name, value in parts.items()}
+        outputs["psnr"] = psnr(x_B3PP, made_B3PP.detach()).sum()
+        outputs["counts"] = quantised["counts"]
+        if self.training and "sums" in quantised:
+            outputs["sums"] = quantised["sums"]
+        return {"loss": loss_B.sum(), "count": torch.tensor(len(x_B3PP), device=x_B3PP.device), **outputs}
+
+    def _quantised(self, x_B3PP: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        latents_BChw = self.vqvae.encode(x_B3PP)
+        with torch.autocast(x_B3PP.device.type, enabled=False):
+            return self.vqvae.quantizer(latents_BChw)
+
+    def _discriminator(self, x_B3PP: Tensor) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        with torch.no_grad():
+            made_B3PP = self.vqvae.decode_codes(self._quantised(x_B3PP)[0]).to(x_B3PP.dtype)
+        real_BHW, fake_BHW = self.discriminator(x_B3PP), self.discriminator(made_B3PP)
+        loss_B = self.recipe.adversarial_weight * telling_loss(real_BHW, fake_BHW)
+        right_B = ((real_BHW > 0.5).double().mean((1, 2)) + (fake_BHW < 0.5).double().mean((1, 2))) / 2
+        count = torch.tensor(len(x_B3PP), device=x_B3PP.device)
+        return {"loss": loss_B.sum(), "count": count, "accuracy": right_B.sum()}
+
+    def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
+        self.vqvae.quantizer.after_step(statistics, step)
+
+    def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+        return codebook_use(statistics["counts"])
+
+
+def psnr(x_B3PP: Tensor, y_B3PP: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]; what `y` has beyond that is clipped first."""
+    error_B = (x_B3PP - y_B3PP.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
+    return -10 * error_B.clamp_min(_MIN_SQUARED_ERROR).log10()
+
+
+class TrainedVQVAE:
+    """The best weights of a finished run."""
+
+    def __init__(self, run: Storage, device: str = "cpu") -> None:
+        """Raises InputError where `run` is no finished run of a VQ-VAE."""
+        where = f"{run}/model/recipe.json"
+        try:
+            facts = json.loads(run.read("model/recipe.json"))
+        except FileNotFoundError:
+            raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/vqvae/NAME") from None
+        if facts["recipe"] != "vqvae":
+            raise InputError(f"{where}: recipe {facts['recipe']!r} is no VQ-VAE; name a run under STORAGE/runs/vqvae")
+        self.recipe = recipe_from_json(VQVAERecipe, facts["settings"], where)
+        self.model = self.recipe.build()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            run.download("model/model.safetensors", path)
+            weights = load_file(path)
+        # The discriminator's weights are in the file too; a trained model has no use for them.
+        own = {name.removeprefix("vqvae."): value for name, value in weights.items() if name.startswith("vqvae.")}
+        checkpoint.load_trainable(self.model, own, str(run))
+        self.model.eval().requires_grad_(False).to(device)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides latents and images: the weights and the settings."""
+        settings = {name: value for name, value in recipe_to_json(self.recipe).items() if name != "train"}
+        return sha256_of(self.model, settings)
+
+
+_REPORT = VQVAERecipe()
+_BEST = dataclasses.replace(
+    _REPORT,
+    image_size=128,
+    flip=True,
+    num_codes=4096,
+    channels=(16, 32, 64, 128),
+    layers_per_block=1,
+    num_heads=0,
+    norm_groups=8,
+    codebook_ema_decay=0.99,
+    revive_below=0.1,
+    commitment_weight=0.25,
+    perceptual=None,
+    discriminator_from_step=None,
+    train=TrainSettings(
+        num_epochs=10,
+        batch_size=16,
+        optimizer="adamw",
+        lr=1e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        schedule="cosine",
+        warmup_steps=200,
+        clip_grad_norm=1.0,
+        num_samples=8,
+    ),
+)
+_SHAPES = dataclasses.replace(
+    _BEST,
+    dataset="shapes",
+    split="split",
+    image_size=64,
+    num_codes=512,
+    channels=(16, 32, 64),
+    train=dataclasses.replace(_BEST.train, num_epochs=4, warmup_steps=100),
+)
+_SMOKE = dataclasses.replace(
+    _SHAPES,
+    image_size=32,
+    num_codes=64,
+    channels=(8, 16, 16),
+    norm_groups=4,
+    codebook_ema_decay=0.9,
+    discriminator_channels=(8, 16),
+    discriminator_from_step=10,
+    train=dataclasses.replace(_SHAPES.train, num_epochs=1, max_steps=20, batch_size=8, warmup_steps=5),
+)
+VARIANTS: dict[str, VQVAERecipe] = {"report": _REPORT, "best": _BEST, "shapes": _SHAPES, "smoke": _SMOKE}

@@ -1,0 +1,140 @@
+"""Scores of generated images: on Shapes by the oracle, on photographs by the colour that the prompt names.
+
+Images are uint8 (H, W, 3).
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmcore.data.shapes import HELD_OUT_PAIRS
+from mmcore.data.shapes_oracle import AttributeScore, detect_objects, parse_caption, score_objects
+from mmcore.errors import InputError
+
+# What the words stand for, in sRGB, as CSS defines them.
+COLOUR_WORDS: dict[str, tuple[int, int, int]] = {
+    "pink": (255, 192, 203),
+    "black": (0, 0, 0),
+    "green": (0, 128, 0),
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "white": (255, 255, 255),
+    "orange": (255, 165, 0),
+    "purple": (128, 0, 128),
+    "brown": (165, 42, 42),
+}
+# From linear sRGB to CIE XYZ, each divided by that of white (D65): IEC 61966-2-1.
+_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+_TO_XYZ /= _TO_XYZ.sum(axis=1, keepdims=True)
+
+
+def score_shapes(images: Iterable[npt.NDArray[np.uint8]], prompts: Sequence[str]) -> dict[str, Any]:
+    """How much of what the prompts name is in their images.
+
+    Returns: plain JSON values, each but the last as AttributeScore.as_dict: `all`; `held_out` (prompts with a colour
+        and shape pair that is in no training image) and `seen` (the others); `objects` (by the number of objects that
+        are named); `shuffled`, what the same prompts score on each other's images, which is chance;
+        `named_per_prompt`.
+
+    Raises InputError for fewer than two images, or a prompt that names nothing of a scene.
+    """
+    parsed = [parse_caption(prompt) for prompt in prompts]
+    for prompt, each in zip(prompts, parsed, strict=True):
+        if not each.objects:
+            raise InputError(f"prompt {prompt!r}: names no shape; the oracle knows the prompts of the Shapes data only")
+    if len(prompts) < 2:
+        raise InputError(f"{len(prompts)} image: at least 2 are needed, as chance is measured between them")
+    found = [detect_objects(image) for image in images]
+    scores = [score_objects(objects, each) for objects, each in zip(found, parsed, strict=True)]
+    # Each image gets the prompt of the next in a random order, so never its own.
+    order = random.Random(0).sample(range(len(found)), len(found))
+    shuffled = [score_objects(found[i], parsed[j]) for i, j in zip(order, [*order[1:], order[0]], strict=True)]
+    held_out = [any((item.colour, item.shape) in HELD_OUT_PAIRS for item in each.objects) for each in parsed]
+    numbers = [len(each.objects) for each in parsed]
+
+    def total(chosen: Sequence[bool]) -> dict[str, Any]:
+        kept = [score for score, keep in zip(scores, chosen, strict=True) if keep]
+        return sum(kept, start=AttributeScore()).as_dict()
+
+    return {
+        "all": total([True] * len(scores)),
+        "held_out": total(held_out),
+        "seen": total([not each for each in held_out]),
+        "objects": {str(n): total([number == n for number in numbers]) for n in sorted(set(numbers))},
+        "shuffled": sum(shuffled, start=AttributeScore()).as_dict(),
+        "named_per_prompt": sum(score.num_named for score in scores) / len(scores),
+    }
+
+
+def to_lab(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """sRGB (..., 3) in CIE L*a*b*: lightness from 0 to 100, green to red, blue to yellow."""
+    value = rgb / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ _TO_XYZ.T
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+def named_colour(prompt: str, colours: Sequence[str]) -> str:
+    """The one of `colours` that is a word of `prompt`. Raises InputError where none is, or several are."""
+    named = sorted(set(re.findall(r"[a-z]+", prompt.lower())) & set(colours))
+    if len(named) != 1:
+        raise InputError(
+            f"prompt {prompt!r}: names {' and '.join(named) or 'none'} of {', '.join(colours)}; one it must"
+        )
+    return named[0]
+
+
+def score_colours(
+    images: Iterable[npt.NDArray[np.uint8]], prompts: Sequence[str], colours: Sequence[str]
+) -> dict[str, Any]:
+    """Whether an image's mean colour leans towards the colour that its prompt names, rather than to the others'.
+
+    All photographs are rather grey in the mean, so what counts is how an image differs from the average of the sweep
+    (each colour's images weighing the same): the colour wins whose own difference from the average of `colours` points
+    most nearly the same way, in L*a*b*. Where images do not depend on the prompt, a named colour wins in 1 of
+    `len(colours)` on average.
+
+    Returns: plain JSON values: `fraction_correct` and `chance`; `colours`: of each the number of images whose prompt
+        names it, the `fraction_correct` of them, how often each colour was `chosen`, and their mean `lightness`,
+        `chroma` and `hue` (degrees: red 40, yellow 103, green 136, blue 306).
+
+    Raises InputError for an unknown colour, fewer than two, or one that no prompt names.
+    """
+    unknown = [colour for colour in colours if colour not in COLOUR_WORDS]
+    if unknown or len(set(colours)) != len(colours) or len(colours) < 2:
+        raise InputError(f"colours {', '.join(colours)}: give two or more different ones of {', '.join(COLOUR_WORDS)}")
+    named = np.array([colours.index(named_colour(prompt, colours)) for prompt in prompts])
+    missing = [colour for number, colour in enumerate(colours) if number not in named]
+    if missing:
+        raise InputError(f"colours {', '.join(colours)}: no prompt names {', '.join(missing)}")
+    mean_N3 = np.array([to_lab(image).mean(axis=(0, 1)) for image in images])
+    of_colour_C3 = np.array([mean_N3[named == number].mean(axis=0) for number in range(len(colours))])
+    reference_C3 = to_lab(np.array([COLOUR_WORDS[colour] for colour in colours], np.uint8))
+    direction_C3 = reference_C3 - reference_C3.mean(axis=0)
+    direction_C3 /= np.linalg.norm(direction_C3, axis=1, keepdims=True)
+    chosen = ((mean_N3 - of_colour_C3.mean(axis=0)) @ direction_C3.T).argmax(axis=1)
+    result = {}
+    for number, colour in enumerate(colours):
+        mine, (lightness, a, b) = chosen[named == number], of_colour_C3[number]
+        counts = Counter(mine.tolist())
+        result[colour] = {
+            "num_images": len(mine),
+            "fraction_correct": float((mine == number).mean()),
+            "chosen": {other: counts[index] for index, other in enumerate(colours)},
+            "lightness": float(lightness),
+            "chroma": float(np.hypot(a, b)),
+            "hue": float(np.degrees(np.arctan2(b, a)) % 360),
+        }
+    return {
+        "fraction_correct": float((chosen == named).mean()),
+        "chance": 1 / len(colours),
+        "num_images": len(named),
+        "colours": result,
+    }

@@ -1,0 +1,78 @@
+"""jobs/evaluate.py shapes and colours: the images of a sweep, as the manifest names them, are scored."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.evaluate import ColourScoreSettings, ShapesScoreSettings, evaluate_images
+from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.errors import InputError
+from mmcore.images import png_bytes
+
+
+def write_sweep(folder: Path, images: list[bytes], prompts: list[str], num_rows: int | None = None) -> str:
+    """A sweep in two blocks, as jobs/generate.py leaves it."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "manifest").mkdir()
+    keys = [f"images/{index:06d}.png" for index in range(len(images))]
+    for key, image in zip(keys, images, strict=True):
+        (folder / key).write_bytes(image)
+    digests = [hashlib.sha256(image).hexdigest() for image in images]
+    table = pa.table({"key": keys, "sha256": digests, "prompt": prompts}).replace_schema_metadata({"block": "{}"})
+    half = len(images) // 2
+    for k, part in enumerate((table[:half], table[half:])):
+        pq.write_table(part, folder / "manifest" / f"part-{k:06d}.parquet")
+    plan = {"num_rows": len(images) if num_rows is None else num_rows, "settings": {"steps": 25}}
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    return str(folder)
+
+
+def shapes_sweep(folder: Path, **more: Any) -> str:
+    rows = [shapes_row(ShapesSettings(num_test=12), "test", index) for index in range(12)]
+    return write_sweep(folder, [row["image"] for row in rows], [row["captions"][0] for row in rows], **more)
+
+
+def test_shapes_are_scored_and_written_into_the_runs_storage(tmp_path: Path, run_job: Any) -> None:
+    sweep = shapes_sweep(tmp_path / "sweep")
+    run = tmp_path / "runs" / "ldm" / "a"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    result = run_job("jobs/evaluate.py", "shapes", "--sweep", sweep, "--run", run)
+    scores = json.loads(result.stdout)
+    assert scores["all"]["fraction_correct"] > 0.98
+    assert scores["shuffled"]["fraction_correct"] < 0.6
+    assert (scores["num_images"], scores["settings"], scores["sweep"]) == (12, {"steps": 25}, sweep)
+    assert json.loads((tmp_path / "scores" / "ldm" / "a.json").read_text()) == scores
+
+
+def test_colours_are_scored(tmp_path: Path) -> None:
+    colours = [("pink", (250, 150, 190)), ("black", (20, 20, 20)), ("green", (40, 130, 40))] * 4
+    images = [png_bytes(np.full((8, 8, 3), rgb, np.uint8)) for _, rgb in colours]
+    sweep = write_sweep(tmp_path / "sweep", images, [f"a girl in {name} dress" for name, _ in colours])
+    scores = evaluate_images(ColourScoreSettings(sweep))
+    assert scores["fraction_correct"] == 1
+    assert {name: each["num_images"] for name, each in scores["colours"].items()} == {"pink": 4, "black": 4, "green": 4}
+    with pytest.raises(InputError, match="no prompt names red"):
+        evaluate_images(ColourScoreSettings(sweep, colours=("pink", "black", "green", "red")))
+
+
+def test_what_is_not_the_sweep_is_not_scored(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="12 of 13 images are there"):
+        evaluate_images(ShapesScoreSettings(shapes_sweep(tmp_path / "part", num_rows=13)))
+    with pytest.raises(InputError, match="no sweep of images there"):
+        evaluate_images(ShapesScoreSettings(str(tmp_path / "nowhere")))
+    changed = shapes_sweep(tmp_path / "changed")
+    path = Path(changed) / "images" / "000007.png"
+    image = np.zeros((64, 64, 3), np.uint8)
+    path.write_bytes(png_bytes(image))
+    with pytest.raises(InputError, match=r"000007.png: is not the image that the manifest names"):
+        evaluate_images(ShapesScoreSettings(changed))
+    path.unlink()
+    with pytest.raises(InputError, match=r"000007.png: is in the manifest and not there"):
+        evaluate_images(ShapesScoreSettings(changed))

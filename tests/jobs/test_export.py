@@ -1,0 +1,72 @@
+"""jobs/export.py: what diffusers loads makes the same image of the same noise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+
+from jobs.export import TOLERANCE, ExportSettings, export
+from mmcore.errors import InputError
+from mmcore.generators.text_encoder import TextSettings
+from mmcore.generators.trained import TrainedGenerator
+from mmcore.generators.vqvae import VQVAE
+from mmcore.storage import Storage
+
+
+# A VQ-VAE that makes 8 pixels of a latent, as diffusers' pipeline has it, and one that makes 4.
+@pytest.mark.parametrize(
+    ("frozen_text", "changes"), [(True, {"channels": (8, 16, 16, 16), "image_size": 64}), (False, {"num_heads": 1})]
+)
+def test_diffusers_makes_the_same_images(frozen_text: bool, changes: dict, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline, LDMTextToImagePipeline
+
+    text = TextSettings(str(tiny_runs.write_clip(tmp_path / "clip")), max_tokens=77) if frozen_text else None
+    run = tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a", text, **changes)
+    found = export(ExportSettings(run=str(run), out=str(tmp_path / "out" / "pipeline")))
+    assert found <= TOLERANCE
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pipeline"]
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert type(pipeline) is LDMTextToImagePipeline
+    pipeline.set_progress_bar_config(disable=True)
+    generator = TrainedGenerator(Storage(str(run)))
+    prompts, seeds = ["a large red circle", "a small blue star above a green square"], [3, 4]
+    shape = generator.model.x_0_shape
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    for guidance in (1.0, 4.0):
+        theirs = pipeline(
+            prompts, latents=noise, num_inference_steps=10, guidance_scale=guidance, output_type="np"
+        ).images
+        ours = generator.generate(prompts, seeds, num_inference_steps=10, guidance_scale=guidance)
+        assert theirs.shape == ours.shape == (2, generator.resolution, generator.resolution, 3)
+        # Half a step of the 255, that rounding takes, and the tolerance.
+        assert np.abs(theirs - ours / 255).max() <= 0.5 / 255 + TOLERANCE
+        assert np.abs(theirs[0] - theirs[1]).max() > 0.05, "the images say nothing of prompt and noise"
+
+
+def test_runs_that_the_pipeline_cannot_hold_are_refused(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    short = TextSettings(max_tokens=16, text_width=32, text_layers=1, text_heads=2)
+    refused = [
+        (tiny_runs.write_pixel_run(runs / "pixel_diffusion" / "a"), "is no latent diffusion"),
+        (tiny_runs.write_latent_run(runs / "ldm" / "heads", num_heads=2), "num_heads 2: diffusers' VQModel has one"),
+        (tiny_runs.write_latent_run(runs / "ldm" / "short", short), "max_tokens 16: diffusers' pipeline pads"),
+    ]
+    for run, message in refused:
+        with pytest.raises(InputError, match=message):
+            export(ExportSettings(run=str(run), out=str(tmp_path / "pipeline")))
+    assert not (tmp_path / "pipeline").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="is there already"):
+        export(ExportSettings(run=str(refused[1][0]), out=str(tmp_path / "there")))
+
+
+def test_a_pipeline_that_differs_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a")
+    right = VQVAE.to_diffusers
+    monkeypatch.setattr(VQVAE, "to_diffusers", lambda model, scaling_factor: right(model, scaling_factor / 2))
+    with pytest.raises(RuntimeError, match=r"differs by 0\.\d+ of 1"):
+        export(ExportSettings(run=str(run), out=str(tmp_path / "pipeline")))
+    assert not (tmp_path / "pipeline").exists()

@@ -1,0 +1,376 @@
+"""jobs/generate.py: what a sweep writes, what it adopts and what it refuses."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import tiny_runs
+import tiny_sweep
+
+import jobs.generate
+import jobs.sweep
+from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
+from jobs.lease import Lease
+from mmcore.data.prompts import read_prompts
+from mmcore.errors import InputError
+from mmcore.images import decode_image, png_bytes, read_png_text
+from mmcore.storage import Storage
+
+NUM, BATCH = 10, 4
+COLUMNS = {
+    "image_id": "string", "key": "string", "sha256": "string", "prompt": "string", "seed": "int64", "steps": "int64",
+    "guidance": "double", "sampler": "string", "dtype": "string", "device": "string", "seconds": "double",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _workers_get_the_code() -> None:
+    # A worker of the shared Ray cannot import what lies among the tests.
+    ray.cloudpickle.register_pickle_by_value(tiny_sweep)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
+
+
+@pytest.fixture
+def sweep(ray_local: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out."""
+    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", NUM)
+
+    def run(**changes: Any) -> dict[str, Any]:
+        settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"), batch_size=BATCH)
+        return generate(dataclasses.replace(settings, **changes), tiny_sweep.TinyWorker)
+
+    return run
+
+
+def edit_text(path: Path, **changes: str) -> None:
+    data = path.read_bytes()
+    pixels = np.asarray(decode_image(data, name=path.name))
+    path.write_bytes(png_bytes(pixels, read_png_text(data) | changes))
+
+
+def test_what_a_sweep_writes(sweep, run_folder, tmp_path, capsys):
+    summary = sweep(steps=7, guidance=2.5, seed=3)
+    out = tmp_path / "out"
+    rows = tiny_sweep.check_complete(Storage(str(out)), NUM)
+    assert [row["image_id"] for row in rows] == [f"{i:06d}" for i in range(NUM)]
+    assert {field.name: str(field.type) for field in pq.read_table(out / "manifest").schema} == COLUMNS
+    assert sorted(path.name for path in (out / "manifest").iterdir()) == [f"part-{k:06d}.parquet" for k in range(3)]
+    tiny_sweep.check_tidy(out)
+    text = read_png_text((out / "images" / "000004.png").read_bytes())
+    plan = json.loads((out / "sweep.json").read_text())
+    assert text == {
+        "prompt": "picture 4 of a dog", "seed": str(rows[4]["seed"]), "steps": "7", "guidance": "2.5",
+        "sampler": "ddim", "run": str(run_folder), "commit": plan["commit"],
+    }  # fmt: skip
+    wanted = {"steps": 7, "guidance": 2.5, "batch_size": BATCH, "device": "cpu", "count": NUM, "seed": 3}
+    assert {name: plan["settings"][name] for name in wanted} == wanted
+    assert plan["settings"]["num_threads"] >= 1
+    assert (rows[0]["steps"], rows[0]["guidance"], rows[0]["dtype"]) == (7, 2.5, "float32")
+    # The last batch is filled up, so that its images are made as all others are.
+    log = [line.split() for line in (run_folder / "calls.txt").read_text().splitlines()]
+    assert log == [["000000", "4"], ["000004", "4"], ["000008", "2"]]
+
+    assert summary == json.loads((out / "summary.json").read_text())
+    seconds = [row["seconds"] for row in rows]
+    assert summary["seconds_per_image"]["median"] == pytest.approx(np.median(seconds))
+    assert summary["seconds_per_image"]["p95"] == pytest.approx(np.percentile(seconds, 95))
+    assert summary["images_per_s"] == pytest.approx(NUM / summary["worked_s"])
+    assert (summary["num_images"], summary["steps"], summary["dtype"]) == (NUM, 7, "float32")
+    assert min(summary["load_s"], summary["warmup_s"]) >= 0
+    assert f"{NUM} images, " in capsys.readouterr().out
+    assert json.loads((out / "lease" / "000000.json").read_text())["expires_unix"] == 0
+
+
+def test_a_finished_sweep_needs_no_ray_and_generates_nothing(sweep, run_folder, tmp_path, monkeypatch, capsys):
+    first = sweep()
+    calls, before = tiny_sweep.calls(run_folder), (tmp_path / "out" / "summary.json").read_bytes()
+    monkeypatch.setattr(jobs.sweep, "connect", lambda: pytest.fail("Ray was asked for"))
+    assert sweep() == first
+    # What was left open is what the sweep began with.
+    assert sweep(batch_size="auto", num_threads=None) == first
+    assert f"all {NUM} images are done already" in capsys.readouterr().out
+    assert tiny_sweep.calls(run_folder) == calls
+    assert len(list((tmp_path / "out" / "lease").iterdir())) == 1
+    # Killed just before its end, it writes down how fast it was from the manifest.
+    (tmp_path / "out" / "summary.json").unlink()
+    sweep()
+    assert (tmp_path / "out" / "summary.json").read_bytes() == before
+
+
+def test_images_that_are_there_are_adopted(sweep, run_folder, tmp_path):
+    sweep()
+    out = tmp_path / "out"
+    written = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "images").iterdir()}
+    lost = out / "manifest" / "part-000001.parquet"
+    rows = pq.read_table(lost).to_pylist()
+    lost.unlink()
+    # Of another commit: the code changed between two resumes, and the image is the same.
+    edit_text(out / "images" / "000005.png", commit="before")
+    edited = (out / "images" / "000005.png").read_bytes()
+    sweep(batch_size="auto")
+    assert tiny_sweep.calls(run_folder)[-1:] == ["000004"]
+    now = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "images").iterdir()}
+    assert {name: value for name, value in now.items() if name != "000005.png"} == {
+        name: value for name, value in written.items() if name != "000005.png"
+    }
+    again = pq.read_table(lost).to_pylist()
+    rows[1]["sha256"] = hashlib.sha256(edited).hexdigest()
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: edit_text(path, seed="5"), "seed is '5' and not '"),
+        (lambda path: edit_text(path, run="elsewhere"), "run is 'elsewhere' and not"),
+        (lambda path: path.write_bytes(png_bytes(np.zeros((16, 16, 3), np.uint8), read_png_text(path.read_bytes()))),
+         "its pixels differ by"),
+        (lambda path: path.write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), read_png_text(path.read_bytes()))),
+         "it is 8 x 8 pixels and not 16 x 16"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "broken image"),
+    ],
+)  # fmt: skip
+def test_another_image_under_the_same_key_is_not_touched(damage, message, sweep, tmp_path):
+    sweep()
+    (tmp_path / "out" / "manifest" / "part-000001.parquet").unlink()
+    path = tmp_path / "out" / "images" / "000006.png"
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=message) as raised:
+        sweep()
+    assert str(path) in str(raised.value)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "out" / "manifest" / "part-000001.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 9}, "steps was 50 and is now 9"),
+        ({"guidance": 1.0}, "guidance was 3.0 and is now 1.0"),
+        ({"sampler": "ddpm"}, "sampler was 'ddim' and is now 'ddpm'"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"count": 9}, "count was 10 and is now 9"),
+        ({"batch_size": 5}, "batch_size was 4 and is now 5"),
+        ({"negative_prompt": "blur"}, "negative_prompt was '' and is now 'blur'"),
+        ({"device": "cuda"}, "device was 'cpu' and is now 'cuda'"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32' and is now 'bfloat16'"),
+    ],
+)
+def test_other_settings_for_the_same_place_are_refused(changes, message, sweep, tmp_path, monkeypatch):
+    plan = tmp_path / "out" / "sweep.json"
+    monkeypatch.setattr(jobs.generate, "Lease", lambda *_: pytest.fail("the lease was asked for"))
+    settings = {
+        "run": str(tmp_path / "runs" / "tiny" / "a"), "count": NUM, "seed": 0, "steps": 50, "guidance": 3.0,
+        "sampler": "ddim", "negative_prompt": "", "dtype": "float32", "resolution": 16,
+        "batch_size": BATCH, "num_threads": 1, "device": "cpu",
+    }  # fmt: skip
+    settings["run_sha256"] = jobs.generate._read_run(Storage(settings["run"]))[1]
+    digest = jobs.generate._blocks(read_prompts(str(tmp_path / "prompts.txt")), BATCH).ids_sha256
+    plan.parent.mkdir()
+    plan.write_text(json.dumps({"settings": settings, "num_rows": NUM, "num_blocks": 3, "ids_sha256": digest}))
+    with pytest.raises(InputError, match=message):
+        sweep(**changes)
+
+
+def test_a_run_trained_anew_and_other_prompts_are_refused(sweep, run_folder, tmp_path):
+    sweep()
+    recipe = run_folder / "model" / "recipe.json"
+    before = recipe.read_text()
+    recipe.write_text(before.replace('"seconds": 0.0', '"seconds": 0.5'))
+    with pytest.raises(InputError, match="run_sha256 was"):
+        sweep()
+    recipe.write_text(before)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(prompts.read_text().replace("picture 7", "drawing 7"))
+    with pytest.raises(InputError, match="a sweep of other images: their ids, prompts or seeds"):
+        sweep()
+
+
+def test_a_second_live_run_is_refused(sweep, tmp_path, run_folder):
+    sweep()
+    (tmp_path / "out" / "manifest" / "part-000001.parquet").unlink()
+    calls = tiny_sweep.calls(run_folder)
+    refused = pytest.raises(InputError, match=f"the sweep {tmp_path}/out is being run by process {os.getpid()}")
+    with Lease(Storage(str(tmp_path / "out")), "another"), refused:
+        sweep()
+    assert tiny_sweep.calls(run_folder) == calls
+
+
+def test_a_dry_run_writes_nothing(sweep, tmp_path, capsys):
+    assert sweep(dry_run=True) == {"num_rows": NUM}
+    assert not (tmp_path / "out").exists()
+    assert "not begun" in capsys.readouterr().out
+
+
+def test_many_prompts_stay_in_ten_thousand_blocks(monkeypatch):
+    monkeypatch.setattr(jobs.generate, "MAX_BLOCKS", 10)
+    prompts = [jobs.generate.Prompt(f"{i}", "a dog", i) for i in range(95)]
+    blocks = jobs.generate._blocks(prompts, 4)
+    sizes = [len(item["columns"]["seed"]) for item in blocks.items]
+    assert sizes == [12] * 7 + [11]
+    assert [seed for item in blocks.items for seed in item["columns"]["seed"]] == list(range(95))
+
+
+@pytest.mark.parametrize(
+    ("device", "resolution", "num_images", "gpu_gib", "expected"),
+    [
+        ("cpu", 64, 1000, 0, 16),
+        ("cpu", 32, 1000, 0, 64),
+        ("cpu", 128, 1000, 0, 4),
+        ("cpu", 1024, 1000, 0, 1),
+        ("cpu", 64, 5, 0, 8),
+        ("cpu", 64, 1, 0, 1),
+        ("cuda", 256, 1000, 80, 64),
+        ("cuda", 512, 1000, 24, 4),
+        ("cuda", 1024, 1000, 8, 1),
+    ],
+)
+def test_the_batch_goes_by_device_and_resolution(device, resolution, num_images, gpu_gib, expected):
+    assert auto_batch_size(device, resolution, num_images, gpu_gib * 2**30) == expected
+
+
+def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
+    out = Storage(str(tmp_path))
+    # Two workers side by side from 10 to 16 s, and after a kill a third from 30 to 34 s.
+    blocks = [("a", 10, 12), ("b", 11, 14), ("a", 12.5, 15), ("b", 15, 16), ("c", 30, 31), ("c", 33, 34)]
+    for k, (worker, began, ended) in enumerate(blocks):
+        facts = {"worker": worker, "began": began, "ended": ended, "load_s": k, "warmup_s": 1, "device": "x"}
+        table = pa.table({"seconds": [0.5, 1.5]}).replace_schema_metadata({"block": json.dumps(facts)})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        out.write(f"manifest/part-{k:06d}.parquet", buffer.getvalue())
+    out.write("sweep.json", json.dumps({"settings": {"steps": 4}, "commit": "abc"}).encode())
+    summary = summarise(out)
+    assert summary["worked_s"] == pytest.approx(6 + 4)
+    assert summary["images_per_s"] == pytest.approx(12 / 10)
+    assert (summary["num_workers"], summary["load_s"], summary["steps"]) == (3, 5, 4)
+    assert not math.isnan(summary["seconds_per_image"]["p95"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"run": "nowhere"}, "no model/ there"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"count": 11}, "--count 11: "),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"guidance": 0.5}, "--guidance 0.5: must be at least 1"),
+        ({"guidance": math.nan}, "--guidance nan: must be at least 1"),
+        ({"guidance": 1.0, "negative_prompt": "blur"}, "--negative-prompt works by guidance"),
+        ({"prompts": "shapes-test", "storage": "nowhere"}, "no finished dataset there"),
+    ],
+)
+def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", NUM)
+    settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"))
+    with pytest.raises(InputError, match=message):
+        generate(dataclasses.replace(settings, **flags), tiny_sweep.TinyWorker)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_run_of_a_captioner_makes_no_images(run_folder, tmp_path):
+    (run_folder / "model" / "recipe.json").write_text(json.dumps({"recipe": "resnet_captioner"}))
+    with pytest.raises(InputError, match="recipe 'resnet_captioner' makes no images"):
+        generate(GenerateSettings(str(run_folder), "shapes-test", str(tmp_path / "out")))
+
+
+def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, tmp_path):
+    """Equal bytes with two workers, in another order and beside other prompts; other batches round differently."""
+    run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
+    prompts = read_prompts("shapes-test", count=12)
+    files = {}
+    for name, rows in {"forward": prompts, "backward, fewer": prompts[10:2:-1]}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+
+    def images(file: Path, batch_size: int, num_workers: int) -> dict[str, bytes]:
+        out = tmp_path / f"{file.stem}-{batch_size}-{num_workers}"
+        settings = GenerateSettings(str(run), str(file), str(out), batch_size=batch_size, steps=4, num_threads=1)
+        generate(dataclasses.replace(settings, num_workers=num_workers))
+        return {path.name: path.read_bytes() for path in (out / "images").iterdir()}
+
+    whole = images(files["forward"], 5, 1)
+    assert images(files["forward"], 5, 2) == whole
+    backward = images(files["backward, fewer"], 5, 1)
+    assert len(backward) == 8
+    assert backward == {name: whole[name] for name in backward}
+    pixels = lambda found: np.stack([np.asarray(decode_image(found[name], name=name)) for name in sorted(found)])
+    assert len({image.tobytes() for image in pixels(whole)}) == 12
+    other = np.abs(pixels(images(files["forward"], 3, 1)).astype(int) - pixels(whole))
+    print(f"batches of 3 against 5: {(other > 0).mean():.2%} of the values differ, by {other.max()} at most")
+    assert other.max() <= 1
+
+
+def test_settings_that_do_not_work_leave_nothing_behind(ray_local, tmp_path):
+    run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
+    settings = GenerateSettings(str(run), "shapes-test", str(tmp_path / "out"), count=3, batch_size=3, steps=7)
+    with pytest.raises(InputError, match="7 sampling steps: ddim takes a divisor"):
+        generate(settings)
+    assert not (tmp_path / "out" / "sweep.json").exists()
+    assert generate(dataclasses.replace(settings, steps=4))["num_images"] == 3
+    other = dataclasses.replace(settings, steps=4, out=str(tmp_path / "other"), text_encoder="nowhere")
+    with pytest.raises(InputError, match="--text-encoder 'nowhere': this run's was trained with it"):
+        generate(other)
+
+
+def test_an_interrupted_sweep_says_how_to_go_on_and_does(tmp_path, start_job, run_job):
+    run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a", seconds=0.3)
+    prompts, out = tiny_sweep.write_prompts(tmp_path / "prompts.txt", 40), tmp_path / "out"
+    command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", out, "--batch-size", "4"]
+    job = start_job(*command)
+    deadline = time.monotonic() + 120
+    while not list((out / "manifest").glob("*.parquet")):
+        assert job.poll() is None, (tmp_path / "job-0.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # As a terminal does it: to the job and to all that it started and left in its group.
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=60) == 130
+    log = (tmp_path / "job-0.log").read_text()
+    assert "interrupted: run the same command again to go on" in log
+    assert "Traceback" not in log
+    assert json.loads((out / "lease" / "000000.json").read_text())["expires_unix"] == 0
+    assert not (out / "summary.json").exists()
+    run_job(*command)
+    tiny_sweep.check_complete(Storage(str(out)), 40)
+    assert len(tiny_sweep.calls(run_folder)) <= 10 + 2
+
+
+def test_what_a_sweep_waits_for_is_named(tmp_path, run_job):
+    if ray_has_gpus():
+        pytest.skip("this machine has a GPU, for which the sweep would not wait")
+    run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
+    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", 4)
+    command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", tmp_path / "out"]
+    result = run_job(*command, "--device", "cuda", "--batch-size", "4", "--stall-timeout", "3", check=False)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "generate: no progress for" in line
+    assert "missing: GPU" in line
+
+
+def ray_has_gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or sys.platform == "darwin"

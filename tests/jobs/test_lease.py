@@ -1,0 +1,186 @@
+"""jobs/lease.py: one live run at a time, and a dead one in nobody's way."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.lease import Holder, Lease
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from jobs.lease import Lease
+from mmcore.storage import Storage
+with Lease(Storage(sys.argv[1]), "the sweep", renew_s=float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_server"))
+
+
+def held(place: Storage, number: int) -> dict:
+    return json.loads(place.read(f"lease/{number:06d}.json"))
+
+
+def put(place: Storage, number: int, **changes: object) -> Holder:
+    """The file of a holder that is this process but for `changes`."""
+    holder = dataclasses.replace(Holder.this_process(60), **changes)  # type: ignore[arg-type]
+    place.write(f"lease/{number:06d}.json", json.dumps(dataclasses.asdict(holder)).encode())
+    return holder
+
+
+def start_holder(place: Storage, renew_s: float = 15) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, place.uri, str(renew_s)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def test_a_live_run_is_not_disturbed_and_gives_back(place: Storage) -> None:
+    with Lease(place, "the sweep"):
+        with pytest.raises(InputError, match=rf"the sweep is being run by process {os.getpid()} on ") as refused:
+            Lease(place, "the sweep").__enter__()
+        assert "\n" not in str(refused.value)
+        assert held(place, 0)["expires_unix"] > time.time() + 30
+    assert held(place, 0)["expires_unix"] == 0
+    with Lease(place, "the sweep") as again:
+        assert again.number == 1
+
+
+def test_a_failing_run_gives_back_too(place: Storage) -> None:
+    with pytest.raises(KeyboardInterrupt), Lease(place, "the sweep"):
+        raise KeyboardInterrupt
+    with Lease(place, "the sweep"):
+        pass
+
+
+def test_a_killed_run_of_this_machine_is_replaced_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Storage(str(tmp_path))
+    process = start_holder(place)
+    try:
+        with pytest.raises(InputError, match=f"process {process.pid}"):
+            Lease(place, "the sweep").__enter__()
+    finally:
+        process.kill()
+    # A process that its parent has not waited for yet still has its number.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with Lease(place, "the sweep") as lease:
+        assert lease.number == 1
+    assert f"taken over from process {process.pid}" in capsys.readouterr().err
+    process.communicate()
+
+
+def test_a_process_number_that_is_used_again_is_no_holder(place: Storage) -> None:
+    put(place, 0, start="another moment")
+    with Lease(place, "the sweep") as lease:
+        assert lease.number == 1
+
+
+@pytest.mark.parametrize("machine", ["another boot", None])
+def test_another_machine_holds_until_it_expires(machine: str | None, tmp_path: Path) -> None:
+    place = Storage(str(tmp_path))
+    # Its process numbers say nothing here, even where a container there has this host's name.
+    elsewhere: dict = {"machine": machine} if machine else {"host": "elsewhere"}
+    put(place, 0, pid=2**22 + 1, expires_unix=time.time() + 30, **elsewhere)
+    with pytest.raises(InputError, match=r"if it is dead already, the same command works in (29|30) s"):
+        Lease(place, "the sweep").__enter__()
+    put(place, 0, pid=2**22 + 1, expires_unix=time.time() - 1, **elsewhere)
+    with Lease(place, "the sweep") as lease:
+        assert lease.number == 1
+
+
+def test_the_holder_renews(tmp_path: Path) -> None:
+    place = Storage(str(tmp_path))
+    with Lease(place, "the sweep", ttl_s=1, renew_s=0.05):
+        first = held(place, 0)["expires_unix"]
+        wait_until(lambda: held(place, 0)["expires_unix"] > first + 1.5)
+        with pytest.raises(InputError, match="is being run"):
+            Lease(place, "the sweep").__enter__()
+
+
+def test_a_holder_that_was_replaced_is_told_and_leaves_its_successor_alone(tmp_path: Path) -> None:
+    place = Storage(str(tmp_path))
+    lines: list[str] = []
+    with Lease(place, "the sweep", renew_s=0.05, on_lost=lines.append):
+        successor = put(place, 1, host="elsewhere")
+        wait_until(lambda: bool(lines))
+    assert lines == [
+        f"the sweep was taken over by process {os.getpid()} on elsewhere; this run ends, what it committed stays"
+    ]
+    assert held(place, 1) == dataclasses.asdict(successor)
+
+
+def test_a_holder_that_was_replaced_ends(tmp_path: Path) -> None:
+    place = Storage(str(tmp_path))
+    process = start_holder(place, renew_s=0.05)
+    put(place, 1, host="elsewhere")
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert err.startswith("error: the sweep was taken over by process")
+    assert len(err.splitlines()) == 1
+
+
+def test_of_many_at_once_one_gets_it(place: Storage) -> None:
+    won: list[Lease] = []
+    refused: list[InputError] = []
+    barrier = threading.Barrier(6)
+
+    def enter() -> None:
+        lease = Lease(place, "the sweep")
+        barrier.wait()
+        try:
+            won.append(lease.__enter__())
+        except InputError as error:
+            refused.append(error)
+
+    put(place, 0, start="another moment")
+    threads = [threading.Thread(target=enter) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(refused)) == (1, 5)
+    won[0].__exit__(None, None, None)
+
+
+def test_a_storage_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Storage(str(tmp_path))
+    with Lease(place, "the sweep", ttl_s=1, renew_s=0.05):
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error", "disk")))
+            text = ""
+
+            def told() -> bool:
+                nonlocal text
+                text += capsys.readouterr().err
+                return "the lease could not be renewed (disk: Input/output error" in text
+
+            wait_until(told)
+        now = held(place, 0)["expires_unix"]
+        wait_until(lambda: held(place, 0)["expires_unix"] > now)

@@ -1,0 +1,171 @@
+"""A sweep to an S3 that fails: a proxy before the test server answers with errors, resets and half of what was sent."""
+
+import http.client
+import random
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+import tiny_sweep
+
+from mmcore.storage import Storage
+
+ERRORS = {
+    503: b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    500: b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
+}
+FAULTS = ("503", "500", "reset before", "reset after", "truncated")
+
+
+class FaultyProxy(ThreadingHTTPServer):
+    """Hands requests on to `endpoint`, but for a share of `rate` of them, whose fault is counted in `faults`."""
+
+    daemon_threads = True
+    # Many connections are opened at once.
+    request_queue_size = 128
+
+    def __init__(self, endpoint: str, rate: float) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target, self.rate = urlsplit(endpoint).netloc, rate
+        self.random, self.lock = random.Random(0), threading.Lock()
+        self.faults: Counter[str] = Counter()
+        self.num_requests = 0
+
+    def draw(self, method: str) -> str:
+        """The fault of the next request, empty for none."""
+        with self.lock:
+            self.num_requests += 1
+            fault = self.random.choice(FAULTS) if self.random.random() < self.rate else ""
+            if fault:
+                self.faults[f"{method} {fault}"] += 1
+            return fault
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that hung up is no news here."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyProxy
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+    def _reset(self) -> None:
+        # With this option closing sends a reset instead of a proper end.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        upstream = http.client.HTTPConnection(self.server.target, timeout=60)
+        try:
+            headers = {
+                name: value for name, value in self.headers.items() if name.lower() not in ("expect", "connection")
+            }
+            upstream.request(self.command, self.path, body=body, headers=headers)
+            response = upstream.getresponse()
+            return response.status, response.getheaders(), response.read()
+        finally:
+            upstream.close()
+
+    def _send_half(self, length: int) -> None:
+        """Half of a PUT reaches the server, which was told of the whole."""
+        half = self.rfile.read(length // 2)
+        host, _, port = self.server.target.partition(":")
+        with socket.create_connection((host, int(port)), timeout=60) as upstream:
+            lines = [f"{self.command} {self.path} HTTP/1.1"]
+            lines += [f"{name}: {value}" for name, value in self.headers.items() if name.lower() != "expect"]
+            upstream.sendall("\r\n".join([*lines, "", ""]).encode() + half)
+
+    def do_GET(self) -> None:
+        fault, length = self.server.draw(self.command), int(self.headers.get("Content-Length", 0))
+        if fault == "truncated" and self.command == "PUT" and length:
+            self._send_half(length)
+            return self._reset()
+        body = self.rfile.read(length)
+        if fault == "reset before":
+            return self._reset()
+        if fault in ("503", "500"):
+            status, headers, data = int(fault), [("Content-Type", "application/xml")], ERRORS[int(fault)]
+        else:
+            status, headers, data = self._forward(body)
+            if fault == "reset after":
+                return self._reset()
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                self.send_header(name, value)
+        content_length = next((value for name, value in headers if name.lower() == "content-length"), len(data))
+        self.send_header("Content-Length", str(content_length if self.command == "HEAD" else len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if fault == "truncated" else data)
+        if fault == "truncated":
+            self.wfile.flush()
+            self._reset()
+
+    do_PUT = do_HEAD = do_DELETE = do_POST = do_GET
+
+
+@contextmanager
+def faulty_proxy(endpoint: str, rate: float) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(endpoint, rate)
+    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.mark.parametrize(
+    ("count", "rate"),
+    [
+        (300, 0.2),
+        pytest.param(1000, 0.01, marks=pytest.mark.soak),
+        pytest.param(1000, 0.05, marks=pytest.mark.soak),
+        pytest.param(1000, 0.2, marks=pytest.mark.soak),
+    ],
+)
+def test_a_failing_storage_loses_and_doubles_nothing(count, rate, s3_server, tmp_path, run_job, monkeypatch):
+    import os
+
+    run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
+    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", count)
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], rate) as proxy:
+        command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", f"{s3_server}/out"]
+        env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}
+        run_job(*command, "--batch-size", "25", env=env)
+    # Straight from the server: what lies there, not what a retry made of it.
+    tiny_sweep.check_complete(Storage(s3_server) / "out", count)
+    assert len(tiny_sweep.calls(run_folder)) == count // 25, "a fault of the storage cost a second generation"
+    share = sum(proxy.faults.values()) / proxy.num_requests
+    assert 0.5 * rate < share < 1.6 * rate
+    if rate >= 0.05:
+        assert {f"PUT {fault}" for fault in FAULTS} <= set(proxy.faults)
+    print(f"{proxy.num_requests} requests, {dict(proxy.faults)}")
+
+
+def test_half_an_answer_is_read_again(s3_server, monkeypatch):
+    import os
+
+    from mmcore import storage as module
+
+    storage = Storage(s3_server)
+    storage.write("a.bin", bytes(range(256)) * 40)
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        module._s3_client.cache_clear()
+        faults = iter(["truncated", "truncated", "", "truncated", "reset before", "503"])
+        monkeypatch.setattr(proxy, "draw", lambda method: next(faults, ""))
+        try:
+            assert storage.read("a.bin") == bytes(range(256)) * 40
+            assert storage.read("a.bin") == bytes(range(256)) * 40
+        finally:
+            module._s3_client.cache_clear()

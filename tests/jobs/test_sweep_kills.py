@@ -1,0 +1,105 @@
+"""A sweep is exactly once, whatever is killed and when: on a Ray of two CPUs, with real generation calls counted."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import tiny_sweep
+
+from mmcore.storage import Storage
+
+BATCH = 25
+# What is in flight when a worker dies: the block that is generated and the one before, whose images are written.
+REDONE_PER_KILL = 2
+
+
+def parts(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / "manifest").glob("*.parquet"))}
+
+
+def actors_of(driver: int) -> Iterator[psutil.Process]:
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(process.cmdline()):
+                yield process
+        except psutil.NoSuchProcess:
+            continue
+
+
+def wait_for_blocks(out: Path, wanted: int, job) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((out / "manifest").glob("*.parquet"))) < wanted:
+        assert job.poll() is None, "the job ended before it was killed"
+        assert time.monotonic() < deadline, "no block was committed: it hangs"
+        time.sleep(0.002)
+
+
+def kill_and_count(tmp_path, start_job, run_job, *, count: int, driver_kills: int, actor_kills: int) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"the moments of the kills are drawn from {seed}")
+    moments = random.Random(seed)
+    num_blocks = count // BATCH
+    run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a", seconds=0.15)
+    prompts, out = tiny_sweep.write_prompts(tmp_path / "prompts.txt", count), tmp_path / "out"
+    command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", out]
+    command += ["--count", str(count), "--batch-size", str(BATCH)]
+    committed: dict[str, bytes] = {}
+    kills = 0
+    blocks_a_kill = num_blocks // (driver_kills + actor_kills + 1)
+
+    for kill in range(driver_kills):
+        generated_before = len(tiny_sweep.calls(run_folder))
+        job = start_job(*command)
+        wait_for_blocks(out, len(committed) + moments.randint(1, blocks_a_kill), job)
+        time.sleep(moments.random() * 0.2)
+        if kill % 2:
+            # Its workers live on for a moment, and may commit one more block beside the next run.
+            os.kill(job.pid, signal.SIGKILL)
+        else:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        kills += 1
+        now = parts(out)
+        assert {name: now[name] for name in committed} == committed, "a committed block was written again"
+        assert not (out / "summary.json").exists()
+        again = {f"{int(name[5:11]) * BATCH:06d}" for name in committed}
+        assert not again & set(tiny_sweep.calls(run_folder)[generated_before:]), "committed work was done again"
+        committed = now
+
+    job = start_job(*command)
+    for _ in range(actor_kills):
+        wait_for_blocks(out, len(parts(out)) + moments.randint(1, blocks_a_kill), job)
+        for actor in actors_of(job.pid):
+            actor.kill()
+        kills += 1
+    assert job.wait(timeout=240) == 0, (tmp_path / f"job-{driver_kills}.log").read_text()[-4000:]
+
+    tiny_sweep.check_complete(Storage(str(out)), count)
+    assert {name: parts(out)[name] for name in committed} == committed, "a committed block was written again"
+    calls = tiny_sweep.calls(run_folder)
+    assert len(set(calls)) == num_blocks
+    assert len(calls) - num_blocks <= REDONE_PER_KILL * kills, f"{len(calls) - num_blocks} redone after {kills} kills"
+    tiny_sweep.check_tidy(out)
+
+    before = parts(out)
+    again = run_job(*command)
+    assert f"all {count} images are done already" in again.stdout
+    assert "Ray: started" not in again.stderr
+    assert tiny_sweep.calls(run_folder) == calls
+    assert parts(out) == before
+    assert pq.read_table(out / "manifest").num_rows == count
+
+
+def test_killed_again_and_again_each_image_is_made_once(tmp_path, start_job, run_job):
+    kill_and_count(tmp_path, start_job, run_job, count=1000, driver_kills=5, actor_kills=2)
+
+
+@pytest.mark.soak
+def test_killed_very_often_each_image_is_made_once(tmp_path, start_job, run_job):
+    kill_and_count(tmp_path, start_job, run_job, count=2000, driver_kills=15, actor_kills=10)

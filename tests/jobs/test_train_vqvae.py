@@ -1,0 +1,252 @@
+"""The VQ-VAE's job: what it refuses, what a run leaves, and a run that is killed."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from jobs.commandline import run
+from jobs.train_vqvae import default_job, main, with_absolute_paths
+from jobs.trainer import RunOptions
+from mmcore.data.columns import open_column
+from mmcore.data.pixels import to_network, to_pixels
+from mmcore.generators.vqvae import VARIANTS, TrainedVQVAE, psnr
+from mmcore.storage import Storage
+
+JOB = "jobs/train_vqvae.py"
+# The smoke variant: averages, revival and a discriminator from step 10 on, on 16x16 pixels.
+FLAGS = [
+    "--variant",
+    "smoke",
+    "--dataset",
+    "tiny",
+    "--split",
+    "split",
+    "--image-size",
+    "16",
+    "--num-epochs",
+    "20",
+    "--max-steps",
+    "40",
+    "--validate-every-epochs",
+    "4",
+    "--checkpoint-every-steps",
+    "2",
+    "--log-every-steps",
+    "1",
+    "--num-samples",
+    "3",
+    "--num-threads",
+    "1",
+]
+NUM_STEPS = 40
+TIMEOUT_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """One storage for all runs here, so that its pixels are cached once."""
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    tiny.write_dataset(storage)
+    return storage
+
+
+def run_folder(storage: Storage, name: str) -> Storage:
+    return storage / "runs" / "vqvae" / name
+
+
+def history(run: Storage) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+
+
+# -- refused before any work ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--image-size", "18"], ["image_size 18", "--image-size"]),
+        (["--stream"], ["--stream"]),
+        (["--dataset", "nothing"], ["data/nothing", "jobs/prepare.py --dataset nothing"]),
+        (["--perceptual", "lpips"], ["--vgg16 FILE", "--lpips-heads FILE", "--perceptual None"]),
+        (["--perceptual", "lpips", "--vgg16", "no.pth", "--lpips-heads", "no.pth"], ["--vgg16", "no.pth"]),
+        (["--perceptual", "no/such/folder"], ["--perceptual 'no/such/folder'"]),
+        (["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_bad_setting_is_refused_in_one_line(
+    storage: Storage,
+    flags: list[str],
+    named: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "refused", *flags])
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert all(part in line for part in named), line
+    assert not run_folder(storage, "refused").exists()
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in Path(storage.uri).rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "dry", "--dry-run"])
+    main()
+    printed = capsys.readouterr().out
+    assert "images 16x16x3 -> latents 4x4x4, 64 codes" in printed
+    assert "steps: 40 of 8 images, 5 an epoch" in printed
+    assert {path: path.read_bytes() for path in Path(storage.uri).rglob("*") if path.is_file()} == before
+
+
+def test_a_job_for_another_job(tmp_path: Path) -> None:
+    asked = RunOptions(storage="elsewhere", name="ldm", num_threads=3, num_workers=2, fresh=True, dry_run=True)
+    job = default_job(Storage(str(tmp_path)), "first", "shapes", asked)
+    assert job.run.uri == f"{tmp_path}/runs/vqvae/first"
+    assert (job.variant, job.recipe) == ("shapes", VARIANTS["shapes"])
+    options = job.options
+    assert (options.num_threads, options.num_workers, options.fresh, options.dry_run) == (3, 2, False, False)
+
+
+def test_paths_hold_on_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "network").mkdir()
+    smoke = VARIANTS["smoke"]
+    assert with_absolute_paths(smoke) == smoke
+    named = with_absolute_paths(dataclasses.replace(smoke, perceptual="network"))
+    assert named.perceptual == str(tmp_path / "network")
+    assert with_absolute_paths(dataclasses.replace(smoke, perceptual="on/the-hub")).perceptual == "on/the-hub"
+    lpips = dataclasses.replace(smoke, perceptual="lpips", vgg16="a.pth", lpips_heads="b.pth")
+    absolute = with_absolute_paths(lpips)
+    assert (absolute.vgg16, absolute.lpips_heads) == (str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def reference(finished: dict[str, Any], run_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
+    """What the run that nobody disturbs ends with."""
+    if not finished:
+        run_job(JOB, *FLAGS, "--storage", storage, "--name", "reference", timeout_s=TIMEOUT_S)
+        finished.update(outcome(run_folder(storage, "reference")))
+    return finished
+
+
+def outcome(run: Storage) -> dict[str, Any]:
+    samples = run / "samples"
+    return {
+        "model": run.read("model/model.safetensors"),
+        "metrics": tiny.without_times(history(run)),
+        "samples": {name: samples.read(name) for name in samples.list()},
+    }
+
+
+def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path: Path) -> None:
+    run = run_folder(storage, "reference")
+    rows = reference["metrics"]
+    validated = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in validated] == [20, 40]
+    for row in validated:
+        assert 0 < row["validation_codes_used"] <= 1
+        assert 1 <= row["validation_perplexity"] <= 64
+        assert row["samples"]["reconstructions"]["image"] in {f"samples/{name}" for name in reference["samples"]}
+    assert validated[1]["validation_psnr"] > validated[0]["validation_psnr"]
+    assert [row["step"] for row in rows if "discriminator_loss" not in row] == list(range(1, 11))
+
+    # The model that was kept gives the reconstructions and the score that the run says.
+    trained = TrainedVQVAE(run)
+    facts = json.loads(run.read("recipe.json"))
+    column = open_column(Storage(facts["column"]), tmp_path)
+    pixels = torch.from_numpy(np.array(column.values[40:]))
+    assert pixels.shape == (8, 16, 16, 3)
+    with torch.no_grad():
+        made = trained.model.decode(trained.model.encode(to_network(pixels)))
+    best = min(validated, key=lambda row: row["validation_loss"])
+    # The run computes in bf16 where the machine has it.
+    assert psnr(to_network(pixels), made).mean().item() == pytest.approx(best["validation_psnr"], abs=0.1)
+    grid = np.asarray(Image.open(io.BytesIO(run.read(best["samples"]["reconstructions"]["image"]))))
+    assert grid.shape == (2 * 16 + 2, 3 * 16 + 2 * 2, 3)
+    np.testing.assert_array_equal(grid[:16, :16], pixels[0])
+    # One step of 255 where another number of threads rounds differently.
+    assert np.abs(grid[18:, 36:].astype(int) - to_pixels(made)[2].numpy()).max() <= 1
+
+
+def committed_step(run: Storage) -> int:
+    """The step of the newest checkpoint that Ray Train's snapshot names; 0 where there is none."""
+    try:
+        snapshot = json.loads(run.read("checkpoint_manager_snapshot.json"))
+    except FileNotFoundError:
+        return 0
+    return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
+
+
+def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while (now := committed_step(run)) < step:
+        assert process.poll() is None, f"the job ended at step {now}, before it could be disturbed"
+        assert time.monotonic() < deadline, f"no step {step} in time; at {now}"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_ends_as_if_nothing_had_been(
+    start_job: Callable[..., Any],
+    run_job: Callable[..., Any],
+    storage: Storage,
+    reference: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """SIGKILL to the worker while only the generator trains; then to the driver, once its opponent does."""
+    run = run_folder(storage, "killed")
+    command = [JOB, *FLAGS, "--storage", storage, "--name", "killed"]
+    log = tmp_path / "job.log"
+    process = start_job(*command, log=log)
+    wait_for_step(run, 4, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = (child for child in family if any("RayTrainWorker" in word for word in command_of(child)[:1]))
+    worker.kill()
+    wait_for_step(run, 24, process)
+    time.sleep(random.uniform(0, 0.2))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    # What of its Ray has not noticed.
+    for survivor in psutil.wait_procs(family, timeout=10)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            survivor.kill()
+    assert "resumed at step" in log.read_text()
+    stopped = committed_step(run)
+    assert 24 <= stopped < NUM_STEPS
+    again = run_job(*command, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    assert outcome(run) == reference
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []

@@ -1,0 +1,210 @@
+"""The network of the diffusion recipes: sizes as published, exact resume, one worker against two, golden losses."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_diffusion
+import torch
+import torch.multiprocessing
+
+from mmcore import checkpoint
+from mmcore.errors import InputError
+from mmcore.generators.denoiser import UNetSettings
+from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
+from mmcore.generators.text_encoder import TextInputs
+from mmcore.recipe import recipe_from_json, recipe_to_json
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# -- the published sizes -------------------------------------------------------------------------------------------
+
+
+def test_the_report_s_network_is_built_as_published() -> None:
+    recipe = VARIANTS["report"]
+    with torch.device("meta"):
+        model = recipe.build(TextInputs(width=768), (3, 128, 128))
+    config = model.unet.config
+    assert config.block_out_channels == (64, 128, 256, 256)
+    assert config.down_block_types == (*2 * ("CrossAttnDownBlock2D",), *2 * ("DownBlock2D",))
+    assert config.up_block_types == (*2 * ("UpBlock2D",), *2 * ("CrossAttnUpBlock2D",))
+    assert (config.layers_per_block, config.cross_attention_dim) == (2, 512)
+    assert (config.in_channels, config.out_channels) == (3, 3)
+    assert parameters(model.unet) == 28_352_323
+    assert parameters(model.text) == 768 * 512 + 512 + 2 * 512
+    train = recipe.train
+    assert (train.batch_size, train.num_epochs, train.lr, train.warmup_steps, train.seed) == (32, 5, 1e-4, 500, 42)
+    assert (recipe.image_size, recipe.text.max_tokens, recipe.noise.num_timesteps) == (128, 24, 1000)
+
+
+@pytest.mark.parametrize("name", ["best", "shapes", "smoke"])
+def test_other_variants_are_small_and_attend_where_it_pays(name: str) -> None:
+    recipe = VARIANTS[name]
+    with torch.device("meta"):
+        inputs = TextInputs(vocabulary_size=3000, pad_id=0, bos_id=1, eos_id=2)
+        model = recipe.build(inputs, (3, recipe.image_size, recipe.image_size))
+    assert parameters(model) < 25e6
+    for level in recipe.unet.attention_levels:
+        assert recipe.image_size >> level <= 16
+    assert recipe_from_json(PixelDiffusionRecipe, recipe_to_json(recipe), "here") == recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"channels": (33, 64)}, "--channels"),
+        ({"channels": ()}, "--channels"),
+        ({"attention_levels": (2,), "channels": (32, 64)}, "--attention-levels"),
+        ({"num_heads": 3, "channels": (32, 64), "attention_levels": (1,)}, "--num-heads"),
+        ({"layers_per_block": 0}, "--layers-per-block"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InputError, match=flag):
+        UNetSettings(**settings)
+
+
+def test_a_side_that_the_levels_do_not_halve_is_refused() -> None:
+    recipe = tiny_diffusion.recipe()
+    inputs = tiny_diffusion.tokenizer(recipe).inputs()
+    with pytest.raises(InputError, match=r"divisible by 2.*15 x 15.*--channels"):
+        recipe.build(inputs, (3, 15, 15))
+
+
+def test_guidance_without_dropped_texts_is_refused() -> None:
+    with pytest.raises(InputError, match=r"sample_guidance 3.*--drop-text 0.1"):
+        dataclasses.replace(VARIANTS["shapes"], drop_text=0.0)
+
+
+# -- losses --------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_its_rows() -> None:
+    recipe = tiny_diffusion.recipe(precision="fp64")
+    model, rows = tiny_diffusion.model_of(recipe).double(), tiny_diffusion.rows_of(recipe)
+    double = lambda batch: {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
+    whole = model(double(rows.train_batch(np.arange(6), 0)))
+    parts = [model(double(rows.train_batch(np.array([row]), 0))) for row in range(6)]
+    assert whole["count"] == 6
+    assert whole["loss"].item() == pytest.approx(sum(part["loss"].item() for part in parts), abs=1e-12)
+
+
+def test_every_weight_learns_and_the_loss_falls(tmp_path: Path) -> None:
+    recipe = tiny_diffusion.recipe(num_epochs=8, schedule="constant")
+    model = tiny_diffusion.model_of(recipe)
+    before = {name: value.clone() for name, value in checkpoint.trainable_state(model).items()}
+    run = tiny_diffusion.train(recipe, tmp_path, model=model)
+    moved = [not torch.equal(before[name], value) for name, value in checkpoint.trainable_state(model).items()]
+    # Of the words and positions only those that occur.
+    assert sum(moved) >= len(moved) - 1
+    losses = [row["loss"] for row in run.training.state.history if "validation_loss" not in row]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    assert before.keys() == run.best.keys()
+
+
+GOLDEN_LOSSES = [
+    1.5490264892578125,
+    1.3351283073425293,
+    1.0510393381118774,
+    1.032534122467041,
+    0.9443649053573608,
+    0.9700468182563782,
+    0.8931624293327332,
+    0.8292237520217896,
+    0.7833178043365479,
+    0.805168628692627,
+]
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """Ten steps from weights by formula: a refactoring changes none of them."""
+    recipe = tiny_diffusion.recipe(num_epochs=2)
+    model = tiny_diffusion.model_of(recipe)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.ndim > 1:
+                places = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+                parameter.copy_(torch.sin(places * 0.7 + len(name)) * parameter[0].numel() ** -0.5)
+    run = tiny_diffusion.train(recipe, tmp_path, model=model)
+    losses = [row["loss"] for row in run.training.state.history if "validation_loss" not in row]
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)  # other machines sum in another order
+
+
+# -- resume and workers --------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
+    """Channels-last weights, their moments and average, dropped texts, flips: all of it comes back."""
+    recipe = dataclasses.replace(tiny_diffusion.recipe(num_epochs=2, ema_decay=0.9), flip=True)
+    whole = tiny_diffusion.train(recipe, tmp_path / "whole")
+    assert [path.name for path in whole.checkpoints] == [f"step-{step:08d}" for step in (3, 5, 6, 9, 10)]
+    for start in whole.checkpoints[:3]:
+        again = tiny_diffusion.train(
+            recipe,
+            tmp_path / f"from-{start.name}",
+            resume_from=start,
+            model=tiny_diffusion.model_of(recipe, seed=9),
+        )
+        for mine, theirs in (
+            (checkpoint.trainable_state(again.training.model), checkpoint.trainable_state(whole.training.model)),
+            (checkpoint.trainable_state(again.training.ema), checkpoint.trainable_state(whole.training.ema)),
+            (again.best, whole.best),
+        ):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        mine, theirs = again.training.state.history, whole.training.state.history
+        assert tiny.without_times(mine) == tiny.without_times(theirs)
+
+
+def settings_of(precision: str, num_steps: int) -> PixelDiffusionRecipe:
+    train = {"num_epochs": 100, "max_steps": num_steps, "precision": precision, "lr": 1e-3, "gradient_accumulation": 2}
+    recipe = tiny_diffusion.recipe(**train, checkpoint_every_steps=10_000, validate_every_epochs=100)
+    # One level, to spare time.
+    unet = UNetSettings(channels=(32,), layers_per_block=1, attention_levels=(0,), num_heads=2)
+    return dataclasses.replace(recipe, flip=True, unet=unet)
+
+
+def train_as_worker(rank: int, port: int, folder: Path, precision: str, num_steps: int) -> None:
+    """One of two workers of a gloo group; rank 0 writes its losses down."""
+    torch.set_num_threads(1)
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
+    os.environ.pop("OMP_NUM_THREADS", None)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    run = tiny_diffusion.train(settings_of(precision, num_steps), folder / f"rank-{rank}")
+    if rank == 0:
+        np.save(folder / "both.npy", losses_of(run))
+    torch.distributed.destroy_process_group()
+
+
+def losses_of(run: tiny.Run) -> list[float]:
+    history = run.training.state.history
+    return [row.get("validation_loss", row["loss"]) for row in history]
+
+
+@pytest.mark.parametrize(("precision", "num_steps", "largest"), [("fp32", 20, 1e-5), ("fp64", 200, 1e-9)])
+def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
+    tmp_path: Path, precision: str, num_steps: int, largest: float
+) -> None:
+    from conftest import free_port
+
+    alone = losses_of(tiny_diffusion.train(settings_of(precision, num_steps), tmp_path / "alone"))
+    torch.multiprocessing.spawn(train_as_worker, (free_port(), tmp_path, precision, num_steps), nprocs=2)
+    both = np.load(tmp_path / "both.npy")
+    assert len(alone) == len(both) == num_steps + 1
+    assert 0 < np.abs(np.array(alone) - both).max() <= largest

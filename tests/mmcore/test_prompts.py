@@ -1,0 +1,127 @@
+"""mmcore/data/prompts.py: every form of a list of prompts, seeds of their own, errors that name file and line."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmcore.data.prompts import Prompt, read_prompts
+from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.errors import InputError
+from mmcore.seeding import derive_seed
+from mmcore.storage import Storage
+
+
+def write(path: Path, text: str) -> str:
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+def write_parquet(path: Path, **columns: list) -> str:
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_all_forms_give_the_same_prompts(tmp_path: Path) -> None:
+    wanted = [Prompt("a", "a dog, running", 5), Prompt("b", 'a "red" bird\nin two lines', derive_seed(3, "b"))]
+    rows: list[dict] = [
+        {"image_id": "a", "prompt": wanted[0].prompt, "seed": 5},
+        {"prompt": wanted[1].prompt, "image_id": "b"},
+    ]
+    files = [
+        write(
+            tmp_path / "p.csv", 'image_id,prompt,seed\r\na,"a dog, running",5\r\nb,"a ""red"" bird\nin two lines",\n\n'
+        ),
+        write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows)),
+        write_parquet(
+            tmp_path / "p.parquet", prompt=[row["prompt"] for row in rows], image_id=["a", "b"], seed=[5, None]
+        ),
+    ]
+    for file in files:
+        assert read_prompts(file, seed=3) == wanted, file
+
+
+def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "\ufeffa dog\r\na cat, black\n  a bird \n\n\n")
+    prompts = read_prompts(file, seed=7)
+    assert [(each.image_id, each.prompt) for each in prompts] == [
+        ("000000", "a dog"), ("000001", "a cat, black"), ("000002", "a bird"),
+    ]  # fmt: skip
+    assert [each.seed for each in prompts] == [derive_seed(7, each.image_id) for each in prompts]
+    assert len({each.seed for each in prompts} | {each.seed for each in read_prompts(file, seed=8)}) == 6
+    # A longer list or a smaller count leaves the others as they are.
+    assert read_prompts(file, seed=7, count=2) == prompts[:2]
+
+
+def test_shapes_need_no_storage() -> None:
+    prompts = read_prompts("shapes-test", count=500)
+    assert len(prompts) == 500
+    row = shapes_row(ShapesSettings(num_test=500), "test", 499)
+    assert (prompts[499].image_id, prompts[499].prompt) == (row["image_id"], row["captions"][0])
+    assert len(read_prompts("shapes-test")) == ShapesSettings().num_test
+
+
+def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for dataset, column in (("flickr8k", "split_report_generation"), ("shapes", "split")):
+        folder = tmp_path / "data" / dataset
+        folder.mkdir(parents=True)
+        captions = [[f"{dataset} first {i}", f"second {i}"] for i in range(4)]
+        splits = ["train", "test", "train", "test"]
+        table = pa.table({"image_id": list("wxyz"), "captions": captions, column: splits})
+        pq.write_table(table, folder / "part-00000.parquet")
+        (folder / "_SUCCESS").write_text("{}")
+    for source, dataset in (("flickr8k:report-test", "flickr8k"), ("shapes-test", "shapes")):
+        prompts = read_prompts(source, storage=storage.uri)
+        assert [(each.image_id, each.prompt) for each in prompts] == [
+            ("x", f"{dataset} first 1"), ("z", f"{dataset} first 3"),
+        ]  # fmt: skip
+        with pytest.raises(InputError, match=r"--count 3: .* holds 2 prompts"):
+            read_prompts(source, storage=storage.uri, count=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "a dog\n\na cat\n", r"p.txt:2: prompt is ''"),
+        ("p.txt", "\n\n", "holds no prompts"),
+        ("p.csv", "prompt,seed\na dog,1\na cat,minus\n", r"p.csv:3: seed is 'minus'"),
+        ("p.csv", "prompt,seed\na dog,-1\n", r"p.csv:2: seed is '-1'"),
+        ("p.csv", "prompt,imageid\na dog,1\n", r"p.csv:1: columns 'prompt', 'imageid'; expected prompt"),
+        ("p.csv", "prompt,seed\na dog, black,1\n", r"p.csv:2: 3 fields where the header has 2"),
+        ("p.csv", 'prompt,image_id\n"two\nlines",a\nb,a\n', r"p.csv:4: image_id 'a' is that of .*p.csv:2 too"),
+        ("p.csv", 'prompt\n"a "dog"\n', r"p.csv:2: broken CSV"),
+        ("p.csv", "prompt,image_id\na dog,../up\n", r"p.csv:2: image_id is '../up'"),
+        ("p.csv", "prompt,image_id\na dog,.hidden\n", r"p.csv:2: image_id is '.hidden'"),
+        ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": 3}\n', r"p.jsonl:2: prompt is 3"),
+        ("p.jsonl", '{"prompt": "half a \\ud83d"}\n', r"p.jsonl:1: prompt is 'half a \\ud83d'"),
+        ("p.jsonl", '{"prompt": "a dog", "seed": true}\n', r"p.jsonl:1: seed is True"),
+        ("p.jsonl", '{"prompt": "a dog", "seed": 9223372036854775808}\n', r"p.jsonl:1: seed is 9223372036854775808"),
+        ("p.jsonl", '{"prompt": "a dog"\n', r"p.jsonl:1: broken JSON"),
+        ("p.jsonl", '["a dog"]\n', r"p.jsonl:1: expected an object"),
+        ("p.jsonl", '{"text": "a dog"}\n', r"p.jsonl:1: columns 'text'; expected prompt"),
+        ("p.parquet", "no parquet", r"p.parquet: broken Parquet"),
+        ("p.tsv", "a dog\n", r"expected a file ending in \.txt, \.csv"),
+    ],
+)
+def test_errors_name_file_and_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        read_prompts(write(tmp_path / name, text))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "message"),
+    [
+        ("nowhere.txt", {}, "nowhere.txt: no such file"),
+        ("flickr8k:report-test", {}, "give --storage"),
+        ("nowhere.txt", {"storage": "out"}, "--storage out: is read for"),
+        ("shapes-test", {"count": 0}, "--count 0"),
+        ("shapes-test", {"seed": -1}, "--seed -1"),
+    ],
+)
+def test_flags_that_do_not_fit(source: str, more: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_prompts(source, **more)

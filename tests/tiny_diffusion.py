@@ -1,0 +1,171 @@
+"""A diffusion model on tiny images, its rows and a run of it, small enough that a test trains it in seconds."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from mmcore import checkpoint
+from mmcore.data.captions import CaptionTable
+from mmcore.data.columns import Column
+from mmcore.data.generation import GenerationRows, PromptIds
+from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.latent_diffusion import VARIANTS as LDM_VARIANTS
+from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
+from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_VARIANTS
+from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
+from mmcore.generators.text_encoder import PromptTokenizer
+from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
+from mmcore.generators.vqvae import VQVAETraining
+from mmcore.recipe import recipe_to_json
+from mmcore.storage import Storage
+from mmcore.training import RunHooks, Training
+
+SIDE = 8
+SHAPE = (3, SIDE, SIDE)
+
+
+def recipe(**train: Any) -> PixelDiffusionRecipe:
+    """Pixels of 8², two levels; `train` overrides the settings of the training."""
+    settings = dataclasses.replace(
+        PIXEL_VARIANTS["smoke"].train,
+        num_epochs=4,
+        max_steps=None,
+        lr=3e-3,
+        precision="fp32",
+        ema_decay=None,
+        checkpoint_every_steps=3,
+        validate_every_epochs=1,
+        log_every_steps=1,
+    )
+    return dataclasses.replace(
+        PIXEL_VARIANTS["smoke"],
+        image_size=SIDE,
+        captions_per_image=2,
+        train=dataclasses.replace(settings, **train),
+    )
+
+
+def table(num_train: int = 40, num_validation: int = 12) -> CaptionTable:
+    return tiny.table(num_train, num_validation)
+
+
+def tokenizer(recipe: Any, facts: CaptionTable | None = None) -> PromptTokenizer:
+    captions = [text for row in (facts or table()).captions for text in row]
+    return PromptTokenizer.of_words(captions, recipe.text.max_tokens)
+
+
+def pixels(num_rows: int) -> np.ndarray:
+    """One colour an image, by its number, and some noise."""
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 256, (4, 3))
+    flat = np.stack([np.broadcast_to(colours[row % 4], (SIDE, SIDE, 3)) for row in range(num_rows)])
+    return (flat + random.integers(-10, 10, flat.shape)).clip(0, 255).astype(np.uint8)
+
+
+def rows_of(recipe: PixelDiffusionRecipe, facts: CaptionTable | None = None) -> GenerationRows:
+    facts = facts or table()
+    column = Column(tuple(facts.image_ids), pixels(len(facts.image_ids)))
+    return GenerationRows(
+        facts,
+        [column],
+        PromptIds([row[: recipe.captions_per_image] for row in facts.captions], tokenizer(recipe, facts)),
+        captions_per_image=recipe.captions_per_image,
+        drop_text=recipe.drop_text,
+        flip=recipe.flip,
+        num_timesteps=recipe.noise.num_timesteps,
+        scaling_factor=1.0,
+        seed=recipe.train.seed,
+    )
+
+
+def model_of(recipe: PixelDiffusionRecipe, seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
+    return recipe.build(tokenizer(recipe).inputs(), SHAPE)
+
+
+def train(
+    recipe: PixelDiffusionRecipe, folder: Path, *, resume_from: Path | None = None, model: Denoiser | None = None
+) -> tiny.Run:
+    """Train in this process, keeping every checkpoint under `folder`."""
+    kept: list[Path] = []
+
+    def commit(saved: Path | None, metrics: dict[str, Any]) -> None:
+        if saved is not None:
+            kept.append(Path(shutil.move(saved, folder / saved.name)))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    training = Training(
+        model_of(recipe) if model is None else model,
+        rows_of(recipe),
+        recipe.train,
+        RunHooks(commit=commit),
+        workdir=folder / "work",
+        resume_from=resume_from,
+    )
+    return tiny.Run(training, training.run(), kept)
+
+
+# -- run folders, as the jobs leave them ---------------------------------------------------------------------------
+
+
+def write_run(
+    run: Storage, recipe: Any, name: str, x_0_shape: tuple[int, int, int], **facts: Any
+) -> tuple[Denoiser, PromptTokenizer]:
+    """A finished run of a network with random weights and a text encoder from scratch."""
+    words = tokenizer(recipe)
+    torch.manual_seed(0)
+    model = recipe.build(words.inputs(), x_0_shape)
+    content = {
+        "recipe": name,
+        "settings": recipe_to_json(recipe),
+        "resolution": x_0_shape[1],
+        "x_0_shape": x_0_shape,
+        "scaling_factor": 1.0,
+        "vqvae_fingerprint": None,
+        "text_inputs": dataclasses.asdict(words.inputs()),
+        "text_fingerprint": words.fingerprint(),
+        **facts,
+    }
+    _write_model(run, model, content)
+    for file, data in words.files().items():
+        (run / "model" / "tokenizer").write(file, data)
+    return model.eval(), words
+
+
+def write_pixel_run(run: Storage) -> tuple[Denoiser, PromptTokenizer]:
+    """Pixel diffusion on 8²."""
+    return write_run(run, recipe(), "pixel_diffusion", SHAPE)
+
+
+def write_vqvae_run(run: Storage) -> VQVAETraining:
+    """A VQ-VAE of 32² with random weights."""
+    vqvae = VQVAE_VARIANTS["smoke"]
+    torch.manual_seed(1)
+    model = VQVAETraining(vqvae)
+    _write_model(run, model, {"recipe": "vqvae", "settings": recipe_to_json(vqvae)})
+    return model.eval()
+
+
+def write_ldm_run(run: Storage, vqvae_run: Storage) -> tuple[Denoiser, LatentDiffusionRecipe]:
+    """Latent diffusion on the latents of `write_vqvae_run`."""
+    vqvae = write_vqvae_run(vqvae_run).recipe
+    ldm = dataclasses.replace(LDM_VARIANTS["smoke"], vqvae=vqvae_run.uri)
+    facts = {"resolution": vqvae.image_size, "scaling_factor": 0.5, "vqvae_fingerprint": "some"}
+    model, _ = write_run(run, ldm, "ldm", vqvae.latent_shape, **facts)
+    for file in ("recipe.json", "model.safetensors"):
+        (run / "model" / "vqvae" / "model").write(file, (vqvae_run / "model").read(file))
+    return model, ldm
+
+
+def _write_model(run: Storage, model: torch.nn.Module, content: dict[str, Any]) -> None:
+    folder = run / "model"
+    folder.write("recipe.json", json.dumps(content).encode())
+    weights = {key: value.contiguous() for key, value in checkpoint.trainable_state(model).items()}
+    save_file(weights, Path(folder.uri) / "model.safetensors")

@@ -1,0 +1,109 @@
+"""Finished runs of generators with random weights, as training leaves them, made without training."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mmcore import checkpoint
+from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs, TextSettings
+from mmcore.recipe import recipe_to_json
+
+SCALING_FACTOR = 0.7
+
+
+def _write(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    (folder / "model").mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model" / "model.safetensors")
+    (folder / "model" / "recipe.json").write_text(json.dumps(facts))
+    (folder / "_SUCCESS").write_text("{}")
+
+
+def _write_diffusion(folder: Path, name: str, recipe: Any, shape: tuple[int, int, int], **facts: Any) -> Path:
+    """The run of a diffusion recipe."""
+    tokenizer = word_tokenizer(recipe.text.max_tokens)
+    inputs, fingerprint = tokenizer.inputs(), tokenizer.fingerprint()
+    if not recipe.text.is_scratch:
+        encoder = FrozenTextEncoder(recipe.text.text_encoder, recipe.text.max_tokens)
+        inputs, fingerprint = TextInputs(width=encoder.model.config.hidden_size), encoder.fingerprint()
+    torch.manual_seed(0)
+    model = recipe.build(inputs, shape)
+    with torch.no_grad():
+        # diffusers begins with an output of almost nothing; here prompt and noise must show in the images.
+        model.unet.conv_out.weight.mul_(3)
+    facts = {
+        "recipe": name,
+        "settings": recipe_to_json(recipe),
+        "text_inputs": dataclasses.asdict(inputs),
+        "x_0_shape": shape,
+        "text_fingerprint": fingerprint,
+        **facts,
+    }
+    _write(folder, facts, checkpoint.trainable_state(model))
+    if recipe.text.is_scratch:
+        write_tokenizer(folder / "model" / "tokenizer", tokenizer)
+    return folder
+
+
+def word_tokenizer(max_tokens: int) -> PromptTokenizer:
+    """The words of Shapes."""
+    words = [text for row in shapes_rows(ShapesSettings(40, 0, 0, 32)) for text in row["captions"]]
+    return PromptTokenizer.of_words(words, max_tokens)
+
+
+def write_tokenizer(folder: Path, tokenizer: PromptTokenizer) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in tokenizer.files().items():
+        (folder / file).write_bytes(data)
+
+
+def write_clip(folder: Path) -> Path:
+    """A frozen text encoder: the text half of a CLIP with random weights."""
+    tokenizer = word_tokenizer(77)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    inputs = tokenizer.inputs()
+    ids = {"pad_token_id": inputs.pad_id, "bos_token_id": inputs.bos_id, "eos_token_id": inputs.eos_id}
+    torch.manual_seed(2)
+    CLIPTextModel(CLIPTextConfig(vocab_size=inputs.vocabulary_size, **sizes, **ids)).save_pretrained(folder)
+    write_tokenizer(folder, tokenizer)
+    return folder
+
+
+def write_pixel_run(folder: Path, recipe: pixel_diffusion.PixelDiffusionRecipe | None = None) -> Path:
+    recipe = recipe or dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], image_size=16)
+    shape = (3, recipe.image_size, recipe.image_size)
+    facts = {"resolution": recipe.image_size, "scaling_factor": 1.0, "vqvae_fingerprint": None}
+    return _write_diffusion(folder, "pixel_diffusion", recipe, shape, **facts)
+
+
+def write_latent_run(folder: Path, text: TextSettings | None = None, **changes: Any) -> Path:
+    """`changes` are made to the VQ-VAE's recipe; without `text` its encoder is trained with the rest."""
+    autoencoder = dataclasses.replace(vqvae.VARIANTS["smoke"], **changes)
+    recipe = latent_diffusion.VARIANTS["smoke"]
+    recipe = dataclasses.replace(recipe, text=text or recipe.text)
+    run = _write_diffusion(
+        folder,
+        "ldm",
+        recipe,
+        autoencoder.latent_shape,
+        resolution=autoencoder.image_size,
+        scaling_factor=SCALING_FACTOR,
+        vqvae_fingerprint="random",
+    )
+    torch.manual_seed(1)
+    model = autoencoder.build()
+    with torch.no_grad():
+        model.quantizer.codebook.normal_()
+    own = {**checkpoint.trainable_state(model), **{name: model.get_buffer(name) for name in model.state_buffers}}
+    _write(
+        run / "model" / "vqvae",
+        {"recipe": "vqvae", "settings": recipe_to_json(autoencoder)},
+        {f"vqvae.{name}": value for name, value in own.items()},
+    )
+    return run

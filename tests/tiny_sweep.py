@@ -1,0 +1,117 @@
+"""A generator that takes no time, so that a sweep of 1,000 images is over in seconds, and a job that sweeps with it.
+
+`python tests/tiny_sweep.py FLAGS OF jobs/generate.py` works on two CPUs, whatever the machine has.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray._private.utils
+import tyro
+
+import jobs.cluster
+from jobs.commandline import run
+from jobs.generate import GenerateImages, GenerateSettings, generate
+from mmcore.data.prompts import Prompt
+from mmcore.storage import Storage
+
+SIZE = 16
+
+
+def tiny_image(prompt: str, seed: int) -> np.ndarray:
+    """Noise that prompt and seed decide: uint8 (SIZE, SIZE, 3)."""
+    key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
+    return np.random.default_rng([seed, key]).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+
+
+class TinyGenerator:
+    """`facts`: `seconds` that a batch takes, and `log`, a file that gets the number of images of each call."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def generate(self, prompts: list[str], seeds: list[int], **settings: Any) -> np.ndarray:
+        assert set(settings) == {"num_inference_steps", "guidance_scale", "sampler", "negative_prompts"}
+        if prompts[0]:
+            time.sleep(self.facts["seconds"])
+        return np.stack([tiny_image(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
+
+
+class TinyWorker(GenerateImages):
+    """Writes down each block that it generates, before it does."""
+
+    def load(self, run: Storage, text_encoder: str | None) -> TinyGenerator:
+        self.log = json.loads(run.read("model/recipe.json"))["log"]
+        return TinyGenerator(json.loads(run.read("model/recipe.json")))
+
+    def generate(self, prompts: Sequence[Prompt], steps: int) -> np.ndarray:
+        if prompts[0].image_id:
+            with open(self.log, "a") as file:
+                file.write(f"{prompts[0].image_id} {len(prompts)}\n")
+        return super().generate(prompts, steps)
+
+
+def write_run(folder: Path, seconds: float = 0.0) -> Path:
+    """A run of the tiny generator; its log is `folder`/calls.txt."""
+    (folder / "model").mkdir(parents=True)
+    facts = {"recipe": "tiny", "resolution": SIZE, "seconds": seconds, "log": str(folder / "calls.txt")}
+    (folder / "model" / "recipe.json").write_text(json.dumps(facts))
+    (folder / "calls.txt").touch()
+    return folder
+
+
+def calls(run_folder: Path) -> list[str]:
+    """The first image of each block that was generated, in order."""
+    return [line.split()[0] for line in (run_folder / "calls.txt").read_text().splitlines()]
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    path.write_text("".join(f"picture {row} of a dog\n" for row in range(count)))
+    return path
+
+
+def check_complete(out: Storage, count: int) -> list[dict[str, Any]]:
+    """Every image once, in the manifest and in the folder, and each the one that it should be; the manifest's rows."""
+    folder = out / "manifest"
+    filesystem, path = folder.arrow()
+    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    assert len(rows) == len({row["image_id"] for row in rows}) == count, "lost or doubled images"
+    assert (out / "images").list() == sorted(f"{row['image_id']}.png" for row in rows)
+    for row in rows:
+        data = out.read(row["key"])
+        assert hashlib.sha256(data).hexdigest() == row["sha256"], row["key"]
+        check_image(data, row["prompt"], row["seed"])
+    return rows
+
+
+def check_tidy(out: Path) -> None:
+    """Nothing lies in a finished sweep but what belongs there, whatever was killed."""
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [".tmp", "images", "lease", "manifest", "summary.json", "sweep.json"]
+    for folder in ("images", "manifest", "lease"):
+        assert {path.suffix for path in (out / folder).iterdir()} <= {".png", ".parquet", ".json"}
+    assert not list((out / ".tmp").iterdir())
+
+
+def check_image(data: bytes, prompt: str, seed: int) -> None:
+    from mmcore.images import decode_image, read_png_text
+
+    assert (np.asarray(decode_image(data, name="image")) == tiny_image(prompt, seed)).all()
+    text = read_png_text(data)
+    assert (text["prompt"], text["seed"]) == (prompt, str(seed))
+
+
+def main() -> None:
+    jobs.cluster.MIN_LOCAL_CPUS = 2
+    ray._private.utils.get_num_cpus = lambda *_, **__: 2
+    generate(tyro.cli(GenerateSettings), TinyWorker)
+
+
+if __name__ == "__main__":
+    run(main)
