@@ -18,7 +18,6 @@ from mmcore.generators.denoiser import UNetSettings
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.generators.text_encoder import TextInputs
 from mmcore.recipe import recipe_from_json, recipe_to_json
-from mmcore.training import RunHooks, Training
 
 
 @pytest.fixture(autouse=True)
