@@ -18,6 +18,7 @@ from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, 
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import InputError
 from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.diffusion import make_sampler, set_timesteps
 from mmcore.generators.text_encoder import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.trained import TOKENIZER_ASSET
 from mmcore.images import image_grid
@@ -31,10 +32,14 @@ Text = PromptTokenizer | FrozenTextEncoder
 
 
 def resolved(job: Job) -> Job:
-    """`job` with absolute folders, its run checked to be a new or an unfinished one."""
+    """`job` with absolute folders, its run checked to be a new or an unfinished one.
+
+    Raises InputError for what can be refused without looking at any data.
+    """
     check_new_run(job)
     if job.options.stream:
         raise InputError("--stream: this recipe looks its rows up on the worker's disk; leave it out")
+    set_timesteps(make_sampler("ddim", job.recipe.noise), job.recipe.sample_steps)
     text = job.recipe.text
     text = dataclasses.replace(
         text, text_encoder=absolute_folder(text.text_encoder), tokenizer=absolute_folder(text.tokenizer)
@@ -161,7 +166,7 @@ def diffusion_setup(
 
 
 def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
-    """Print sizes and steps."""
+    """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
     recipe = job.recipe
     with torch.device("meta"):
         model = recipe.build(text_inputs(text), x_0_shape)

@@ -25,10 +25,9 @@ from mmcore.data.generation import scaling_factor
 from mmcore.errors import InputError
 from mmcore.generators.latent_diffusion import VARIANTS
 from mmcore.generators.trained import VQVAE_ASSET
-from mmcore.generators.vqvae import VQVAE, TrainedVQVAE
+from mmcore.generators.vqvae import VQVAE, TrainedVQVAE, VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
-from mmcore.training import num_steps
 
 # Images whose latents say by what all are scaled: a million numbers at the smallest size.
 _SCALE_IMAGES = 1024
@@ -50,8 +49,18 @@ def vqvae_job(job: Job) -> Job:
     return dataclasses.replace(own, recipe=recipe)
 
 
+def vqvae_recipe(job: Job) -> VQVAERecipe:
+    """The settings of the VQ-VAE that `job` names, or else of its own, which may be yet to be trained."""
+    if job.recipe.vqvae is not None:
+        return TrainedVQVAE(Storage(job.recipe.vqvae)).recipe
+    return vqvae_job(job).recipe
+
+
 def ensure_vqvae(job: Job) -> Storage:
-    """The run of the VQ-VAE: the one that `job` names, or else its own, trained now unless it is finished."""
+    """The run of the VQ-VAE: the one that `job` names, or else its own, trained now unless it is finished.
+
+    Raises InputError where its own is finished with other settings.
+    """
     if job.recipe.vqvae is not None:
         return Storage(job.recipe.vqvae)
     own = vqvae_job(job)
@@ -89,22 +98,20 @@ def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
     job = resolved(job)
     storage = job.storage
+    x_0_shape = vqvae_recipe(job).latent_shape
     if job.options.dry_run:
-        named = job.recipe.vqvae
-        vqvae_recipe = vqvae_job(job).recipe if named is None else TrainedVQVAE(Storage(named)).recipe
-        reads = vqvae_job(job).run.uri + " (trained first where missing)" if named is None else named
-        dry_run(job, vqvae_recipe.latent_shape, f"{reads}, {job.recipe.text.text_encoder}")
+        where = f"{vqvae_job(job).run} (trained first where missing)" if job.recipe.vqvae is None else job.recipe.vqvae
+        dry_run(job, x_0_shape, f"{where}, {job.recipe.text.text_encoder}")
         return {}
     ensure_dataset(storage, job.recipe.dataset)
     table = read_captions(storage, job.recipe.dataset, job.recipe.split)
     num_train = len(table.rows(TRAIN))
-    num_steps(job.recipe.train, num_train)  # too few rows are refused before anything is trained or encoded
     text = open_text(job.recipe, table)
+    describe(job, text, x_0_shape, num_train)  # what cannot be is refused before anything is trained or encoded
     run = ensure_vqvae(job)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     job = dataclasses.replace(job, recipe=recipe)
     vqvae = TrainedVQVAE(run)
-    describe(job, text, vqvae.recipe.latent_shape, num_train)
     columns = [
         cached_latent_column(
             storage, recipe.dataset, vqvae=run, flip=flip, stall_timeout_s=job.options.stall_timeout
@@ -114,7 +121,7 @@ def train(job: Job) -> dict[str, Any]:
     some = [table.image_ids[row] for row in table.rows(TRAIN)[:_SCALE_IMAGES]]
     facts = {
         "resolution": vqvae.recipe.image_size,
-        "x_0_shape": vqvae.recipe.latent_shape,
+        "x_0_shape": x_0_shape,
         "scaling_factor": scaling_factor(open_column(columns[0], default_cache(), some).values),
         "vqvae_fingerprint": vqvae.fingerprint(),
         "dataset_fingerprint": table.facts["fingerprint"],

@@ -14,7 +14,6 @@ from jobs.trainer import Job, Setup, parse_job, run_training
 from mmcore.captioners.vision import SCRATCH
 from mmcore.data.captions import TRAIN, read_captions
 from mmcore.generators.pixel_diffusion import VARIANTS
-from mmcore.training import num_steps
 
 
 def setup(job: Job, facts: dict[str, Any]) -> Setup:
@@ -33,9 +32,8 @@ def train(job: Job) -> dict[str, Any]:
     ensure_dataset(storage, recipe.dataset)
     table = read_captions(storage, recipe.dataset, recipe.split)
     num_train = len(table.rows(TRAIN))
-    num_steps(recipe.train, num_train)  # too few rows are refused before anything is encoded
     text = open_text(recipe, table)
-    describe(job, text, x_0_shape, num_train)
+    describe(job, text, x_0_shape, num_train)  # what cannot be is refused before anything is encoded
     column = cached_image_column(
         storage,
         recipe.dataset,

@@ -9,15 +9,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny_diffusion
 import torch
-from transformers import MobileNetV2Config, MobileNetV2Model
+from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Model
 
-from jobs.dataset import EncodeImages, cached_image_column
+from jobs.dataset import EncodeImages, cached_image_column, cached_latent_column, cached_text_column, read_null
 from jobs.prepare import PrepareSettings, prepare
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.data.captions import read_captions
 from mmcore.data.columns import open_column
+from mmcore.data.pixels import to_network
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
+from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer
+from mmcore.generators.vqvae import TrainedVQVAE
 from mmcore.storage import Storage
 
 SHAPES = ShapesSettings(num_train=70, num_validation=10, num_test=12, image_size=32)
@@ -136,3 +141,47 @@ def test_a_key_is_of_content(storage: Storage, encoder_folder: str) -> None:
     assert encoder.fingerprint() != before
     facts = json.loads((storage / "data" / "shapes").read("_SUCCESS"))
     assert len(facts["fingerprint"]) == len(hashlib.sha256().hexdigest())
+
+
+def test_latents_are_made_once_and_of_both_views(storage: Storage, tmp_path: Path) -> None:
+    vqvae, copy = Storage(str(tmp_path / "vqvae")), Storage(str(tmp_path / "copy"))
+    for run in (vqvae, copy):
+        tiny_diffusion.write_vqvae_run(run)
+    columns = [cached_latent_column(storage, "shapes", vqvae=vqvae, flip=flip) for flip in (False, True)]
+    assert [column.encoded_now for column in columns] == [NUM_IMAGES, NUM_IMAGES]
+    assert columns[0].folder != columns[1].folder
+    assert cached_latent_column(storage, "shapes", vqvae=copy).encoded_now == 0, "the same weights elsewhere"
+
+    model = TrainedVQVAE(vqvae).model
+    rows = list(shapes_rows(SHAPES))[:5]
+    pixels = pixels_from_bytes([row["image"] for row in rows], 32, ["x"] * 5)
+    for column, view in zip(columns, (pixels, pixels[:, :, ::-1].copy()), strict=True):
+        with torch.inference_mode():
+            expected = model.encode(to_network(torch.from_numpy(view))).numpy()
+        values = open_column(column.folder, tmp_path).values
+        assert (values.dtype, values.shape) == (np.float16, (NUM_IMAGES, 4, 8, 8))
+        np.testing.assert_allclose(values[:5].astype(np.float32), expected, atol=0.004)
+
+
+def test_hidden_states_of_captions_are_made_once(storage: Storage, tmp_path: Path) -> None:
+    table = read_captions(storage, "shapes", "split")
+    captions = [text for row in table.captions for text in row]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=128, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "bert")
+    for name, data in PromptTokenizer.of_words(captions, 12).files().items():
+        (tmp_path / "bert" / name).write_bytes(data)
+    encoder = FrozenTextEncoder(str(tmp_path / "bert"), 12)
+    make = lambda per_image: cached_text_column(
+        storage, table, encoder=encoder, max_tokens=12, captions_per_image=per_image
+    )
+    column = make(2)
+    assert (column.encoded_now, column.shape, column.dtype) == (NUM_IMAGES, (2, 12, 16), "float16")
+    assert make(2).encoded_now == 0
+    assert make(1).encoded_now == NUM_IMAGES, "another number of captions is another column"
+    opened = open_column(column.folder, tmp_path)
+    assert list(opened.image_ids) == table.image_ids
+    for row in (0, 70, NUM_IMAGES - 1):
+        expected = encoder(table.captions[row][:2]).numpy()
+        np.testing.assert_allclose(opened.values[row].astype(np.float32), expected, atol=0.004)
+    np.testing.assert_allclose(read_null(column.folder).astype(np.float32), encoder([""])[0].numpy(), atol=0.004)

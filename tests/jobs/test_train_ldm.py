@@ -1,0 +1,197 @@
+"""The job of latent diffusion: what it refuses, what it makes first, what a run leaves, and a run that is killed."""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from kills import TIMEOUT_S, committed_step, kill_with_all_it_started, wait_for_step
+
+from jobs.commandline import run
+from jobs.train_ldm import main
+from mmcore.generators.trained import TrainedGenerator
+from mmcore.images import decode_image
+from mmcore.storage import Storage
+
+JOB = "jobs/train_ldm.py"
+FLAGS = [
+    "--variant",
+    "smoke",
+    "--dataset",
+    "tiny",
+    "--split",
+    "split",
+    "--flip",
+    "--num-epochs",
+    "8",
+    "--max-steps",
+    "40",
+    "--validate-every-epochs",
+    "4",
+    "--checkpoint-every-steps",
+    "2",
+    "--log-every-steps",
+    "1",
+    "--num-threads",
+    "1",
+    "--precision",
+    "fp32",
+]
+NUM_STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """One storage for all runs here, so that the VQ-VAE is trained once."""
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    tiny.write_dataset(storage)
+    return storage
+
+
+def run_folder(storage: Storage, name: str) -> Storage:
+    return storage / "runs" / "ldm" / name
+
+
+def outcome(run: Storage) -> dict[str, Any]:
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    samples = run / "samples"
+    return {
+        "model": run.read("model/model.safetensors"),
+        "metrics": tiny.without_times(rows),
+        "samples": {name: samples.read(name) for name in samples.list()},
+    }
+
+
+_finished: dict[str, str] = {}
+
+
+@pytest.fixture
+def reference(run_job: Callable[..., Any], storage: Storage) -> Storage:
+    """The run that nobody disturbs; it trains its VQ-VAE first."""
+    if storage.uri not in _finished:
+        result = run_job(JOB, *FLAGS, "--storage", storage, "--name", "first", timeout_s=TIMEOUT_S)
+        _finished[storage.uri] = result.stdout
+    return run_folder(storage, "first")
+
+
+# -- refused before any work ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--vqvae", "no/such/run"], ["no/such/run: no model/ there"]),
+        (["--stream"], ["--stream", "leave it out"]),
+        (["--drop-text", "0"], ["sample_guidance 3.0", "--drop-text 0.1"]),
+        (["--channels", "30", "60"], ["channels (30, 60)", "--channels"]),
+        (["--tokenizer", "no/such/folder"], ["--tokenizer 'no/such/folder'"]),
+        (["--text-encoder", "no/such/folder"], ["--text-encoder 'no/such/folder'"]),
+        (["--sample-steps", "3"], ["3 sampling steps", "ddim takes a divisor"]),
+        (["--variant", "report", "--num-epochs", "1"], ["--vqvae is missing", "train_vqvae.py --variant report"]),
+        (["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_bad_setting_is_refused_in_one_line(
+    storage: Storage,
+    flags: list[str],
+    named: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(Path(storage.uri).rglob("*"))
+    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "refused", *flags])
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert all(part in line for part in named), line
+    assert sorted(Path(storage.uri).rglob("*")) == before
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(Path(storage.uri).rglob("*"))
+    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "dry", "--dry-run"])
+    main()
+    printed = capsys.readouterr().out
+    assert "of the U-Net on 4 x 8 x 8" in printed
+    assert "steps: 40 of 8 images, 5 an epoch" in printed
+    assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
+    assert sorted(Path(storage.uri).rglob("*")) == before
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage) -> None:
+    assert f"training {storage}/runs/vqvae/first first" in _finished[storage.uri]
+    facts = json.loads(reference.read("recipe.json"))
+    assert facts["settings"]["vqvae"] == f"{storage}/runs/vqvae/first"
+    assert len(set(facts["columns"])) == 2, "a view and its mirror"
+    left = outcome(reference)
+    validated = [row for row in left["metrics"] if "validation_loss" in row]
+    assert [row["step"] for row in validated] == [20, 40]
+    for row in validated:
+        assert row["samples"]["prompts"].startswith("a red square | ")
+        grid = reference.read(row["samples"]["grid"]["image"])
+        assert np.asarray(decode_image(grid, name="grid")).shape == (2 * 32 + 2, 2 * 32 + 2, 3)
+    assert len(left["samples"]) == 2
+    # The events hold the pictures, not only their names.
+    assert len(reference.read("tensorboard/events.out.tfevents.0.run")) > sum(map(len, left["samples"].values()))
+    generator = TrainedGenerator(reference)
+    images = generator.generate(["a red square", "a blue square"], [1, 2], num_inference_steps=4, guidance_scale=2.0)
+    assert images.shape == (2, 32, 32, 3)
+    assert generator.scaling_factor == facts["scaling_factor"]
+
+
+def test_a_killed_run_ends_as_if_nothing_had_been(
+    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, reference: Storage, tmp_path: Path
+) -> None:
+    command = [JOB, *FLAGS, "--storage", storage, "--name", "killed", "--vqvae", storage / "runs" / "vqvae" / "first"]
+    log = tmp_path / "job.log"
+    process = start_job(*command, log=log)
+    wait_for_step(run_folder(storage, "killed"), 22, process)
+    time.sleep(random.uniform(0, 0.2))
+    kill_with_all_it_started(process)
+    assert "encode" not in log.read_text(), "latents of both views were made by the run before"
+    stopped = committed_step(run_folder(storage, "killed"))
+    assert 22 <= stopped < NUM_STEPS
+    again = run_job(*command, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of 40" in again.stdout
+    assert outcome(run_folder(storage, "killed")) == outcome(reference)
+
+
+def test_two_workers_through_ray_agree_with_one(
+    run_job: Callable[..., Any], storage: Storage, reference: Storage
+) -> None:
+    vqvae = storage / "runs" / "vqvae" / "first"
+    flags = ["--storage", storage, "--name", "two", "--vqvae", vqvae, "--num-workers", 2]
+    run_job(JOB, *FLAGS, *flags, timeout_s=TIMEOUT_S)
+    two = run_folder(storage, "two")
+    alone, both = ([row["loss"] for row in outcome(run)["metrics"]][:20] for run in (reference, two))
+    assert 0 < np.abs(np.subtract(alone, both)).max() <= 1e-5
+
+
+def test_a_vqvae_of_other_settings_is_not_taken_silently(
+    reference: Storage, storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vqvae = storage / "runs" / "vqvae"
+    facts = json.loads((vqvae / "first").read("recipe.json"))
+    facts["settings"]["num_codes"] = 7
+    (vqvae / "other").write("recipe.json", json.dumps(facts).encode())
+    (vqvae / "other").write("_SUCCESS", b"{}")
+    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "other"])
+    with pytest.raises(SystemExit):
+        run(main)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "is finished with other settings: num_codes: 64 (there: 7)" in line
+    assert "--vqvae" in line

@@ -1,0 +1,157 @@
+"""The job of pixel diffusion: with a frozen text encoder, whose hidden states are computed once, and from scratch."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
+
+from jobs.commandline import run
+from jobs.train_pixel_diffusion import main
+from mmcore.errors import InputError
+from mmcore.generators.text_encoder import PromptTokenizer
+from mmcore.generators.trained import TrainedGenerator
+from mmcore.images import decode_image
+from mmcore.storage import Storage
+
+JOB = "jobs/train_pixel_diffusion.py"
+# `report` in all but its sizes: the frozen encoder, the projection, no dropped texts.
+FLAGS = [
+    "--variant",
+    "report",
+    "--dataset",
+    "tiny",
+    "--split",
+    "split",
+    "--image-size",
+    "16",
+    "--channels",
+    "32",
+    "32",
+    "--attention-levels",
+    "1",
+    "--num-heads",
+    "2",
+    "--layers-per-block",
+    "1",
+    "--projection-width",
+    "24",
+    "--sample-steps",
+    "4",
+    "--num-samples",
+    "3",
+    "--num-epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--num-threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    tiny.write_dataset(storage)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny BERT with random weights and a tokenizer of the captions' words."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=32, max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    captions = [text for row in range(40) for text in tiny.captions_of(row)]
+    for name, data in PromptTokenizer.of_words(captions, 24).files().items():
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+def run_folder(storage: Storage, name: str) -> Storage:
+    return storage / "runs" / "pixel_diffusion" / name
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--channels", "32", "64", "64", "64", "64", "64"], ["levels need sides divisible by 32", "--channels"]),
+        (["--sample-guidance", "2"], ["sample_guidance 2.0", "--drop-text 0.1"]),
+        (["--max-tokens", "40"], ["max_tokens 40", "takes 32", "--max-tokens"]),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_bad_setting_is_refused_in_one_line(
+    storage: Storage,
+    bert: str,
+    flags: list[str],
+    named: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(Path(storage.uri).rglob("*"))
+    command = [JOB, *FLAGS, "--text-encoder", bert, "--storage", str(storage), "--name", "refused", *flags]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert all(part in line for part in named), line
+    assert sorted(Path(storage.uri).rglob("*")) == before
+
+
+def test_with_a_frozen_text_encoder(
+    run_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path
+) -> None:
+    command = [JOB, *FLAGS, "--text-encoder", bert, "--storage", storage]
+    first = run_job(*command, "--name", "first")
+    run_ = run_folder(storage, "first")
+    assert f"M of the frozen {bert}" in first.stdout
+    facts: dict[str, Any] = json.loads(run_.read("recipe.json"))
+    assert facts["text_inputs"]["width"] == 16
+    column = json.loads(Storage(facts["text"]).read("_SUCCESS"))
+    assert (column["shape"], column["dtype"], column["num_rows"]) == ([1, 24, 16], "float16", 48)
+    # Frozen stays frozen, and is not saved.
+    weights = load_file(Path(run_.uri) / "model" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"text", "unet"}
+    assert {name for name in weights if name.startswith("text.")} == {
+        f"text.projection.{layer}.{what}" for layer in (0, 2) for what in ("weight", "bias")
+    }
+    rows = [json.loads(line) for line in run_.read("metrics.jsonl").splitlines()]
+    samples = [row["samples"] for row in rows if "samples" in row]
+    assert len(samples) == 2
+    grid = np.asarray(decode_image(run_.read(samples[0]["grid"]["image"]), name="grid"))
+    assert grid.shape == (2 * 16 + 2, 2 * 16 + 2, 3)
+
+    # The images of the run's own samples, by the encoder itself instead of the cache in fp16.
+    generator = TrainedGenerator(run_)
+    assert generator.resolution == 16
+    images = generator.generate(["a red square"] * 2, [1, 2], num_inference_steps=4, guidance_scale=1.0)
+    assert images.shape == (2, 16, 16, 3)
+    with pytest.raises(InputError, match="never saw a prompt missing"):
+        generator.generate(["a red square"], [1], num_inference_steps=4, guidance_scale=2.0)
+    # Another encoder would give other images without a word.
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in Path(bert).iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    assert TrainedGenerator(run_, text_encoder=str(other)).resolution == 16
+    changed = {name: value + 1 for name, value in load_file(other / "model.safetensors").items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="trained on another text encoder"):
+        TrainedGenerator(run_, text_encoder=str(other))
+
+    # All frozen work is found again.
+    times = {path: path.stat().st_mtime_ns for path in (Path(storage.uri) / "features").rglob("*")}
+    again = run_job(*command, "--name", "again", "--seed", "7")
+    assert "encode" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (Path(storage.uri) / "features").rglob("*")} == times
