@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from jobs.dataset import cached_text_column, read_null
 from jobs.prepare import SHAPES
-from jobs.trainer import Job, Setup, check_new_run
+from jobs.train_worker import Doing, Setup
+from jobs.trainer import Job, check_new_run
 from mmcore.data.captions import TRAIN, CaptionTable, read_captions
 from mmcore.data.columns import SUCCESS, default_cache, open_column
 from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, Prompts
@@ -22,7 +23,6 @@ from mmcore.generators.diffusion import make_sampler, set_timesteps
 from mmcore.generators.text_encoder import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.trained import TOKENIZER_ASSET
 from mmcore.images import image_grid
-from mmcore.pretrained import absolute_folder
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
@@ -31,20 +31,12 @@ from mmcore.training import num_steps, resolve_precision
 Text = PromptTokenizer | FrozenTextEncoder
 
 
-def resolved(job: Job) -> Job:
-    """`job` with absolute folders, its run checked to be a new or an unfinished one.
-
-    Raises InputError for what can be refused without looking at any data.
-    """
+def check(job: Job) -> None:
+    """Raise InputError for what can be refused without looking at any data."""
     check_new_run(job)
     if job.options.stream:
         raise InputError("--stream: this recipe looks its rows up on the worker's disk; leave it out")
     set_timesteps(make_sampler("ddim", job.recipe.noise), job.recipe.sample_steps)
-    text = job.recipe.text
-    text = dataclasses.replace(
-        text, text_encoder=absolute_folder(text.text_encoder), tokenizer=absolute_folder(text.tokenizer)
-    )
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
 
 
 # -- text ----------------------------------------------------------------------------------------------------------
@@ -76,7 +68,7 @@ def text_facts(job: Job, table: CaptionTable, text: Text) -> dict[str, Any]:
         folder = job.storage / "tokenizers" / fingerprint[:24]
         for name, data in text.files().items():
             folder.create(name, data)
-        return {**facts, "text": folder.uri}
+        return {**facts, "text": [folder.parent.name, folder.name]}
     column = cached_text_column(
         job.storage,
         table,
@@ -85,15 +77,21 @@ def text_facts(job: Job, table: CaptionTable, text: Text) -> dict[str, Any]:
         captions_per_image=job.recipe.captions_per_image,
         stall_timeout_s=job.options.stall_timeout,
     )
-    return {**facts, "text": column.folder.uri}
+    return {**facts, "text": [column.folder.parent.name, column.folder.name]}
 
 
-def _prompts(recipe: Any, facts: dict[str, Any], table: CaptionTable) -> Prompts:
-    folder = Storage(facts["text"])
+def _text_folder(job: Job, facts: dict[str, Any]) -> Storage:
+    """Where in the storage the tokenizer or the hidden states lie."""
+    parent, name = facts["text"]
+    return job.storage / parent / name
+
+
+def _prompts(job: Job, facts: dict[str, Any], table: CaptionTable, doing: Doing) -> Prompts:
+    recipe, folder = job.recipe, _text_folder(job, facts)
     if recipe.text.is_scratch:
         captions = [row[: recipe.captions_per_image] for row in table.captions]
         return PromptIds(captions, PromptTokenizer.read(folder, recipe.text.max_tokens))
-    return PromptEmbeddings(open_column(folder, default_cache()), read_null(folder), table.image_ids)
+    return PromptEmbeddings(open_column(folder, default_cache(), doing=doing), read_null(folder), table.image_ids)
 
 
 # -- on a worker ---------------------------------------------------------------------------------------------------
@@ -102,6 +100,7 @@ def _prompts(recipe: Any, facts: dict[str, Any], table: CaptionTable) -> Prompts
 def diffusion_setup(
     job: Job,
     facts: dict[str, Any],
+    doing: Doing,
     images: Callable[[Tensor], Tensor] | None = None,
     assets: dict[str, Storage] | None = None,
 ) -> Setup:
@@ -110,8 +109,8 @@ def diffusion_setup(
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     rows = GenerationRows(
         table,
-        [open_column(Storage(folder), default_cache()) for folder in facts["columns"]],
-        _prompts(recipe, facts, table),
+        [open_column(job.storage / "features" / key, default_cache(), doing=doing) for key in facts["columns"]],
+        _prompts(job, facts, table, doing),
         captions_per_image=recipe.captions_per_image,
         drop_text=recipe.drop_text,
         flip=recipe.flip,
@@ -158,7 +157,7 @@ def diffusion_setup(
 
     kept = dict(assets or {})
     if recipe.text.is_scratch:
-        kept[TOKENIZER_ASSET] = Storage(facts["text"])
+        kept[TOKENIZER_ASSET] = _text_folder(job, facts)
     return Setup(model, rows, samples, kept)
 
 

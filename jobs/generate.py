@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -49,9 +48,12 @@ from mmcore.data.manifest import BLOCK, IMAGES, MANIFEST, read_manifest
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.device import device_name
 from mmcore.errors import InputError
+from mmcore.finished import read_facts
 from mmcore.generators.diffusion import SamplerName
+from mmcore.generators.text_encoder import SCRATCH
 from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image, png_bytes, read_png_text
+from mmcore.pretrained import absolute_folder
 from mmcore.storage import Storage
 
 SUMMARY = "summary.json"
@@ -257,19 +259,6 @@ def _check(settings: GenerateSettings) -> None:
         raise InputError("--negative-prompt works by guidance; give a --guidance above 1")
 
 
-def _read_run(run: Storage) -> tuple[int, str]:
-    """A run's resolution, and a digest that is another one for a training made anew under its name."""
-    try:
-        data = run.read("model/recipe.json")
-    except FileNotFoundError:
-        raise InputError(f"--run {run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
-    finished = run.read("_SUCCESS") if run.exists("_SUCCESS") else b""
-    facts = json.loads(data)
-    if "resolution" not in facts:
-        raise InputError(f"--run {run}: recipe {facts['recipe']!r} makes no images; name the run of a generator")
-    return facts["resolution"], hashlib.sha256(data + finished).hexdigest()
-
-
 def _resolved(settings: GenerateSettings, resolution: int, num_images: int) -> dict[str, Any]:
     """Device, threads and batch of a new sweep, as they were given or as the cluster has them."""
     connect()
@@ -308,11 +297,14 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
     Raises InputError for settings other than those that OUT was begun with, and while another run works on OUT.
     """
     _check(settings)
-    run, out, text_encoder = Storage(settings.run), Storage(settings.out), settings.text_encoder
-    if text_encoder is not None and Path(text_encoder).is_dir():
-        # Absolute: a worker's working directory is not the driver's.
-        text_encoder = str(Path(text_encoder).absolute())
-    resolution, run_sha256 = _read_run(run)
+    run, out = Storage(settings.run), Storage(settings.out)
+    facts = read_facts(run)
+    if "resolution" not in facts:
+        raise InputError(f"--run {run}: recipe {facts['recipe']!r} makes no images; name the run of a generator")
+    resolution, text_encoder = facts["resolution"], settings.text_encoder
+    of_run = facts["settings"]["text"]["text_encoder"]
+    if text_encoder is not None or of_run != SCRATCH:
+        text_encoder = absolute_folder(text_encoder or of_run)
     prompts = read_prompts(settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count)
     print(f"generate: {len(prompts)} images of {settings.prompts} by {run} -> {out}", flush=True)
     plan = read_plan(out)
@@ -323,7 +315,8 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
         return {"num_rows": len(prompts)}
     wanted: dict[str, Any] = {
         "run": run.uri,
-        "run_sha256": run_sha256,
+        # A run that was trained anew under the same name is another one.
+        "weights_sha256": facts["weights_sha256"],
         "count": len(prompts),
         "seed": settings.seed,
         "steps": settings.steps,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from jobs.commandline import run
 from jobs.dataset import cached_latent_column, ensure_dataset
-from jobs.diffusion import describe, diffusion_setup, dry_run, open_text, resolved, text_facts
+from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts
 from jobs.train_vqvae import default_job
 from jobs.train_vqvae import train as train_vqvae
-from jobs.trainer import Job, Setup, parse_job, run_training
+from jobs.train_worker import Doing, Setup
+from jobs.trainer import Job, parse_job, run_training
 from mmcore.data.captions import TRAIN, read_captions
 from mmcore.data.columns import default_cache, open_column
 from mmcore.data.generation import scaling_factor
@@ -79,7 +80,7 @@ def ensure_vqvae(job: Job) -> Storage:
     return own.run
 
 
-def setup(job: Job, facts: dict[str, Any]) -> Setup:
+def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded."""
     run = Storage(job.recipe.vqvae)
 
@@ -91,12 +92,12 @@ def setup(job: Job, facts: dict[str, Any]) -> Setup:
         return vqvae(str(latents.device)).decode(latents / facts["scaling_factor"])
 
     # As a run of its own, so that it is read back in the same way.
-    return diffusion_setup(job, facts, images, {f"{VQVAE_ASSET}/model": run / "model"})
+    return diffusion_setup(job, facts, doing, images, {f"{VQVAE_ASSET}/model": run / "model"})
 
 
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
-    job = resolved(job)
+    check(job)
     storage = job.storage
     x_0_shape = vqvae_recipe(job).latent_shape
     if job.options.dry_run:
@@ -125,7 +126,7 @@ def train(job: Job) -> dict[str, Any]:
         "scaling_factor": scaling_factor(open_column(columns[0], default_cache(), some).values),
         "vqvae_fingerprint": vqvae.fingerprint(),
         "dataset_fingerprint": table.facts["fingerprint"],
-        "columns": [column.uri for column in columns],
+        "columns": [column.name for column in columns],
         **text_facts(job, table, text),
     }
     return run_training(job, setup, facts)

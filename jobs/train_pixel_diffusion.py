@@ -9,21 +9,22 @@ from typing import Any
 
 from jobs.commandline import run
 from jobs.dataset import cached_image_column, ensure_dataset
-from jobs.diffusion import describe, diffusion_setup, dry_run, open_text, resolved, text_facts
-from jobs.trainer import Job, Setup, parse_job, run_training
+from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts
+from jobs.train_worker import Doing, Setup
+from jobs.trainer import Job, parse_job, run_training
 from mmcore.captioners.vision import SCRATCH
 from mmcore.data.captions import TRAIN, read_captions
 from mmcore.generators.pixel_diffusion import VARIANTS
 
 
-def setup(job: Job, facts: dict[str, Any]) -> Setup:
+def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     """Model and rows, on a worker."""
-    return diffusion_setup(job, facts)
+    return diffusion_setup(job, facts, doing)
 
 
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
-    job = resolved(job)
+    check(job)
     recipe, storage = job.recipe, job.storage
     x_0_shape = (3, recipe.image_size, recipe.image_size)
     if job.options.dry_run:
@@ -47,7 +48,7 @@ def train(job: Job) -> dict[str, Any]:
         "scaling_factor": 1.0,
         "vqvae_fingerprint": None,
         "dataset_fingerprint": table.facts["fingerprint"],
-        "columns": [column.folder.uri],
+        "columns": [column.folder.name],
         **text_facts(job, table, text),
     }
     return run_training(job, setup, facts)

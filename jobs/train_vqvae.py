@@ -16,7 +16,8 @@ import torch
 from jobs.commandline import run
 from jobs.dataset import cached_image_column, ensure_dataset
 from jobs.prepare import SHAPES
-from jobs.trainer import Job, RunOptions, Setup, check_new_run, parse_job, recipe_name, run_training
+from jobs.train_worker import Doing, Setup
+from jobs.trainer import Job, RunOptions, check_new_run, parse_job, recipe_name, run_training
 from mmcore.captioners.vision import SCRATCH
 from mmcore.data.captions import TRAIN, read_captions
 from mmcore.data.columns import default_cache, open_column
@@ -42,11 +43,11 @@ def default_job(storage: Storage, name: str, variant: str, options: RunOptions |
     return Job(recipe_name(__file__), variant, VARIANTS[variant], options)
 
 
-def setup(job: Job, facts: dict[str, Any]) -> Setup:
+def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     """Model and rows, on a worker."""
     recipe: VQVAERecipe = job.recipe
     table = read_captions(job.storage, recipe.dataset, recipe.split)
-    column = open_column(Storage(facts["column"]), default_cache())
+    column = open_column(job.storage / "features" / facts["column"], default_cache(), doing=doing)
     rows = PixelRows(table, column, flip=recipe.flip, seed=recipe.train.seed)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = VQVAETraining(recipe)
@@ -86,7 +87,8 @@ def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) ->
     if job.variant == "report":
         print(
             "departures from the report: GroupNorm in the discriminator where it has BatchNorm (no batch statistics); "
-            "one more residual block a level in the decoder (diffusers' VQModel). A step is the report's 4 batches of 4.",
+            "one more residual block a level in the decoder (diffusers' VQModel). A step is the report's 4 batches of "
+            "4.",
             flush=True,
         )
 
@@ -106,7 +108,7 @@ def dry_run(job: Job, perceptual: PerceptualDistance | None) -> None:
 def with_absolute_paths(recipe: VQVAERecipe) -> VQVAERecipe:
     """A worker's working directory is not the driver's."""
     files = {name: getattr(recipe, name) for name in ("vgg16", "lpips_heads")}
-    absolute = {name: path and str(Path(path).absolute()) for name, path in files.items()}
+    absolute: dict[str, Any] = {name: path and str(Path(path).absolute()) for name, path in files.items()}
     if recipe.perceptual not in (None, LPIPS_NAME):
         absolute["perceptual"] = absolute_folder(recipe.perceptual)
     return dataclasses.replace(recipe, **absolute)
@@ -136,7 +138,7 @@ def train(job: Job) -> dict[str, Any]:
     describe(job, perceptual, len(table.rows(TRAIN)))
     facts = {
         "dataset_fingerprint": table.facts["fingerprint"],
-        "column": column.folder.uri,
+        "column": column.folder.name,
         "perceptual_fingerprint": perceptual and sha256_of(perceptual, None),
     }
     return run_training(job, setup, facts)

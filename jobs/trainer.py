@@ -36,6 +36,7 @@ from mmcore.training import check_batch
 _MAX_RESTARTS = 100
 _POLL_S = 0.5
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
+_PLACES = ("encoder", "text_encoder", "tokenizer", "vqvae", "perceptual", "vgg16", "lpips_heads")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -170,12 +171,19 @@ def open_run(job: Job, facts: dict[str, Any]) -> None:
         there = json.loads(run.read("recipe.json"))
         there.pop("commit")
         mine.pop("variant"), there.pop("variant")
-        # The encoder is known by its fingerprint, wherever its folder lies today.
-        mine["settings"].pop("encoder", None), there["settings"].pop("encoder", None)
-        differences = difference(json.loads(json.dumps(mine)), there)
+        differences = difference(_without_places(json.loads(json.dumps(mine))), _without_places(there))
         if differences:
             raise InputError(f"{run} holds an unfinished run of other settings: {'; '.join(differences[:5])}; {again}")
         print(f"going on with the unfinished run {run}", flush=True)
+
+
+def _without_places(facts: dict[str, Any]) -> dict[str, Any]:
+    """Without the folders of pretrained parts, which `facts` know by their fingerprints wherever they lie today."""
+    return {
+        name: _without_places(value) if isinstance(value, dict) else value
+        for name, value in facts.items()
+        if name not in _PLACES
+    }
 
 
 def check_new_run(job: Job) -> None:

@@ -1,7 +1,6 @@
 """A diffusion model on tiny images, its rows and a run of it, small enough that a test trains it in seconds."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 import numpy as np
 import tiny
 import torch
-from safetensors.torch import save_file
 
 from mmcore import checkpoint
 from mmcore.data.captions import CaptionTable
 from mmcore.data.columns import Column
 from mmcore.data.generation import GenerationRows, PromptIds
+from mmcore.finished import write_model
 from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.latent_diffusion import VARIANTS as LDM_VARIANTS
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
@@ -133,7 +132,7 @@ def write_run(
         "text_fingerprint": words.fingerprint(),
         **facts,
     }
-    _write_model(run, model, content)
+    write_model(run, checkpoint.trainable_state(model), content)
     for file, data in words.files().items():
         (run / "model" / "tokenizer").write(file, data)
     return model.eval(), words
@@ -149,7 +148,7 @@ def write_vqvae_run(run: Storage) -> VQVAETraining:
     vqvae = VQVAE_VARIANTS["smoke"]
     torch.manual_seed(1)
     model = VQVAETraining(vqvae)
-    _write_model(run, model, {"recipe": "vqvae", "settings": recipe_to_json(vqvae)})
+    write_model(run, checkpoint.trainable_state(model), {"recipe": "vqvae", "settings": recipe_to_json(vqvae)})
     return model.eval()
 
 
@@ -162,10 +161,3 @@ def write_ldm_run(run: Storage, vqvae_run: Storage) -> tuple[Denoiser, LatentDif
     for file in ("recipe.json", "model.safetensors"):
         (run / "model" / "vqvae" / "model").write(file, (vqvae_run / "model").read(file))
     return model, ldm
-
-
-def _write_model(run: Storage, model: torch.nn.Module, content: dict[str, Any]) -> None:
-    folder = run / "model"
-    folder.write("recipe.json", json.dumps(content).encode())
-    weights = {key: value.contiguous() for key, value in checkpoint.trainable_state(model).items()}
-    save_file(weights, Path(folder.uri) / "model.safetensors")

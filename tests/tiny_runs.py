@@ -1,27 +1,25 @@
 """Finished runs of generators with random weights, as training leaves them, made without training."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from mmcore import checkpoint
 from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.finished import write_model
 from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
 from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs, TextSettings
 from mmcore.recipe import recipe_to_json
+from mmcore.storage import Storage
 
 SCALING_FACTOR = 0.7
 
 
 def _write(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    (folder / "model").mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model" / "model.safetensors")
-    (folder / "model" / "recipe.json").write_text(json.dumps(facts))
+    write_model(Storage(str(folder)), tensors, facts)
     (folder / "_SUCCESS").write_text("{}")
 
 

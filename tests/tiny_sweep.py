@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import ray._private.utils
+import torch
 import tyro
 
 import jobs.cluster
 from jobs.commandline import run
 from jobs.generate import GenerateImages, GenerateSettings, generate
 from mmcore.data.prompts import Prompt
+from mmcore.finished import write_model
 from mmcore.storage import Storage
 
 SIZE = 16
@@ -59,9 +61,14 @@ class TinyWorker(GenerateImages):
 
 def write_run(folder: Path, seconds: float = 0.0) -> Path:
     """A run of the tiny generator; its log is `folder`/calls.txt."""
-    (folder / "model").mkdir(parents=True)
-    facts = {"recipe": "tiny", "resolution": SIZE, "seconds": seconds, "log": str(folder / "calls.txt")}
-    (folder / "model" / "recipe.json").write_text(json.dumps(facts))
+    facts = {
+        "recipe": "tiny",
+        "settings": {"text": {"text_encoder": "scratch"}},
+        "resolution": SIZE,
+        "seconds": seconds,
+        "log": str(folder / "calls.txt"),
+    }
+    write_model(Storage(str(folder)), {"nothing": torch.zeros(1)}, facts)
     (folder / "calls.txt").touch()
     return folder
 

@@ -16,7 +16,6 @@ while the loop runs.
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -28,7 +27,6 @@ from typing import Any, Literal
 import ray
 import torch
 import tyro
-from safetensors.torch import save_file
 
 from jobs.bench.timing import MIN_PAIRS, clock, interleaved, publish, say, verdict
 from jobs.commandline import run
@@ -36,6 +34,7 @@ from jobs.generate import GenerateSettings, generate
 from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
 from mmcore.errors import InputError
+from mmcore.finished import write_model
 from mmcore.generators.pixel_diffusion import VARIANTS
 from mmcore.generators.text_encoder import PromptTokenizer
 from mmcore.generators.trained import TrainedGenerator
@@ -84,7 +83,6 @@ def write_random_run(folder: Path, bench: SweepBench) -> Storage:
     for name, data in tokenizer.files().items():
         storage.write(f"model/tokenizer/{name}", data)
     weights = checkpoint.trainable_state(recipe.build(tokenizer.inputs(), shape))
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model" / "model.safetensors")
     facts = {
         "recipe": "pixel_diffusion",
         "settings": recipe_to_json(recipe),
@@ -95,7 +93,7 @@ def write_random_run(folder: Path, bench: SweepBench) -> Storage:
         "text_fingerprint": tokenizer.fingerprint(),
         "x_0_shape": shape,
     }
-    storage.write("model/recipe.json", json.dumps(facts).encode())
+    write_model(storage, weights, facts)
     return storage
 
 

@@ -1,13 +1,9 @@
 """A trained text-to-image generator, read back from its run folder: prompts and seeds in, images out."""
 
-import json
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmcore import checkpoint
@@ -15,6 +11,7 @@ from mmcore.catalogue import GENERATORS
 from mmcore.data.generation import NO_TEXT
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import InputError
+from mmcore.finished import read_facts, read_weights
 from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.vqvae import TrainedVQVAE
@@ -41,11 +38,7 @@ class TrainedGenerator:
 
         Raises InputError where `run` is no finished run of a generator, or the text encoder is another one.
         """
-        where = f"{run}/model/recipe.json"
-        try:
-            facts = json.loads(run.read("model/recipe.json"))
-        except FileNotFoundError:
-            raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
+        where, facts = f"{run}/model/recipe.json", read_facts(run)
         recipe_type = GENERATORS.get(facts["recipe"])
         if recipe_type is None:
             raise InputError(f"{where}: recipe {facts['recipe']!r} is no generator; known: {', '.join(GENERATORS)}")
@@ -54,10 +47,7 @@ class TrainedGenerator:
         self.resolution: int = facts["resolution"]
         self.scaling_factor: float = facts["scaling_factor"]
         self.model = self.recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            run.download("model/model.safetensors", path)
-            checkpoint.load_trainable(self.model, load_file(path), str(run))
+        checkpoint.load_trainable(self.model, read_weights(run, facts), str(run))
         self.model.eval().requires_grad_(False).to(self.device)
         assets = run / "model"
         # Without one, x_0 is the image itself.

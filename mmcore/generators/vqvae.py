@@ -9,19 +9,16 @@ Shapes: B images, P pixels a side, C channels and h, w sides of a latent grid, K
 """
 
 import dataclasses
-import json
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
+from mmcore.finished import read_facts, read_weights
 from mmcore.generators.discriminator import PatchDiscriminator, fooling_loss, telling_loss
 from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
 from mmcore.generators.quantizer import Quantizer, codebook_use
@@ -362,19 +359,12 @@ class TrainedVQVAE:
 
     def __init__(self, run: Storage, device: str = "cpu") -> None:
         """Raises InputError where `run` is no finished run of a VQ-VAE."""
-        where = f"{run}/model/recipe.json"
-        try:
-            facts = json.loads(run.read("model/recipe.json"))
-        except FileNotFoundError:
-            raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/vqvae/NAME") from None
+        where, facts = f"{run}/model/recipe.json", read_facts(run)
         if facts["recipe"] != "vqvae":
             raise InputError(f"{where}: recipe {facts['recipe']!r} is no VQ-VAE; name a run under STORAGE/runs/vqvae")
         self.recipe = recipe_from_json(VQVAERecipe, facts["settings"], where)
         self.model = self.recipe.build()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            run.download("model/model.safetensors", path)
-            weights = load_file(path)
+        weights = read_weights(run, facts)
         # The discriminator's weights are in the file too; a trained model has no use for them.
         own = {name.removeprefix("vqvae."): value for name, value in weights.items() if name.startswith("vqvae.")}
         checkpoint.load_trainable(self.model, own, str(run))

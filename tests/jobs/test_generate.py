@@ -27,6 +27,7 @@ from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
 from jobs.lease import Lease
 from mmcore.data.prompts import read_prompts
 from mmcore.errors import InputError
+from mmcore.finished import read_facts
 from mmcore.images import decode_image, png_bytes, read_png_text
 from mmcore.storage import Storage
 
@@ -183,7 +184,7 @@ def test_other_settings_for_the_same_place_are_refused(changes, message, sweep, 
         "sampler": "ddim", "negative_prompt": "", "dtype": "float32", "resolution": 16,
         "batch_size": BATCH, "num_threads": 1, "device": "cpu",
     }  # fmt: skip
-    settings["run_sha256"] = jobs.generate._read_run(Storage(settings["run"]))[1]
+    settings["weights_sha256"] = read_facts(Storage(settings["run"]))["weights_sha256"]
     digest = jobs.generate._blocks(read_prompts(str(tmp_path / "prompts.txt")), BATCH).ids_sha256
     plan.parent.mkdir()
     plan.write_text(json.dumps({"settings": settings, "num_rows": NUM, "num_blocks": 3, "ids_sha256": digest}))
@@ -195,8 +196,9 @@ def test_a_run_trained_anew_and_other_prompts_are_refused(sweep, run_folder, tmp
     sweep()
     recipe = run_folder / "model" / "recipe.json"
     before = recipe.read_text()
-    recipe.write_text(before.replace('"seconds": 0.0', '"seconds": 0.5'))
-    with pytest.raises(InputError, match="run_sha256 was"):
+    facts = json.loads(before)
+    recipe.write_text(json.dumps(facts | {"weights_sha256": "of other weights"}))
+    with pytest.raises(InputError, match="weights_sha256 was"):
         sweep()
     recipe.write_text(before)
     prompts = tmp_path / "prompts.txt"

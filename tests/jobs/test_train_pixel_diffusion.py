@@ -109,16 +109,14 @@ def test_a_bad_setting_is_refused_in_one_line(
     assert sorted(Path(storage.uri).rglob("*")) == before
 
 
-def test_with_a_frozen_text_encoder(
-    run_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path
-) -> None:
+def test_with_a_frozen_text_encoder(run_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path) -> None:
     command = [JOB, *FLAGS, "--text-encoder", bert, "--storage", storage]
     first = run_job(*command, "--name", "first")
     run_ = run_folder(storage, "first")
     assert f"M of the frozen {bert}" in first.stdout
     facts: dict[str, Any] = json.loads(run_.read("recipe.json"))
     assert facts["text_inputs"]["width"] == 16
-    column = json.loads(Storage(facts["text"]).read("_SUCCESS"))
+    column = json.loads((storage / "/".join(facts["text"])).read("_SUCCESS"))
     assert (column["shape"], column["dtype"], column["num_rows"]) == ([1, 24, 16], "float16", 48)
     # Frozen stays frozen, and is not saved.
     weights = load_file(Path(run_.uri) / "model" / "model.safetensors")

@@ -181,7 +181,7 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     # The model that was kept gives the reconstructions and the score that the run says.
     trained = TrainedVQVAE(run)
     facts = json.loads(run.read("recipe.json"))
-    column = open_column(Storage(facts["column"]), tmp_path)
+    column = open_column(run.parent.parent.parent / "features" / facts["column"], tmp_path)
     pixels = torch.from_numpy(np.array(column.values[40:]))
     assert pixels.shape == (8, 16, 16, 3)
     with torch.no_grad():
