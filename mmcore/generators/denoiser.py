@@ -38,7 +38,9 @@ class UNetSettings:
     time_width: int | None = None
     """Width of the timestep's embedding; None is four times the first level's channels."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
+        would show the error in a form of its own."""
         if not self.channels or any(channels < 1 or channels % _NORM_GROUPS for channels in self.channels):
             raise InputError(f"channels {self.channels} must be multiples of {_NORM_GROUPS}; mend it with --channels")
         for name in ("layers_per_block", "num_heads"):

@@ -41,7 +41,9 @@ class NoiseSchedule:
     min_snr_gamma: float | None = None
     """Cap of the signal-to-noise ratio in the weights of the loss; None weights all timesteps alike."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
+        would show the error in a form of its own."""
         if self.num_timesteps < 1:
             raise InputError(f"num_timesteps {self.num_timesteps} must be at least 1; mend it with --num-timesteps")
         if not 0 < self.beta_start <= self.beta_end < 1:

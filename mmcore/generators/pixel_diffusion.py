@@ -60,6 +60,9 @@ class PixelDiffusionRecipe:
                 flag = name.replace("_", "-")
                 raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
         check_guidance(self.drop_text, self.sample_guidance)
+        self.unet.check()
+        self.noise.check()
+        self.text.check()
 
     def build(self, inputs: TextInputs, x_0_shape: tuple[int, int, int]) -> Denoiser:
         """The network. `x_0_shape`: (3, P, P) with P `image_size`."""

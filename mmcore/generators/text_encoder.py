@@ -50,7 +50,9 @@ class TextSettings:
     """Width that a frozen encoder's hidden states are projected to (Linear, GELU, LayerNorm, trained along); None
     hands them on as they are."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
+        would show the error in a form of its own."""
         for name in ("text_width", "text_layers", "text_heads"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")

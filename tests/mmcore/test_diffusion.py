@@ -178,4 +178,4 @@ def test_each_step_is_told_and_may_end_the_sampling() -> None:
 )
 def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"--{next(iter(settings)).replace('_', '-')}"):
-        NoiseSchedule(**settings)
+        NoiseSchedule(**settings).check()

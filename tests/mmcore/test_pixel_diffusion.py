@@ -76,7 +76,7 @@ def test_other_variants_are_small_and_attend_where_it_pays(name: str) -> None:
 )
 def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], flag: str) -> None:
     with pytest.raises(InputError, match=flag):
-        UNetSettings(**settings)
+        dataclasses.replace(VARIANTS["smoke"], unet=UNetSettings(**settings))
 
 
 def test_a_side_that_the_levels_do_not_halve_is_refused() -> None:

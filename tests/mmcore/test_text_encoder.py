@@ -188,4 +188,4 @@ def test_frozen_hidden_states_are_projected_or_handed_on() -> None:
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], flag: str) -> None:
     with pytest.raises(InputError, match=flag):
-        TextSettings(**settings)
+        TextSettings(**settings).check()
