@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""The whole pipeline on built-in data, small enough for a laptop: prepare, train, caption, score, and a page.
+"""Both directions on built-in data, small enough for a laptop: prepare, train a captioner, caption, score; train a
+VQ-VAE and a latent diffusion on its codes, generate images, score them; and a page.
 
 Command: make demo, or: python jobs/demo.py [--storage URI] [--fresh]
 Needs no data, no weights and no network. Finished stages are kept; what changed since is done anew.
 Exit code 1 if fewer than 80 % of the attributes that the captions name are right, or if they name too few.
+The generator is trained for two minutes only: its score is shown and not demanded.
 """
 
 import dataclasses
@@ -18,18 +20,27 @@ from typing import Any
 import pyarrow.parquet as pq
 import tyro
 
+from jobs import demo_page, train_ldm, train_resnet_captioner, train_vqvae
 from jobs.caption import CAPTIONS_FILE, CaptionSettings, caption
 from jobs.commandline import run as run_job
-from jobs.evaluate import CaptionScoreSettings, evaluate_captions
+from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_captions, evaluate_images
+from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.sweep import read_parts
-from jobs.train_resnet_captioner import train
 from jobs.trainer import Job, RunOptions, recipe_name, source_commit
-from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
+from mmcore.captioners import resnet
+from mmcore.captioners.resnet import ResNetCaptionerRecipe
+from mmcore.data.manifest import read_manifest
+from mmcore.data.prompts import SHAPES_TEST
 from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_oracle import score_prompt
 from mmcore.errors import InputError
+from mmcore.generators import latent_diffusion, vqvae
+from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
+from mmcore.generators.vqvae import VQVAERecipe
+from mmcore.images import decode_image
 from mmcore.metrics.shapes import score_captions
-from mmcore.page import Html, Picture, Series, charts, gallery, line_chart, page, paragraph, section, table
+from mmcore.page import Html, page, paragraph, section, table
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
 
@@ -38,9 +49,13 @@ SPLIT = "test"
 MIN_CORRECT = 0.8
 # A caption that names little is easily right: half of what true captions name is the least.
 MIN_NAMED = 0.5
-NUM_PICTURES = 24
-# Points of a curve: a page of ten thousand would be slow to draw and look the same.
-_MAX_POINTS = 300
+
+
+def _shorter(recipe: Any, max_steps: int) -> Any:
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=max_steps))
+
+
+_VQVAE, _LDM = _shorter(vqvae.VARIANTS["shapes"], 500), _shorter(latent_diffusion.VARIANTS["shapes"], 800)
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,20 @@ class DemoSettings:
     """Start anew instead of keeping the stages that are finished."""
     num_beams: int = 3
     """Beams of the search for captions; 1 is greedy."""
+    num_generated: int = 96
+    """Images to generate, from the first prompts of the test split."""
+    steps: int = 15
+    """Steps of the sampler, DPM-Solver++."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale of the generated images."""
     shapes: ShapesSettings = field(default_factory=ShapesSettings)
     """The built-in data."""
-    captioner: ResNetCaptionerRecipe = VARIANTS["shapes"]
+    captioner: ResNetCaptionerRecipe = resnet.VARIANTS["shapes"]
     """The captioner and its training."""
+    vqvae: VQVAERecipe = _VQVAE
+    """The VQ-VAE and its training."""
+    ldm: LatentDiffusionRecipe = _LDM
+    """The latent diffusion and its training."""
 
 
 @dataclass
@@ -75,14 +100,71 @@ class Demo:
     def storage(self) -> Storage:
         return Storage(self.settings.storage)
 
+    def job(self, file: Any, recipe: Any) -> Job:
+        """The training job of the module `file`."""
+        return Job(recipe_name(file.__file__), "shapes", recipe, RunOptions(storage=self.storage.uri))
+
     @property
-    def job(self) -> Job:
-        options = RunOptions(storage=self.storage.uri)
-        return Job(recipe_name("train_resnet_captioner.py"), "shapes", self.settings.captioner, options)
+    def captioner(self) -> Job:
+        return self.job(train_resnet_captioner, self.settings.captioner)
+
+    @property
+    def vqvae(self) -> Job:
+        return self.job(train_vqvae, self.settings.vqvae)
+
+    @property
+    def ldm(self) -> Job:
+        return self.job(train_ldm, dataclasses.replace(self.settings.ldm, vqvae=self.vqvae.run.uri))
 
     @property
     def captions(self) -> Storage:
-        return self.storage / "captions" / self.job.recipe_name / self.job.options.name
+        return self.storage / "captions" / self.captioner.recipe_name / self.captioner.options.name
+
+    @property
+    def sweep(self) -> Storage:
+        return self.storage / "sweeps" / self.ldm.recipe_name / self.ldm.options.name
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def _trained(demo: Demo, job: Job, train: Callable[[Job], dict[str, Any]], made_of_it: Storage) -> str:
+    """Train, or keep a run that is finished, or under way, with the same settings and data; what was made of another
+    one is removed."""
+    fresh = demo.settings.fresh
+    if not fresh and job.run.exists("recipe.json"):
+        there = json.loads(job.run.read("recipe.json"))
+        names = ["settings", "dataset_fingerprint"]
+        mine = {"settings": recipe_to_json(job.recipe), "dataset_fingerprint": demo.facts["data"]["fingerprint"]}
+        if job.recipe_name == demo.ldm.recipe_name:
+            names.append("vqvae_fingerprint")
+            mine["vqvae_fingerprint"] = demo.facts["vqvae_fingerprint"]
+        changes = difference(mine, {name: there.get(name) for name in names})
+        if changes:
+            print(f"the run that is there differs ({'; '.join(changes[:3])}): trained anew", flush=True)
+            fresh = True
+        elif job.run.exists("_SUCCESS"):
+            print(
+                f"{job.run} is finished, trained at commit {there['commit']} (now {source_commit()}): kept "
+                "(--fresh trains anew)",
+                flush=True,
+            )
+            demo.facts[job.recipe_name] = json.loads(job.run.read("_SUCCESS"))
+            return _said(demo, job)
+    if fresh:
+        # Before the training, not after it: what the old model made must not be taken for the new one's.
+        made_of_it.delete_tree()
+    options = dataclasses.replace(job.options, fresh=fresh)
+    demo.facts[job.recipe_name] = train(dataclasses.replace(job, options=options))
+    return _said(demo, job)
+
+
+def _said(demo: Demo, job: Job) -> str:
+    facts = demo.facts[job.recipe_name]
+    return (
+        f"{facts['steps']:,} steps of {job.recipe.train.batch_size} images, "
+        f"{facts['train_seconds']:.0f} s of training, {facts['precision']} on {facts['device']}"
+    )
 
 
 # -- stages --------------------------------------------------------------------------------------------------------
@@ -105,44 +187,13 @@ def prepare_shapes(demo: Demo) -> str:
 
 
 def train_captioner(demo: Demo) -> str:
-    """A run that is finished, or under way, with the same settings and data is kept."""
-    job, fresh = demo.job, demo.settings.fresh
-    if not fresh and job.run.exists("recipe.json"):
-        there = json.loads(job.run.read("recipe.json"))
-        changes = difference(
-            {"settings": recipe_to_json(job.recipe), "dataset_fingerprint": demo.facts["data"]["fingerprint"]},
-            {name: there.get(name) for name in ("settings", "dataset_fingerprint")},
-        )
-        if changes:
-            print(f"the run that is there differs ({'; '.join(changes[:3])}): trained anew", flush=True)
-            fresh = True
-        elif job.run.exists("_SUCCESS"):
-            print(
-                f"{job.run} is finished, trained at commit {there['commit']} (now {source_commit()}): kept "
-                "(--fresh trains anew)",
-                flush=True,
-            )
-            demo.facts["train"] = json.loads(job.run.read("_SUCCESS"))
-            return _trained(demo)
-    if fresh:
-        # Before the training, not after it: captions of the old model must not be taken for those of the new one.
-        demo.captions.delete_tree()
-    demo.facts["train"] = train(dataclasses.replace(job, options=dataclasses.replace(job.options, fresh=fresh)))
-    return _trained(demo)
-
-
-def _trained(demo: Demo) -> str:
-    facts = demo.facts["train"]
-    return (
-        f"{facts['steps']:,} steps of {demo.settings.captioner.train.batch_size} images, "
-        f"{facts['train_seconds']:.0f} s of training, {facts['precision']} on {facts['device']}"
-    )
+    return _trained(demo, demo.captioner, train_resnet_captioner.train, demo.captions)
 
 
 def caption_test_split(demo: Demo) -> str:
     facts = caption(
         CaptionSettings(
-            run=demo.job.run.uri,
+            run=demo.captioner.run.uri,
             images=(demo.storage / "data" / SHAPES).uri,
             out=demo.captions.uri,
             split=f"split:{SPLIT}",
@@ -152,9 +203,9 @@ def caption_test_split(demo: Demo) -> str:
     return f"{facts['num_rows']:,} images, {facts['rows_done_now']:,} of them now"
 
 
-def score(demo: Demo) -> str:
+def score_test_captions(demo: Demo) -> str:
     """BLEU against the references, and the oracle's word on every attribute that is named."""
-    job = demo.job
+    job = demo.captioner
     bleu = evaluate_captions(
         CaptionScoreSettings(
             predictions=f"{demo.captions}/{CAPTIONS_FILE}",
@@ -171,10 +222,25 @@ def score(demo: Demo) -> str:
     whole_scene = attributes.pop("whole_scene")
     text = json.dumps(attributes, indent=1).encode() + b"\n"
     (demo.storage / "scores" / job.recipe_name).write(f"{job.options.name}-attributes.json", text)
-    demo.facts["score"] = attributes | {"bleu4": bleu["bleu4"]}
+    scores = demo.facts["caption scores"] = attributes | {"bleu4": bleu["bleu4"]}
     demo.failures += failures(attributes)
-    print("\n".join(_lines(demo.facts["score"])), flush=True)
-    demo.sections += [_score_section(demo), _training_section(demo), _picture_section(rows, whole_scene)]
+    print("\n".join(_lines(scores)), flush=True)
+    best = f"{_said(demo, job)}; weights of step {demo.facts[job.recipe_name]['best_step']:,}, the best on validation."
+    demo.sections += [
+        demo_page.caption_scores(scores),
+        demo_page.captioned_pictures(rows, whole_scene),
+        demo_page.training(
+            "Training of the captioner",
+            job.run,
+            best,
+            [
+                ("Loss (nats a word)", {"training": "loss", "validation": "validation_loss"}),
+                ("Words predicted right", {"training": "correct", "validation": "validation_correct"}),
+                ("Learning rate", {"learning rate": "lr"}),
+            ],
+            "Not all words can be known: five captions of an image word it differently, so the loss stays above 0.",
+        ),
+    ]
     return (
         f"{attributes['all']['fraction_correct']:.1%} of {sum(attributes['all']['named'].values()):,} attributes right"
     )
@@ -206,110 +272,91 @@ def failures(attributes: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _lines(scores: dict[str, Any]) -> list[str]:
-    right = scores["all"]
+def _right(scores: dict[str, Any]) -> list[str]:
     return [
-        f"attributes right: {right['fraction_correct']:.1%} (chance {scores['shuffled']['fraction_correct']:.1%}); "
-        f"seen pairs {scores['seen']['fraction_correct']:.1%}, "
+        f"attributes right: {scores['all']['fraction_correct']:.1%} (chance "
+        f"{scores['shuffled']['fraction_correct']:.1%}); seen pairs {scores['seen']['fraction_correct']:.1%}, "
         f"pairs never seen in training {scores['held_out']['fraction_correct']:.1%}",
-        f"whole scenes right: {right['whole_scene']:.1%} (chance {scores['shuffled']['whole_scene']:.1%})",
+        f"whole scenes right: {scores['all']['whole_scene']:.1%} (chance {scores['shuffled']['whole_scene']:.1%})",
+    ]
+
+
+def _lines(scores: dict[str, Any]) -> list[str]:
+    return [
+        *_right(scores),
         f"attributes named: {scores['named_per_caption']:.2f} a caption (true captions "
         f"{scores['named_per_reference']:.2f}); BLEU-4 {scores['bleu4']:.1f}",
     ]
 
 
-# -- the page ------------------------------------------------------------------------------------------------------
+def train_autoencoder(demo: Demo) -> str:
+    job = demo.vqvae
+    said = _trained(demo, job, train_vqvae.train, demo.sweep)
+    demo.facts["vqvae_fingerprint"] = vqvae.TrainedVQVAE(job.run).fingerprint()
+    return said
 
 
-def _score_section(demo: Demo) -> Html:
-    scores = demo.facts["score"]
-    rows = [
-        ("all", scores["all"]),
-        ("colour and shape pairs seen in training", scores["seen"]),
-        ("with a pair never seen in training", scores["held_out"]),
-        *((f"{number} object{'s' * (number != '1')}", each) for number, each in scores["objects"].items()),
-        ("chance: each caption on another image", scores["shuffled"]),
-    ]
-    by_kind = [
-        (kind, f"{named:,}", f"{scores['all']['correct'][kind] / named:.1%}" if named else "-")
-        for kind, named in scores["all"]["named"].items()
-    ]
-    return section(
-        "Captions of the test split",
-        table(
-            ("images", "number", "attributes right", "whole scenes right"),
+def train_generator(demo: Demo) -> str:
+    return _trained(demo, demo.ldm, train_ldm.train, demo.sweep)
+
+
+def generate_images(demo: Demo) -> str:
+    settings = demo.settings
+    facts = generate(
+        GenerateSettings(
+            run=demo.ldm.run.uri,
+            prompts=SHAPES_TEST,
+            storage=demo.storage.uri,
+            count=min(settings.num_generated, settings.shapes.num_test),
+            out=demo.sweep.uri,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            sampler="dpmsolver++",
+        )
+    )
+    demo.facts["sweep"] = facts
+    return f"{facts['num_images']:,} images, {facts['images_per_s']:.3g} images/s"
+
+
+def score_images(demo: Demo) -> str:
+    """The oracle's word on what the prompts name; shown and not demanded of a training this short."""
+    job, facts = demo.ldm, demo.facts["sweep"]
+    scores = evaluate_images(ShapesScoreSettings(sweep=demo.sweep.uri, run=job.run.uri))
+    print("\n".join(_right(scores)), flush=True)
+    manifest, _ = read_manifest(demo.sweep)
+    rows = manifest.slice(0, demo_page.NUM_PICTURES).to_pylist()
+    images, prompts = [demo.sweep.read(row["key"]) for row in rows], [row["prompt"] for row in rows]
+    pictures = [decode_image(image, name=row["key"]) for image, row in zip(images, rows, strict=True)]
+    whole_scene = [score_prompt(image, text).whole_scene == 1 for image, text in zip(pictures, prompts, strict=True)]
+    demo.sections += [
+        demo_page.image_scores(
+            scores,
+            f"{facts['num_images']:,} images of {facts['resolution']}², {facts['steps']} steps of {facts['sampler']}, "
+            f"guidance {facts['guidance']:g}: {facts['images_per_s']:.3g} images/s. The training is short on purpose; "
+            "python jobs/train_ldm.py trains the same variant to its end.",
+        ),
+        demo_page.generated_pictures(images, prompts, whole_scene),
+        demo_page.training(
+            "Training of the VQ-VAE",
+            demo.vqvae.run,
+            _said(demo, demo.vqvae),
             [
-                (name, f"{each['num_scenes']:,}", f"{each['fraction_correct']:.1%}", f"{each['whole_scene']:.1%}")
-                for name, each in rows
+                ("Loss", {"training": "loss", "validation": "validation_loss"}),
+                ("Reconstruction (PSNR, dB)", {"training": "psnr", "validation": "validation_psnr"}),
+                ("Codes used (share)", {"a batch": "codes_used", "validation": "validation_codes_used"}),
             ],
         ),
-        paragraph(
-            f"A caption names {scores['named_per_caption']:.2f} attributes on average, a true one "
-            f"{scores['named_per_reference']:.2f}. BLEU-4 against five references: {scores['bleu4']:.1f}. "
-            "An attribute counts only on its own object; a scene is right as a whole if all that is named is right "
-            "and no object is left out or made up."
+        demo_page.training(
+            "Training of the latent diffusion",
+            job.run,
+            _said(demo, job),
+            [
+                ("Loss", {"training": "loss", "validation": "validation_loss"}),
+                ("Learning rate", {"learning rate": "lr"}),
+            ],
         ),
-        table(("attribute", "named", "right"), by_kind),
-    )
-
-
-def _training_section(demo: Demo) -> Html:
-    text = demo.job.run.read("metrics.jsonl").decode()
-    history = [json.loads(line) for line in text.splitlines()]
-
-    def curve(name: str) -> list[tuple[float, float]]:
-        points = [(row["epoch"], row[name]) for row in history if name in row]
-        size = -(-len(points) // _MAX_POINTS)
-        # Means of neighbours, which also calm the noise of single batches.
-        groups = [points[i : i + size] for i in range(0, len(points), size)] if points else []
-        return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-    return section(
-        "Training of the captioner",
-        paragraph(f"{_trained(demo)}; weights of step {demo.facts['train']['best_step']:,}, the best on validation."),
-        charts(
-            line_chart(
-                "Loss (nats a word)",
-                [Series("training", curve("loss")), Series("validation", curve("validation_loss"))],
-                x_label="epoch",
-            ),
-            line_chart(
-                "Words predicted right",
-                [Series("training", curve("correct")), Series("validation", curve("validation_correct"))],
-                x_label="epoch",
-            ),
-            line_chart("Learning rate", [Series("learning rate", curve("lr"))], x_label="epoch"),
-        ),
-        paragraph(
-            "Not all words can be known: five captions of an image word it differently, so the loss stays above 0.",
-            style="soft",
-        ),
-    )
-
-
-def _picture_section(rows: list[dict[str, Any]], whole_scene: list[bool]) -> Html:
-    pictures = [
-        Picture(row["image"], row["caption"], [f"{'right' if right else 'not all right'} · {row['image_id']}"], right)
-        for row, right in zip(rows[:NUM_PICTURES], whole_scene, strict=False)
     ]
-    return section(
-        "The first images of the test split",
-        paragraph("Green: the scene is right as a whole. None was chosen by hand.", style="soft"),
-        gallery(pictures),
-    )
-
-
-def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
-    stages = table(("stage", "seconds now"), [(f"{name}: {work}", f"{spent:.1f}") for name, work, spent in seconds])
-    verdict = "; ".join(demo.failures) or "All scores are above what the demo demands."
-    when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    text = page(
-        "From images to scored captions, on Ray",
-        paragraph(verdict, style="bad" if demo.failures else "good"),
-        *demo.sections,
-        section("How it was made", stages, paragraph(f"{when}, commit {source_commit()}", style="soft")),
-    )
-    demo.storage.write(PAGE, text.encode())
+    return f"{scores['all']['fraction_correct']:.1%} of {sum(scores['all']['named'].values()):,} attributes right"
 
 
 # -- all of it -----------------------------------------------------------------------------------------------------
@@ -318,15 +365,34 @@ STAGES: list[tuple[str, Callable[[Demo], str]]] = [
     ("prepare the built-in Shapes data", prepare_shapes),
     ("train a captioner", train_captioner),
     ("caption the test split", caption_test_split),
-    ("score the captions", score),
+    ("score the captions", score_test_captions),
+    ("train a VQ-VAE", train_autoencoder),
+    ("train a latent diffusion", train_generator),
+    ("generate images", generate_images),
+    ("score the images", score_images),
 ]
 """Title and function, in order; each function adds to the Demo and says in a few words what work was done."""
+
+
+def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
+    stages = table(("stage", "seconds now"), [(f"{name}: {work}", f"{spent:.1f}") for name, work, spent in seconds])
+    verdict = "; ".join(demo.failures) or "All scores are above what the demo demands."
+    when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    text = page(
+        "From images to captions and from prompts to images, on Ray",
+        paragraph(verdict, style="bad" if demo.failures else "good"),
+        *demo.sections,
+        section("How it was made", stages, paragraph(f"{when}, commit {source_commit()}", style="soft")),
+    )
+    demo.storage.write(PAGE, text.encode())
 
 
 def run_demo(settings: DemoSettings) -> Demo:
     """All stages, then the page, which is written for low scores too."""
     if settings.shapes.num_test < 2:
         raise InputError(f"--shapes.num-test {settings.shapes.num_test}: at least 2 are needed to score them")
+    if settings.num_generated < 2:
+        raise InputError(f"--num-generated {settings.num_generated}: at least 2 are needed to score them")
     demo = Demo(settings)
     seconds: list[tuple[str, str, float]] = []
     for number, (title, stage) in enumerate(STAGES, start=1):

@@ -28,9 +28,12 @@ def write_model(run: Storage, weights: dict[str, Tensor], facts: dict[str, Any])
 def read_facts(run: Storage) -> dict[str, Any]:
     """What `write_model` was given, and ``weights_sha256``. Raises InputError where `run` is not finished."""
     try:
-        return json.loads((run / "model").read(_RECIPE))
+        facts = json.loads((run / "model").read(_RECIPE))
     except FileNotFoundError:
         raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
+    if "weights_sha256" not in facts:
+        raise InputError(f"{run}/model/{_RECIPE}: names no weights_sha256; copy model/ again, or train it anew")
+    return facts
 
 
 def read_weights(run: Storage, facts: dict[str, Any]) -> dict[str, Tensor]:

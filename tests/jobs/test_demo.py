@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 
-from jobs.demo import MIN_CORRECT, STAGES, _picture_section, failures
+from jobs.demo import MIN_CORRECT, STAGES, failures
+from jobs.demo_page import captioned_pictures
 
 # Far too little to learn from: its captions must not pass.
 TINY = [
     "--shapes.num-train", "64", "--shapes.num-validation", "12", "--shapes.num-test", "12",
     "--captioner.width", "32", "--captioner.num-layers", "1", "--captioner.num-heads", "2",
     "--captioner.ffn-width", "64", "--captioner.train.num-epochs", "2", "--captioner.train.batch-size", "8",
+    "--vqvae.image-size", "16", "--vqvae.channels", "8", "16", "--vqvae.norm-groups", "4", "--vqvae.num-codes", "32",
+    "--vqvae.train.num-epochs", "2", "--vqvae.train.max-steps", "16", "--vqvae.train.batch-size", "8",
+    "--ldm.unet.channels", "32", "32", "--ldm.unet.attention-levels", "1", "--ldm.unet.num-heads", "2",
+    "--ldm.text.text-width", "32", "--ldm.text.text-layers", "1", "--ldm.text.text-heads", "2",
+    "--ldm.train.num-epochs", "2", "--ldm.train.max-steps", "16", "--ldm.train.batch-size", "8",
+    "--ldm.train.validate-every-epochs", "1", "--ldm.train.num-samples", "2", "--ldm.sample-steps", "2",
+    "--num-generated", "12", "--steps", "2",
 ]  # fmt: skip
 
 
@@ -42,7 +50,7 @@ def test_silence_fails_twice() -> None:
 
 def test_captions_are_no_markup() -> None:
     row = {"image": b"\x89PNG", "image_id": "<i>", "caption": "<script>alert(1)</script>"}
-    html = _picture_section([row], [False])
+    html = captioned_pictures([row], [False])
     assert "<script" not in html
     assert "<i>" not in html
     assert "&lt;script&gt;" in html
@@ -64,8 +72,9 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     for number, (title, _) in enumerate(STAGES, start=1):
         assert f"== {number}/{len(STAGES)} {title}" in first.stdout
     html = (storage / "index.html").read_text()
-    assert html.count("<img ") == 12
-    assert html.count("<polyline ") == 5
+    assert html.count("<img ") == 12 + 12
+    # Loss and accuracy twice each, rate; loss, PSNR and codes twice each; loss twice, rate.
+    assert html.count("<polyline ") == 5 + 6 + 3
     assert "are needed" in html
     run = storage / "runs" / "resnet_captioner" / "default"
     result = json.loads((storage / "scores" / "resnet_captioner" / "default-attributes.json").read_text())
@@ -77,7 +86,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
 
     second = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False)
     assert second.returncode == 1, "low scores stay a failure when nothing is done anew"
-    assert second.stdout.count("kept") == 2
+    assert second.stdout.count("kept") == 4
     assert "Ray: started" not in second.stderr, "finished stages need no Ray"
     assert {path: path.stat().st_mtime_ns for path in made} == made
 

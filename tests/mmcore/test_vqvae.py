@@ -1,7 +1,6 @@
 """The VQ-VAE: what its recipe says, what diffusers makes of it, and what a trained one gives back."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import tiny
 import tiny_vqvae
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
@@ -19,6 +17,7 @@ from mmcore import checkpoint
 from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
+from mmcore.finished import write_model
 from mmcore.generators.vqvae import VARIANTS, VQVAE, TrainedVQVAE, VQVAERecipe, VQVAETraining, psnr
 from mmcore.recipe import recipe_from_json, recipe_to_json
 from mmcore.storage import Storage
@@ -263,9 +262,7 @@ def finished_run(folder: Path, model: VQVAETraining, recipe_name: str = "vqvae")
     """A run folder as jobs/trainer.py leaves it."""
     run = Storage(str(folder))
     facts = {"recipe": recipe_name, "variant": "smoke", "settings": recipe_to_json(model.recipe), "commit": "x"}
-    run.write("model/recipe.json", json.dumps(facts).encode())
-    state = {name: value.contiguous() for name, value in checkpoint.trainable_state(model).items()}
-    save_file(state, folder / "model" / "model.safetensors")
+    write_model(run, checkpoint.trainable_state(model), facts)
     return run
 
 
@@ -293,8 +290,8 @@ def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="recipe 'ldm' is no VQ-VAE"):
         TrainedVQVAE(finished_run(tmp_path / "ldm", model, "ldm"))
     run = finished_run(tmp_path / "torn", model)
-    path = tmp_path / "torn" / "model" / "model.safetensors"
-    save_file({name: value for name, value in load_file(path).items() if "codebook" not in name}, path)
+    weights = {name: value for name, value in checkpoint.trainable_state(model).items() if "codebook" not in name}
+    write_model(run, weights, {"recipe": "vqvae", "settings": recipe_to_json(model.recipe)})
     with pytest.raises(InputError, match=r"missing \['quantizer.codebook'\]"):
         TrainedVQVAE(run)
 
