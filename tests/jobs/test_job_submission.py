@@ -75,6 +75,7 @@ BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
 JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
     pytest.param("jobs/train_resnet_captioner.py", ["--variant", "smoke"], "finished: ", id="train"),
+    pytest.param("jobs/train_ldm.py", ["--variant", "smoke"], "runs/ldm/default/model", id="train_ldm"),
 ]
 TRAIN_JOB = "jobs/train_resnet_captioner.py"
 
