@@ -299,10 +299,11 @@ def run_sweep(
             "parts": parts,
             "num_threads": num_threads,
         },
-        "compute": ray.data.ActorPoolStrategy(size=num_workers, enable_true_multi_threading=overlap),
+        "compute": ray.data.ActorPoolStrategy(
+            size=num_workers, enable_true_multi_threading=overlap, max_concurrent_calls_per_actor=2 if overlap else 1
+        ),
         "num_cpus": 0.5,
         "num_gpus": num_gpus or None,
-        **({"max_concurrency": 2} if overlap else {}),
     }
     start = time.perf_counter()
     num_rows_before = blocks.num_rows - sum(_num_rows(item) for item in todo)
