@@ -166,9 +166,9 @@ def diffusion_setup(
 
 def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
     """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
-    recipe = job.recipe
+    recipe, inputs = job.recipe, text_inputs(text)
     with torch.device("meta"):
-        model = recipe.build(text_inputs(text), x_0_shape)
+        model = recipe.build(inputs, x_0_shape)
     count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
     frozen = f"{count(text.model):.2f} M of the frozen {text.name}" if isinstance(text, FrozenTextEncoder) else "none"
     steps_per_epoch, total = num_steps(recipe.train, num_train)

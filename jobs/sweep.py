@@ -304,10 +304,14 @@ def run_sweep(
             "parts": parts,
             "num_threads": num_threads,
         },
-        "compute": ray.data.ActorPoolStrategy(min_size=least, max_size=most, enable_true_multi_threading=overlap),
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=least,
+            max_size=most,
+            enable_true_multi_threading=overlap,
+            max_concurrent_calls_per_actor=2 if overlap else 1,
+        ),
         "num_cpus": 0.5,
         "num_gpus": num_gpus or None,
-        **({"max_concurrency": 2} if overlap else {}),
     }
     start = time.perf_counter()
     num_rows_before = blocks.num_rows - sum(_num_rows(item) for item in todo)

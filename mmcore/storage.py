@@ -24,15 +24,15 @@ from fsspec.implementations.local import LocalFileSystem
 from mmcore.errors import InputError
 
 _S3 = "s3://"
-# Attempts of one S3 request; boto3's "standard" mode waits exponentially longer between them, with jitter.
 _S3_MAX_ATTEMPTS = 10
+# Before attempt n + 1 of a request: a random part of 2^(n - 1) times the base, and of no more than the last of these.
+_S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
 _S3_CONNECT_TIMEOUT_S = 10
 # Before a conditional write that met another one is tried again.
 _CONFLICT_PAUSE_S = 0.1
 _S3_READ_TIMEOUT_S = 60
 # Connections that are kept open for the threads of one process; each further one would be opened anew.
 _S3_CONNECTIONS = 32
-_S3_MAX_BACKOFF_S = 20
 
 
 @functools.cache
@@ -41,15 +41,44 @@ def _s3_client(process_id: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    return boto3.client(
+    client = boto3.client(
         "s3",
         config=Config(
-            retries={"max_attempts": _S3_MAX_ATTEMPTS, "mode": "standard"},
+            # Not boto3's own attempts: in its standard mode all of them share one allowance, which a storage that
+            # fails one request in five uses up after about a thousand, and the next failure is then final.
+            retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=_S3_CONNECT_TIMEOUT_S,
             read_timeout=_S3_READ_TIMEOUT_S,
             max_pool_connections=_S3_CONNECTIONS,
         ),
     )
+    client.meta.events.register("needs-retry.s3", _s3_retry_delay)
+    return client
+
+
+def _s3_retry_delay(
+    response: tuple[Any, dict[str, Any]] | None, attempts: int, caught_exception: Exception | None, **_: Any
+) -> float | None:
+    """Seconds until a request's next attempt; None to leave it at that. botocore asks after each attempt."""
+    from botocore.exceptions import ConnectionError, HTTPClientError
+
+    if attempts >= _S3_MAX_ATTEMPTS:
+        return None
+    base = _S3_BACKOFF_S
+    if response is None:
+        if not isinstance(caught_exception, ConnectionError | HTTPClientError):
+            return None
+    else:
+        status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
+        if status in (429, 503):
+            base = _S3_THROTTLED_BACKOFF_S
+        elif status not in (500, 502, 504) and code != "RequestTimeout":
+            return None
+    return _s3_backoff(base, attempts)
+
+
+def _s3_backoff(base: float, attempts: int) -> float:
+    return random.random() * min(_S3_MAX_BACKOFF_S, base * 2 ** (attempts - 1))
 
 
 class _WholeFile:
@@ -179,7 +208,7 @@ class Storage:
         from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 
         bucket, key = self._key(name)
-        for attempt in range(_S3_MAX_ATTEMPTS):
+        for attempt in range(1, _S3_MAX_ATTEMPTS + 1):
             try:
                 return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"].read()
             except ClientError as error:
@@ -187,10 +216,10 @@ class Storage:
                     raise FileNotFoundError(f"{self.uri}/{name}") from None
                 raise
             except (IncompleteReadError, ResponseStreamingError):
-                # boto3 tries again until an answer begins, and leaves to us one that breaks off in the middle.
-                if attempt == _S3_MAX_ATTEMPTS - 1:
+                # A request is tried again until its answer begins; this one broke off in the middle.
+                if attempt == _S3_MAX_ATTEMPTS:
                     raise
-                time.sleep(random.random() * min(_S3_MAX_BACKOFF_S, 0.05 * 2**attempt))
+                time.sleep(_s3_backoff(_S3_BACKOFF_S, attempt))
         raise AssertionError("the last attempt returned or raised")
 
     def write(self, name: str, data: bytes) -> None:

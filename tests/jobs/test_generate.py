@@ -7,9 +7,9 @@ import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import tiny_runs
 import tiny_sweep
+import torch
 
 import jobs.generate
 import jobs.sweep
@@ -28,6 +28,7 @@ from jobs.lease import Lease
 from mmcore.data.prompts import read_prompts
 from mmcore.errors import InputError
 from mmcore.finished import read_facts
+from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image, png_bytes, read_png_text
 from mmcore.storage import Storage
 
@@ -38,19 +39,40 @@ COLUMNS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _workers_get_the_code() -> None:
-    # A worker of the shared Ray cannot import what lies among the tests.
-    ray.cloudpickle.register_pickle_by_value(tiny_sweep)
-
-
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
 
 
+def work_here(source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `jobs.sweep._results` does, by one worker on two threads of this process."""
+    worker = actors["fn"](**actors["fn_constructor_kwargs"])
+    with ThreadPoolExecutor(2) as threads:
+        yield from threads.map(worker, [{"block": item["block"], "item": json.dumps(item)} for item in todo])
+
+
 @pytest.fixture
-def sweep(ray_local: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are worked on in this process: starting Ray's workers takes longer than all else here.
+
+    What Ray does with them is tested by the jobs that are run, killed and interrupted.
+    """
+    for module in (jobs.generate, jobs.sweep):
+        monkeypatch.setattr(module, "connect", lambda: None)
+        monkeypatch.setattr(module, "num_workers_and_gpus", lambda device=None: (1, 0.0))
+    monkeypatch.setattr(jobs.sweep, "_results", work_here)
+
+
+@pytest.fixture
+def sweep(without_ray: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out."""
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", NUM)
 
@@ -297,34 +319,36 @@ def test_the_run_of_a_captioner_makes_no_images(run_folder, tmp_path):
         generate(GenerateSettings(str(run_folder), "shapes-test", str(tmp_path / "out")))
 
 
-def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, tmp_path):
-    """Equal bytes with two workers, in another order and beside other prompts; other batches round differently."""
+def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, one_thread, tmp_path):
+    """Equal bytes with one worker and two, in any order, beside any prompts; other batch sizes round elsewhere."""
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
     prompts = read_prompts("shapes-test", count=12)
-    files = {}
-    for name, rows in {"forward": prompts, "backward, fewer": prompts[10:2:-1]}.items():
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
+    settings = GenerateSettings(str(run), "shapes-test", "", count=12, batch_size=5, steps=4, num_threads=1)
+    bytes_of = []
+    for num_workers in (1, 2):
+        out = tmp_path / f"out-{num_workers}"
+        generate(dataclasses.replace(settings, out=str(out), num_workers=num_workers))
+        bytes_of.append({path.stem: path.read_bytes() for path in (out / "images").iterdir()})
+    assert bytes_of[0] == bytes_of[1]
+    sweep = np.stack([np.asarray(decode_image(bytes_of[0][each.image_id], name="image")) for each in prompts])
+    assert len({image.tobytes() for image in sweep}) == 12
 
-    def images(file: Path, batch_size: int, num_workers: int) -> dict[str, bytes]:
-        out = tmp_path / f"{file.stem}-{batch_size}-{num_workers}"
-        settings = GenerateSettings(str(run), str(file), str(out), batch_size=batch_size, steps=4, num_threads=1)
-        generate(dataclasses.replace(settings, num_workers=num_workers))
-        return {path.name: path.read_bytes() for path in (out / "images").iterdir()}
+    generator = TrainedGenerator(Storage(str(run)))
 
-    whole = images(files["forward"], 5, 1)
-    assert images(files["forward"], 5, 2) == whole
-    backward = images(files["backward, fewer"], 5, 1)
-    assert len(backward) == 8
-    assert backward == {name: whole[name] for name in backward}
-    pixels = lambda found: np.stack([np.asarray(decode_image(found[name], name=name)) for name in sorted(found)])
-    assert len({image.tobytes() for image in pixels(whole)}) == 12
-    other = np.abs(pixels(images(files["forward"], 3, 1)).astype(int) - pixels(whole))
-    print(f"batches of 3 against 5: {(other > 0).mean():.2%} of the values differ, by {other.max()} at most")
-    assert other.max() <= 1
+    def images(rows: list[int]) -> np.ndarray:
+        chosen = [prompts[row] for row in rows]
+        texts, seeds = [each.prompt for each in chosen], [each.seed for each in chosen]
+        return generator.generate(texts, seeds, num_inference_steps=4, guidance_scale=3.0)
+
+    rows = [11, 0, 7, 2, 5]
+    assert (images(rows) == sweep[rows]).all()
+    alone = np.concatenate([images([row]) for row in rows])
+    differing = np.abs(alone.astype(int) - sweep[rows])
+    print(f"batches of 1 against 5: {(differing > 0).mean():.2%} of the values differ, by {differing.max()} at most")
+    assert differing.max() <= 1
 
 
-def test_settings_that_do_not_work_leave_nothing_behind(ray_local, tmp_path):
+def test_settings_that_do_not_work_leave_nothing_behind(without_ray, tmp_path):
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
     settings = GenerateSettings(str(run), "shapes-test", str(tmp_path / "out"), count=3, batch_size=3, steps=7)
     with pytest.raises(InputError, match="7 sampling steps: ddim takes a divisor"):
@@ -336,7 +360,7 @@ def test_settings_that_do_not_work_leave_nothing_behind(ray_local, tmp_path):
         generate(other)
 
 
-def test_an_interrupted_sweep_says_how_to_go_on_and_does(tmp_path, start_job, run_job):
+def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, start_job):
     run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a", seconds=0.3)
     prompts, out = tiny_sweep.write_prompts(tmp_path / "prompts.txt", 40), tmp_path / "out"
     command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", out, "--batch-size", "4"]
@@ -354,13 +378,16 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(tmp_path, start_job, ru
     assert "Traceback" not in log
     assert json.loads((out / "lease" / "000000.json").read_text())["expires_unix"] == 0
     assert not (out / "summary.json").exists()
-    run_job(*command)
+    done = len(list((out / "manifest").glob("*.parquet")))
+    assert 0 < done < 10
+    settings = GenerateSettings(str(run_folder), str(prompts), str(out), batch_size=4)
+    generate(settings, tiny_sweep.TinyWorker)
     tiny_sweep.check_complete(Storage(str(out)), 40)
     assert len(tiny_sweep.calls(run_folder)) <= 10 + 2
 
 
 def test_what_a_sweep_waits_for_is_named(tmp_path, run_job):
-    if ray_has_gpus():
+    if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, for which the sweep would not wait")
     run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", 4)
@@ -370,9 +397,3 @@ def test_what_a_sweep_waits_for_is_named(tmp_path, run_job):
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "generate: no progress for" in line
     assert "missing: GPU" in line
-
-
-def ray_has_gpus() -> bool:
-    import torch
-
-    return torch.cuda.is_available() or sys.platform == "darwin"

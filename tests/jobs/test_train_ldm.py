@@ -162,8 +162,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     wait_for_step(run_folder(storage, "killed"), 22, process)
     time.sleep(random.uniform(0, 0.2))
     kill_with_all_it_started(process)
-    assert "encode tiny" not in log.read_text(), "latents of both views were made by the run before"
-    assert "encode mirrored" not in log.read_text()
+    assert "encode " not in log.read_text(), "latents of both views were made by the run before"
     stopped = committed_step(run_folder(storage, "killed"))
     assert 22 <= stopped < NUM_STEPS
     again = run_job(*command, timeout_s=TIMEOUT_S)
