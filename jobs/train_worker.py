@@ -137,6 +137,8 @@ def _mistake(monitor: Any, rank: int, error: InputError) -> dict[str, Any]:
     deadline = time.monotonic() + _MISTAKE_S
     while ray.get(monitor.add_mistake.remote(rank, str(error))) < ray.train.get_context().get_world_size():
         if time.monotonic() > deadline:
+            # The mistake is told by the next group, in one line, and not by Ray as a crash.
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
             raise error
         time.sleep(0.1)
     return {"error": ray.get(monitor.first_mistake.remote())}

@@ -314,7 +314,8 @@ def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypa
 
 
 def test_the_run_of_a_captioner_makes_no_images(run_folder, tmp_path):
-    (run_folder / "model" / "recipe.json").write_text(json.dumps({"recipe": "resnet_captioner"}))
+    facts = {"recipe": "resnet_captioner", "weights_sha256": "of a captioner"}
+    (run_folder / "model" / "recipe.json").write_text(json.dumps(facts))
     with pytest.raises(InputError, match="recipe 'resnet_captioner' makes no images"):
         generate(GenerateSettings(str(run_folder), "shapes-test", str(tmp_path / "out")))
 

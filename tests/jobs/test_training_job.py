@@ -329,7 +329,10 @@ def test_a_mistake_that_one_worker_meets_ends_the_others(run_job: RunJob, storag
     left.mkdir(exist_ok=True)
     (left / "lock").touch()
     command = [script, *FLAGS, "--num-workers", "2", "--storage", storage, "--name", "one-sided"]
-    line = error_line(run_job(*command, check=False, timeout_s=120))
-    assert line == "error: worker 1 alone cannot read its images"
+    result = run_job(*command, check=False, timeout_s=120)
+    # Ray's controller logs in its own words that it starts the workers again.
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: worker 1 alone cannot read its images"]
     assert not left.exists(), "what a killed worker leaves is removed by the next"
     assert not run_folder(storage, "one-sided").exists("_SUCCESS")
