@@ -24,7 +24,7 @@ from mmcore.errors import InputError
 from mmcore.storage import Storage
 
 JOB = "jobs/train_resnet_captioner.py"
-# 60 steps of 12 epochs; dropout, so that a resume that forgot randomness would show.
+# 40 steps of 8 epochs; dropout, so that a resume that forgot randomness would show.
 FLAGS = [
     "--variant",
     "smoke",
@@ -35,9 +35,9 @@ FLAGS = [
     "--image-size",
     "32",
     "--num-epochs",
-    "12",
+    "8",
     "--max-steps",
-    "60",
+    "40",
     "--batch-size",
     "8",
     "--checkpoint-every-steps",
@@ -49,7 +49,7 @@ FLAGS = [
     "--num-threads",
     "1",
 ]
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_killed_worker_is_started_again_and_nothing_changes(
     process = start_job(JOB, *flags, "--name", name, log=log)
     run = run_folder(storage, name)
     killed: list[int] = []
-    for step in (6, 30):
+    for step in (4, 20):
         seen = wait_for_step(run, step, process)
         time.sleep(random.uniform(0, 0.2))
         group = workers(process)
@@ -161,14 +161,14 @@ def test_a_killed_driver_goes_on_by_the_same_command(
     run = run_folder(storage, "driver-killed")
     command = [JOB, *FLAGS, "--storage", storage, "--name", "driver-killed"]
     process = start_job(*command)
-    wait_for_step(run, 20, process)
+    wait_for_step(run, 12, process)
     time.sleep(random.uniform(0, 0.2))
     kill_with_all_it_started(process)
     stopped = committed_step(run)
-    assert 20 <= stopped < NUM_STEPS
+    assert 12 <= stopped < NUM_STEPS
     assert not run.exists("_SUCCESS")
     again = run_job(*command, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of 60" in again.stdout
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(storage, "driver-killed") == reference
     no_pickles(run)
 
@@ -244,7 +244,7 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     command = [JOB, *FLAGS, "--storage", storage, "--name", "disk-full"]
     log = tmp_path / "job.log"
     process = start_job(*command, log=log)
-    wait_for_step(run, 16, process)
+    wait_for_step(run, 10, process)
     # Room for a part of a checkpoint: a file of it is torn, others are whole.
     with disk_kept_full(small_disk, free_bytes=250_000):
         assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
@@ -252,13 +252,13 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     assert len(errors) == 1, errors
     assert "No space left on device" in errors[0]
     stopped = committed_step(run)
-    assert 16 <= stopped < NUM_STEPS
+    assert 10 <= stopped < NUM_STEPS
     good, refused = assert_only_good_checkpoints_load(small_disk)
     assert good >= 1
     assert refused >= 1, "the disk was to fill up in the middle of a checkpoint"
     assert not run.exists("_SUCCESS")
     again = run_job(*command, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of 60" in again.stdout
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(storage, "disk-full") == reference
 
 
@@ -321,14 +321,14 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     command = [JOB, *FLAGS, "--storage", there, "--name", "cut-off"]
     log = tmp_path / "job.log"
     process = start_job(*command, env=env, log=log)
-    wait_for_step(run, 16, process)
+    wait_for_step(run, 10, process)
     time.sleep(random.uniform(0, 0.2))
     gate.shut()
     assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
     stopped = committed_step(run)
-    assert 16 <= stopped < NUM_STEPS
+    assert 10 <= stopped < NUM_STEPS
     for name in run.folders():
         if name.startswith("checkpoint_"):
             for file in (run / name).list():
@@ -340,6 +340,6 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     assert_only_good_checkpoints_load(tmp_path)
     gate.open()
     again = run_job(*command, env=env, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of 60" in again.stdout
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(there, "cut-off") == reference
     gate.shut()
