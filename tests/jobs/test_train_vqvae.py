@@ -174,6 +174,7 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     for row in validated:
         assert 0 < row["validation_codes_used"] <= 1
         assert 1 <= row["validation_perplexity"] <= 64
+        assert row["samples"]["bicubic"].startswith("PSNR ")
         assert row["samples"]["reconstructions"]["image"] in {f"samples/{name}" for name in reference["samples"]}
     assert validated[1]["validation_psnr"] > validated[0]["validation_psnr"]
     assert [row["step"] for row in rows if "discriminator_loss" not in row] == list(range(1, 11))
