@@ -6,6 +6,7 @@ Command: python jobs/train_vqvae.py --variant best --storage URI
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mmcore.data.columns import default_cache, open_column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
 from mmcore.generators.perceptual import PerceptualDistance
-from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining
+from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining, bicubic_psnr
 from mmcore.images import image_grid
 from mmcore.pretrained import absolute_folder, sha256_of
 from mmcore.recipe import recipe_to_json
@@ -52,6 +53,12 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = VQVAETraining(recipe)
 
+    @functools.cache
+    def bicubic() -> str:
+        originals = rows.pixels(rows.validation, None)
+        baseline = bicubic_psnr(originals, recipe.factor)
+        return f"PSNR {baseline:.2f} dB by making {len(originals):,} validation images {recipe.factor} times smaller"
+
     def samples(model: torch.nn.Module, step: int) -> dict[str, Any]:
         assert isinstance(model, VQVAETraining)
         if not recipe.train.num_samples:
@@ -62,7 +69,8 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
             x = to_network(torch.from_numpy(originals).to(weight.device), weight.dtype)
             made = to_pixels(model.vqvae.decode(model.vqvae.encode(x))).cpu().numpy()
         # Originals above their reconstructions.
-        return {"reconstructions": image_grid(np.concatenate([originals, made]), len(originals))}
+        grid = image_grid(np.concatenate([originals, made]), len(originals))
+        return {"reconstructions": grid, "bicubic": bicubic()}
 
     return Setup(model, rows, samples)
 
@@ -87,8 +95,7 @@ def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) ->
     if job.variant == "report":
         print(
             "departures from the report: GroupNorm in the discriminator where it has BatchNorm (no batch statistics); "
-            "one more residual block a level in the decoder (diffusers' VQModel). A step is the report's 4 batches of "
-            "4.",
+            "one more residual block a level in the decoder (diffusers' VQModel); a step is 4 of the report's batches",
             flush=True,
         )
 

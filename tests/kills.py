@@ -41,11 +41,11 @@ def workers(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 
 def kill_with_all_it_started(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL to the driver; then to what of its Ray has not noticed."""
+    """SIGKILL to the driver and, before its workers end the run without it, to all of its Ray."""
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=0.2)
     for survivor in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             survivor.kill()

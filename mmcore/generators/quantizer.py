@@ -2,9 +2,10 @@
 
 Two ways to learn it. By gradient, the codebook loss of van den Oord et al. 2017 (arXiv 1711.00937, equation 3). Or as
 moving averages of the latents that chose each code (appendix A.1 there; Razavi et al. 2019, arXiv 1906.00446), with
-revival: a code that hardly anything chooses is thrown away, and one that much chooses is split in two, as in
-Linde, Buzo & Gray 1980. Sums of a whole batch are all that the averages and the revival see, so they are the same for
-any number of workers.
+revival: a code that hardly anything chooses is thrown away, and one whose latents scatter much is split in two, as in
+Linde, Buzo & Gray 1980. (By scatter and not by use: half of all latents may be one even background, which one code
+serves.) Sums of a whole batch are all that the averages and the revival see, so they are the same for any number of
+workers.
 
 Shapes: B images, D channels of a latent, H and W its sides, N = B·H·W latents, K codes.
 """
@@ -16,8 +17,10 @@ from mmcore.seeding import generator
 
 # Distances that are held at once (fp32: 64 MB).
 _MAX_DISTANCES = 2**24
-# A split puts the two halves this far from where the code was, as a share of the codes' size (root mean square).
-_SPLIT = 0.01
+# A split puts the two halves this many standard deviations of their latents from where the code was.
+_SPLIT = 0.5
+# Use that both halves begin with, as a multiple of the use below which a code is dead.
+_PROBATION = 2.0
 
 
 class Quantizer(nn.Module):
@@ -26,6 +29,7 @@ class Quantizer(nn.Module):
     codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
+    ema_scatter: Tensor
 
     def __init__(self, num_codes: int, width: int, *, ema_decay: float | None, revive_below: float, seed: int) -> None:
         """`revive_below`: a code is dead below this share of the mean use; 0 revives none."""
@@ -37,9 +41,10 @@ class Quantizer(nn.Module):
             self.state_buffers: tuple[str, ...] = ()
         else:
             self.register_buffer("codebook", codebook_KD)
-            self.register_buffer("ema_counts", torch.zeros(num_codes))
-            self.register_buffer("ema_sums", torch.zeros(num_codes, width))
-            self.state_buffers = ("codebook", "ema_counts", "ema_sums")
+            self.register_buffer("ema_counts", torch.zeros(num_codes, dtype=torch.float64))
+            self.register_buffer("ema_sums", torch.zeros(num_codes, width, dtype=torch.float64))
+            self.register_buffer("ema_scatter", torch.zeros(num_codes, dtype=torch.float64))
+            self.state_buffers = ("codebook", "ema_counts", "ema_sums", "ema_scatter")
 
     def nearest(self, latents_ND: Tensor) -> Tensor:
         """The index (N,) of the code nearest to each latent, by the arithmetic of diffusers' VectorQuantizer."""
@@ -58,7 +63,8 @@ class Quantizer(nn.Module):
 
         Returns: (B, D, H, W), and a dict of `commitment_loss` (B,) and, for a codebook that gradients move,
             `codebook_loss` (B,): mean squared distances; the statistics `counts` (K,), how many latents chose each
-            code, and, for a codebook of averages, `sums` (K, D) of them, both in float64.
+            code, and, for a codebook of averages, `sums` (K, D) of them and `squares` (K,) of their lengths, all in
+            float64.
         """
         latents_BHWD = latents_BDHW.permute(0, 2, 3, 1)
         latents_ND = latents_BHWD.detach().flatten(0, 2)
@@ -72,43 +78,52 @@ class Quantizer(nn.Module):
         if self.ema_decay is None:
             outputs["codebook_loss"] = (codes_BHWD - latents_BHWD.detach()).square().mean((1, 2, 3))
         else:
-            sums_KD = torch.zeros(self.codebook.shape, dtype=torch.float64, device=latents_ND.device)
-            outputs["sums"] = sums_KD.index_add_(0, indices_N, latents_ND.double())
+            wide_ND = latents_ND.double()
+            outputs["sums"] = torch.zeros_like(self.ema_sums).index_add_(0, indices_N, wide_ND)
+            outputs["squares"] = torch.zeros_like(self.ema_scatter).index_add_(0, indices_N, wide_ND.square().sum(1))
         straight_BHWD = latents_BHWD + (codes_BHWD - latents_BHWD).detach()
         return straight_BHWD.permute(0, 3, 1, 2), outputs
 
     def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
-        """Move a codebook of averages by the `counts` and `sums` of the whole batch of `step`; revive dead codes."""
+        """Move a codebook of averages by the statistics of the whole batch of `step`; revive dead codes."""
         if self.ema_decay is None:
             return
-        counts_K, sums_KD = (statistics[name].to(self.codebook) for name in ("counts", "sums"))
-        self.ema_counts.lerp_(counts_K, 1 - self.ema_decay)
-        self.ema_sums.lerp_(sums_KD, 1 - self.ema_decay)
-        # Where nothing chose a code, 0 / 0: it stays. (The 1e-12 is far below one latent in any run's memory.)
-        chosen_K = self.ema_counts > 1e-12
-        means_KD = self.ema_sums / self.ema_counts.clamp_min(1e-12)[:, None]
-        self.codebook.copy_(torch.where(chosen_K[:, None], means_KD, self.codebook))
+        counts_K, sums_KD, squares_K = (statistics[name].to(self.ema_sums) for name in ("counts", "sums", "squares"))
+        # Squared distances of a code's latents to their own mean, within one batch: over several the encoder moves on.
+        scatter_K = (squares_K - sums_KD.square().sum(1) / counts_K.clamp_min(1)).clamp_min(0)
+        weight = 1 - self.ema_decay
+        self.ema_counts.lerp_(counts_K, weight)
+        self.ema_sums.lerp_(sums_KD, weight)
+        self.ema_scatter.lerp_(scatter_K, weight)
+        # Sum and count of the others have shrunk alike, so that their means are where they were.
+        chosen_K = counts_K > 0
+        self.codebook[chosen_K] = (self.ema_sums[chosen_K] / self.ema_counts[chosen_K, None]).to(self.codebook)
         if self.revive_below > 0:
             self._revive(step)
 
     def _revive(self, step: int) -> None:
-        """The i-th dead code becomes one half of the i-th most used one, if that is used more than the mean."""
-        mean = self.ema_counts.mean()
-        order_K = self.ema_counts.argsort(descending=True, stable=True)
-        num_busy = int((self.ema_counts > mean).sum())
-        num_dead = int((self.ema_counts < self.revive_below * mean).sum())
-        num = min(num_busy, num_dead)
+        """The i-th dead code becomes one half of the code of the i-th largest scatter, if that is above the mean."""
+        threshold = self.revive_below * self.ema_counts.mean()
+        dead_K = self.ema_counts < threshold
+        split_K = (self.ema_scatter > self.ema_scatter.mean()) & ~dead_K
+        num = int(torch.minimum(split_K.sum(), dead_K.sum()))
         if num == 0:
             return
-        busy, dead = order_K[:num], order_K.flip(0)[:num]
-        parents_RD = self.codebook[busy]
-        noise_RD = torch.randn(parents_RD.shape, dtype=torch.float64, generator=generator(self.seed, "revival", step))
-        shift_RD = noise_RD.to(parents_RD) * (_SPLIT * parents_RD.square().mean().sqrt())
-        counts_R = self.ema_counts[busy] / 2
-        for codes, vectors_RD in ((busy, parents_RD + shift_RD), (dead, parents_RD - shift_RD)):
-            self.codebook[codes] = vectors_RD
-            self.ema_counts[codes] = counts_R
-            self.ema_sums[codes] = vectors_RD * counts_R[:, None]
+        dead = torch.where(dead_K, self.ema_counts, torch.inf).argsort(stable=True)[:num]
+        split = torch.where(split_K, self.ema_scatter, -torch.inf).argsort(descending=True, stable=True)[:num]
+        means_RD = self.ema_sums[split] / self.ema_counts[split, None]
+        variance_R = self.ema_scatter[split] / self.ema_counts[split] / means_RD.shape[1]
+        random = generator(self.seed, "revival", step)
+        direction_RD = torch.randn(means_RD.shape, dtype=torch.float64, generator=random).to(means_RD)
+        direction_RD /= direction_RD.norm(dim=1, keepdim=True)
+        shift_RD = _SPLIT * variance_R.sqrt()[:, None] * direction_RD
+        for codes, halves_RD in ((split, means_RD + shift_RD), (dead, means_RD - shift_RD)):
+            self.codebook[codes] = halves_RD.to(self.codebook)
+            # On probation: what chooses it now counts more than what chose its parent, and one that nothing chooses
+            # is soon dead again.
+            self.ema_counts[codes] = _PROBATION * threshold
+            self.ema_sums[codes] = _PROBATION * threshold * halves_RD
+            self.ema_scatter[codes] = 0
 
 
 def codebook_use(counts_K: Tensor) -> dict[str, float]:

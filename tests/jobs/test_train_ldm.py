@@ -159,12 +159,12 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     command = [JOB, *FLAGS, "--storage", storage, "--name", "killed", "--vqvae", storage / "runs" / "vqvae" / "first"]
     log = tmp_path / "job.log"
     process = start_job(*command, log=log)
-    wait_for_step(run_folder(storage, "killed"), 22, process)
+    wait_for_step(run_folder(storage, "killed"), 12, process)
     time.sleep(random.uniform(0, 0.2))
     kill_with_all_it_started(process)
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"
     stopped = committed_step(run_folder(storage, "killed"))
-    assert 22 <= stopped < NUM_STEPS
+    assert 12 <= stopped < NUM_STEPS
     again = run_job(*command, timeout_s=TIMEOUT_S)
     assert f"resumed at step {stopped} of 40" in again.stdout
     assert outcome(run_folder(storage, "killed")) == outcome(reference)

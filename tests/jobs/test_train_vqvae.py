@@ -1,11 +1,9 @@
 """The VQ-VAE's job: what it refuses, what a run leaves, and a run that is killed."""
 
-import contextlib
 import dataclasses
 import io
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import tiny
 import torch
+from kills import TIMEOUT_S, committed_step, kill_with_all_it_started, wait_for_step, workers
 from PIL import Image
 
 from jobs.commandline import run
@@ -54,7 +52,6 @@ FLAGS = [
     "1",
 ]
 NUM_STEPS = 40
-TIMEOUT_S = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +171,7 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     for row in validated:
         assert 0 < row["validation_codes_used"] <= 1
         assert 1 <= row["validation_perplexity"] <= 64
+        assert row["samples"]["bicubic"].startswith("PSNR ")
         assert row["samples"]["reconstructions"]["image"] in {f"samples/{name}" for name in reference["samples"]}
     assert validated[1]["validation_psnr"] > validated[0]["validation_psnr"]
     assert [row["step"] for row in rows if "discriminator_loss" not in row] == list(range(1, 11))
@@ -196,23 +194,6 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     assert np.abs(grid[18:, 36:].astype(int) - to_pixels(made)[2].numpy()).max() <= 1
 
 
-def committed_step(run: Storage) -> int:
-    """The step of the newest checkpoint that Ray Train's snapshot names; 0 where there is none."""
-    try:
-        snapshot = json.loads(run.read("checkpoint_manager_snapshot.json"))
-    except FileNotFoundError:
-        return 0
-    return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
-
-
-def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while (now := committed_step(run)) < step:
-        assert process.poll() is None, f"the job ended at step {now}, before it could be disturbed"
-        assert time.monotonic() < deadline, f"no step {step} in time; at {now}"
-        time.sleep(0.02)
-
-
 def test_a_killed_run_ends_as_if_nothing_had_been(
     start_job: Callable[..., Any],
     run_job: Callable[..., Any],
@@ -226,27 +207,15 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     log = tmp_path / "job.log"
     process = start_job(*command, log=log)
     wait_for_step(run, 4, process)
-    family = psutil.Process(process.pid).children(recursive=True)
-    (worker,) = (child for child in family if any("RayTrainWorker" in word for word in command_of(child)[:1]))
+    (worker,) = workers(process)
     worker.kill()
-    wait_for_step(run, 24, process)
+    wait_for_step(run, 14, process)
     time.sleep(random.uniform(0, 0.2))
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    # What of its Ray has not noticed.
-    for survivor in psutil.wait_procs(family, timeout=10)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            survivor.kill()
+    kill_with_all_it_started(process)
     assert "resumed at step" in log.read_text()
     stopped = committed_step(run)
-    assert 24 <= stopped < NUM_STEPS
+    assert 14 <= stopped < NUM_STEPS
     again = run_job(*command, timeout_s=TIMEOUT_S)
     assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(run) == reference
 
-
-def command_of(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.cmdline()
-    return []

@@ -50,17 +50,25 @@ def test_distances_in_parts_are_the_distances(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(whole, by_hand)
 
 
+def statistics_of(latents_by_code: list[Tensor]) -> dict[str, Tensor]:
+    """What a batch would give in which these latents (N, D) chose code 0, 1, ..."""
+    return {
+        "counts": torch.tensor([float(len(each)) for each in latents_by_code]).double(),
+        "sums": torch.stack([each.sum(0) for each in latents_by_code]),
+        "squares": torch.stack([each.square().sum() for each in latents_by_code]),
+    }
+
+
 def test_averages_follow_their_formula() -> None:
     """Razavi et al. 2019, equations 2 and 3: N = g N + (1 - g) n, m = g m + (1 - g) sum z, e = m / N."""
     codes = averaged(3, decay=0.75)
     start = codes.codebook.clone()
     counts, sums = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
     for step in range(3):
-        # Code 2 is never chosen.
-        n, z = torch.tensor([4.0, 1.0 if step else 0.0, 0.0]).double(), latents(3, 2, seed=step)
-        z[n == 0] = 0
-        codes.after_step({"counts": n, "sums": z}, step)
-        counts, sums = 0.75 * counts + 0.25 * n, 0.75 * sums + 0.25 * z
+        # Code 1 is not chosen at first, code 2 never.
+        given = statistics_of([latents(4, 2, seed=step), latents(1 if step else 0, 2, seed=9), latents(0, 2)])
+        codes.after_step(given, step)
+        counts, sums = 0.75 * counts + 0.25 * given["counts"], 0.75 * sums + 0.25 * given["sums"]
         for code in range(3):
             expected = sums[code] / counts[code] if counts[code] else start[code]
             torch.testing.assert_close(codes.codebook[code], expected, rtol=1e-12, atol=0)
@@ -72,35 +80,43 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
     z = latents(6, 4, 3, 3)
     _, whole = codes(z)
     parts = [codes(part)[1] for part in z.split(2)]
-    for name in ("counts", "sums"):
+    for name in ("counts", "sums", "squares"):
         total = sum(part[name] for part in parts)
         torch.testing.assert_close(total, whole[name], rtol=1e-12, atol=1e-12)
     assert whole["counts"].sum() == 6 * 9
     assert "codebook_loss" not in whole
 
 
-def test_the_busiest_codes_are_split_over_the_dead_ones() -> None:
+def test_the_codes_of_most_scatter_are_split_over_the_dead_ones() -> None:
+    """A code that is used most, but by latents that are all alike, needs no second one."""
     codes = averaged(6, decay=0.5, revive_below=0.1)
-    n = torch.tensor([60.0, 0, 20, 0, 18, 0]).double()  # mean 16.3: three codes above it, three dead
-    codes.after_step({"counts": n, "sums": torch.tensor([1.0, -2.0]).double() * n[:, None]}, 0)
-    parent = torch.tensor([1.0, -2.0]).double()
-    # Codes of one parent: as many dead ones as busy ones, each pair about the parent, half its count each.
-    distance = (codes.codebook - parent).norm(dim=1)
-    assert (distance < 0.2).all()
-    assert (distance > 0).all()
-    torch.testing.assert_close(codes.ema_counts.sum(), n.sum() / 2)
-    assert sorted(codes.ema_counts.tolist()) == pytest.approx([4.5, 4.5, 5, 5, 15, 15])
-    torch.testing.assert_close(codes.ema_sums, codes.codebook * codes.ema_counts[:, None])
-    middles = codes.codebook[[0, 2, 4]].sum(0) + codes.codebook[[1, 3, 5]].sum(0)
-    torch.testing.assert_close(middles / 6, parent)
+    before = codes.codebook.clone()
+    nothing = latents(0, 2)
+    background = torch.tensor([[3.0, 3.0]]).double().expand(900, 2)
+    wide, narrow = latents(60, 2) * 2 + 10, latents(60, 2, seed=1) * 0.1 - 10
+    codes.after_step(statistics_of([background, nothing, wide, nothing, narrow, nothing]), 0)
+    # The mean use of 170 makes 60 no dead code; the mean scatter leaves only one to split, over the first dead code.
+    halves = codes.codebook[[2, 1]]
+    torch.testing.assert_close(halves.mean(0), wide.mean(0))
+    deviation = wide.var(0, correction=0).mean().sqrt()
+    distance = (halves[0] - halves[1]).norm()
+    torch.testing.assert_close(distance, deviation)  # half a deviation to each side
+    torch.testing.assert_close(codes.codebook[0], background[0])
+    torch.testing.assert_close(codes.codebook[4], narrow.mean(0))
+    # Both halves begin with twice the use of a dead code, and nothing yet to split them for.
+    probation = 2 * 0.1 * (450 + 30 + 30) / 6
+    torch.testing.assert_close(codes.ema_counts, torch.tensor([450, probation, probation, 0, 30, 0]).double())
+    torch.testing.assert_close(codes.ema_sums[1:3], codes.codebook[1:3] * probation)
+    expected = [0, 0, 0, 0, (narrow - narrow.mean(0)).square().sum().item() / 2, 0]
+    assert codes.ema_scatter.tolist() == pytest.approx(expected, abs=1e-9)
+    torch.testing.assert_close(codes.codebook[[3, 5]], before[[3, 5]])
 
 
 def test_no_code_is_revived_where_all_are_used() -> None:
     codes = averaged(4, revive_below=0.1)
-    n = torch.tensor([5.0, 4, 6, 5]).double()
-    z = latents(4, 2)
-    codes.after_step({"counts": n, "sums": z * n[:, None]}, 0)
-    torch.testing.assert_close(codes.codebook, z)
+    groups = [latents(5, 2, seed=seed) + 4 * seed for seed in range(4)]
+    codes.after_step(statistics_of(groups), 0)
+    torch.testing.assert_close(codes.codebook, torch.stack([group.mean(0) for group in groups]))
 
 
 @pytest.mark.parametrize("revive_below", [0.0, 0.1])
@@ -133,7 +149,7 @@ def test_revival_is_drawn_from_seed_and_step_alone() -> None:
     def revived(step: int) -> Tensor:
         codes = averaged(4, revive_below=0.1)
         torch.manual_seed(step + 100)  # must not matter
-        codes.after_step({"counts": torch.tensor([9.0, 0, 0, 0]), "sums": torch.ones(4, 2)}, step)
+        codes.after_step(statistics_of([latents(9, 2), *[latents(0, 2)] * 3]), step)
         return codes.codebook
 
     assert torch.equal(revived(3), revived(3))

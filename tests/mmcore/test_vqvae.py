@@ -18,7 +18,7 @@ from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
 from mmcore.finished import write_model
-from mmcore.generators.vqvae import VARIANTS, VQVAE, TrainedVQVAE, VQVAERecipe, VQVAETraining, psnr
+from mmcore.generators.vqvae import VARIANTS, VQVAE, TrainedVQVAE, VQVAERecipe, VQVAETraining, bicubic_psnr, psnr
 from mmcore.recipe import recipe_from_json, recipe_to_json
 from mmcore.storage import Storage
 
@@ -169,6 +169,16 @@ def test_psnr_is_of_each_image() -> None:
     y = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])
     # In [-1, 1] the peak is 2; what lies outside is clipped to 1.
     assert psnr(x, y).tolist() == pytest.approx([100, 20, 20 * math.log10(2)], rel=1e-5)
+
+
+def test_the_bicubic_baseline_is_of_each_image() -> None:
+    random = np.random.default_rng(0)
+    smooth = np.broadcast_to(np.linspace(0, 255, 16)[:, None, None], (16, 16, 3)).astype(np.uint8)
+    noise = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    each = [bicubic_psnr(image[None], 4) for image in (smooth, noise)]
+    assert each[0] > 30 > 12 > each[1]
+    assert bicubic_psnr(np.stack([smooth, noise]), 4) == pytest.approx(sum(each) / 2, rel=1e-6)
+    assert bicubic_psnr(noise[None], 1) == pytest.approx(100)
 
 
 # -- images --------------------------------------------------------------------------------------------------------
