@@ -26,8 +26,6 @@ from mmcore.images import decode_image, png_bytes
 from mmcore.storage import Storage
 from mmcore.training import Rows, RunHooks, Training, write_history
 
-# A crash is retried this often; losing a machine is no crash and is not counted.
-MAX_CRASHES = 3
 # Seconds between words to the driver.
 _UPDATE_S = 0.25
 # Workers that meet the same mistake meet it within this time of each other.
@@ -49,64 +47,6 @@ class Setup:
     """What the model makes at a step, by name: text, or uint8 images (H, W, 3), which are written under samples/."""
     assets: dict[str, Storage] = field(default_factory=dict)
     """Folders that a finished run keeps a copy of, by their name under model/: what it needs beside its weights."""
-
-
-class RestartBudget:
-    """Tells crashes from lost machines: each start of the workers after the first is one or the other.
-
-    Ray's own counting takes a reclaimed spot machine for a crash wherever the cloud's notice does not reach it.
-    """
-
-    def __init__(self) -> None:
-        self.num_starts = 0
-        self.machines: set[str] = set()
-        self.num_lost = 0
-
-    def started(self, alive: set[str]) -> int:
-        """The workers have started while these machines are alive; returns the crashes so far."""
-        self.num_starts += 1
-        self.machines |= alive
-        self.num_lost = len(self.machines - alive)
-        return max(0, self.num_starts - 1 - self.num_lost)
-
-
-@ray.remote(num_cpus=0)
-class RunMonitor:
-    """The newest progress of a run, its restarts and the mistakes that its workers met. Lives beside the driver."""
-
-    def __init__(self) -> None:
-        self.progress: dict[str, Any] = {}
-        self.mistakes: dict[int, str] = {}
-        self.budget = RestartBudget()
-        self.crash = "a worker was killed"
-
-    def start(self, rank: int) -> str | None:
-        """A worker starts. Returns the mistake for which it must not."""
-        if rank == 0 and not self.mistakes:
-            num_crashes = self.budget.started({node["NodeID"] for node in ray.nodes() if node["Alive"]})
-            if num_crashes > MAX_CRASHES:
-                self.mistakes[rank] = (
-                    f"training crashed {num_crashes} times, last: {self.crash}; "
-                    "the same command goes on from the last checkpoint"
-                )
-        return self.first_mistake()
-
-    def update(self, progress: dict[str, Any]) -> None:
-        self.progress |= progress
-
-    def latest(self) -> dict[str, Any]:
-        return self.progress
-
-    def add_crash(self, text: str) -> None:
-        self.crash = text
-
-    def add_mistake(self, rank: int, text: str) -> int:
-        """Returns how many workers have met one."""
-        self.mistakes[rank] = text
-        return len(self.mistakes)
-
-    def first_mistake(self) -> str | None:
-        return self.mistakes[min(self.mistakes)] if self.mistakes else None
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:

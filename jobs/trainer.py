@@ -26,7 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import ROOT, Watchdog, connect, max_gpus
 from jobs.progress import progress
-from jobs.train_worker import Doing, RunMonitor, Setup, train_on_worker
+from jobs.run_monitor import RunMonitor
+from jobs.train_worker import Doing, Setup, train_on_worker
 from mmcore.errors import InputError
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage

@@ -218,4 +218,3 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     again = run_job(*command, timeout_s=TIMEOUT_S)
     assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(run) == reference
-

@@ -1,6 +1,6 @@
 """What tells a crash from a machine that was taken away."""
 
-from jobs.train_worker import RestartBudget
+from jobs.run_monitor import RestartBudget
 
 
 def test_the_first_start_is_no_crash_and_each_further_one_is() -> None:
