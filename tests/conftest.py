@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_TIMEOUT_S = 300.0
+HEALTH_CHECK_INTERVAL_S = "0.1"  # each checkpoint waits for one
 
 
 def free_port() -> int:
@@ -72,6 +73,7 @@ def ray_local(short_tmp: Path) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
         patch.setenv("RAY_TMPDIR", str(short_tmp))
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
         connect()
         yield
         ray.shutdown()
@@ -124,7 +126,7 @@ def job_environment(short_tmp: Path) -> Callable[..., dict[str, str]]:
         clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
         clean["PYTHONPATH"] = str(root)
         clean["RAY_TMPDIR"] = str(short_tmp)
-        clean["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # each checkpoint waits for one
+        clean["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = HEALTH_CHECK_INTERVAL_S
         return clean | dict(env or {})
 
     return build
@@ -186,6 +188,36 @@ def run_job(job_environment: Callable[..., dict[str, str]]) -> RunJob:
         return run_command(command, env=job_environment(env), check=check, timeout_s=timeout_s, cwd=cwd)
 
     return run
+
+
+CallJob = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def call_job(ray_local: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CallJob:
+    """`call_job(main, "--flag", ...)` -> CompletedProcess: as `run_job`, but in this process and its Ray.
+
+    It spares the start of Python and of Ray, ten seconds a job. Jobs that are killed, that a stall ends or that need
+    another environment are run.
+    """
+
+    def call(main: Callable[[], None], *args: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        from jobs.commandline import run
+
+        command = [f"jobs/{main.__module__.rpartition('.')[2]}.py", *map(str, args)]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        code = 0
+        try:
+            run(main)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capfd.readouterr()
+        if check and code != 0:
+            pytest.fail(f"exit code {code}:\n{' '.join(command)}\n--- stdout\n{out[-6000:]}\n--- stderr\n{err[-6000:]}")
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    return call
 
 
 def run_command(

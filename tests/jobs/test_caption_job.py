@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.caption import CaptionSettings, caption
+from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
 from mmcore.captioners.resnet import VARIANTS
 from mmcore.captioners.trained import TrainedCaptioner
@@ -143,11 +143,11 @@ def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job):
     assert len(read_csv(out / "captions.csv")) == NUM_IMAGES + 1
 
 
-def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_path, run_job):
+def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_path, call_job):
     out = tmp_path / "out"
-    command = ["jobs/caption.py", "--run", run_folder, "--images", images, "--out", out]
-    run_job(*command, "--num-beams", "1")
-    refused = run_job(*command, "--num-beams", "2", check=False)
+    command = ["--run", run_folder, "--images", images, "--out", out]
+    call_job(main, *command, "--num-beams", "1")
+    refused = call_job(main, *command, "--num-beams", "2", check=False)
     assert refused.returncode == 1
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert "num_beams was 1 and is now 2" in line
@@ -172,34 +172,34 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
     ],
 )
-def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, run_job):
+def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, call_job):
     (tmp_path / "empty").mkdir()
     flags = {"--run": run_folder, "--images": images, "--out": tmp_path / "out"}
     flags |= {name: tmp_path / value if name in ("--run", "--images") else value for name, value in change.items()}
-    result = run_job("jobs/caption.py", *[part for pair in flags.items() for part in pair], check=False)
+    result = call_job(main, *[part for pair in flags.items() for part in pair], check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "out").exists(), "something was written"
 
 
-def test_an_encoder_that_is_not_there_is_one_line(run_folder, images, tmp_path, run_job):
+def test_an_encoder_that_is_not_there_is_one_line(run_folder, images, tmp_path, call_job):
     """Found out on a worker, when it loads the captioner."""
     flags = ["--run", run_folder, "--images", images, "--out", tmp_path / "out", "--encoder", tmp_path / "no" / "such"]
-    result = run_job("jobs/caption.py", *flags, check=False)
+    result = call_job(main, *flags, check=False)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "no vision model in such a folder" in line
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_a_broken_image_names_itself(run_folder, images, tmp_path, run_job):
+def test_a_broken_image_names_itself(run_folder, images, tmp_path, call_job):
     folder = tmp_path / "images"
     folder.mkdir()
     good = next(images.iterdir())
     (folder / "good.png").write_bytes(good.read_bytes())
     (folder / "cut.png").write_bytes(good.read_bytes()[:60])
-    result = run_job("jobs/caption.py", "--run", run_folder, "--images", folder, "--out", tmp_path / "out", check=False)
+    result = call_job(main, "--run", run_folder, "--images", folder, "--out", tmp_path / "out", check=False)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "cut.png" in line

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from kills import TIMEOUT_S, committed_step, kill_with_all_it_started, wait_for_step
+from kills import committed_step, kill_with_all_it_started, wait_for_step
 
 from jobs.commandline import run
 from jobs.train_ldm import main
@@ -72,10 +72,10 @@ _finished: dict[str, str] = {}
 
 
 @pytest.fixture
-def reference(run_job: Callable[..., Any], storage: Storage) -> Storage:
+def reference(call_job: Callable[..., Any], storage: Storage) -> Storage:
     """The run that nobody disturbs; it trains its VQ-VAE first."""
     if storage.uri not in _finished:
-        result = run_job(JOB, *FLAGS, "--storage", storage, "--name", "first", timeout_s=TIMEOUT_S)
+        result = call_job(main, *FLAGS, "--storage", storage, "--name", "first")
         _finished[storage.uri] = result.stdout
     return run_folder(storage, "first")
 
@@ -154,28 +154,28 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
 
 
 def test_a_killed_run_ends_as_if_nothing_had_been(
-    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, reference: Storage, tmp_path: Path
+    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, reference: Storage, tmp_path: Path
 ) -> None:
-    command = [JOB, *FLAGS, "--storage", storage, "--name", "killed", "--vqvae", storage / "runs" / "vqvae" / "first"]
+    command = [*FLAGS, "--storage", storage, "--name", "killed", "--vqvae", storage / "runs" / "vqvae" / "first"]
     log = tmp_path / "job.log"
-    process = start_job(*command, log=log)
+    process = start_job(JOB, *command, log=log)
     wait_for_step(run_folder(storage, "killed"), 12, process)
     time.sleep(random.uniform(0, 0.2))
     kill_with_all_it_started(process)
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"
     stopped = committed_step(run_folder(storage, "killed"))
     assert 12 <= stopped < NUM_STEPS
-    again = run_job(*command, timeout_s=TIMEOUT_S)
+    again = call_job(main, *command)
     assert f"resumed at step {stopped} of 40" in again.stdout
     assert outcome(run_folder(storage, "killed")) == outcome(reference)
 
 
 def test_two_workers_through_ray_agree_with_one(
-    run_job: Callable[..., Any], storage: Storage, reference: Storage
+    call_job: Callable[..., Any], storage: Storage, reference: Storage
 ) -> None:
     vqvae = storage / "runs" / "vqvae" / "first"
     flags = ["--storage", storage, "--name", "two", "--vqvae", vqvae, "--num-workers", 2]
-    run_job(JOB, *FLAGS, *flags, timeout_s=TIMEOUT_S)
+    call_job(main, *FLAGS, *flags)
     two = run_folder(storage, "two")
     alone, both = ([row["loss"] for row in outcome(run)["metrics"]][:20] for run in (reference, two))
     assert 0 < np.abs(np.subtract(alone, both)).max() <= 1e-5

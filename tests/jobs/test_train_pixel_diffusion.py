@@ -109,9 +109,9 @@ def test_a_bad_setting_is_refused_in_one_line(
     assert sorted(Path(storage.uri).rglob("*")) == before
 
 
-def test_with_a_frozen_text_encoder(run_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path) -> None:
-    command = [JOB, *FLAGS, "--text-encoder", bert, "--storage", storage]
-    first = run_job(*command, "--name", "first")
+def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path) -> None:
+    command = [*FLAGS, "--text-encoder", bert, "--storage", storage]
+    first = call_job(main, *command, "--name", "first")
     run_ = run_folder(storage, "first")
     assert f"M of the frozen {bert}" in first.stdout
     facts: dict[str, Any] = json.loads(run_.read("recipe.json"))
@@ -150,6 +150,6 @@ def test_with_a_frozen_text_encoder(run_job: Callable[..., Any], storage: Storag
 
     # All frozen work is found again.
     times = {path: path.stat().st_mtime_ns for path in (Path(storage.uri) / "features").rglob("*")}
-    again = run_job(*command, "--name", "again", "--seed", "7")
+    again = call_job(main, *command, "--name", "again", "--seed", "7")
     assert "encode " not in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (Path(storage.uri) / "features").rglob("*")} == times

@@ -19,6 +19,7 @@ import tiny
 from conftest import free_port
 from kills import TIMEOUT_S, committed_step, kill_with_all_it_started, wait_for_step, workers
 
+from jobs.train_resnet_captioner import main
 from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.storage import Storage
@@ -64,10 +65,10 @@ _finished: dict[str, dict[str, Any]] = {}
 
 
 @pytest.fixture
-def reference(run_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
+def reference(call_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
     """What the run that nobody disturbs ends with."""
     if storage.uri not in _finished:
-        run_job(JOB, *FLAGS, "--storage", storage, "--name", "reference", timeout_s=TIMEOUT_S)
+        call_job(main, *FLAGS, "--storage", storage, "--name", "reference")
         _finished[storage.uri] = outcome(storage, "reference")
     return _finished[storage.uri]
 
@@ -101,7 +102,7 @@ def no_pickles(run: Storage) -> None:
 def test_a_killed_worker_is_started_again_and_nothing_changes(
     num_workers: int,
     start_job: Callable[..., Any],
-    run_job: Callable[..., Any],
+    call_job: Callable[..., Any],
     storage: Storage,
     reference: dict[str, Any],
     tmp_path: Path,
@@ -110,7 +111,7 @@ def test_a_killed_worker_is_started_again_and_nothing_changes(
     flags = [*FLAGS, "--storage", storage, "--num-workers", num_workers]
     expected = reference
     if num_workers > 1:
-        run_job(JOB, *flags, "--name", f"{name}-reference", timeout_s=TIMEOUT_S)
+        call_job(main, *flags, "--name", f"{name}-reference")
         expected = outcome(storage, f"{name}-reference")
     process = start_job(JOB, *flags, "--name", name, log=log)
     run = run_folder(storage, name)
@@ -234,16 +235,16 @@ def small_disk(storage: Storage) -> Iterator[Path]:
 
 def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     start_job: Callable[..., Any],
-    run_job: Callable[..., Any],
+    call_job: Callable[..., Any],
     storage: Storage,
     reference: dict[str, Any],
     small_disk: Path,
     tmp_path: Path,
 ) -> None:
     run = run_folder(storage, "disk-full")
-    command = [JOB, *FLAGS, "--storage", storage, "--name", "disk-full"]
+    command = [*FLAGS, "--storage", storage, "--name", "disk-full"]
     log = tmp_path / "job.log"
-    process = start_job(*command, log=log)
+    process = start_job(JOB, *command, log=log)
     wait_for_step(run, 10, process)
     # Room for a part of a checkpoint: a file of it is torn, others are whole.
     with disk_kept_full(small_disk, free_bytes=250_000):
@@ -257,7 +258,7 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     assert good >= 1
     assert refused >= 1, "the disk was to fill up in the middle of a checkpoint"
     assert not run.exists("_SUCCESS")
-    again = run_job(*command, timeout_s=TIMEOUT_S)
+    again = call_job(main, *command)
     assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(storage, "disk-full") == reference
 

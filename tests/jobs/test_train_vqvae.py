@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from kills import TIMEOUT_S, committed_step, kill_with_all_it_started, wait_for_step, workers
+from kills import committed_step, kill_with_all_it_started, wait_for_step, workers
 from PIL import Image
 
 from jobs.commandline import run
@@ -146,10 +146,10 @@ def finished() -> dict[str, Any]:
 
 
 @pytest.fixture
-def reference(finished: dict[str, Any], run_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
+def reference(finished: dict[str, Any], call_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
     """What the run that nobody disturbs ends with."""
     if not finished:
-        run_job(JOB, *FLAGS, "--storage", storage, "--name", "reference", timeout_s=TIMEOUT_S)
+        call_job(main, *FLAGS, "--storage", storage, "--name", "reference")
         finished.update(outcome(run_folder(storage, "reference")))
     return finished
 
@@ -196,16 +196,16 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
 
 def test_a_killed_run_ends_as_if_nothing_had_been(
     start_job: Callable[..., Any],
-    run_job: Callable[..., Any],
+    call_job: Callable[..., Any],
     storage: Storage,
     reference: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     """SIGKILL to the worker while only the generator trains; then to the driver, once its opponent does."""
     run = run_folder(storage, "killed")
-    command = [JOB, *FLAGS, "--storage", storage, "--name", "killed"]
+    command = [*FLAGS, "--storage", storage, "--name", "killed"]
     log = tmp_path / "job.log"
-    process = start_job(*command, log=log)
+    process = start_job(JOB, *command, log=log)
     wait_for_step(run, 4, process)
     (worker,) = workers(process)
     worker.kill()
@@ -215,6 +215,6 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     assert "resumed at step" in log.read_text()
     stopped = committed_step(run)
     assert 14 <= stopped < NUM_STEPS
-    again = run_job(*command, timeout_s=TIMEOUT_S)
+    again = call_job(main, *command)
     assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(run) == reference

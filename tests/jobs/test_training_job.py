@@ -61,6 +61,7 @@ def setup(*args):
 job.setup = setup
 run(job.main)
 """
+CallJob = Callable[..., Any]
 RunJob = Callable[..., Any]
 
 
@@ -160,9 +161,9 @@ def test_a_mistyped_flag_is_named_with_a_suggestion(run_job: RunJob, storage: St
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_refused_and_fresh_starts_anew(run_job: RunJob, storage: Storage) -> None:
-    command = [JOB, *FLAGS, "--storage", storage, "--name", "once"]
-    first = run_job(*command)
+def test_a_finished_run_is_refused_and_fresh_starts_anew(call_job: CallJob, run_job: RunJob, storage: Storage) -> None:
+    command = [*FLAGS, "--storage", storage, "--name", "once"]
+    first = call_job(main, *command)
     folder = run_folder(storage, "once")
     assert f"finished: {folder}/model" in first.stdout
     assert set(folder.list()) >= {"_SUCCESS", "recipe.json", "metrics.jsonl"}
@@ -171,27 +172,27 @@ def test_a_finished_run_is_refused_and_fresh_starts_anew(run_job: RunJob, storag
     model, metrics = folder.read("model/model.safetensors"), losses(folder)
     assert len(metrics) >= 16
 
-    line = error_line(run_job(*command, check=False))
+    line = error_line(call_job(main, *command, check=False))
     assert re.fullmatch(
         f"error: {re.escape(str(folder))} is finished; give another --name, or --fresh to start anew", line
     )
     assert folder.read("model/model.safetensors") == model
 
     # Anew, but nothing can start: what is there stays.
-    line = error_line(run_job(*command, "--fresh", env={"RAY_ADDRESS": "127.0.0.1:1"}, check=False))
+    line = error_line(run_job(JOB, *command, "--fresh", env={"RAY_ADDRESS": "127.0.0.1:1"}, check=False))
     assert "no Ray cluster answers there" in line
     assert folder.read("model/model.safetensors") == model
     assert folder.exists("_SUCCESS")
 
-    again = run_job(*command, "--fresh", "--seed", "7")
+    again = call_job(main, *command, "--fresh", "--seed", "7")
     assert "resumed" not in again.stdout
     assert losses(folder) != metrics
     assert folder.read("model/model.safetensors") != model
 
 
-def test_two_workers_through_ray_agree_with_one(run_job: RunJob, storage: Storage) -> None:
+def test_two_workers_through_ray_agree_with_one(call_job: CallJob, storage: Storage) -> None:
     for name, num_workers in (("one", 1), ("two", 2)):
-        run_job(JOB, *FLAGS, "--storage", storage, "--name", name, "--num-workers", num_workers)
+        call_job(main, *FLAGS, "--storage", storage, "--name", name, "--num-workers", num_workers)
     alone, both = losses(run_folder(storage, "one")), losses(run_folder(storage, "two"))
     assert len(alone) == len(both) >= 16
     largest = max(abs(a - b) for a, b in zip(alone, both, strict=True))
@@ -203,7 +204,7 @@ def test_two_workers_through_ray_agree_with_one(run_job: RunJob, storage: Storag
 
 
 def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoint(
-    run_job: RunJob, storage: Storage
+    call_job: CallJob, storage: Storage
 ) -> None:
     flags = [
         "--lr",
@@ -217,8 +218,8 @@ def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoin
         "--checkpoint-every-steps",
         "1",
     ]
-    command = [JOB, *FLAGS, *flags, "--storage", storage, "--name", "diverges"]
-    result = run_job(*command, check=False)
+    command = [*FLAGS, *flags, "--storage", storage, "--name", "diverges"]
+    result = call_job(main, *command, check=False)
     line = error_line(result)
     pattern = r"error: the loss is (nan|inf) at step 2; the last good checkpoint is the one of step 1; .*"
     assert re.fullmatch(pattern, line), line
@@ -230,21 +231,21 @@ def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoin
     assert not folder.exists("model/model.safetensors")
 
     # The unfinished run belongs to its settings, whatever they are.
-    line = error_line(run_job(JOB, *FLAGS, "--storage", storage, "--name", "diverges", check=False))
+    line = error_line(call_job(main, *FLAGS, "--storage", storage, "--name", "diverges", check=False))
     assert "unfinished run of other settings" in line
     assert "settings.train.lr: 0.001 (there: 1e+30)" in line
     assert "--fresh" in line
 
 
-def test_an_unfinished_run_with_another_vocabulary_is_refused(run_job: RunJob, storage: Storage) -> None:
+def test_an_unfinished_run_with_another_vocabulary_is_refused(call_job: CallJob, storage: Storage) -> None:
     folder = run_folder(storage, "words")
     source = run_folder(storage, "one")
     if not source.exists("recipe.json"):
-        run_job(JOB, *FLAGS, "--storage", storage, "--name", "one")
+        call_job(main, *FLAGS, "--storage", storage, "--name", "one")
     shutil.copytree(source.uri, folder.uri)
     folder.delete("_SUCCESS")
-    command = [JOB, *FLAGS, "--storage", storage, "--name", "words"]
-    line = error_line(run_job(*command, "--min-word-count", "30", check=False))
+    command = [*FLAGS, "--storage", storage, "--name", "words"]
+    line = error_line(call_job(main, *command, "--min-word-count", "30", check=False))
     assert "unfinished run of other settings" in line
     assert "min_word_count: 30 (there: 1)" in line
     assert "vocabulary: " in line
@@ -254,30 +255,30 @@ def test_an_unfinished_run_with_another_vocabulary_is_refused(run_job: RunJob, s
     facts = json.loads(folder.read("recipe.json"))
     facts["vocabulary"] = facts["vocabulary"].replace('"square"', '"circle"')
     folder.write("recipe.json", json.dumps(facts).encode())
-    line = error_line(run_job(*command, check=False))
+    line = error_line(call_job(main, *command, check=False))
     assert "vocabulary" in line
 
 
-def test_a_damaged_checkpoint_is_refused_without_retries(run_job: RunJob, storage: Storage) -> None:
+def test_a_damaged_checkpoint_is_refused_without_retries(call_job: CallJob, storage: Storage) -> None:
     folder = run_folder(storage, "damaged")
     source = run_folder(storage, "one")
     if not source.exists("recipe.json"):
-        run_job(JOB, *FLAGS, "--storage", storage, "--name", "one")
+        call_job(main, *FLAGS, "--storage", storage, "--name", "one")
     shutil.copytree(source.uri, folder.uri)
     folder.delete("_SUCCESS")
     for path in Path(folder.uri).glob("checkpoint_2*/weights.safetensors"):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    line = error_line(run_job(JOB, *FLAGS, "--storage", storage, "--name", "damaged", check=False))
+    line = error_line(call_job(main, *FLAGS, "--storage", storage, "--name", "damaged", check=False))
     assert "weights.safetensors is missing or damaged" in line
     assert "--fresh" in line
     assert str(folder) in line
 
 
-def test_dry_run_writes_nothing(run_job: RunJob, storage: Storage) -> None:
+def test_dry_run_writes_nothing(call_job: CallJob, storage: Storage) -> None:
     before = everything_in(storage)
-    result = run_job(JOB, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run")
+    result = call_job(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run")
     assert everything_in(storage) == before
     assert not run_folder(storage, "dry").exists()
     assert '"batch_size": 8' in result.stdout
@@ -286,8 +287,8 @@ def test_dry_run_writes_nothing(run_job: RunJob, storage: Storage) -> None:
     assert str(run_folder(storage, "dry")) in result.stdout
 
 
-def test_without_a_variant_it_says_what_it_runs_and_how_to_run_the_reports(run_job: RunJob, tmp_path: Path) -> None:
-    result = run_job(JOB, "--dry-run", "--storage", tmp_path / "empty")
+def test_without_a_variant_it_says_what_it_runs_and_how_to_run_the_reports(call_job: CallJob, tmp_path: Path) -> None:
+    result = call_job(main, "--dry-run", "--storage", tmp_path / "empty")
     first = result.stdout.splitlines()[0]
     assert first.startswith("no --variant given: running `shapes`, self-contained")
     assert "python jobs/train_resnet_captioner.py --variant report" in first
@@ -313,8 +314,8 @@ def test_a_job_that_cannot_be_placed_says_what_is_missing(run_job: RunJob, stora
     assert "CPU" in line
 
 
-def test_a_run_fed_by_ray_data_trains(run_job: RunJob, storage: Storage) -> None:
-    run_job(JOB, *FLAGS, "--max-steps", "6", "--stream", "--storage", storage, "--name", "streamed")
+def test_a_run_fed_by_ray_data_trains(call_job: CallJob, storage: Storage) -> None:
+    call_job(main, *FLAGS, "--max-steps", "6", "--stream", "--storage", storage, "--name", "streamed")
     rows = [json.loads(line) for line in run_folder(storage, "streamed").read("metrics.jsonl").decode().splitlines()]
     losses = [row["loss"] for row in rows if "validation_loss" not in row]
     assert len(losses) == 6
