@@ -123,8 +123,13 @@ class Lease:
         self._stop.set()
         # Not for ever: a storage that does not answer must not keep a finished run.
         self._thread.join(self.renew_s)
-        if self._newest() == self.number:
-            self._write(dataclasses.replace(Holder.this_process(self.ttl_s), expires_unix=0.0))
+        try:
+            if self._newest() == self.number:
+                self._write(dataclasses.replace(Holder.this_process(self.ttl_s), expires_unix=0.0))
+        except Exception:
+            # What ended the block is what the user must hear of; a lease that is not given back expires.
+            if error is None:
+                raise
 
     def _newest(self) -> int:
         """The newest number, -1 where there is none."""

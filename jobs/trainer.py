@@ -25,6 +25,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import ROOT, Watchdog, connect, max_gpus
+from jobs.lease import Lease
 from jobs.progress import progress
 from jobs.run_monitor import RunMonitor
 from jobs.train_worker import Doing, Setup, train_on_worker
@@ -218,7 +219,7 @@ def run_training(
 
     `setup(job, facts, doing)` runs on every worker and makes the model and its rows, telling `doing` what takes
     time; `datasets` are Ray Datasets that a streamed run splits over its workers. Returns the run's summary, which
-    ``_SUCCESS`` holds too.
+    ``_SUCCESS`` holds too. Raises InputError too while another driver trains the same run.
     """
     connect()
     # Beside the driver, which no reclaimed machine takes along.
@@ -227,9 +228,22 @@ def run_training(
         max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
     ).remote()
     follower = _Follower(job, monitor)
-    # Last, since with --fresh it removes a run: everything that can be refused has been.
-    open_run(job, facts)
-    remove_unfinished_uploads(job.run)
+    # Beside the run's folder, which --fresh removes.
+    with Lease(job.run.parent / f".{job.run.name}", f"the run {job.run}"):
+        # Last, since with --fresh it removes a run: everything that can be refused has been.
+        open_run(job, facts)
+        remove_unfinished_uploads(job.run)
+        return _fit(job, setup, facts, datasets, monitor, follower)
+
+
+def _fit(
+    job: Job,
+    setup: Callable[[Job, dict[str, Any], Doing], Setup],
+    facts: dict[str, Any],
+    datasets: dict[str, Any] | None,
+    monitor: Any,
+    follower: "_Follower",
+) -> dict[str, Any]:
     filesystem, path = job.run.parent.arrow_whole_files()
     if not job.run.is_s3:
         Path(path).mkdir(parents=True, exist_ok=True)

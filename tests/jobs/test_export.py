@@ -70,3 +70,12 @@ def test_a_pipeline_that_differs_is_not_handed_on(tmp_path: Path, monkeypatch: p
     with pytest.raises(RuntimeError, match=r"differs by 0\.\d+ of 1"):
         export(ExportSettings(run=str(run), out=str(tmp_path / "pipeline")))
     assert not (tmp_path / "pipeline").exists()
+
+
+def test_a_run_in_s3_is_exported(s3_server: str, tmp_path: Path) -> None:
+    run = tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a", num_heads=1)
+    for path in run.rglob("*"):
+        if path.is_file():
+            Storage(s3_server).upload(path, f"runs/ldm/a/{path.relative_to(run)}")
+    assert export(ExportSettings(run=f"{s3_server}/runs/ldm/a", out=str(tmp_path / "pipeline"))) <= TOLERANCE
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()

@@ -184,3 +184,14 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
             wait_until(told)
         now = held(place, 0)["expires_unix"]
         wait_until(lambda: held(place, 0)["expires_unix"] > now)
+
+
+def test_a_storage_that_fails_hides_nothing_of_what_ended_the_run(
+    place: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease(place, "the sweep")
+    lease.__enter__()
+    monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space", "disk")))
+    lease.__exit__(InputError, InputError("what ended it"), None)
+    with pytest.raises(OSError, match="No space"), Lease(Storage(f"{place.uri}/other"), "the sweep"):
+        pass

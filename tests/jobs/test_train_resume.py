@@ -127,6 +127,8 @@ def test_a_killed_worker_is_started_again_and_nothing_changes(
         # The next kill is for a worker of the next group.
         psutil.wait_procs(group, timeout=10)
         assert seen < NUM_STEPS
+    second = call_job(main, *flags, "--name", name, check=False)
+    assert f"the run {run} is being run by process {process.pid} on " in second.stderr
     assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
     assert len(set(killed)) == 2
     assert log.read_text().count("resumed at step") >= 2
