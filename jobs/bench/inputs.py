@@ -4,14 +4,16 @@ Shapes: B images, P pixels a side, L image tokens, E channels of the encoder.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
 from mmcore.captioners.resnet import ResNetCaptioner, ResNetCaptionerRecipe
-from mmcore.captioners.vision import FrozenVisionEncoder, pixels_from_bytes
+from mmcore.captioners.vision import pixels_from_bytes
 from mmcore.data.captions import TRAIN, VALIDATION, CaptionRows, CaptionTable
 from mmcore.data.columns import Column
 from mmcore.seeding import derive_seed
@@ -104,9 +106,9 @@ def write_random_resnet18(folder: Path) -> None:
     AutoModel.from_config(config).save_pretrained(folder)
 
 
-def encode(encoder: FrozenVisionEncoder, pixels: np.ndarray, batch_size: int = 32) -> np.ndarray:
-    """fp16 (B, L, E), as the cache of the frozen encoder holds them."""
-    parts = [encoder(pixels[i : i + batch_size]).half().cpu().numpy() for i in range(0, len(pixels), batch_size)]
+def encode(encoder: Callable[[Any], torch.Tensor], values: Any, batch_size: int = 32) -> np.ndarray:
+    """What a frozen `encoder` makes of pixels or ids (B, ...), in fp16 as its cache holds it."""
+    parts = [encoder(values[i : i + batch_size]).half().cpu().numpy() for i in range(0, len(values), batch_size)]
     return np.concatenate(parts)
 
 

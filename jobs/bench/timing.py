@@ -1,18 +1,25 @@
 """What the measurements share: the clock, pairs taken in turn, their medians, and one JSON object on stdout."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from jobs.trainer import source_commit
 from mmcore.device import device_name
+from mmcore.errors import InputError
+from mmcore.recipe import TrainSettings
+from mmcore.training import Rows, RunHooks, Training
 
 MIN_PAIRS = 5
 
@@ -58,6 +65,67 @@ def interleaved(unit: str, ways: dict[str, Callable[[], float]], num_pairs: int)
             figures[name].append(ways[name]())
             say(f"pair {pair + 1} of {num_pairs}: {name} {figures[name][-1]:.5g} {unit}")
     return compare(unit, figures)
+
+
+class _AllPairsTaken(Exception):
+    """Ends a run that is measured: its last validation and checkpoint, gigabytes of a large model, are not."""
+
+
+def training_in_turn(
+    name: str,
+    unit: str,
+    training: tuple[nn.Module, Rows, TrainSettings],
+    report: Callable[[], float],
+    *,
+    pairs: int,
+    our_steps: int,
+    warmup_steps: int,
+    items_per_step: int,
+) -> dict[str, Any]:
+    """`compare` of our training loop with the report's way: one run of ours goes through its steps, and after each
+    block of `our_steps` the report's way takes its turn, off our clock.
+
+    `training`: what `Training` takes, here with as many steps as are measured; `report` gives one figure a call;
+    `items_per_step` of ours are what `unit` counts. Also returned: `our_precision`.
+    """
+    if warmup_steps < 1:
+        raise InputError("--warmup-steps 0: the first block begins where a step ends; give at least 1")
+    model, rows, settings = training
+    num_steps = warmup_steps + pairs * our_steps
+    settings = dataclasses.replace(
+        settings,
+        num_epochs=num_steps,
+        max_steps=num_steps,
+        validate_every_epochs=num_steps,
+        checkpoint_every_steps=num_steps,
+    )
+    figures: dict[str, list[float]] = {"ours": [], "report": []}
+    started = 0.0
+
+    def take_turns(values: dict[str, Any]) -> None:
+        nonlocal started
+        done = values["step"] - warmup_steps
+        if done < 0 or done % our_steps:
+            return
+        if done:
+            figures["ours"].append(our_steps * items_per_step / (clock() - started))
+            figures["report"].append(report())
+            rates = ", ".join(f"{way} {rate[-1]:.5g}" for way, rate in figures.items())
+            say(f"{name}, pair {len(figures['ours'])} of {pairs}: {rates} {unit}")
+        if len(figures["ours"]) == pairs:
+            raise _AllPairsTaken
+        started = clock()
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Training(model, rows, settings, RunHooks(progress=take_turns), workdir=Path(folder))
+        with contextlib.suppress(_AllPairsTaken):
+            run.run()
+    return compare(unit, figures) | {"our_precision": run.precision}
+
+
+def ratio_with_encoding(figures: dict[str, Any], encode_seconds: float) -> float:
+    """The ratio of the medians where each item of ours also takes `encode_seconds`, its share of the encoding."""
+    return round(1 / (1 / figures["ours"]["median"] + encode_seconds) / figures["report"]["median"], 3)
 
 
 def verdict(name: str, met: bool, limit: float, smoke: bool) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import tyro
 
 from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
-from jobs.bench.timing import MIN_PAIRS, clock, compare, publish, say, verdict
+from jobs.bench.timing import MIN_PAIRS, clock, publish, ratio_with_encoding, training_in_turn, verdict
 from jobs.commandline import run
 from jobs.train_resnet_captioner import build_vocabulary
 from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
@@ -40,7 +40,6 @@ from mmcore.errors import InputError
 from mmcore.seeding import permutation
 from mmcore.storage import Storage
 from mmcore.text import PAD_ID, WordVocabulary
-from mmcore.training import RunHooks, Training
 
 TARGET = 10.0
 Variant = Literal["report", "best"]
@@ -134,56 +133,36 @@ class ReportTraining:
 
 
 def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEncoder) -> dict[str, Any]:
-    """Our run goes through its steps; after each block of them the report's loop takes its turn, off our clock."""
-    num_steps = bench.warmup_steps + bench.pairs * bench.our_steps
+    """Both ways at the size of `variant`."""
     published = VARIANTS[variant]
     recipe = dataclasses.replace(
         inputs.tiny(published) if bench.smoke else published,
         captions_per_image=inputs.CAPTIONS_PER_IMAGE,
-        train=dataclasses.replace(
-            published.train,
-            batch_size=bench.our_batch,
-            num_epochs=num_steps,
-            max_steps=num_steps,
-            validate_every_epochs=num_steps,
-            checkpoint_every_steps=num_steps,
-        ),
+        train=dataclasses.replace(published.train, batch_size=bench.our_batch),
     )
     data = load_data(bench, recipe, inputs.NUM_VOCABULARY[variant], encoder)
     report = ReportTraining(recipe, data, encoder, bench.report_batch)
     report.captions_per_s(bench.warmup_steps)
-    ours: list[float] = []
-    theirs: list[float] = []
-    started = 0.0
-
-    def take_turns(values: dict[str, Any]) -> None:
-        nonlocal started
-        done = values["step"] - bench.warmup_steps
-        if done < 0 or done % bench.our_steps:
-            return
-        if done:
-            ours.append(bench.our_steps * bench.our_batch * recipe.captions_per_image / (clock() - started))
-            theirs.append(report.captions_per_s(bench.report_steps))
-            rates = f"ours {ours[-1]:.1f}, report {theirs[-1]:.2f} captions/s"
-            say(f"{variant}, pair {len(ours)} of {bench.pairs}: {rates}")
-        started = clock()
-
     rows: CaptionRows = inputs.caption_rows(
         recipe, data.vocabulary, inputs.caption_table(data.captions, bench.our_batch), data.features
     )
     torch.manual_seed(recipe.train.seed)
     model = recipe.build(data.vocabulary, data.features.shape[1:])
-    with tempfile.TemporaryDirectory() as folder:
-        training = Training(model, rows, recipe.train, RunHooks(progress=take_turns), workdir=Path(folder))
-        training.run()
-    figures = compare("captions/s", {"ours": ours, "report": theirs})
+    figures = training_in_turn(
+        variant,
+        "captions/s",
+        (model, rows, recipe.train),
+        lambda: report.captions_per_s(bench.report_steps),
+        pairs=bench.pairs,
+        our_steps=bench.our_steps,
+        warmup_steps=bench.warmup_steps,
+        items_per_step=bench.our_batch * recipe.captions_per_image,
+    )
     views = 2 if recipe.flip else 1
     encode_seconds = views * data.encode_seconds / (published.train.num_epochs * recipe.captions_per_image)
-    ours_with_encoding = 1 / (1 / figures["ours"]["median"] + encode_seconds)
     return figures | {
-        "ratio_with_encoding": round(ours_with_encoding / figures["report"]["median"], 3),
+        "ratio_with_encoding": ratio_with_encoding(figures, encode_seconds),
         "encoded_images_per_s": round(1 / data.encode_seconds, 2),
-        "our_precision": training.precision,
         "words_per_caption": round(float(np.mean([len(c.split()) for row in data.captions for c in row])), 2),
         "vocabulary": len(data.vocabulary),
         "parameters": {

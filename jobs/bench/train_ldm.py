@@ -1,0 +1,338 @@
+#!/usr/bin/env python
+"""Images per second of training a latent diffusion: our way against the report's way with the same U-Net.
+
+Command: python jobs/bench/train_ldm.py                    (quiet machine; 2 CPU cores: about 6 minutes, 12 GB)
+         python jobs/bench/train_ldm.py --variants best    (about 3 minutes)
+Target: ratio of at least 5 with the U-Net of `best`. Also measured: both ways with the report's of 298 M parameters.
+
+Ours: jobs/train_ldm.py's loop, `mmcore.training.Training`, as it is: latents from the cache of the frozen VQ-VAE,
+memory-mapped, bf16 where the device has it, fused optimiser; each variant with its own text, loss, schedule, clipping
+and average of the weights. `report` reads the hidden states of its frozen text encoder from their cache; `best` trains
+a small text encoder along, which is on our clock.
+The report's: in each step, fp32, the encoder of its VQ-VAE runs again on images of 256 pixels and the text half of CLIP
+ViT-B/16 on captions padded to 77; the error of the noise in a plain loop with Adam. Left out in its favour: reading and
+decoding JPEGs, tokenising, and finding the code nearest to each latent, which its steps do too.
+
+Equal in both: the U-Net to the last weight, also in memory layout and kind of attention, the images a step, and
+latents of 32 x 32 x 4. The U-Net of `best` takes 192 channels of text, so the report's way has one Linear there, after
+CLIP's 512. `best` itself trains on 16 x 16 x 4, of images of 128 pixels, and 64 images a step: --own-latents measures
+ours so, a smaller task than the report's and no like for like, and judges no target. Few images a step let the cost
+of moving the weights, equal in both, weigh more: at the report's size, 4 instead of 16, that lowers the ratio.
+
+Encoding once is part of our way. `ratio_with_encoding` adds its time, spread over the variant's own number of epochs
+(`best` encodes each image twice, as it is and mirrored; `report` encodes five captions an image, too); it is measured
+in the same run.
+
+All weights, pixels and words are random; the time does not depend on them.
+"""
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from jobs.bench import inputs
+from jobs.bench.timing import MIN_PAIRS, clock, publish, ratio_with_encoding, training_in_turn, verdict
+from jobs.commandline import run
+from mmcore.data.columns import Column
+from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
+from mmcore.data.pixels import to_network
+from mmcore.errors import InputError
+from mmcore.generators import vqvae
+from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
+from mmcore.generators.text_encoder import PromptTokenizer, TextInputs
+from mmcore.seeding import derive_seed, generator, permutation
+
+TARGET = 5.0
+Variant = Literal["best", "report"]
+
+# The text half of openai/clip-vit-base-patch16.
+CLIP_TEXT: dict[str, Any] = {
+    "vocab_size": 49_408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "bos_token_id": 49_406,
+    "eos_token_id": 49_407,
+}
+TINY_CLIP_TEXT: dict[str, Any] = CLIP_TEXT | {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "bos_token_id": 98,
+    "eos_token_id": 99,
+}
+# Entries of the tokenizer that `best` makes of its training captions (five of each of Flickr8k's first 7,000 images),
+# with the four special ones.
+NUM_WORDS = 4883
+# Images or captions that are encoded at once.
+_ENCODE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class LDMBench:
+    """How much is measured."""
+
+    variants: tuple[Variant, ...] = ("best", "report")
+    """U-Nets with which both ways are measured; the target holds for that of `best`."""
+    pairs: int = 6
+    """Pairs of a block of our steps and a block of the report's."""
+    our_steps: int = 2
+    """Steps in a block of ours."""
+    report_steps: int = 1
+    """Steps in a block of the report's."""
+    warmup_steps: int = 1
+    """Steps of either way before the first block."""
+    batch: int = 16
+    """Images in a step of either way with the U-Net of `best`."""
+    large_batch: int = 4
+    """The same with the U-Net of `report`."""
+    num_images: int = 32
+    """Images to draw from; only their number a step matters for the time."""
+    own_latents: bool = False
+    """Ours trains on the latents of its variant's own VQ-VAE, the report's on those of 256 pixels as always."""
+    smoke: bool = False
+    """Tiny sizes: shows that it runs, measures nothing."""
+
+    def batch_of(self, variant: Variant) -> int:
+        return self.large_batch if variant == "report" else self.batch
+
+    def recipe(self, variant: Variant) -> LatentDiffusionRecipe:
+        recipe, tiny = VARIANTS[variant], VARIANTS["smoke"]
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=self.batch_of(variant)))
+        if not self.smoke:
+            return recipe
+        return dataclasses.replace(recipe, unet=tiny.unet, text=tiny.text if recipe.text.is_scratch else recipe.text)
+
+    def vqvae(self, variant: Variant) -> vqvae.VQVAERecipe:
+        recipe = vqvae.VARIANTS[variant]
+        return dataclasses.replace(vqvae.VARIANTS["smoke"], image_size=recipe.image_size // 8) if self.smoke else recipe
+
+
+class FrozenVQVAE:
+    """Pixels to latents, as the cache of latents is made; weights are random."""
+
+    def __init__(self, recipe: vqvae.VQVAERecipe, device: str) -> None:
+        torch.manual_seed(recipe.train.seed)
+        self.model, self.device = recipe.build().eval().requires_grad_(False).to(device), device
+
+    # Not inference mode: autograd takes no tensor that is made there.
+    @torch.no_grad()
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (B, P, P, 3) -> (B, C, h, w)"""
+        return self.model.encode(to_network(torch.from_numpy(pixels).to(self.device)))
+
+
+class FrozenText:
+    """Ids to hidden states of CLIP; weights are random."""
+
+    def __init__(self, sizes: dict[str, Any], device: str) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        torch.manual_seed(0)
+        self.model: Any = CLIPTextModel(CLIPTextConfig(**sizes)).eval().requires_grad_(False).to(device)
+        self.sizes, self.device = sizes, device
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, E)"""
+        return self.model(input_ids=input_ids.to(self.device)).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images in memory, five captions of each, and what the frozen encoders make of them, as the caches hold it."""
+
+    pixels: np.ndarray  # uint8 (N, P, P, 3)
+    input_ids: Tensor  # int64 (N, K, T), of CLIP
+    latents: np.ndarray  # fp16 (N, C, h, w), memory-mapped
+    hidden: np.ndarray  # fp16 (N, K, T, E), memory-mapped
+    latents_seconds: float  # of one image
+    hidden_seconds: float  # of one caption
+
+
+def encode_once(encoder: Callable[[Any], Tensor], values: Any, file: Path) -> tuple[np.ndarray, float]:
+    """What `encoder` makes of `values`, from a memory-mapped file, and the seconds that one of them took."""
+    encoder(values[:_ENCODE_BATCH])  # warm-up
+    started = clock()
+    encoded = inputs.encode(encoder, values, _ENCODE_BATCH)
+    seconds = (clock() - started) / len(values)
+    np.save(file, encoded)
+    return np.load(file, mmap_mode="r"), seconds
+
+
+def load_data(bench: LDMBench, vqvae: FrozenVQVAE, text: FrozenText, folder: Path) -> Data:
+    shape = (bench.num_images, inputs.CAPTIONS_PER_IMAGE, text.sizes["max_position_embeddings"])
+    input_ids = torch.randint(text.sizes["vocab_size"], shape, generator=generator(0, "ids"))
+    hidden, hidden_seconds = encode_once(text, input_ids.flatten(0, 1), folder / "hidden.npy")
+    pixels = inputs.synthetic_pixels(bench.num_images, vqvae.model.recipe.image_size, seed=0)
+    latents, latents_seconds = encode_once(vqvae, pixels, folder / "latents.npy")
+    hidden = hidden.reshape(*shape, hidden.shape[-1])
+    return Data(pixels, input_ids, latents, hidden, latents_seconds, hidden_seconds)
+
+
+def own_latents(bench: LDMBench, variant: Variant, data: Data, device: str, folder: Path) -> Data:
+    """`data` with the latents of the variant's own VQ-VAE, of images of its own size."""
+    vqvae = FrozenVQVAE(bench.vqvae(variant), device)
+    pixels = inputs.synthetic_pixels(bench.num_images, vqvae.model.recipe.image_size, seed=0)
+    latents, seconds = encode_once(vqvae, pixels, folder / f"latents-{variant}.npy")
+    return dataclasses.replace(data, latents=latents, latents_seconds=seconds)
+
+
+def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, GenerationRows]:
+    """The network and the rows of jobs/train_ldm.py; the last image validates."""
+    num_images, seed = len(data.latents), recipe.train.seed
+    vocabulary = inputs.synthetic_vocabulary(NUM_WORDS, lowercase=True)
+    captions = inputs.synthetic_captions(vocabulary, num_images, seed)
+    table = inputs.caption_table(captions, num_validation=1)
+    column = Column(tuple(table.image_ids), data.latents)
+    prompts: Prompts
+    if recipe.text.is_scratch:
+        # Twice: a word that occurs once is left out.
+        tokenizer = PromptTokenizer.of_words(vocabulary.words * 2, recipe.text.max_tokens)
+        prompts, text_inputs = PromptIds(captions, tokenizer), tokenizer.inputs()
+    else:
+        hidden = Column(column.image_ids, data.hidden)
+        prompts = PromptEmbeddings(hidden, np.zeros_like(data.hidden[0, 0]), table.image_ids)
+        text_inputs = TextInputs(width=data.hidden.shape[-1])
+    rows = GenerationRows(
+        table,
+        # The mirrored view is the same array: looking it up costs the same.
+        [column] * (2 if recipe.flip else 1),
+        prompts,
+        captions_per_image=recipe.captions_per_image,
+        drop_text=recipe.drop_text,
+        flip=recipe.flip,
+        num_timesteps=recipe.noise.num_timesteps,
+        scaling_factor=scaling_factor(data.latents),
+        seed=seed,
+    )
+    torch.manual_seed(derive_seed(seed, "weights"))
+    return recipe.build(text_inputs, data.latents.shape[1:]), rows
+
+
+class ReportTraining:
+    """The report's loop: a step runs both frozen encoders, and updates with Adam as PyTorch has it by default.
+
+    It drops no captions, which takes no time.
+    """
+
+    def __init__(
+        self, recipe: LatentDiffusionRecipe, data: Data, vqvae: FrozenVQVAE, text: FrozenText, unet: Any
+    ) -> None:
+        """`unet`: this loop's own."""
+        self.data, self.vqvae, self.text, self.device = data, vqvae, text, vqvae.device
+        self.noise, self.batch, self.step = recipe.noise, recipe.train.batch_size, 0
+        self.scaling_factor = scaling_factor(data.latents)
+        widths = data.hidden.shape[-1], unet.config.cross_attention_dim
+        projection = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
+        self.model = nn.ModuleDict({"unet": unet, "projection": projection}).to(self.device).train()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.train.lr)
+
+    def predict(self, pixels: np.ndarray, input_ids: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the U-Net makes of noisy images and their captions, (B, C, h, w)."""
+        x_0 = self.vqvae(pixels) * self.scaling_factor
+        context = self.model["projection"](self.text(input_ids))
+        return self.model["unet"](self.noise.add_noise(x_0, noise, timesteps), timesteps, context).sample
+
+    def images_per_s(self, num_steps: int) -> float:
+        num_images, num_captions, _ = self.data.input_ids.shape
+        started = clock()
+        for _ in range(num_steps):
+            rows = permutation(num_images, 0, self.step)[: self.batch]
+            input_ids = self.data.input_ids[torch.from_numpy(rows), torch.randint(num_captions, (self.batch,))]
+            noise = torch.randn(self.batch, *self.latent_shape, device=self.device)
+            timesteps = torch.randint(self.noise.num_timesteps, (self.batch,), device=self.device)
+            loss = F.mse_loss(self.predict(self.data.pixels[rows], input_ids, noise, timesteps), noise)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
+            self.step += 1
+        return num_steps * self.batch / (clock() - started)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.vqvae.model.recipe.latent_shape
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure_variant(
+    bench: LDMBench, variant: Variant, data: Data, vqvae: FrozenVQVAE, text: FrozenText, folder: Path
+) -> dict[str, Any]:
+    """Both ways with the U-Net of `variant`."""
+    recipe = bench.recipe(variant)
+    ours = own_latents(bench, variant, data, vqvae.device, folder) if bench.own_latents else data
+    model, rows = our_training(recipe, ours)
+    report = ReportTraining(recipe, data, vqvae, text, copy.deepcopy(model.unet))
+    report.images_per_s(bench.warmup_steps)
+    figures = training_in_turn(
+        variant,
+        "images/s",
+        (model, rows, recipe.train),
+        lambda: report.images_per_s(bench.report_steps),
+        pairs=bench.pairs,
+        our_steps=bench.our_steps,
+        warmup_steps=bench.warmup_steps,
+        items_per_step=recipe.train.batch_size,
+    )
+    encode_seconds = (2 if recipe.flip else 1) * ours.latents_seconds
+    if not recipe.text.is_scratch:
+        encode_seconds += recipe.captions_per_image * ours.hidden_seconds
+    return figures | {
+        "ratio_with_encoding": ratio_with_encoding(figures, encode_seconds / recipe.train.num_epochs),
+        "encoded_images_per_s": round(1 / ours.latents_seconds, 2),
+        "encoded_captions_per_s": round(1 / ours.hidden_seconds, 2),
+        "latents": {"ours": ours.latents.shape[1:], "report": report.latent_shape},
+        "parameters": {
+            "unet": num_parameters(model.unet),
+            "ours": num_parameters(model),
+            "report": num_parameters(report.model),
+        },
+    }
+
+
+def measure(bench: LDMBench) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vqvae = FrozenVQVAE(bench.vqvae("report"), device)
+    text = FrozenText(TINY_CLIP_TEXT if bench.smoke else CLIP_TEXT, device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = load_data(bench, vqvae, text, folder)
+        figures: dict[str, Any] = {
+            variant: measure_variant(bench, variant, data, vqvae, text, folder) for variant in bench.variants
+        }
+    if "best" not in figures or bench.own_latents:
+        return figures
+    return verdict("target", figures["best"]["ratio"]["median"] >= TARGET, TARGET, bench.smoke) | figures
+
+
+def main() -> None:
+    bench = tyro.cli(LDMBench, description=__doc__, prog="python jobs/bench/train_ldm.py")
+    if bench.pairs < MIN_PAIRS and not bench.smoke:
+        raise InputError(f"--pairs {bench.pairs}: a median needs at least {MIN_PAIRS}")
+    largest = max(bench.batch_of(variant) for variant in bench.variants)
+    if bench.num_images <= largest:
+        raise InputError(f"--num-images {bench.num_images}: more than the {largest} images of a step are needed")
+    publish("train_ldm", dataclasses.asdict(bench), lambda: measure(bench))
+
+
+if __name__ == "__main__":
+    run(main)
