@@ -3,6 +3,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+# Test files that run side by side: each may start a Ray of its own.
+TEST_WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check clean
@@ -16,7 +19,7 @@ help:
 	@echo 'make setup      make .venv ready (PYTHON=python3.12 chooses another Python)'
 	@echo 'make demo       train a captioner on built-in data, score it, write runs/demo/index.html'
 	@echo '                (ARGS=--fresh starts anew, ARGS=--help lists its flags)'
-	@echo 'make test       checks and tests'
+	@echo 'make test       checks and tests (TEST_WORKERS=1: one after another)'
 	@echo 'make test-all   the same with the long soak tests'
 	@echo 'make check      ruff and mypy'
 	@echo 'make clean      remove .venv, caches and runs/demo'
@@ -42,10 +45,10 @@ check: $(STAMP)
 	$(PY) -m mypy
 
 test: check
-	$(PY) -m pytest -m 'not soak'
+	$(PYTEST) -m 'not soak'
 
 test-all: check
-	$(PY) -m pytest
+	$(PYTEST)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache mmcore.egg-info runs/demo

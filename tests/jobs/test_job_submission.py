@@ -75,7 +75,10 @@ BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
 JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
     pytest.param("jobs/train_resnet_captioner.py", ["--variant", "smoke"], "finished: ", id="train"),
-    pytest.param("jobs/train_ldm.py", ["--variant", "smoke"], "runs/ldm/default/model", id="train_ldm"),
+    # Trains two models, minutes of it starts of workers.
+    pytest.param(
+        "jobs/train_ldm.py", ["--variant", "smoke"], "runs/ldm/default/model", id="train_ldm", marks=pytest.mark.soak
+    ),
 ]
 TRAIN_JOB = "jobs/train_resnet_captioner.py"
 

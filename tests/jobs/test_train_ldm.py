@@ -170,6 +170,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     assert outcome(run_folder(storage, "killed")) == outcome(reference)
 
 
+@pytest.mark.soak
 def test_two_workers_through_ray_agree_with_one(
     call_job: Callable[..., Any], storage: Storage, reference: Storage
 ) -> None:
