@@ -157,6 +157,8 @@ def start_job(job_environment: Callable[..., dict[str, str]], tmp_path: Path) ->
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # As in a shell, even where the tests themselves run in the background, where Ctrl-C is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         started.append(process)
         return process
