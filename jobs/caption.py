@@ -18,6 +18,7 @@ import tyro
 from jobs.commandline import run as run_job
 from jobs.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
 from mmcore.captioners.trained import TrainedCaptioner
+from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
 from mmcore.finished import read_facts
 from mmcore.pretrained import absolute_folder
@@ -78,6 +79,8 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
     if settings.length_penalty != 1 and settings.num_beams == 1:
         raise InputError("--length-penalty: greedy search has no use for it; give --num-beams 2 or more")
     facts = read_facts(run)
+    if facts["recipe"] not in CAPTIONERS:
+        raise InputError(f"--run {run}: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}")
     encoder = absolute_folder(settings.encoder or facts["settings"]["encoder"])
     blocks = plan_blocks(images, settings.split, settings.rows_per_block)
     print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)

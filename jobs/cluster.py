@@ -58,7 +58,8 @@ def connect() -> None:
     Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job that came without a
     working directory ships its repository root, so that workers on other nodes run the driver's code and not
     what happens to be installed there. Prints one line to stderr. Sets, where they are unset,
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH.
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER.
 
     Raises:
         InputError: the address is of the wrong kind, nothing answers there, or the token is refused.
@@ -68,6 +69,8 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_INTERVAL_S))
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
+        # Nobody takes this machine away, and one process less is to be started.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         _start_local()
     else:
         _join(address)

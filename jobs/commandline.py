@@ -27,9 +27,7 @@ def one_line(error: BaseException) -> str | None:
             return str(cause)
         if isinstance(cause, BotoCoreError | ClientError):
             return f"S3 refused or did not answer: {cause}; check the URI, the AWS_* variables and the network"
-        if isinstance(cause, PermissionError | FileExistsError | NotADirectoryError) or (
-            isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None
-        ):
+        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None:
             mend = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
             return f"{cause.filename}: {os.strerror(cause.errno or 0)}; {mend}"
     return None

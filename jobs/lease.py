@@ -52,9 +52,12 @@ class Holder:
         pid = os.getpid()
         return cls(platform.node(), _machine(), pid, _start_of(pid) or "", time.time() + ttl_s)
 
+    def is_of_this_machine(self) -> bool:
+        return (self.host, self.machine) == (platform.node(), _machine())
+
     def is_dead(self) -> bool:
         """Whether this is surely a dead process of this machine."""
-        if (self.host, self.machine) != (platform.node(), _machine()):
+        if not self.is_of_this_machine():
             return False
         start = _start_of(self.pid)
         return start is None or start != self.start
@@ -91,7 +94,8 @@ def _start_of(pid: int) -> str | None:
 class Lease:
     """Holds the lease of `place` while a ``with`` block runs; a thread renews it.
 
-    Entering raises InputError while another live run holds it. `on_lost` is called, from that thread, with one line
+    Entering raises InputError while another live run holds it; it waits for the silent one of another machine, which
+    may be dead, until it renews its lease or the lease expires. `on_lost` is called, from that thread, with one line
     when another run has taken the place over; by default it ends the process with that line and exit code 1.
     """
 
@@ -123,13 +127,15 @@ class Lease:
         self._stop.set()
         # Not for ever: a storage that does not answer must not keep a finished run.
         self._thread.join(self.renew_s)
+        if self._thread.is_alive():
+            return
         try:
             if self._newest() == self.number:
                 self._write(dataclasses.replace(Holder.this_process(self.ttl_s), expires_unix=0.0))
-        except Exception:
-            # What ended the block is what the user must hear of; a lease that is not given back expires.
-            if error is None:
-                raise
+        except Exception as failure:
+            # What the run did stands, and what ended it is what the user must hear of.
+            reason = one_line(failure) or f"{type(failure).__name__}: {failure}"
+            print(f"{self.what}: the lease could not be given back ({reason}); it expires", file=sys.stderr)
 
     def _newest(self) -> int:
         """The newest number, -1 where there is none."""
@@ -138,18 +144,35 @@ class Lease:
     def _take(self, newest: int) -> bool:
         """Create the file after `newest` if that one does not stand in the way; False if another run was faster."""
         if newest >= 0:
-            holder = Holder(**json.loads(self.place.read(_name(newest))))
-            left_s = holder.expires_unix - time.time()
-            if left_s > 0 and not holder.is_dead():
-                raise InputError(
-                    f"{self.what} is being run by {holder}: wait for it or stop it; if it is dead already, "
-                    f"the same command works in {left_s:.0f} s"
-                )
+            holder = self._holder(newest)
+            alive = holder.expires_unix > time.time() and not holder.is_dead()
+            if alive and (holder.is_of_this_machine() or self._is_renewed(newest, holder)):
+                raise InputError(f"{self.what} is being run by {holder}: wait for it or stop it")
         self.number = newest + 1
         taken = self.place.create(_name(self.number), self._encoded(Holder.this_process(self.ttl_s)))
         if taken and newest >= 0 and holder.expires_unix > 0:
             print(f"{self.what}: taken over from {holder}, which ended without giving it back", file=sys.stderr)
+        if taken and newest > 0:
+            # Not `newest` itself, which another run may be about to read.
+            self.place.delete(_name(newest - 1))
         return taken
+
+    def _holder(self, number: int) -> Holder:
+        return Holder(**json.loads(self.place.read(_name(number))))
+
+    def _is_renewed(self, number: int, holder: Holder) -> bool:
+        """Wait until the lease of `holder` expires; True as soon as somebody turns out to hold the place."""
+        left_s = holder.expires_unix - time.time()
+        print(
+            f"{self.what} is held by {holder}: waiting {left_s:.0f} s for a sign of life", file=sys.stderr, flush=True
+        )
+        while time.time() < holder.expires_unix:
+            time.sleep(min(1.0, self.ttl_s / 10))
+            if self._newest() != number:
+                return True
+            if (now := self._holder(number)) != holder:
+                return now.expires_unix > time.time()
+        return False
 
     def _encoded(self, holder: Holder) -> bytes:
         return (json.dumps(dataclasses.asdict(holder)) + "\n").encode()
@@ -164,7 +187,7 @@ class Lease:
                 if newest == self.number:
                     self._write(Holder.this_process(self.ttl_s))
                     continue
-                holder = Holder(**json.loads(self.place.read(_name(newest))))
+                holder = self._holder(newest)
             except Exception as error:  # a storage that fails now may work when the next renewal is due
                 reason = one_line(error) or f"{type(error).__name__}: {error}"
                 print(f"{self.what}: the lease could not be renewed ({reason}); trying again", file=sys.stderr)

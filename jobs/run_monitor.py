@@ -17,14 +17,15 @@ class RestartBudget:
     def __init__(self) -> None:
         self.num_starts = 0
         self.machines: set[str] = set()
-        self.num_lost = 0
+
+    def runs_on(self, machine: str) -> None:
+        """A worker runs there. Only such a machine is missed: the autoscaler takes idle ones back."""
+        self.machines.add(machine)
 
     def started(self, alive: set[str]) -> int:
         """The workers have started while these machines are alive; returns the crashes so far."""
         self.num_starts += 1
-        self.machines |= alive
-        self.num_lost = len(self.machines - alive)
-        return max(0, self.num_starts - 1 - self.num_lost)
+        return max(0, self.num_starts - 1 - len(self.machines - alive))
 
 
 @ray.remote(num_cpus=0)
@@ -37,8 +38,9 @@ class RunMonitor:
         self.budget = RestartBudget()
         self.crash = "a worker was killed"
 
-    def start(self, rank: int) -> str | None:
-        """A worker starts. Returns the mistake for which it must not."""
+    def start(self, rank: int, machine: str) -> str | None:
+        """A worker starts on `machine`, a node of Ray. Returns the mistake for which it must not."""
+        self.budget.runs_on(machine)
         if rank == 0 and not self.mistakes:
             num_crashes = self.budget.started({node["NodeID"] for node in ray.nodes() if node["Alive"]})
             if num_crashes > MAX_CRASHES:

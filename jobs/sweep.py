@@ -75,7 +75,7 @@ def plan_blocks(source: Storage, split: str | None = None, rows_per_block: int =
         step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
         items = [{"files": files[i : i + step]} for i in range(0, len(files), step)]
     if not ids and shards:
-        raise InputError(f"--split {split}: no row of {source} is of it; see the values of that column")
+        raise InputError(f"{source}: its Parquet shards hold no rows")
     if not ids:
         raise InputError(f"{source}: neither Parquet shards nor image files ({' '.join(IMAGE_SUFFIXES)}) there")
     if len(set(ids)) != len(ids):
@@ -112,6 +112,7 @@ def _parquet_blocks(
     rows_per_block = max(rows_per_block, -(-sum(file.metadata.num_rows for file in files) // MAX_BLOCKS))
     items: list[dict[str, Any]] = []
     ids: list[str] = []
+    there: set[str] = set()
     for shard, file in zip(shards, files, strict=True):
         names = file.schema_arrow.names
         for needed in ["image_id", "image", *([column] if split else [])]:
@@ -120,6 +121,7 @@ def _parquet_blocks(
         for group in range(file.metadata.num_row_groups):
             table = file.read_row_group(group, columns=["image_id", *([column] if split else [])])
             values = table[column].to_pylist() if split else [name] * len(table)
+            there.update(values)
             rows = [row for row, value in enumerate(values) if value == name]
             chosen = table["image_id"].take(pa.array(rows, pa.int64())).to_pylist()
             ids += chosen
@@ -127,6 +129,8 @@ def _parquet_blocks(
                 {"shard": shard, "row_group": group, "rows": rows[i : i + rows_per_block]}
                 for i in range(0, len(rows), rows_per_block)
             ]
+    if split and there and not ids:
+        raise InputError(f"--split {split}: no row of {source} is of it; the column holds {', '.join(sorted(there))}")
     return items, ids
 
 

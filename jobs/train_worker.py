@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from mmcore.training import Rows, RunHooks, Training, write_history
 
 # Seconds between words to the driver.
 _UPDATE_S = 0.25
+# Seconds between words while one call takes long.
+_BUSY_S = 10.0
 # Workers that meet the same mistake meet it within this time of each other.
 _MISTAKE_S = 5.0
 # Folder of the images that a run makes on its way.
@@ -57,7 +60,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.WARNING)
     try:
-        mistake = ray.get(monitor.start.remote(rank))
+        mistake = ray.get(monitor.start.remote(rank, ray.get_runtime_context().get_node_id()))
         if mistake:
             raise InputError(mistake)
         return _train(config)
@@ -107,9 +110,27 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         if rank == 0:
             update({"doing": text})
 
+    @contextlib.contextmanager
+    def busy(text: str) -> Iterator[None]:
+        """Tells what takes long in one call, and once in a while for how long, so that it is no stall."""
+        start, done = time.monotonic(), threading.Event()
+
+        def tell() -> None:
+            update({"doing": text}, at_once=True)
+            while not done.wait(_BUSY_S):
+                update({"doing": f"{text}, {time.monotonic() - start:.0f} s so far"}, at_once=True)
+
+        thread = threading.Thread(target=tell, name="busy", daemon=True)
+        if rank == 0:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+
     def commit(folder: Path | None, metrics: dict[str, Any]) -> None:
-        doing("saving a checkpoint")
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
+        with busy("saving a checkpoint"):
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
         if folder is not None:
             shutil.rmtree(folder)
             publish(run, training.state.history, workdir)
@@ -143,10 +164,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
                 print(f"resumed at step {training.state.step} of {training.total_steps}", flush=True)
         weights = training.run()
         if rank == 0:
-            doing("writing the model")
-            publish(run, training.state.history, workdir)
-            copy_assets(run, setup.assets, workdir)
-            write_model(run, weights, json.loads(run.read("recipe.json")))
+            with busy("writing the model"):
+                publish(run, training.state.history, workdir)
+                copy_assets(run, setup.assets, workdir)
+                write_model(run, weights, json.loads(run.read("recipe.json")))
         return {
             "best_step": training.state.best_step,
             "best_validation_loss": training.state.best_loss,

@@ -2,17 +2,20 @@
 
 ``STORAGE/runs/{recipe}/{name}/`` holds recipe.json, Ray Train's checkpoints and snapshot (the only commit point for
 resume), metrics.jsonl, tensorboard/, samples/ where a model makes images; a finished run adds model/, with copies of
-the frozen parts that it needs, and, last, _SUCCESS.
+the frozen parts that it needs, and, last, _SUCCESS. Beside it, ``.{name}/lease/`` says which driver trains it: a second
+one is refused.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,7 +167,7 @@ def open_run(job: Job, facts: dict[str, Any]) -> None:
     """
     run, again = job.run, "give another --name, or --fresh to start anew"
     if job.options.fresh:
-        run.delete_tree()
+        run.delete_tree(first=["_SUCCESS", _SNAPSHOT, "recipe.json"])
     if run.exists("_SUCCESS"):
         raise InputError(f"{run} is finished; {again}")
     mine = {"recipe": job.recipe_name, "variant": job.variant, "settings": recipe_to_json(job.recipe), **facts}
@@ -269,7 +272,8 @@ def _fit(
     start = time.perf_counter()
     with follower:
         try:
-            result = trainer.fit()
+            with _ctrl_c_interrupts():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise InputError(
                 f"{job.run}: training failed: {_last_line(error)}; the same command goes on from the last checkpoint"
@@ -282,6 +286,21 @@ def _fit(
     job.run.write("_SUCCESS", json.dumps(summary, indent=1).encode())
     print(f"finished: {job.run}/model ({summary['train_seconds']:.0f} s of training)", flush=True)
     return summary
+
+
+@contextlib.contextmanager
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself, ends the process with exit code 0, and keeps it when its training is over."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _last_line(error: BaseException) -> str:

@@ -7,11 +7,13 @@ Credentials, region and endpoint come from the usual ``AWS_*`` environment varia
 
 import builtins
 import functools
+import logging
 import os
 import random
 import shutil
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from mmcore.errors import InputError
 
 _S3 = "s3://"
 _S3_MAX_ATTEMPTS = 10
+# A request that has failed this often is told of: until then it is soon repaired, afterwards it takes long.
+_S3_TELL_AFTER = 3
 # Before attempt n + 1 of a request: a random part of 2^(n - 1) times the base, and of no more than the last of these.
 _S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
 _S3_CONNECT_TIMEOUT_S = 10
@@ -74,6 +78,11 @@ def _s3_retry_delay(
             base = _S3_THROTTLED_BACKOFF_S
         elif status not in (500, 502, 504) and code != "RequestTimeout":
             return None
+    if attempts == _S3_TELL_AFTER:
+        reason = (
+            f"answers {response[0].status_code}" if response is not None else f"does not answer: {caught_exception}"
+        )
+        logging.getLogger(__name__).warning("S3 %s; attempt %d of %d", reason, attempts + 1, _S3_MAX_ATTEMPTS)
     return _s3_backoff(base, attempts)
 
 
@@ -323,8 +332,13 @@ class Storage:
         bucket, key = self._key(name)
         _s3_client(os.getpid()).delete_object(Bucket=bucket, Key=key)
 
-    def delete_tree(self) -> None:
-        """Remove this folder and all that is in it."""
+    def delete_tree(self, first: Sequence[str] = ()) -> None:
+        """Remove this folder and all that is in it, before the rest the files `first`, in this order.
+
+        Killed on the way, it then leaves nothing that says that the rest is whole.
+        """
+        for name in first:
+            self.delete(name)
         if not self.is_s3:
             if self._path().exists():
                 shutil.rmtree(self._path())

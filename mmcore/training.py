@@ -45,6 +45,8 @@ from mmcore.seeding import derive_seed, permutation
 Batch = dict[str, Tensor]
 # Batches that are put together while the step before them runs.
 _PREFETCH = 2
+# Seconds that a reader of batches which somebody else keeps waiting is waited for when the training ends.
+_JOIN_S = 5.0
 
 
 class Rows(Protocol):
@@ -65,7 +67,8 @@ class Rows(Protocol):
 
 @dataclass
 class RunHooks:
-    """What the loop tells the outside. Every worker calls `commit` equally often; the others run on rank 0 only."""
+    """What the loop tells the outside. Every worker calls `commit` equally often; `doing` is called
+    on every worker too; the others run on rank 0 only."""
 
     commit: Callable[[Path | None, dict[str, Any]], None] = lambda folder, metrics: None
     """A checkpoint folder (None on other ranks) and the metrics at it; returns once it is safe."""
@@ -194,7 +197,7 @@ def prefetched(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(_JOIN_S)
 
 
 class Training:

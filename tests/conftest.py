@@ -44,6 +44,16 @@ def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float =
             time.sleep(0.1)
 
 
+@contextlib.contextmanager
+def ctrl_c_as_in_a_shell() -> Iterator[None]:
+    """What is started in the block hears Ctrl-C, even where the tests run in the background, which does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the session that `process` was started in, and to nothing else."""
     with contextlib.suppress(ProcessLookupError):
@@ -73,6 +83,7 @@ def ray_local(short_tmp: Path) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
         patch.setenv("RAY_TMPDIR", str(short_tmp))
+        patch.setenv("MMCORE_CACHE", str(short_tmp / "cache"))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
         connect()
         yield
@@ -126,6 +137,7 @@ def job_environment(short_tmp: Path) -> Callable[..., dict[str, str]]:
         clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
         clean["PYTHONPATH"] = str(root)
         clean["RAY_TMPDIR"] = str(short_tmp)
+        clean["MMCORE_CACHE"] = str(short_tmp / "cache")  # not the user's, which outlives the tests
         clean["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = HEALTH_CHECK_INTERVAL_S
         return clean | dict(env or {})
 
@@ -148,7 +160,7 @@ def start_job(job_environment: Callable[..., dict[str, str]], tmp_path: Path) ->
         *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT, log: Path | None = None
     ) -> "subprocess.Popen[bytes]":
         log = log or tmp_path / f"job-{len(started)}.log"
-        with log.open("wb") as stream:
+        with log.open("wb") as stream, ctrl_c_as_in_a_shell():
             process = subprocess.Popen(
                 [sys.executable, *map(str, args)],
                 cwd=cwd,
@@ -157,8 +169,6 @@ def start_job(job_environment: Callable[..., dict[str, str]], tmp_path: Path) ->
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # As in a shell, even where the tests themselves run in the background, where Ctrl-C is ignored.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         started.append(process)
         return process
@@ -213,7 +223,7 @@ def call_job(ray_local: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
         try:
             run(main)
         except SystemExit as error:
-            code = int(error.code or 0)
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         out, err = capfd.readouterr()
         if check and code != 0:
             pytest.fail(f"exit code {code}:\n{' '.join(command)}\n--- stdout\n{out[-6000:]}\n--- stderr\n{err[-6000:]}")

@@ -1,7 +1,7 @@
 """A Hugging Face dataset of captioned images, unpacked to a folder in the form that flickr8k.py reads.
 
-One code path then checks and writes both. The package ``datasets`` is needed for this alone, so it is no
-dependency of the project. Code from a hub is never run (`datasets` 4 and later cannot).
+One code path then checks and writes both. The package ``datasets`` is needed for this alone and is
+installed with the tools of development (`make setup`). Code from a hub is never run (`datasets` 4 and later cannot).
 """
 
 import io

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from mmcore.text import WordVocabulary
 
 NUM_IMAGES = 48
 ROWS_PER_BLOCK = 4
-NUM_KILLS = 3
+NUM_KILLS = 2
 
 
 def write_run(folder: Path, seed: int = 0) -> Path:
@@ -86,13 +87,13 @@ def find_actor(driver: psutil.Process) -> Iterator[psutil.Process]:
             continue
 
 
-def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images, tmp_path, start_job, run_job):
+def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images, tmp_path, start_job, call_job):
     out = tmp_path / "out"
-    command = ["jobs/caption.py", "--run", run_folder, "--images", images, "--out", out]
+    command = ["--run", run_folder, "--images", images, "--out", out]
     command += ["--rows-per-block", str(ROWS_PER_BLOCK), "--num-beams", "8"]
     committed: dict[str, tuple[str, int]] = {}
     for kill in range(NUM_KILLS):
-        job = start_job(*command)
+        job = start_job("jobs/caption.py", *command)
         # A file more than before the start, and another kill each time further on.
         wanted, deadline = len(committed) + 1 + kill, time.monotonic() + 120
         while len(list((out / "parts").glob("*.parquet"))) < wanted:
@@ -105,7 +106,7 @@ def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images,
         assert {name: now[name] for name in committed} == committed, "a committed block was written again"
         assert not (out / "captions.csv").exists() or len(now) == NUM_IMAGES // ROWS_PER_BLOCK
         committed = now
-    run_job(*command)
+    call_job(main, *command)
 
     table = pa.concat_tables(pq.read_table(path) for path in sorted((out / "parts").glob("*.parquet")))
     expected = sorted(path.stem for path in images.iterdir())
@@ -120,7 +121,7 @@ def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images,
         assert captioner([(images / name).read_bytes()], [name], num_beams=8) == [text]
 
     before = digests(out / "parts")
-    again = run_job(*command)
+    again = call_job(main, *command)
     assert f"all {NUM_IMAGES} images are done already" in again.stdout
     assert digests(out / "parts") == before
 
@@ -170,10 +171,14 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty: greedy search has no use for it"),
         ({"--length-penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
+        ({"--run": "generator"}, "recipe 'ldm' is no captioner"),
     ],
 )
 def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, call_job):
     (tmp_path / "empty").mkdir()
+    shutil.copytree(run_folder, tmp_path / "generator")
+    recipe = tmp_path / "generator" / "model" / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"resnet_captioner"', '"ldm"'))
     flags = {"--run": run_folder, "--images": images, "--out": tmp_path / "out"}
     flags |= {name: tmp_path / value if name in ("--run", "--images") else value for name, value in change.items()}
     result = call_job(main, *[part for pair in flags.items() for part in pair], check=False)

@@ -157,19 +157,19 @@ def test_demands_inside_a_placement_group_are_told_apart(ray_local):
 
 def test_watchdog_is_silent_while_there_is_progress(monkeypatch, capsys):
     monkeypatch.setattr(cluster, "describe_waiting", lambda: "waiting for Godot")
-    with cluster.Watchdog("training", report_after_s=0.4) as watchdog:
-        for _ in range(15):
-            time.sleep(0.05)
+    with cluster.Watchdog("training", report_after_s=1.5) as watchdog:
+        for _ in range(20):
+            time.sleep(0.1)
             watchdog.beat()
         assert capsys.readouterr().err == ""
-        time.sleep(0.8)
+        time.sleep(2.5)
         stalled = capsys.readouterr().err
-        assert stalled.startswith("stalled: training: no progress for 0 s: waiting for Godot")
+        assert re.match(r"stalled: training: no progress for \d s: waiting for Godot", stalled)
         assert stalled.count("\n") == 1, "the next line comes a minute later"
         watchdog.beat()
-        time.sleep(0.8)
+        time.sleep(2.5)
         assert capsys.readouterr().err.count("stalled:") == 1, "a beat starts the time anew"
-    time.sleep(0.6)
+    time.sleep(2)
     assert capsys.readouterr().err == ""
 
 
@@ -178,7 +178,7 @@ def test_watchdog_reports_a_head_that_does_not_answer(monkeypatch, capsys):
     monkeypatch.setattr(cluster, "describe_waiting", lambda: time.sleep(5))
     with cluster.Watchdog("sweep", report_after_s=0.1):
         time.sleep(0.6)
-    assert "sweep: no progress for 0 s: the cluster's head does not answer" in capsys.readouterr().err
+    assert re.search(r"sweep: no progress for \d s: the cluster's head does not answer", capsys.readouterr().err)
 
     def gone():
         raise ConnectionError("the head\nis gone")

@@ -210,7 +210,7 @@ def test_the_training_job_as_a_file_trains(cluster):
     cluster.submit("--no-wait", "--submission-id", name, TRAIN_JOB)
     deadline = time.monotonic() + 300
     output = ""
-    while "train resnet_captioner: " not in output:
+    while not re.search(r"train resnet_captioner: [1-9][\d,]* of ", output):
         assert time.monotonic() < deadline, output[-3000:]
         time.sleep(1)
         output = cluster.ray("job", "logs", name).stdout

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.lease import Holder, Lease
+from jobs.lease import LEASE, Holder, Lease
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
@@ -101,16 +102,38 @@ def test_a_process_number_that_is_used_again_is_no_holder(place: Storage) -> Non
 
 
 @pytest.mark.parametrize("machine", ["another boot", None])
-def test_another_machine_holds_until_it_expires(machine: str | None, tmp_path: Path) -> None:
+def test_another_machine_holds_until_it_expires(
+    machine: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = Storage(str(tmp_path))
     # Its process numbers say nothing here, even where a container there has this host's name.
     elsewhere: dict = {"machine": machine} if machine else {"host": "elsewhere"}
-    put(place, 0, pid=2**22 + 1, expires_unix=time.time() + 30, **elsewhere)
-    with pytest.raises(InputError, match=r"if it is dead already, the same command works in (29|30) s"):
-        Lease(place, "the sweep").__enter__()
-    put(place, 0, pid=2**22 + 1, expires_unix=time.time() - 1, **elsewhere)
-    with Lease(place, "the sweep") as lease:
+    put(place, 0, pid=2**22 + 1, expires_unix=time.time() + 1, **elsewhere)
+    started = time.time()
+    with Lease(place, "the sweep", ttl_s=1) as lease:
         assert lease.number == 1
+        assert time.time() - started > 0.9
+    told = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"the sweep is held by process \d+ on \S+: waiting 1 s for a sign of life", told[0])
+    assert "taken over from" in told[1]
+
+
+def test_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_path: Path) -> None:
+    place = Storage(str(tmp_path))
+    put(place, 0, host="elsewhere", expires_unix=time.time() + 20)
+    renewal = threading.Timer(0.5, put, (place, 0), {"host": "elsewhere", "expires_unix": time.time() + 30})
+    renewal.start()
+    started = time.time()
+    with pytest.raises(InputError, match=r"is being run by process \d+ on elsewhere: wait for it or stop it"):
+        Lease(place, "the sweep", ttl_s=1).__enter__()
+    assert time.time() - started < 5
+
+
+def test_old_files_do_not_pile_up(place: Storage) -> None:
+    for _ in range(5):
+        with Lease(place, "the sweep"):
+            pass
+    assert (place / LEASE).list() == ["000003.json", "000004.json"]
 
 
 def test_the_holder_renews(tmp_path: Path) -> None:
@@ -186,12 +209,9 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
         wait_until(lambda: held(place, 0)["expires_unix"] > now)
 
 
-def test_a_storage_that_fails_hides_nothing_of_what_ended_the_run(
-    place: Storage, monkeypatch: pytest.MonkeyPatch
+def test_a_storage_that_fails_at_the_end_hides_nothing(
+    place: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lease = Lease(place, "the sweep")
-    lease.__enter__()
-    monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space", "disk")))
-    lease.__exit__(InputError, InputError("what ended it"), None)
-    with pytest.raises(OSError, match="No space"), Lease(Storage(f"{place.uri}/other"), "the sweep"):
-        pass
+    with Lease(place, "the sweep"):
+        monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space", "disk")))
+    assert "the lease could not be given back (disk: No space left on device" in capsys.readouterr().err

@@ -1,23 +1,49 @@
-"""What tells a crash from a machine that was taken away."""
+"""What tells a crash from a machine that was taken away, and when crashes end a run."""
 
-from jobs.run_monitor import RestartBudget
+import pytest
+import ray
+
+from jobs.run_monitor import MAX_CRASHES, RestartBudget, RunMonitor
 
 
 def test_the_first_start_is_no_crash_and_each_further_one_is() -> None:
     budget = RestartBudget()
+    budget.runs_on("a")
     assert [budget.started({"a", "b"}) for _ in range(4)] == [0, 1, 2, 3]
 
 
 def test_lost_machines_are_not_counted_however_many() -> None:
     budget = RestartBudget()
     for start in range(50):
+        budget.runs_on(f"spot-{start}")
         assert budget.started({"head", f"spot-{start}"}) == 0
 
 
 def test_a_crash_among_lost_machines_is_counted() -> None:
     budget = RestartBudget()
-    budget.started({"head", "spot-0"})
-    budget.started({"head", "spot-1"})
-    assert budget.started({"head", "spot-1"}) == 1
-    assert budget.started({"head", "spot-2"}) == 1
-    assert budget.started({"head", "spot-2"}) == 2
+    crashes = []
+    for machine in ("spot-0", "spot-1", "spot-1", "spot-2", "spot-2"):
+        budget.runs_on(machine)
+        crashes.append(budget.started({"head", machine}))
+    assert crashes == [0, 0, 1, 1, 2]
+
+
+def test_an_idle_machine_that_is_taken_back_buys_no_crash() -> None:
+    budget = RestartBudget()
+    budget.runs_on("spot-0")
+    assert budget.started({"spot-0", "idle"}) == 0
+    assert budget.started({"spot-0"}) == 1
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_monitor_ends_a_run_that_crashes_again_and_again() -> None:
+    monitor = RunMonitor.remote()  # type: ignore[attr-defined]
+    here = ray.get_runtime_context().get_node_id()
+    ray.get(monitor.add_crash.remote("RuntimeError: it broke (worker 0)"))
+    answers = [ray.get(monitor.start.remote(rank, here)) for _ in range(MAX_CRASHES + 2) for rank in (0, 1)]
+    assert answers[:-2] == [None] * 2 * (MAX_CRASHES + 1)
+    last = (
+        f"training crashed {MAX_CRASHES + 1} times, last: RuntimeError: it broke (worker 0); "
+        "the same command goes on from the last checkpoint"
+    )
+    assert answers[-2:] == [last, last], "every worker is told"

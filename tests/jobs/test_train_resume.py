@@ -99,18 +99,22 @@ def no_pickles(run: Storage) -> None:
         assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path
 
 
-def test_a_killed_worker_is_started_again_and_nothing_changes(
-    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, tmp_path: Path
+def test_killed_workers_and_a_killed_driver_change_nothing(
+    start_job: Callable[..., Any],
+    call_job: Callable[..., Any],
+    run_job: Callable[..., Any],
+    storage: Storage,
+    tmp_path: Path,
 ) -> None:
-    log = tmp_path / "job.log"
+    """Two workers: one of them is killed twice, then the driver with all that is left."""
     flags = [*FLAGS, "--storage", storage, "--num-workers", NUM_WORKERS]
     call_job(main, *flags, "--name", "two")
-    name, expected = "killed-of-two", outcome(storage, "two")
-    process = start_job(JOB, *flags, "--name", name, log=log)
-    run = run_folder(storage, name)
+    name, run, log = "killed", run_folder(storage, "killed"), tmp_path / "job.log"
+    command = [JOB, *flags, "--name", name]
+    process = start_job(*command, log=log)
     killed: list[int] = []
-    for step in (4, 20):
-        seen = wait_for_step(run, step, process)
+    for step in (4, 12):
+        wait_for_step(run, step, process)
         time.sleep(random.uniform(0, 0.2))
         group = workers(process)
         assert len(group) == NUM_WORKERS
@@ -119,13 +123,19 @@ def test_a_killed_worker_is_started_again_and_nothing_changes(
         killed.append(worker.pid)
         # The next kill is for a worker of the next group.
         psutil.wait_procs(group, timeout=10)
-        assert seen < NUM_STEPS
     second = call_job(main, *flags, "--name", name, check=False)
     assert f"the run {run} is being run by process {process.pid} on " in second.stderr
-    assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
+    wait_for_step(run, 20, process)
+    time.sleep(random.uniform(0, 0.2))
+    kill_with_all_it_started(process)
     assert len(set(killed)) == 2
     assert log.read_text().count("resumed at step") >= 2
-    assert outcome(storage, name) == expected
+    stopped = committed_step(run)
+    assert 20 <= stopped < NUM_STEPS
+    assert not run.exists("_SUCCESS")
+    again = run_job(*command, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    assert outcome(storage, name) == outcome(storage, "two")
     no_pickles(run)
 
 
@@ -150,24 +160,6 @@ def test_a_worker_that_crashes_again_and_again_ends_the_run(
     assert len(killed) == 4
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert line.startswith("error: training crashed 4 times, last: a worker was killed; the same command goes on")
-
-
-def test_a_killed_driver_goes_on_by_the_same_command(
-    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, reference: dict[str, Any]
-) -> None:
-    run = run_folder(storage, "driver-killed")
-    command = [JOB, *FLAGS, "--storage", storage, "--name", "driver-killed"]
-    process = start_job(*command)
-    wait_for_step(run, 12, process)
-    time.sleep(random.uniform(0, 0.2))
-    kill_with_all_it_started(process)
-    stopped = committed_step(run)
-    assert 12 <= stopped < NUM_STEPS
-    assert not run.exists("_SUCCESS")
-    again = run_job(*command, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
-    assert outcome(storage, "driver-killed") == reference
-    no_pickles(run)
 
 
 # -- storage that fails --------------------------------------------------------------------------------------------
