@@ -26,7 +26,7 @@ from jobs.commandline import run as run_job
 from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_captions, evaluate_images
 from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.sweep import read_parts
+from jobs.sweep import SWEEP, read_parts, read_plan
 from jobs.trainer import Job, RunOptions, recipe_name, source_commit
 from mmcore.captioners import resnet
 from mmcore.captioners.resnet import ResNetCaptionerRecipe
@@ -36,6 +36,7 @@ from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_oracle import score_prompt
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion, vqvae
+from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.images import decode_image
@@ -46,6 +47,7 @@ from mmcore.storage import Storage
 
 PAGE = "index.html"
 SPLIT = "test"
+SAMPLER: SamplerName = "dpmsolver++"
 MIN_CORRECT = 0.8
 # A caption that names little is easily right: half of what true captions name is the least.
 MIN_NAMED = 0.5
@@ -191,6 +193,7 @@ def train_captioner(demo: Demo) -> str:
 
 
 def caption_test_split(demo: Demo) -> str:
+    _remove_other(demo.captions, {"num_beams": demo.settings.num_beams})
     facts = caption(
         CaptionSettings(
             run=demo.captioner.run.uri,
@@ -289,6 +292,17 @@ def _lines(scores: dict[str, Any]) -> list[str]:
     ]
 
 
+def _remove_other(out: Storage, wanted: dict[str, Any]) -> None:
+    """Remove what was made with other settings than `wanted`: the demo makes it anew."""
+    plan = read_plan(out)
+    if plan is None:
+        return
+    changes = difference(wanted, {name: plan["settings"].get(name) for name in wanted})
+    if changes:
+        print(f"{out} has other settings ({'; '.join(changes[:3])}): made anew", flush=True)
+        out.delete_tree(first=[SWEEP])
+
+
 def train_autoencoder(demo: Demo) -> str:
     job = demo.vqvae
     said = _trained(demo, job, train_vqvae.train, demo.sweep)
@@ -302,16 +316,19 @@ def train_generator(demo: Demo) -> str:
 
 def generate_images(demo: Demo) -> str:
     settings = demo.settings
+    count = min(settings.num_generated, settings.shapes.num_test)
+    wanted = {"count": count, "steps": settings.steps, "guidance": settings.guidance, "sampler": SAMPLER}
+    _remove_other(demo.sweep, wanted)
     facts = generate(
         GenerateSettings(
             run=demo.ldm.run.uri,
             prompts=SHAPES_TEST,
             storage=demo.storage.uri,
-            count=min(settings.num_generated, settings.shapes.num_test),
+            count=count,
             out=demo.sweep.uri,
             steps=settings.steps,
             guidance=settings.guidance,
-            sampler="dpmsolver++",
+            sampler=SAMPLER,
         )
     )
     demo.facts["sweep"] = facts

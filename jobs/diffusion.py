@@ -23,6 +23,7 @@ from mmcore.generators.diffusion import make_sampler, set_timesteps
 from mmcore.generators.text_encoder import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.trained import TOKENIZER_ASSET
 from mmcore.images import image_grid
+from mmcore.pretrained import absolute_folder
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
@@ -164,6 +165,15 @@ def diffusion_setup(
 # -- on the driver -------------------------------------------------------------------------------------------------
 
 
+def with_absolute_folders(job: Job) -> Job:
+    """Folders of pretrained parts as a worker, and whoever reads the finished run from elsewhere, finds them."""
+    text = job.recipe.text
+    text = dataclasses.replace(
+        text, text_encoder=absolute_folder(text.text_encoder), tokenizer=absolute_folder(text.tokenizer)
+    )
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
+
+
 def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
     """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
     recipe, inputs = job.recipe, text_inputs(text)
@@ -178,8 +188,6 @@ def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: i
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
         flush=True,
     )
-    if job.variant == "report":
-        print("the report trains in fp16; --precision auto is bf16 where the device has it, else fp32", flush=True)
 
 
 def dry_run(job: Job, x_0_shape: tuple[int, int, int], reads: str) -> None:

@@ -321,8 +321,12 @@ def run_sweep(
     num_rows_before = blocks.num_rows - sum(_num_rows(item) for item in todo)
     with Watchdog(what, stall_timeout_s) as watchdog, progress(what, "images") as report:
         report(num_rows_before, blocks.num_rows)
+        last = time.perf_counter()
         for row in _results(blocks.source, todo, actors):
             watchdog.beat()
+            # A block of a slow model is no stall.
+            now = time.perf_counter()
+            watchdog.report_after_s, last = max(watchdog.report_after_s, 3 * (now - last)), now
             if row["error"]:
                 raise InputError(row["error"])
             facts["rows_done_now"] += int(row["num_rows"])

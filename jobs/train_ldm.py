@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jobs.commandline import run
 from jobs.dataset import cached_latent_column, ensure_dataset
-from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts
+from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts, with_absolute_folders
 from jobs.train_vqvae import default_job
 from jobs.train_vqvae import train as train_vqvae
 from jobs.train_worker import Doing, Setup
@@ -67,7 +67,13 @@ def ensure_vqvae(job: Job) -> Storage:
     own = vqvae_job(job)
     if not own.run.exists("_SUCCESS"):
         print(f"no --vqvae given: training {own.run} first", flush=True)
-        train_vqvae(own)
+        try:
+            train_vqvae(own)
+        except InputError as error:
+            # The flags that would mend it are those of the other job.
+            raise InputError(
+                f"the VQ-VAE {own.run}: {error} (train it with jobs/train_vqvae.py, then name it with --vqvae)"
+            ) from error
         return own.run
     there = json.loads(own.run.read("recipe.json"))["settings"]
     differences = difference(recipe_to_json(own.recipe), there)
@@ -98,6 +104,7 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
     check(job)
+    job = with_absolute_folders(job)
     storage = job.storage
     x_0_shape = vqvae_recipe(job).latent_shape
     if job.options.dry_run:

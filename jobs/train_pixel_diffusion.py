@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.commandline import run
 from jobs.dataset import cached_image_column, ensure_dataset
-from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts
+from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts, with_absolute_folders
 from jobs.train_worker import Doing, Setup
 from jobs.trainer import Job, parse_job, run_training
 from mmcore.captioners.vision import SCRATCH
@@ -25,6 +25,7 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
 def train(job: Job) -> dict[str, Any]:
     """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
     check(job)
+    job = with_absolute_folders(job)
     recipe, storage = job.recipe, job.storage
     x_0_shape = (3, recipe.image_size, recipe.image_size)
     if job.options.dry_run:
@@ -35,6 +36,8 @@ def train(job: Job) -> dict[str, Any]:
     num_train = len(table.rows(TRAIN))
     text = open_text(recipe, table)
     describe(job, text, x_0_shape, num_train)  # what cannot be is refused before anything is encoded
+    if job.variant == "report":
+        print("the report trains in fp16; --precision auto is bf16 where the device has it, else fp32", flush=True)
     column = cached_image_column(
         storage,
         recipe.dataset,

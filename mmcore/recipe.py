@@ -44,6 +44,8 @@ class TrainSettings:
     """auto is bf16 autocast where the device has it, else fp32."""
     seed: int = 2024
     """Everything random derives from it."""
+    keep: Literal["best", "last"] = "best"
+    """The weights that a finished run holds: those of the lowest validation loss, or the last ones."""
     validate_every_epochs: int = 1
     """Epochs between validations; the last step is always validated."""
     checkpoint_every_steps: int = 500

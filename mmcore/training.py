@@ -436,7 +436,7 @@ class Training:
                 raise AssertionError(f"frozen weight {name} has moved")
 
     def run(self) -> dict[str, Tensor]:
-        """Train to the last step. Returns the weights of the best validation, by name."""
+        """Train to the last step. Returns the weights to keep, those of the best validation or the last, by name."""
         settings, state = self.settings, self.state
         validate_every = settings.validate_every_epochs * self.steps_per_epoch
         batches = prefetched(itertools.islice(self._micro_batches(state.step), self.total_steps - state.step))
@@ -468,10 +468,10 @@ class Training:
         return self.best
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Validate, keep the weights if they are the best so far, and write samples down."""
+        """Validate, keep the weights if they are the best so far or only the last count, and write samples down."""
         state = self.state
         metrics = {**row, **self._validate()}
-        if metrics["validation_loss"] < state.best_loss:
+        if self.settings.keep == "last" or metrics["validation_loss"] < state.best_loss:
             state.best_loss, state.best_step = metrics["validation_loss"], state.step
             # Tied weights are saved once; a copy, since training goes on under it.
             source = checkpoint.trainable_state(self.eval_model())

@@ -53,6 +53,8 @@ class LatentDiffusionRecipe:
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=100,
+            # Not the best validation's: samples go on improving long after the loss does not.
+            keep="last",
             batch_size=16,
             optimizer="adam",
             lr=5e-6,
@@ -85,11 +87,14 @@ _BEST = dataclasses.replace(
     _REPORT,
     flip=True,
     unet=UNetSettings(channels=(128, 256), layers_per_block=1, attention_levels=(0, 1), num_heads=4),
-    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by.
-    noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction", min_snr_gamma=5.0),
+    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by. No
+    # min-SNR: what is where, and in which colour, is decided in the noisiest steps, which it weights least.
+    noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction"),
     text=TextSettings(max_tokens=77, text_width=192, text_layers=3, text_heads=4),
     train=TrainSettings(
         num_epochs=60,
+        # Not the best validation's: samples go on improving long after the loss does not.
+        keep="last",
         batch_size=64,
         lr=3e-4,
         betas=(0.9, 0.99),

@@ -41,6 +41,8 @@ class PixelDiffusionRecipe:
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=5,
+            # Not the best validation's: samples go on improving long after the loss does not.
+            keep="last",
             batch_size=32,
             optimizer="adamw",
             lr=1e-4,
@@ -90,10 +92,12 @@ _BEST = dataclasses.replace(
     # Attention where there are at most 16² positions.
     unet=UNetSettings(channels=(32, 96, 192, 256), layers_per_block=1, attention_levels=(2, 3), num_heads=4),
     # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by.
-    noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction", min_snr_gamma=5.0),
+    noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction"),
     text=TextSettings(max_tokens=40, text_width=192, text_layers=3, text_heads=4),
     train=TrainSettings(
         num_epochs=60,
+        # Not the best validation's: samples go on improving long after the loss does not.
+        keep="last",
         batch_size=32,
         lr=3e-4,
         betas=(0.9, 0.99),

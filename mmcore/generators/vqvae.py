@@ -95,6 +95,8 @@ class VQVAERecipe:
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=60,
+            # Not the best validation's: its loss leaves the discriminator out.
+            keep="last",
             batch_size=16,
             gradient_accumulation=4,
             optimizer="adam",
@@ -411,6 +413,8 @@ _BEST = dataclasses.replace(
     discriminator_from_step=None,
     train=TrainSettings(
         num_epochs=10,
+        # Not the best validation's: its loss leaves the discriminator out.
+        keep="last",
         batch_size=8,
         optimizer="adamw",
         lr=2e-3,
