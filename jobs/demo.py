@@ -57,7 +57,8 @@ def _shorter(recipe: Any, max_steps: int) -> Any:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=max_steps))
 
 
-_VQVAE, _LDM = _shorter(vqvae.VARIANTS["shapes"], 500), _shorter(latent_diffusion.VARIANTS["shapes"], 800)
+_CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 2000)
+_VQVAE, _LDM = _shorter(vqvae.VARIANTS["shapes"], 300), _shorter(latent_diffusion.VARIANTS["shapes"], 120)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class DemoSettings:
     """Start anew instead of keeping the stages that are finished."""
     num_beams: int = 3
     """Beams of the search for captions; 1 is greedy."""
-    num_generated: int = 96
+    num_generated: int = 48
     """Images to generate, from the first prompts of the test split."""
     steps: int = 15
     """Steps of the sampler, DPM-Solver++."""
@@ -78,7 +79,7 @@ class DemoSettings:
     """Classifier-free guidance scale of the generated images."""
     shapes: ShapesSettings = field(default_factory=ShapesSettings)
     """The built-in data."""
-    captioner: ResNetCaptionerRecipe = resnet.VARIANTS["shapes"]
+    captioner: ResNetCaptionerRecipe = _CAPTIONER
     """The captioner and its training."""
     vqvae: VQVAERecipe = _VQVAE
     """The VQ-VAE and its training."""
