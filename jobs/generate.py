@@ -370,9 +370,7 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
             raise
         if not out.exists(SUMMARY):
             out.write(SUMMARY, (json.dumps(summarise(out), indent=1) + "\n").encode())
-    # What killed runs left of files that they had begun; on S3 there is no such thing.
-    for name in (out / ".tmp").list():
-        (out / ".tmp").delete(name)
+    out.remove_temporary()
     summary = json.loads(out.read(SUMMARY))
     each = summary["seconds_per_image"]
     print(

@@ -207,6 +207,7 @@ def remove_unfinished_uploads(run: Storage) -> None:
     for folder in run.folders():
         if folder.startswith("checkpoint_") and folder not in snapshot:
             (run / folder).delete_tree()
+    run.remove_temporary()
 
 
 # -- on the driver -------------------------------------------------------------------------------------------------

@@ -352,6 +352,14 @@ class Storage:
             if keys:
                 client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
 
+    def remove_temporary(self) -> None:
+        """Remove what killed writes below this folder have left. Only for who alone writes there; S3 knows no such."""
+        if self.is_s3:
+            return
+        for path in [*self._path().rglob("*.tmp"), *self._path().rglob(".tmp/*")]:
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
     def upload(self, local_path: str | Path, name: str) -> None:
         """Copy a local file to `name`, whole or not at all."""
         if self.is_s3:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-JOB_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 500.0
 HEALTH_CHECK_INTERVAL_S = "0.1"  # each checkpoint waits for one
 
 

@@ -224,3 +224,15 @@ def test_a_whole_bucket_is_not_emptied(s3_server: str) -> None:
     with pytest.raises(InputError, match="whole bucket"):
         bucket.delete_tree()
     assert bucket.read("a") == b"1"
+
+
+def test_what_killed_writes_left_is_removed(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("run/kept", b"1")
+    left = [tmp_path / "run" / "part.parquet.0123.tmp", tmp_path / "run" / ".tmp" / "kept.4567"]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    storage.remove_temporary()
+    assert not any(path.exists() for path in left)
+    assert storage.read("run/kept") == b"1"
