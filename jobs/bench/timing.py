@@ -137,8 +137,11 @@ def publish(bench: str, settings: dict[str, Any], measure: Callable[[], dict[str
     """Print the one JSON object of a measurement: where and how it was taken, and its figures.
 
     Whatever else the measured code prints goes to stderr. `load_before` over the number of cores tells that the
-    machine was shared, and the figures are rough.
+    machine was shared, and the figures are rough. Raises InputError for too few pairs, unless `smoke` says that nothing
+    is measured.
     """
+    if settings["pairs"] < MIN_PAIRS and not settings["smoke"]:
+        raise InputError(f"--pairs {settings['pairs']}: a median needs at least {MIN_PAIRS}")
     facts = {
         "bench": bench,
         "commit": source_commit(),

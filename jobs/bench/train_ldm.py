@@ -41,7 +41,7 @@ import tyro
 from torch import Tensor, nn
 
 from jobs.bench import inputs
-from jobs.bench.timing import MIN_PAIRS, clock, publish, ratio_with_encoding, training_in_turn, verdict
+from jobs.bench.timing import clock, publish, ratio_with_encoding, training_in_turn, verdict
 from jobs.commandline import run
 from mmcore.data.columns import Column
 from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
@@ -326,8 +326,6 @@ def measure(bench: LDMBench) -> dict[str, Any]:
 
 def main() -> None:
     bench = tyro.cli(LDMBench, description=__doc__, prog="python jobs/bench/train_ldm.py")
-    if bench.pairs < MIN_PAIRS and not bench.smoke:
-        raise InputError(f"--pairs {bench.pairs}: a median needs at least {MIN_PAIRS}")
     largest = max(bench.batch_of(variant) for variant in bench.variants)
     if bench.num_images <= largest:
         raise InputError(f"--num-images {bench.num_images}: more than the {largest} images of a step are needed")

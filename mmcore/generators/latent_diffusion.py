@@ -115,8 +115,6 @@ _SHAPES = dataclasses.replace(
     flip=False,
     sample_steps=25,
     unet=UNetSettings(channels=(96, 160), layers_per_block=1, attention_levels=(0, 1), num_heads=4),
-    # What is where, and in which colour, is decided in the noisiest steps, which min-SNR weights least.
-    noise=dataclasses.replace(_BEST.noise, min_snr_gamma=None),
     text=TextSettings(max_tokens=77, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,

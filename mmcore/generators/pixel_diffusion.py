@@ -91,7 +91,8 @@ _BEST = dataclasses.replace(
     sample_guidance=3.0,
     # Attention where there are at most 16² positions.
     unet=UNetSettings(channels=(32, 96, 192, 256), layers_per_block=1, attention_levels=(2, 3), num_heads=4),
-    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by.
+    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by. No
+    # min-SNR: what is where, and in which colour, is decided in the noisiest steps, which it weights least.
     noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction"),
     text=TextSettings(max_tokens=40, text_width=192, text_layers=3, text_heads=4),
     train=TrainSettings(
@@ -119,8 +120,6 @@ _SHAPES = dataclasses.replace(
     flip=False,
     sample_steps=25,
     unet=UNetSettings(channels=(32, 96, 160), layers_per_block=1, attention_levels=(1, 2), num_heads=4),
-    # What is where, and in which colour, is decided in the noisiest steps, which min-SNR weights least.
-    noise=dataclasses.replace(_BEST.noise, min_snr_gamma=None),
     text=TextSettings(max_tokens=32, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,

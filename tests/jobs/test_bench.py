@@ -61,7 +61,7 @@ def test_publish_prints_one_object_and_moves_other_output_away(capsys):
         print("a line of a library")
         return {"ratio": 2}
 
-    timing.publish("x", {"pairs": 1}, measure)
+    timing.publish("x", {"pairs": 1, "smoke": True}, measure)
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert (result["bench"], result["ratio"], result["threads"]) == ("x", 2, torch.get_num_threads())

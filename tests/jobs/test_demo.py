@@ -8,6 +8,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from job_output import own_lines
 from pyarrow.fs import FileSelector
 
 from jobs.demo import MIN_CORRECT, STAGES, failures
@@ -70,9 +71,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     assert re.search(
         r"^error: .*% of the attributes that the captions name are right; 80% are needed", first.stderr, re.M
     )
-    # What Ray's own actor logs when several Rays run on this machine is not the job's.
-    own = [line for line in first.stderr.splitlines() if "(PlacementGroupCleaner " not in line]
-    assert not any("Traceback" in line for line in own), first.stderr
+    assert not any("Traceback" in line for line in own_lines(first.stderr)), first.stderr
     for number, (title, _) in enumerate(STAGES, start=1):
         assert f"== {number}/{len(STAGES)} {title}" in first.stdout
     html = storage.read("index.html").decode()

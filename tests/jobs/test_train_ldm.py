@@ -4,7 +4,6 @@ interrupted."""
 import json
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from job_output import own_lines
 from kills import committed_step, wait_for_step
 
 from jobs.commandline import run
@@ -168,13 +168,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     assert "interrupted: run the same command again to go on from what is committed" in log.read_text()
-    # What Ray's own actor logs when several Rays run on this machine is not the job's.
-    own = [
-        line
-        for line in log.read_text().splitlines()
-        if not re.search(r"\((TrainController|PlacementGroupCleaner) ", line)
-    ]
-    assert not any("Traceback" in line for line in own), own
+    assert not any("Traceback" in line for line in own_lines(log.read_text())), log.read_text()
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"
     stopped = committed_step(run_folder(storage, "interrupted"))
     assert 12 <= stopped < NUM_STEPS

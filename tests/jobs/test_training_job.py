@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from job_output import own_lines
 
 from jobs.commandline import run
 from jobs.train_resnet_captioner import main
@@ -80,10 +81,7 @@ def error_line(result: Any) -> str:
     """The one line by which a job refused: exit code 1, no traceback anywhere."""
     everything = result.stdout + result.stderr
     assert result.returncode == 1, everything
-    # What Ray's own actors log when several Rays run on this machine, or a busy one is slow, is not the job's.
-    own = [
-        line for line in everything.splitlines() if not re.search(r"\((TrainController|PlacementGroupCleaner) ", line)
-    ]
+    own = own_lines(everything)
     assert not any("Traceback" in line for line in own), everything
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, everything

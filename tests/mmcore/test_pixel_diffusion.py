@@ -52,6 +52,30 @@ def test_the_report_s_network_is_built_as_published() -> None:
     assert (recipe.image_size, recipe.text.max_tokens, recipe.noise.num_timesteps) == (128, 24, 1000)
 
 
+@pytest.mark.soak
+def test_the_report_s_network_learns() -> None:
+    """A few steps of the published size, attention at full resolution and all; at 64², since it takes 2 s an image."""
+    torch.manual_seed(0)
+    model = VARIANTS["report"].build(TextInputs(width=768), (3, 64, 64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batch = {
+        "x_0": torch.rand(1, 3, 64, 64) * 2 - 1,
+        "noise": torch.randn(1, 3, 64, 64),
+        "timesteps": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 24, 768),
+    }
+    losses = []
+    for _ in range(4):
+        loss = model(batch)["loss"]
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(1, abs=0.3), "an untrained network misses noise of unit variance by about one"
+    assert losses[-1] < 0.9 * losses[0]
+
+
 @pytest.mark.parametrize("name", ["best", "shapes", "smoke"])
 def test_other_variants_are_small_and_attend_where_it_pays(name: str) -> None:
     recipe = VARIANTS[name]
