@@ -17,7 +17,7 @@ endif
 
 help:
 	@echo 'make setup      make .venv ready (PYTHON=python3.12 chooses another Python)'
-	@echo 'make demo       train a captioner on built-in data, score it, write runs/demo/index.html'
+	@echo 'make demo       train a captioner and a generator on built-in data, score them, write runs/demo/index.html'
 	@echo '                (ARGS=--fresh starts anew, ARGS=--help lists its flags)'
 	@echo 'make test       checks and tests (TEST_WORKERS=1: one after another)'
 	@echo 'make test-all   the same with the long soak tests'

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Caption any number of images with a trained captioner: resumable, each image exactly once.
 
-Command: python jobs/caption.py --run URI --images URI_OR_DIR_OR_SHARDS --out URI
+    python jobs/caption.py --run URI --images URI_OR_DIR_OR_SHARDS --out URI
+
 Writes OUT/parts/*.parquet as it goes and, last, OUT/captions.csv (image,caption). Run it again to go on.
 """
 
@@ -81,6 +82,9 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
     facts = read_facts(run)
     if facts["recipe"] not in CAPTIONERS:
         raise InputError(f"--run {run}: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}")
+    trained_length = facts["settings"]["max_length"]
+    if settings.max_length > trained_length:
+        print(f"caption: captions end at the {trained_length} words that the run was trained on", flush=True)
     encoder = absolute_folder(settings.encoder or facts["settings"]["encoder"])
     blocks = plan_blocks(images, settings.split, settings.rows_per_block)
     print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)

@@ -2,7 +2,8 @@
 """Both directions on built-in data, small enough for a laptop: prepare, train a captioner, caption, score; train a
 VQ-VAE and a latent diffusion on its codes, generate images, score them; and a page.
 
-Command: make demo, or: python jobs/demo.py [--storage URI] [--fresh]
+    make demo, or: python jobs/demo.py [--storage URI] [--fresh]
+
 Needs no data, no weights and no network. Finished stages are kept; what changed since is done anew.
 Exit code 1 if fewer than 80 % of the attributes that the captions name are right, or if they name too few.
 The generator is trained for two minutes only: its score is shown and not demanded.

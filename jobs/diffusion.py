@@ -193,11 +193,13 @@ def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: i
 def dry_run(job: Job, x_0_shape: tuple[int, int, int], reads: str) -> None:
     """Print the resolved recipe and what would be read and written; nothing is written."""
     recipe, storage = job.recipe, job.storage
+    makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS)
+    table = None if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
+    text = None if table is None else open_text(recipe, table)
     print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
     print(f"reads:  {storage}/data/{recipe.dataset}, {reads}, {storage}/features (encoded first where missing)")
     print(f"writes: {job.run}, {storage}/tokenizers, copies of the features in {default_cache()}")
-    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS):
+    if table is None or text is None:
         print("sizes and steps: known once the Shapes data is made, which this job does first")
-        return
-    table = read_captions(storage, recipe.dataset, recipe.split)
-    describe(job, open_text(recipe, table), x_0_shape, len(table.rows(TRAIN)))
+    else:
+        describe(job, text, x_0_shape, len(table.rows(TRAIN)))

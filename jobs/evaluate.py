@@ -248,7 +248,7 @@ def main() -> None:
         "shapes": ShapesScoreSettings,
         "colours": ColourScoreSettings,
     }
-    settings = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+    settings = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__, prog="python jobs/evaluate.py")
     score = evaluate_captions if isinstance(settings, CaptionScoreSettings) else evaluate_images
     print(json.dumps(score(settings), indent=2))
 

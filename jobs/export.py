@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Hand a trained generator on in the form of another library.
 
-Command: python jobs/export.py --run STORAGE/runs/ldm/NAME --to diffusers --out DIR
+    python jobs/export.py --run STORAGE/runs/ldm/NAME --to diffusers --out DIR
 
 A latent-diffusion run becomes a folder that ``diffusers.DiffusionPipeline.from_pretrained(DIR)`` loads, without code of
 ours: an LDMTextToImagePipeline that makes of the same noise, prompt and number of DDIM steps the same image. Before the
@@ -124,6 +124,8 @@ def export(settings: ExportSettings) -> float:
     """Write the folder; returns the `difference`. Raises InputError where it is there already."""
     from diffusers import DiffusionPipeline
 
+    if "://" in settings.out:
+        raise InputError(f"--out {settings.out}: diffusers reads folders; name one on this machine")
     out = Path(settings.out).expanduser().absolute()
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a new folder")

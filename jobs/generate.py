@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Generate any number of images from prompts with a trained generator: resumable, each image exactly once.
 
-Command: python jobs/generate.py --run URI --prompts FILE --out URI --steps 50 --guidance 3
-         python jobs/generate.py --run URI --prompts shapes-test --count 500 --out URI
-         python jobs/generate.py --run URI --prompts flickr8k:report-test --storage URI --out URI
+    python jobs/generate.py --run URI --prompts FILE --out URI --guidance 3
+    python jobs/generate.py --run URI --prompts shapes-test --count 300 --out URI
+    python jobs/generate.py --run URI --prompts flickr8k:report-test --storage URI --count 1000 --out URI
 
 Writes OUT/images/{image_id}.png and OUT/manifest/*.parquet, the truth about which images there are; OUT/sweep.json
 says what the sweep is, and OUT/summary.json, written last, how fast it was. Run it again to go on.

@@ -32,7 +32,7 @@ import ray
 import ray.data
 import tyro
 
-from jobs.cluster import Watchdog, connect
+from jobs.cluster import Watchdog, connect, cpus
 from jobs.commandline import run
 from jobs.progress import Report, progress
 from jobs.sweep import ROWS_PER_BLOCK
@@ -266,7 +266,7 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
         # takes, Ray joins both into one task there; a head that lends no CPU reads and others write.
         remote_args = {"label_selector": {"ray.io/node-id": node_id}, "num_cpus": 1}
         if num_cpus < 1:
-            remote_args |= {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=os.cpu_count())}
+            remote_args |= {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=cpus())}
     part_refs = [ray.put(part) for part in plan.parts]
     dataset = ray.data.from_items(
         [{"part": index} for index in range(len(plan.parts))], override_num_blocks=len(plan.parts)
@@ -372,12 +372,16 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
     )
     for column, counts in summary["splits"].items():
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    variant = SHAPES if settings.dataset == SHAPES else "report"
+    variant = SHAPES if settings.dataset == SHAPES else "best"
     print(f"next: python jobs/train_resnet_captioner.py --variant {variant} --storage {settings.storage}")
 
 
 def main() -> None:
-    prepare(tyro.cli(PrepareSettings, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    prepare(
+        tyro.cli(
+            PrepareSettings, description=__doc__, prog="python jobs/prepare.py", config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    )
 
 
 if __name__ == "__main__":

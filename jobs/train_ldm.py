@@ -2,8 +2,11 @@
 """Train a latent diffusion model: a conditional U-Net on the latents of a frozen VQ-VAE.
 
 Paper: the report's VQ-VAE + latent diffusion; Rombach et al. 2022, https://arxiv.org/abs/2112.10752
-Command: python jobs/train_ldm.py --variant best --storage URI --vqvae URI/runs/vqvae/NAME
-Without --vqvae the VQ-VAE of the same variant and name is trained first, into the same storage.
+
+    python jobs/train_ldm.py --variant best --storage URI --vqvae URI/runs/vqvae/NAME
+
+Without --vqvae the VQ-VAE of the same variant (not of `report`) and name is trained first, into the same storage.
+Hardware: a CPU for `shapes` and, slowly, `best`; `report` is meant for a GPU.
 """
 
 import dataclasses
@@ -140,7 +143,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+    train(parse_job(__file__, VARIANTS, __doc__ or "", report_needs=" --vqvae URI"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 """Train a diffusion model on pixels: a conditional U-Net, with a frozen or a jointly trained text encoder.
 
 Paper: the report's "our diffusion"; DDPM, Ho et al. 2020, https://arxiv.org/abs/2006.11239
-Command: python jobs/train_pixel_diffusion.py --variant best --storage URI
+
+    python jobs/train_pixel_diffusion.py --variant best --storage URI
+
+Hardware: a CPU for `shapes`; `report` attends at full resolution and needs a GPU.
 """
 
 from typing import Any

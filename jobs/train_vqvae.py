@@ -2,7 +2,12 @@
 """Train a VQ-VAE: images to a small grid of codes and back, the space in which latent diffusion works.
 
 Paper: van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, with the report's perceptual and PatchGAN losses
-Command: python jobs/train_vqvae.py --variant best --storage URI
+
+    python jobs/train_vqvae.py --variant best --storage URI
+    python jobs/train_vqvae.py --variant report --vgg16 FILE --lpips-heads FILE --storage URI
+
+FILE: torchvision's vgg16 weights and the lpips package's weights v0.1/vgg.
+Hardware: a CPU for `shapes` (minutes) and `best`; `report` is meant for a GPU.
 """
 
 import dataclasses
@@ -103,13 +108,15 @@ def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) ->
 def dry_run(job: Job, perceptual: PerceptualDistance | None) -> None:
     """Print the resolved recipe and what would be read and written; nothing is written."""
     recipe, storage = job.recipe, job.storage
+    makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS")
+    table = None if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
     print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
     print(f"reads:  {storage}/data/{recipe.dataset}, {storage}/features (pixels, made first where missing)")
     print(f"writes: {job.run}, copies of the pixels in {default_cache()}")
-    if recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS"):
+    if table is None:
         print("sizes and steps: known once the Shapes data is made, which this job does first")
-        return
-    describe(job, perceptual, len(read_captions(storage, recipe.dataset, recipe.split).rows(TRAIN)))
+    else:
+        describe(job, perceptual, len(table.rows(TRAIN)))
 
 
 def with_absolute_paths(recipe: VQVAERecipe) -> VQVAERecipe:
@@ -152,7 +159,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+    train(parse_job(__file__, VARIANTS, __doc__ or "", report_needs=" --vgg16 FILE --lpips-heads FILE"))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ _MAX_RESTARTS = 100
 _POLL_S = 0.5
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _PLACES = ("encoder", "text_encoder", "tokenizer", "vqvae", "perceptual", "vgg16", "lpips_heads")
+# Ray's name of a working directory that it unpacked, before the hash of its files.
+_RAY_PACKAGE = "_ray_pkg_"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -101,8 +103,13 @@ def recipe_name(job_file: str) -> str:
     return Path(job_file).stem.removeprefix("train_")
 
 
-def parse_job(job_file: str, variants: dict[str, Any], description: str, argv: list[str] | None = None) -> Job:
-    """Read ``--variant`` first; its fields are then the defaults of the flags, and what ``--help`` shows."""
+def parse_job(
+    job_file: str, variants: dict[str, Any], description: str, argv: list[str] | None = None, report_needs: str = ""
+) -> Job:
+    """Read ``--variant`` first; its fields are then the defaults of the flags, and what ``--help`` shows.
+
+    `report_needs`: the flags without which `report` does not run.
+    """
     argv = sys.argv[1:] if argv is None else argv
     variant, source = "shapes", "no --variant"
     for index, word in enumerate(argv):
@@ -141,14 +148,19 @@ def parse_job(job_file: str, variants: dict[str, Any], description: str, argv: l
     if source == "no --variant":
         print(
             f"no --variant given: running `shapes`, self-contained on built-in data; "
-            f"the report's recipe is `{command} --variant report --storage URI`",
+            f"the report's recipe is `{command} --variant report{report_needs} --storage URI`",
             flush=True,
         )
     return job
 
 
 def source_commit() -> str:
-    """The commit of the code, with ``+changes`` where files differ from it; ``unknown`` outside a checkout."""
+    """The commit of the code, with ``+changes`` where files differ from it; ``unknown`` outside a checkout.
+
+    Of code that was sent to a cluster, which leaves .git at home, it is the name of Ray's package, a hash of the files.
+    """
+    if ROOT.name.startswith(_RAY_PACKAGE):
+        return ROOT.name
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--exclude=*", "--abbrev=12"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

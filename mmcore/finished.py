@@ -30,10 +30,19 @@ def read_facts(run: Storage) -> dict[str, Any]:
     try:
         facts = json.loads((run / "model").read(_RECIPE))
     except FileNotFoundError:
-        raise InputError(f"{run}: no model/ there; name a finished run, STORAGE/runs/RECIPE/NAME") from None
+        raise InputError(f"{run}: {_why_not(run)}") from None
     if "weights_sha256" not in facts:
         raise InputError(f"{run}/model/{_RECIPE}: names no weights_sha256; copy model/ again, or train it anew")
     return facts
+
+
+def _why_not(run: Storage) -> str:
+    """What a folder without ``model/`` is, and what to name instead."""
+    if run.exists("recipe.json"):
+        return "no model/ there, so the run is not finished; give its training command again to go on"
+    others = [name for name in run.parent.folders() if not name.startswith(".")]
+    there = f"{run.parent} has: {', '.join(others[:10])}" if others else "that is STORAGE/runs/RECIPE/NAME"
+    return f"no model/ there; name a finished run ({there})"
 
 
 def read_weights(run: Storage, facts: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,6 +12,9 @@ the end of the warm-up to the last step, so starting and ending are left out; it
 holds what Ray does now and then, while the median of the steps, given beside it, does not.
 Each run is a process group of its own; Ray is shut down while torchrun runs, since its daemons would slow it too.
 
+By default a core is left for Ray's own processes, which take about a tenth of one: with a thread on every core each
+of their wake-ups stops all threads of a step, and on two cores the ratio is 1.25 (`--num-threads 2`).
+
 The model is `best`'s decoder on one caption an image: steps several times shorter than those of a real run, which
 makes a fixed cost show more than it does there.
 """
@@ -33,7 +36,7 @@ import tyro
 
 from jobs.bench.inputs import synthetic_training, tiny
 from jobs.bench.timing import interleaved, publish, say, verdict
-from jobs.cluster import ROOT
+from jobs.cluster import ROOT, cpus
 from jobs.commandline import run
 from jobs.train_worker import Doing, Setup
 from jobs.trainer import Job, RunOptions, run_training
@@ -55,7 +58,7 @@ class OverheadBench:
     num_workers: int = 1
     """Training workers, under Ray and under torchrun."""
     num_threads: int | None = None
-    """CPU threads of a worker; by default the cores over the workers."""
+    """CPU threads of a worker; by default what one core fewer than there are gives each."""
     pairs: int = 5
     """Pairs of a Ray run and a torchrun run."""
     steps: int = 100
@@ -71,7 +74,7 @@ class OverheadBench:
 
     @property
     def threads(self) -> int:
-        return self.num_threads or max(1, (os.cpu_count() or 1) // self.num_workers)
+        return self.num_threads or max(1, (cpus() - 1) // self.num_workers)
 
     def recipe(self) -> ResNetCaptionerRecipe:
         best = tiny(VARIANTS["best"]) if self.smoke else VARIANTS["best"]

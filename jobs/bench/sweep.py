@@ -17,7 +17,6 @@ while the loop runs.
 
 import dataclasses
 import math
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 import tyro
 
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
+from jobs.cluster import cpus
 from jobs.commandline import run
 from jobs.generate import GenerateSettings, generate
 from mmcore import checkpoint
@@ -68,7 +68,7 @@ class SweepBench:
 
     @property
     def threads(self) -> int:
-        return 1 if self.part == "workers" else self.num_threads or os.cpu_count() or 1
+        return 1 if self.part == "workers" else self.num_threads or cpus()
 
 
 def write_random_run(folder: Path, bench: SweepBench) -> Storage:

@@ -13,7 +13,7 @@ import torch
 
 from mmcore.data.columns import Column
 from mmcore.data.shapes import SPLITS, ShapesSettings, make_scene, scene_captions
-from mmcore.errors import InputError
+from mmcore.errors import InputError, not_prepared
 from mmcore.seeding import uniform
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -46,11 +46,7 @@ def read_dataset_facts(storage: Storage, dataset: str) -> dict:
     try:
         return json.loads(folder.read("_SUCCESS"))
     except FileNotFoundError:
-        source = "" if dataset == "shapes" else " --source DIR_OR_ZIP"
-        raise InputError(
-            f"{folder}: no prepared dataset; run `python jobs/prepare.py --dataset {dataset}{source} "
-            f"--storage {storage}` first"
-        ) from None
+        raise not_prepared(folder, dataset, storage) from None
 
 
 def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmcore.data.flickr8k import split_caption_row
-from mmcore.errors import InputError
+from mmcore.errors import InputError, not_prepared
 from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
@@ -153,10 +153,7 @@ def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Tabl
     folder = Storage(storage_uri) / "data" / dataset
     names = folder.list(".parquet") if folder.exists("_SUCCESS") else []
     if not names:
-        raise InputError(
-            f"{folder.uri}: no finished dataset there (no _SUCCESS); make it with "
-            f"`python jobs/prepare.py --dataset {dataset} --storage {storage_uri}`"
-        )
+        raise not_prepared(folder, dataset, storage_uri)
     filesystem, path = folder.arrow()
     tables = []
     for name in names:

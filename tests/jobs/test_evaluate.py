@@ -241,7 +241,7 @@ def test_wrong_run_writes_nothing(predictions: str, references: str, tmp_path: P
         ({"storage": "S", "split": "split_report"}, "expected COLUMN:NAME"),
         ({"storage": "S", "split": "split_reprot:train"}, "columns there: image_id, file_name, image, captions"),
         ({"storage": "S", "split": "split_report:val"}, "values there: 'train', 'validation'"),
-        ({"storage": "S", "dataset": "shapes"}, "no finished dataset there"),
+        ({"storage": "S", "dataset": "shapes"}, "no prepared dataset"),
     ],
 )
 def test_settings_that_do_not_fit(

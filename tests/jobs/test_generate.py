@@ -301,7 +301,7 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
         ({"guidance": 0.5}, "--guidance 0.5: must be at least 1"),
         ({"guidance": math.nan}, "--guidance nan: must be at least 1"),
         ({"guidance": 1.0, "negative_prompt": "blur"}, "--negative-prompt works by guidance"),
-        ({"prompts": "shapes-test", "storage": "nowhere"}, "no finished dataset there"),
+        ({"prompts": "shapes-test", "storage": "nowhere"}, "no prepared dataset"),
     ],
 )
 def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypatch):

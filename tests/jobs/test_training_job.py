@@ -14,6 +14,7 @@ import pytest
 import tiny
 from job_output import own_lines
 
+from jobs import trainer
 from jobs.commandline import run
 from jobs.train_resnet_captioner import main
 from mmcore.storage import Storage
@@ -328,6 +329,14 @@ def test_a_run_fed_by_ray_data_trains(call_job: CallJob, storage: Storage) -> No
     losses = [row["loss"] for row in rows if "validation_loss" not in row]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
+
+
+def test_the_code_of_a_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its commit; of code that was sent to a cluster without .git, by Ray's hash of it."""
+    for folder, name in (("_ray_pkg_0123456789abcdef", "_ray_pkg_0123456789abcdef"), ("elsewhere", "unknown")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setattr(trainer, "ROOT", tmp_path / folder)
+        assert trainer.source_commit() == name
 
 
 @pytest.mark.soak

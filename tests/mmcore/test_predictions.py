@@ -387,8 +387,8 @@ def test_bad_prepared_datasets(prepared: str) -> None:
         split_images(prepared, "shapes", "splt", "test")
     with pytest.raises(InputError, match="no image has split 'tst'; values there: 'test', 'train'"):
         split_images(prepared, "shapes", "split", "tst")
-    with pytest.raises(InputError, match=r"data/flickr8k: no finished dataset there"):
+    with pytest.raises(InputError, match=r"data/flickr8k: no prepared dataset"):
         prepared_references(prepared, "flickr8k")
     (Path(prepared) / "data" / "shapes" / "_SUCCESS").unlink()
-    with pytest.raises(InputError, match=r"data/shapes: no finished dataset there"):
+    with pytest.raises(InputError, match=r"data/shapes: no prepared dataset"):
         prepared_references(prepared, "shapes")
