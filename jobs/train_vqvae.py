@@ -100,7 +100,8 @@ def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) ->
     if job.variant == "report":
         print(
             "departures from the report: GroupNorm in the discriminator where it has BatchNorm (no batch statistics); "
-            "one more residual block a level in the decoder (diffusers' VQModel); a step is 4 of the report's batches",
+            "one more residual block a level in the decoder (diffusers' VQModel); a step is 4 of the report's batches. "
+            f"With {recipe.num_heads} heads in its attention it cannot be exported: VQModel has one",
             flush=True,
         )
 
