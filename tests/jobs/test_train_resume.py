@@ -140,6 +140,26 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
 
 
 @pytest.mark.soak
+def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
+    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage
+) -> None:
+    """Five steps are an epoch: one that was interrupted is read anew, and no step is taken twice or left out."""
+    run = run_folder(storage, "streamed")
+    command = [JOB, *FLAGS, "--stream", "--num-workers", NUM_WORKERS, "--storage", storage, "--name", "streamed"]
+    process = start_job(*command)
+    wait_for_step(run, 12, process)
+    kill_with_all_it_started(process)
+    stopped = committed_step(run)
+    assert 12 <= stopped < NUM_STEPS
+    again = run_job(*command, timeout_s=TIMEOUT_S)
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    losses = [row["loss"] for row in rows if "validation_loss" not in row]
+    assert [row["step"] for row in rows if "validation_loss" not in row] == list(range(1, NUM_STEPS + 1))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.soak
 def test_a_worker_that_crashes_again_and_again_ends_the_run(
     start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, tmp_path: Path
 ) -> None:
