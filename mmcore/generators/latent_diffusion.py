@@ -114,12 +114,12 @@ _SHAPES = dataclasses.replace(
     # A mirrored image would make "left" mean right.
     flip=False,
     sample_steps=25,
-    unet=UNetSettings(channels=(96, 160), layers_per_block=1, attention_levels=(0, 1), num_heads=4),
+    unet=UNetSettings(channels=(128, 192), layers_per_block=1, attention_levels=(0, 1), num_heads=4),
     text=TextSettings(max_tokens=77, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,
         num_epochs=12,
-        batch_size=32,
+        batch_size=16,
         lr=1e-3,
         warmup_steps=100,
         ema_decay=0.995,
