@@ -190,7 +190,9 @@ def _classify(coverage: FloatArray, centre: tuple[float, float], extent: int) ->
     bounding box, whose corners are lost first, the area is the same after a blur.
     """
     reach = extent * _CONTEXT / 2
-    pad = _SIDE // 3  # a patch may reach over the edge of the image: 0.3 of the extent at most
+    # A patch may reach over the edge of the image: 0.3 of the extent for a shape of ours, 0.8 for what a generator
+    # draws, whose mass may lie in one corner of it.
+    pad = _SIDE
     padded = Image.fromarray(np.pad(coverage, pad))
     x, y = centre[0] + pad, centre[1] + pad
     box = (x - reach, y - reach, x + reach, y + reach)

@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from mmcore.data import shapes_parser
 from mmcore.data.shapes import (
+    BACKGROUND,
     COLOURS,
     SHAPES,
     SIZES,
@@ -326,3 +327,12 @@ def test_the_score_of_the_whole_is_the_sum_of_the_parts() -> None:
     assert whole.as_dict()["named"] == expected == dict(zip(KINDS, whole.named, strict=True))
     assert whole.num_correct == 3 + 1 + 0 + 1 + 0 + 2
     assert whole.fraction_correct == pytest.approx(7 / 11)
+
+
+def test_what_is_no_shape_and_fills_the_image_is_scored() -> None:
+    """Generators draw such things: its mass lies in a corner, and it reaches from edge to edge."""
+    image = np.full((64, 64, 3), BACKGROUND, np.uint8)
+    image[:24, :24] = image[:3] = image[:, :3] = COLOURS["red"]
+    (found,) = detect_objects(image)
+    assert found.colour == "red"
+    assert score_prompt(image, "a large red circle").correct["colour"] == 1
