@@ -190,7 +190,7 @@ def _classify(coverage: FloatArray, centre: tuple[float, float], extent: int) ->
     bounding box, whose corners are lost first, the area is the same after a blur.
     """
     reach = extent * _CONTEXT / 2
-    # A patch may reach over the edge of the image: 0.3 of the extent for a shape of ours, up to 0.8 for what a generator
+    # A patch may reach over the edge of the image: 0.3 of the extent for a shape of ours, 0.8 for what a generator
     # draws, such as a bar along an edge.
     pad = _SIDE
     padded = Image.fromarray(np.pad(coverage, pad))
