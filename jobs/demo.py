@@ -59,7 +59,7 @@ def _shorter(recipe: Any, max_steps: int) -> Any:
 
 
 _CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 2000)
-_VQVAE, _LDM = _shorter(vqvae.VARIANTS["shapes"], 300), _shorter(latent_diffusion.VARIANTS["shapes"], 500)
+_VQVAE, _LDM = _shorter(vqvae.VARIANTS["shapes"], 300), _shorter(latent_diffusion.VARIANTS["shapes"], 400)
 
 
 @dataclass(frozen=True)
