@@ -37,6 +37,9 @@ class UNetSettings:
     """Heads of each attention."""
     time_width: int | None = None
     """Width of the timestep's embedding; None is four times the first level's channels."""
+    pooled_text: bool = False
+    """Add the text, pooled by attention, to the timestep's embedding, and let that scale and shift every block: colours
+    and sizes then need not be found through cross-attention first."""
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
@@ -71,6 +74,11 @@ class UNetSettings:
                 f"channels {self.channels}: {len(self.channels)} levels need sides divisible by {factor}, and samples "
                 f"are {height} x {width}; mend it with --channels"
             )
+        if self.pooled_text and context_width % self.num_heads:
+            raise InputError(
+                f"num_heads {self.num_heads} does not divide the {context_width} channels of the text, which "
+                "pooled_text attends to; mend it with --num-heads"
+            )
         attends = [level in self.attention_levels for level in range(len(self.channels))]
         unet: Any = UNet2DConditionModel(
             sample_size=height,
@@ -85,6 +93,10 @@ class UNetSettings:
             # By a mistake that became an interface, this is the number of heads.
             attention_head_dim=self.num_heads,
             time_embedding_dim=self.time_width,
+            # The network pools the hidden states that it attends to, so pipelines call it as they call any other.
+            addition_embed_type="text" if self.pooled_text else None,
+            addition_embed_type_num_heads=self.num_heads,
+            resnet_time_scale_shift="scale_shift" if self.pooled_text else "default",
         )
         finest = min(self.attention_levels, default=len(self.channels) - 1)
         positions = (height >> finest) * (width >> finest)
