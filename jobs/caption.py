@@ -84,7 +84,9 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
         raise InputError(f"--run {run}: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}")
     trained_length = facts["settings"]["max_length"]
     if settings.max_length > trained_length:
-        print(f"caption: captions end at the {trained_length} words that the run was trained on", flush=True)
+        print(
+            f"caption: --max-length {settings.max_length}: captions end at the run's own {trained_length}", flush=True
+        )
     encoder = absolute_folder(settings.encoder or facts["settings"]["encoder"])
     blocks = plan_blocks(images, settings.split, settings.rows_per_block)
     print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)

@@ -6,7 +6,7 @@ VQ-VAE and a latent diffusion on its codes, generate images, score them; and a p
 
 Needs no data, no weights and no network. Finished stages are kept; what changed since is done anew.
 Exit code 1 if fewer than 80 % of the attributes that the captions name are right, or if they name too few.
-The generator is trained for two minutes only: its score is shown and not demanded.
+The generator is trained for a few minutes only: its score is shown and not demanded.
 """
 
 import dataclasses

@@ -372,7 +372,7 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
     )
     for column, counts in summary["splits"].items():
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    variant = SHAPES if settings.dataset == SHAPES else "best"
+    variant = SHAPES if settings.dataset == SHAPES else "best --name best"
     print(f"next: python jobs/train_resnet_captioner.py --variant {variant} --storage {settings.storage}")
 
 

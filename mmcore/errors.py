@@ -12,6 +12,6 @@ class InputError(ValueError):
 
 def not_prepared(folder: object, dataset: str, storage: object) -> InputError:
     """There is no finished dataset in `folder`, and how to make it in `storage`."""
-    source = "" if dataset == "shapes" else " --source FOLDER_OR_ZIP"
+    source = "" if dataset == "shapes" else " --source SOURCE"
     command = f"python jobs/prepare.py --dataset {dataset}{source} --storage {shlex.quote(str(storage))}"
     return InputError(f"{folder}: no prepared dataset; run `{command}` first")

@@ -1,6 +1,7 @@
 """The model of a finished run: ``RUN/model/`` holds model.safetensors and recipe.json, which names its SHA-256."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,15 @@ def read_facts(run: Storage) -> dict[str, Any]:
 
 def _why_not(run: Storage) -> str:
     """What a folder without ``model/`` is, and what to name instead."""
-    if run.exists("recipe.json"):
+    if run.exists(_WEIGHTS):
+        return "no model/ there, since it is one; name the folder that holds it"
+    if run.exists(_RECIPE):
         return "no model/ there, so the run is not finished; give its training command again to go on"
-    others = [name for name in run.parent.folders() if not name.startswith(".")]
-    there = f"{run.parent} has: {', '.join(others[:10])}" if others else "that is STORAGE/runs/RECIPE/NAME"
-    return f"no model/ there; name a finished run ({there})"
+    finished: list[str] = []
+    if re.search(r"/runs/[^/]+/[^/]+$", run.uri):
+        finished = [name for name in run.parent.folders() if (run.parent / name / "model").exists(_RECIPE)]
+    there = f"{run.parent} has: {', '.join(finished[:10])}" if finished else "STORAGE/runs/RECIPE/NAME"
+    return f"no model/ there; name a finished run, {there}"
 
 
 def read_weights(run: Storage, facts: dict[str, Any]) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def test_every_image_once_in_order_with_its_bytes(
     assert "read: 25 images, 50 captions" in printed
     assert "flickr8k: 25 images, 50 captions in 2 files" in printed
     assert "train 15, validation 5, test 4, unused 1" in printed
-    assert f"next: python jobs/train_resnet_captioner.py --variant best --storage {out}" in printed
+    assert f"next: python jobs/train_resnet_captioner.py --variant best --name best --storage {out}" in printed
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -34,6 +34,19 @@ def test_an_unfinished_run_is_refused(run: Storage) -> None:
         read_facts(run)
 
 
+def test_what_to_name_instead_is_said(run: Storage) -> None:
+    write_model(run, WEIGHTS, {"recipe": "tiny"})
+    with pytest.raises(InputError, match="name the folder that holds it"):
+        read_facts(run / "model")
+    with pytest.raises(InputError, match=r"name a finished run, .*runs/tiny has: default"):
+        read_facts(run.parent / "defualt")
+    (run.parent / "begun").write("recipe.json", b"{}")
+    with pytest.raises(InputError, match="not finished; give its training command again"):
+        read_facts(run.parent / "begun")
+    with pytest.raises(InputError, match="name a finished run, STORAGE/runs/RECIPE/NAME"):
+        read_facts(Storage("/no-such-folder"))
+
+
 def test_weights_that_are_not_the_named_ones_are_refused(run: Storage) -> None:
     write_model(run, WEIGHTS, {"recipe": "tiny"})
     facts = read_facts(run)
