@@ -114,11 +114,13 @@ _SHAPES = dataclasses.replace(
     # A mirrored image would make "left" mean right.
     flip=False,
     sample_steps=25,
-    unet=UNetSettings(channels=(128, 192), layers_per_block=1, attention_levels=(0, 1), num_heads=4),
+    unet=UNetSettings(
+        channels=(64, 96, 128), layers_per_block=1, attention_levels=(1, 2), num_heads=4, pooled_text=True
+    ),
     text=TextSettings(max_tokens=77, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,
-        num_epochs=12,
+        num_epochs=10,
         batch_size=16,
         lr=1e-3,
         warmup_steps=100,
@@ -129,7 +131,7 @@ _SHAPES = dataclasses.replace(
 _SMOKE = dataclasses.replace(
     _SHAPES,
     sample_steps=4,
-    unet=UNetSettings(channels=(32, 32), layers_per_block=1, attention_levels=(1,), num_heads=2),
+    unet=UNetSettings(channels=(32, 32), layers_per_block=1, attention_levels=(1,), num_heads=2, pooled_text=True),
     text=TextSettings(max_tokens=77, text_width=32, text_layers=1, text_heads=2),
     train=dataclasses.replace(
         _SHAPES.train, num_epochs=1, max_steps=20, batch_size=8, warmup_steps=5, ema_decay=0.9, num_samples=4

@@ -103,6 +103,32 @@ def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], flag: str
         dataclasses.replace(VARIANTS["smoke"], unet=UNetSettings(**settings))
 
 
+def test_pooled_text_reaches_a_network_that_attends_to_none() -> None:
+    """With cross-attention silenced, two prompts still give two predictions: by the timestep's embedding alone."""
+    inputs = TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2)
+    for pooled_text in (False, True):
+        smoke = VARIANTS["smoke"]
+        recipe = dataclasses.replace(smoke, unet=dataclasses.replace(smoke.unet, pooled_text=pooled_text))
+        torch.manual_seed(0)
+        model = recipe.build(inputs, (3, 16, 16))
+        with torch.no_grad():
+            for name, parameter in model.unet.named_parameters():
+                if "attn2.to_out" in name:
+                    parameter.zero_()
+        ids = torch.full((2, recipe.text.max_tokens), 0)
+        ids[:, :3] = torch.tensor([[1, 5, 2], [1, 9, 2]])
+        x = torch.randn(1, 3, 16, 16).expand(2, -1, -1, -1)
+        first, second = model.predict(x, 500, model.text({"input_ids": ids}))
+        assert (not torch.allclose(first, second, atol=1e-6)) == pooled_text
+
+
+def test_heads_that_do_not_divide_the_pooled_text_are_refused() -> None:
+    smoke = VARIANTS["smoke"]
+    recipe = dataclasses.replace(smoke, text=dataclasses.replace(smoke.text, text_width=33, text_heads=3))
+    with pytest.raises(InputError, match=r"num_heads 2 does not divide the 33 .*--num-heads"):
+        recipe.build(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16))
+
+
 def test_a_side_that_the_levels_do_not_halve_is_refused() -> None:
     recipe = tiny_diffusion.recipe()
     inputs = tiny_diffusion.tokenizer(recipe).inputs()
@@ -158,6 +184,7 @@ GOLDEN_LOSSES = [
 def test_golden_losses(tmp_path: Path) -> None:
     """Ten steps from weights by formula: a refactoring changes none of them."""
     recipe = tiny_diffusion.recipe(num_epochs=2)
+    recipe = dataclasses.replace(recipe, unet=dataclasses.replace(recipe.unet, pooled_text=False))
     model = tiny_diffusion.model_of(recipe)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
