@@ -140,7 +140,7 @@ def publish(bench: str, settings: dict[str, Any], measure: Callable[[], dict[str
     machine was shared, and the figures are rough. Raises InputError for too few pairs, unless `smoke` says that nothing
     is measured.
     """
-    if settings["pairs"] < MIN_PAIRS and not settings["smoke"]:
+    if settings.get("pairs", MIN_PAIRS) < MIN_PAIRS and not settings["smoke"]:
         raise InputError(f"--pairs {settings['pairs']}: a median needs at least {MIN_PAIRS}")
     facts = {
         "bench": bench,

@@ -119,9 +119,7 @@ _SHAPES = dataclasses.replace(
     # A mirrored image would make "left" mean right.
     flip=False,
     sample_steps=25,
-    unet=UNetSettings(
-        channels=(32, 64, 128), layers_per_block=1, attention_levels=(2,), num_heads=4, pooled_text=True
-    ),
+    unet=UNetSettings(channels=(32, 64, 128), layers_per_block=1, attention_levels=(2,), num_heads=4, pooled_text=True),
     text=TextSettings(max_tokens=32, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,

@@ -427,10 +427,10 @@ _BEST = dataclasses.replace(
     ),
 )
 # Small batches buy more steps for the same work: at 32² pixels, 2,400 images give a PSNR of 20.7 dB in 150 steps of 16
-# at lr 1e-3, 22.0 in 300 steps of 8, 22.5 at lr 3e-3. Sides 4 times smaller, where the report's are 8: 2,000 steps, once
-# over 16,000 images, give 35.1 dB, and the oracle finds 99.8 % of the attributes on the reconstructions of unseen scenes,
-# 99.7 % with noise of 0.3 of the latents' deviation. 8 times smaller and twice as long: 32.2 dB, 96.6 %, of the shapes
-# only 87 %; and the latent diffusion hardly learned shapes and places on those.
+# at lr 1e-3, 22.0 in 300 steps of 8, 22.5 at lr 3e-3. Sides 4 times smaller, where the report's are 8: 2,000 steps,
+# once over 16,000 images, give 35.1 dB; on the reconstructions of unseen scenes the oracle finds 99.8 % of the
+# attributes, and 99.7 % with noise of 0.3 of the latents' deviation. 8 times smaller, twice as long: 32.2 dB, 96.6 %,
+# of the shapes only 87 %; and the latent diffusion hardly learned shapes and places on those.
 _SHAPES = dataclasses.replace(
     _BEST,
     dataset="shapes",

@@ -1,14 +1,15 @@
-"""jobs/bench/sweep.py at a tiny size: that it runs and gives its figures. No time is checked."""
+"""jobs/bench/sweep.py and batch_sizes.py at a tiny size: that they run and give their figures. No time is checked."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from jobs.bench import sweep
+from jobs.bench import batch_sizes, sweep
 from mmcore.generators.trained import TrainedGenerator
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +37,30 @@ def test_figures(part, job_environment):
     result = json.loads(done.stdout)
     assert {"ratio", "steps", "threads_per_worker", "commit"} <= result.keys()
     assert result.get("target_met") is None
+
+
+def test_images_of_two_batch_sizes_are_compared(tmp_path):
+    run = sweep.write_random_run(tmp_path / "run", BENCH).uri
+    bench = batch_sizes.BatchSizes(run=run, count=3, batch_sizes=(1, 2), steps=2, num_threads=1)
+    figures = batch_sizes.measure(bench)["against batches of 1"]["batches of 2"]
+    assert figures["images_within_1"] == 1
+
+
+def test_differences_are_counted():
+    images = np.zeros((4, 2, 2, 3), np.uint8)
+    others = images.copy()
+    others[1, 0, 0, 0], others[2, 0, 0] = 1, 200
+    assert batch_sizes.differences(images, others) == {
+        "images_equal": 0.5,
+        "images_within_1": 0.75,
+        "values_differing": 4 / 48,
+        "values_differing_by_more_than_1": 3 / 48,
+        "largest_difference": 200,
+    }
+
+
+def test_one_batch_size_is_refused(tmp_path):
+    command = [sys.executable, "jobs/bench/batch_sizes.py", "--run", str(tmp_path), "--batch-sizes", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: --batch-sizes 4: give two or more, each at least 1"

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""How far images depend on the size of the batch that they are made in.
+
+Command: python jobs/bench/batch_sizes.py --run STORAGE/runs/ldm/NAME --prompts shapes-test --count 96
+
+The same prompts and seeds are generated in batches of each size, and every image is compared with its own of the first
+size. In fp32 kernels of another batch size sum in another order, which is a few steps of 1/255 at most; but where a
+latent lies between two codes of a VQ-VAE, the last bit decides which of them is decoded, and a whole patch differs.
+Prints one JSON object: the share of images that are equal, and of values that differ, by how much at most and by more
+than 1/255.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from jobs.bench.timing import publish, say
+from jobs.commandline import run
+from mmcore.data.prompts import Prompt, read_prompts
+from mmcore.errors import InputError
+from mmcore.generators.diffusion import SamplerName
+from mmcore.generators.trained import TrainedGenerator
+from mmcore.storage import Storage
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What is generated, and in which batches."""
+
+    run: str
+    """Finished run of a generator."""
+    prompts: str = "shapes-test"
+    """Prompts as of jobs/generate.py."""
+    storage: str | None = None
+    """Folder or s3://bucket/prefix with the prepared data of flickr8k:report-test or shapes-test."""
+    count: int = 96
+    """Images of each batch size."""
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    """The first is what the others are compared with."""
+    steps: int = 25
+    """Steps of the sampler."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale."""
+    sampler: SamplerName = "dpmsolver++"
+    """Sampler of the diffusion."""
+    num_threads: int | None = None
+    """CPU threads; by default PyTorch's choice."""
+
+
+def generated(generator: TrainedGenerator, prompts: list[Prompt], bench: BatchSizes, batch_size: int) -> np.ndarray:
+    """uint8 (N, H, W, 3) of `prompts` in batches of `batch_size`, the last one smaller."""
+    images = []
+    for at in range(0, len(prompts), batch_size):
+        batch = prompts[at : at + batch_size]
+        images.append(
+            generator.generate(
+                [each.prompt for each in batch],
+                [each.seed for each in batch],
+                num_inference_steps=bench.steps,
+                guidance_scale=bench.guidance,
+                sampler=bench.sampler,
+            )
+        )
+    say(f"batches of {batch_size}: {len(prompts)} images")
+    return np.concatenate(images)
+
+
+def differences(images: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """Of two times uint8 (N, H, W, 3)."""
+    steps = np.abs(images.astype(np.int16) - others)
+    per_image = steps.reshape(len(steps), -1).max(axis=1)
+    return {
+        "images_equal": float((per_image == 0).mean()),
+        "images_within_1": float((per_image <= 1).mean()),
+        "values_differing": float((steps > 0).mean()),
+        "values_differing_by_more_than_1": float((steps > 1).mean()),
+        "largest_difference": int(steps.max()),
+    }
+
+
+def measure(bench: BatchSizes) -> dict[str, Any]:
+    prompts = read_prompts(bench.prompts, storage=bench.storage, count=bench.count)
+    generator = TrainedGenerator(Storage(bench.run), device="cuda" if torch.cuda.is_available() else "cpu")
+    first, *others = bench.batch_sizes
+    images = generated(generator, prompts, bench, first)
+    return {
+        "resolution": generator.resolution,
+        f"against batches of {first}": {
+            f"batches of {size}": differences(images, generated(generator, prompts, bench, size)) for size in others
+        },
+    }
+
+
+def main() -> None:
+    bench = tyro.cli(BatchSizes, description=__doc__, prog="python jobs/bench/batch_sizes.py")
+    if len(bench.batch_sizes) < 2 or min(bench.batch_sizes) < 1:
+        raise InputError(f"--batch-sizes {' '.join(map(str, bench.batch_sizes))}: give two or more, each at least 1")
+    if bench.num_threads is not None:
+        torch.set_num_threads(bench.num_threads)
+    publish("batch_sizes", dataclasses.asdict(bench), lambda: measure(bench))
+
+
+if __name__ == "__main__":
+    run(main)
