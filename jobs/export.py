@@ -62,6 +62,10 @@ def to_pipeline(generator: TrainedGenerator) -> Any:
             f"max_tokens {recipe.text.max_tokens}: diffusers' pipeline pads prompts to {PIPELINE_TOKENS} tokens; train "
             f"with --max-tokens {PIPELINE_TOKENS}"
         )
+    if recipe.unet.patch_size != 1:
+        raise InputError(
+            f"patch_size {recipe.unet.patch_size}: diffusers' pipeline has no patches; train with --patch-size 1"
+        )
     if frozen is not None and (frozen.masked or recipe.text.projection_width is not None):
         raise InputError(
             f"text_encoder {frozen.name!r}: diffusers' pipeline takes hidden states as they come, without a mask or a "

@@ -80,11 +80,12 @@ def write_pixel_run(folder: Path, recipe: pixel_diffusion.PixelDiffusionRecipe |
     return _write_diffusion(folder, "pixel_diffusion", recipe, shape, **facts)
 
 
-def write_latent_run(folder: Path, text: TextSettings | None = None, **changes: Any) -> Path:
+def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size: int = 1, **changes: Any) -> Path:
     """`changes` are made to the VQ-VAE's recipe; without `text` its encoder is trained with the rest."""
     autoencoder = dataclasses.replace(vqvae.VARIANTS["smoke"], **changes)
     recipe = latent_diffusion.VARIANTS["smoke"]
-    recipe = dataclasses.replace(recipe, text=text or recipe.text)
+    unet = dataclasses.replace(recipe.unet, patch_size=patch_size)
+    recipe = dataclasses.replace(recipe, text=text or recipe.text, unet=unet)
     run = _write_diffusion(
         folder,
         "ldm",

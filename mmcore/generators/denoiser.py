@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
@@ -37,6 +38,8 @@ class UNetSettings:
     """Heads of each attention."""
     time_width: int | None = None
     """Width of the timestep's embedding; None is four times the first level's channels."""
+    patch_size: int = 1
+    """Values a side of a sample that are one position of the finest level, as channels: 2 is four times cheaper."""
     pooled_text: bool = False
     """Add the text, pooled by attention, to the timestep's embedding, and let that scale and shift every block: colours
     and sizes then need not be found through cross-attention first."""
@@ -46,7 +49,7 @@ class UNetSettings:
         would show the error in a form of its own."""
         if not self.channels or any(channels < 1 or channels % _NORM_GROUPS for channels in self.channels):
             raise InputError(f"channels {self.channels} must be multiples of {_NORM_GROUPS}; mend it with --channels")
-        for name in ("layers_per_block", "num_heads"):
+        for name in ("layers_per_block", "num_heads", "patch_size"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
@@ -68,12 +71,14 @@ class UNetSettings:
         from diffusers.models.attention_processor import AttnProcessor
 
         num_channels, height, width = x_0_shape
-        factor = 2 ** (len(self.channels) - 1)
+        factor = self.patch_size * 2 ** (len(self.channels) - 1)
         if height % factor or width % factor:
             raise InputError(
-                f"channels {self.channels}: {len(self.channels)} levels need sides divisible by {factor}, and samples "
-                f"are {height} x {width}; mend it with --channels"
+                f"channels {self.channels}: {len(self.channels)} levels of patches of {self.patch_size} need sides "
+                f"divisible by {factor}, and samples are {height} x {width}; mend it with --channels or --patch-size"
             )
+        num_channels *= self.patch_size**2
+        height, width = height // self.patch_size, width // self.patch_size
         if self.pooled_text and context_width % self.num_heads:
             raise InputError(
                 f"num_heads {self.num_heads} does not divide the {context_width} channels of the text, which "
@@ -121,12 +126,15 @@ class Denoiser(nn.Module):
         super().__init__()
         self.noise, self.x_0_shape = noise, x_0_shape
         self.text = TextContext(text, inputs)
+        self.patch_size = unet.patch_size
         self.unet = unet.build(x_0_shape, self.text.width)
 
     def predict(self, x: Tensor, timesteps: Tensor | int, context: Tensor) -> Tensor:
         """Noisy samples (B, C, H, W), timesteps (B,) or one for all, text (B, T, D) -> prediction (B, C, H, W)."""
-        x = x.to(next(self.parameters()).dtype).contiguous(memory_format=torch.channels_last)
-        return self.unet(x, timesteps, context).sample
+        # A permutation of the values: noise, targets and losses are the same.
+        x = F.pixel_unshuffle(x.to(next(self.parameters()).dtype), self.patch_size)
+        prediction = self.unet(x.contiguous(memory_format=torch.channels_last), timesteps, context).sample
+        return F.pixel_shuffle(prediction, self.patch_size)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the samples of the batch.

@@ -119,11 +119,15 @@ _SHAPES = dataclasses.replace(
     # A mirrored image would make "left" mean right.
     flip=False,
     sample_steps=25,
-    unet=UNetSettings(channels=(32, 64, 128), layers_per_block=1, attention_levels=(2,), num_heads=4, pooled_text=True),
+    # Positions of 2 x 2 pixels, attention where there are at most 8².
+    unet=UNetSettings(
+        channels=(64, 96, 128), layers_per_block=1, attention_levels=(1, 2), num_heads=4, patch_size=2, pooled_text=True
+    ),
     text=TextSettings(max_tokens=32, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,
-        num_epochs=12,
+        num_epochs=10,
+        batch_size=16,
         lr=1e-3,
         warmup_steps=100,
         ema_decay=0.995,

@@ -52,6 +52,7 @@ def test_runs_that_the_pipeline_cannot_hold_are_refused(tmp_path: Path) -> None:
     refused = [
         (tiny_runs.write_pixel_run(runs / "pixel_diffusion" / "a"), "is no latent diffusion"),
         (tiny_runs.write_latent_run(runs / "ldm" / "heads", num_heads=2), "num_heads 2: diffusers' VQModel has one"),
+        (tiny_runs.write_latent_run(runs / "ldm" / "patches", patch_size=2), "patch_size 2: diffusers' pipeline has"),
         (tiny_runs.write_latent_run(runs / "ldm" / "short", short), "max_tokens 16: diffusers' pipeline pads"),
     ]
     for run, message in refused:

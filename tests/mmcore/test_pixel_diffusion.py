@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_other_variants_are_small_and_attend_where_it_pays(name: str) -> None:
         ({"attention_levels": (2,), "channels": (32, 64)}, "--attention-levels"),
         ({"num_heads": 3, "channels": (32, 64), "attention_levels": (1,)}, "--num-heads"),
         ({"layers_per_block": 0}, "--layers-per-block"),
+        ({"patch_size": 0}, "--patch-size"),
     ],
 )
 def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], flag: str) -> None:
@@ -122,6 +124,24 @@ def test_pooled_text_reaches_a_network_that_attends_to_none() -> None:
         assert (not torch.allclose(first, second, atol=1e-6)) == pooled_text
 
 
+def test_patches_are_positions_of_the_finest_level() -> None:
+    """A quarter of the positions, four times the channels, and of an untouched network every value in its place."""
+    smoke = VARIANTS["smoke"]
+    recipe = dataclasses.replace(smoke, unet=dataclasses.replace(smoke.unet, patch_size=2))
+    model = recipe.build(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16))
+    assert (model.unet.config.in_channels, model.unet.config.out_channels, model.unet.config.sample_size) == (12, 12, 8)
+    seen = []
+
+    def same(x: torch.Tensor, timesteps: Any, context: Any) -> Any:
+        seen.append(x.shape)
+        return types.SimpleNamespace(sample=x)
+
+    model.unet.forward = same
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model.predict(x, 500, torch.zeros(2, 3, 4)), x)
+    assert seen == [(2, 12, 8, 8)]
+
+
 def test_heads_that_do_not_divide_the_pooled_text_are_refused() -> None:
     smoke = VARIANTS["smoke"]
     recipe = dataclasses.replace(smoke, text=dataclasses.replace(smoke.text, text_width=33, text_heads=3))
@@ -132,7 +152,7 @@ def test_heads_that_do_not_divide_the_pooled_text_are_refused() -> None:
 def test_a_side_that_the_levels_do_not_halve_is_refused() -> None:
     recipe = tiny_diffusion.recipe()
     inputs = tiny_diffusion.tokenizer(recipe).inputs()
-    with pytest.raises(InputError, match=r"divisible by 2.*15 x 15.*--channels"):
+    with pytest.raises(InputError, match=r"divisible by 2.*15 x 15.*--channels or --patch-size"):
         recipe.build(inputs, (3, 15, 15))
 
 
