@@ -74,7 +74,7 @@ BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
 # (script, flags, what its output holds): sent as `ray job submit --working-dir . -- python SCRIPT FLAGS`
 JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
-    # What both ways of submitting have in common is seen of the probe; these take minutes, most of it starts of workers.
+    # What both ways of submitting share is seen of the probe; these take minutes, most of it starts of workers.
     pytest.param(
         "jobs/train_resnet_captioner.py", ["--variant", "smoke"], "finished: ", id="train", marks=pytest.mark.soak
     ),
