@@ -115,7 +115,7 @@ def diffusion_setup(
         captions_per_image=recipe.captions_per_image,
         drop_text=recipe.drop_text,
         flip=recipe.flip,
-        num_timesteps=recipe.noise.num_timesteps,
+        noise=recipe.noise,
         scaling_factor=facts["scaling_factor"],
         seed=recipe.train.seed,
     )

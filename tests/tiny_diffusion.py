@@ -78,7 +78,7 @@ def rows_of(recipe: PixelDiffusionRecipe, facts: CaptionTable | None = None) -> 
         captions_per_image=recipe.captions_per_image,
         drop_text=recipe.drop_text,
         flip=recipe.flip,
-        num_timesteps=recipe.noise.num_timesteps,
+        noise=recipe.noise,
         scaling_factor=1.0,
         seed=recipe.train.seed,
     )

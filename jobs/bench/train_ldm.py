@@ -217,7 +217,7 @@ def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, G
         captions_per_image=recipe.captions_per_image,
         drop_text=recipe.drop_text,
         flip=recipe.flip,
-        num_timesteps=recipe.noise.num_timesteps,
+        noise=recipe.noise,
         scaling_factor=scaling_factor(data.latents),
         seed=seed,
     )

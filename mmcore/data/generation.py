@@ -18,6 +18,7 @@ from mmcore.data.captions import TRAIN, CaptionTable
 from mmcore.data.columns import Column
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
+from mmcore.generators.diffusion import NoiseSchedule
 from mmcore.generators.text_encoder import PromptTokenizer
 from mmcore.seeding import generator
 from mmcore.training import Batch
@@ -91,7 +92,7 @@ class GenerationRows:
         captions_per_image: int,
         drop_text: float,
         flip: bool,
-        num_timesteps: int,
+        noise: NoiseSchedule,
         scaling_factor: float,
         seed: int,
     ) -> None:
@@ -107,7 +108,7 @@ class GenerationRows:
         self.places = [places[image_id] for image_id in table.image_ids]
         self.views, self.prompts, self.image_ids = [view.values for view in views], prompts, table.image_ids
         self.num_captions = [min(captions_per_image, len(captions)) for captions in table.captions]
-        self.drop_text, self.flip, self.num_timesteps = drop_text, flip, num_timesteps
+        self.drop_text, self.flip, self.noise = drop_text, flip, noise
         self.scaling_factor, self.seed = scaling_factor, seed
         shape = self.views[0].shape[1:]
         self.x_0_shape = (shape[2], shape[0], shape[1]) if self.are_pixels else shape
@@ -118,7 +119,7 @@ class GenerationRows:
         """All draws are made always, so that no setting moves another draw."""
         random = generator(self.seed, "row", "validation" if epoch is None else epoch, self.image_ids[row])
         mirrored, caption, dropped = torch.rand(3, generator=random, dtype=torch.float64).tolist()
-        timestep = int(torch.randint(self.num_timesteps, (1,), generator=random))
+        timestep = self.noise.draw_timestep(random)
         noise = torch.randn(self.x_0_shape, generator=random)
         if epoch is None:
             return _Draw(False, 0, timestep, noise)

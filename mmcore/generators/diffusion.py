@@ -2,8 +2,8 @@
 
 DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), v-prediction (Salimans & Ho 2022,
 https://arxiv.org/abs/2202.00512, section 4), min-SNR weights (Hang et al. 2023, https://arxiv.org/abs/2303.09556,
-section 3.4), classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6).
-The schedulers are diffusers'.
+section 3.4), classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6), shifted timesteps
+(Esser et al. 2024, https://arxiv.org/abs/2403.03206, eq. 23). The schedulers are diffusers'.
 
 Shapes: B samples, C channels, H rows, W columns, T text tokens, D channels of a text token.
 """
@@ -40,6 +40,9 @@ class NoiseSchedule:
     """What the network predicts: the noise, or v = alpha noise - sigma x_0."""
     min_snr_gamma: float | None = None
     """Cap of the signal-to-noise ratio in the weights of the loss; None weights all timesteps alike."""
+    timestep_shift: float = 1.0
+    """More training of the noisier timesteps: t / T is drawn as s u / (1 + (s - 1) u) with u uniform, s this number;
+    1 draws all alike, and with 3 half of them are in the last quarter."""
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
@@ -53,6 +56,14 @@ class NoiseSchedule:
             )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be above 0; mend it with --min-snr-gamma")
+        if not 0 < self.timestep_shift < float("inf"):
+            raise InputError(f"timestep_shift {self.timestep_shift} must be above 0; mend it with --timestep-shift")
+
+    def draw_timestep(self, random: torch.Generator) -> int:
+        """A timestep to train on, from 0 to T - 1."""
+        drawn = int(torch.randint(self.num_timesteps, (1,), generator=random))
+        u, shift = (drawn + 0.5) / self.num_timesteps, self.timestep_shift
+        return int(self.num_timesteps * shift * u / (1 + (shift - 1) * u))
 
     def scheduler_config(self) -> dict[str, Any]:
         """The arguments that every scheduler of diffusers takes."""

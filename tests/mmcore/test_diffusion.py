@@ -174,8 +174,30 @@ def test_each_step_is_told_and_may_end_the_sampling() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_timesteps": 0}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"min_snr_gamma": 0}]
+    "settings",
+    [
+        {"num_timesteps": 0},
+        {"beta_start": 0.0},
+        {"beta_start": 0.5, "beta_end": 0.1},
+        {"min_snr_gamma": 0},
+        {"timestep_shift": 0.0},
+    ],
 )
 def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"--{next(iter(settings)).replace('_', '-')}"):
         NoiseSchedule(**settings).check()
+
+
+@pytest.mark.parametrize(("shift", "median"), [(1.0, 499.5), (3.0, 749.5), (0.5, 333.0)])
+def test_a_shift_moves_the_timesteps_that_are_trained(shift: float, median: float) -> None:
+    schedule, random = NoiseSchedule(timestep_shift=shift), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([schedule.draw_timestep(random) for _ in range(4000)])
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    assert drawn.double().median().item() == pytest.approx(median, abs=30)  # three standard errors of 4,000 draws: 24
+
+
+def test_without_a_shift_the_draw_is_the_generator_s() -> None:
+    ours, plain = (torch.Generator().manual_seed(1) for _ in range(2))
+    drawn = [NoiseSchedule(num_timesteps=37).draw_timestep(ours) for _ in range(200)]
+    assert drawn == [int(torch.randint(37, (1,), generator=plain)) for _ in range(200)]
