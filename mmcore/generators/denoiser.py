@@ -74,7 +74,7 @@ class UNetSettings:
         factor = self.patch_size * 2 ** (len(self.channels) - 1)
         if height % factor or width % factor:
             raise InputError(
-                f"channels {self.channels}: {len(self.channels)} levels of patches of {self.patch_size} need sides "
+                f"channels {self.channels}, patch_size {self.patch_size}: {len(self.channels)} levels need sides "
                 f"divisible by {factor}, and samples are {height} x {width}; mend it with --channels or --patch-size"
             )
         num_channels *= self.patch_size**2

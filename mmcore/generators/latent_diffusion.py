@@ -117,7 +117,8 @@ _SHAPES = dataclasses.replace(
     unet=UNetSettings(
         channels=(64, 96, 128), layers_per_block=1, attention_levels=(1, 2), num_heads=4, pooled_text=True
     ),
-    # On 80,000 images, captions lowered the error by a third to a half of it from timestep 700 on, below 500 hardly.
+    # After 80,000 images the right captions instead of others' lowered the error by 0.1 to 0.3 from timestep 700 on,
+    # and by less than 0.03 up to 500.
     noise=dataclasses.replace(_BEST.noise, timestep_shift=3.0),
     text=TextSettings(max_tokens=77, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(

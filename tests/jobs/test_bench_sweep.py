@@ -41,7 +41,7 @@ def test_figures(part, job_environment):
 
 def test_images_of_two_batch_sizes_are_compared(tmp_path):
     run = sweep.write_random_run(tmp_path / "run", BENCH).uri
-    bench = batch_sizes.BatchSizes(run=run, count=3, batch_sizes=(1, 2), steps=2, num_threads=1)
+    bench = batch_sizes.BatchSizes(run=run, count=3, batch_sizes=(1, 2), steps=2)
     figures = batch_sizes.measure(bench)["against batches of 1"]["batches of 2"]
     assert figures["images_within_1"] == 1
 

@@ -83,7 +83,7 @@ def run_folder(storage: Storage, name: str) -> Storage:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--channels", "32", "64", "64", "64", "64", "64"], ["need sides divisible by 32", "--channels"]),
+        (["--channels", "32", "64", "64", "64", "64", "64"], ["levels need sides divisible by 32", "--channels"]),
         (["--sample-guidance", "2"], ["sample_guidance 2.0", "--drop-text 0.1"]),
         (["--max-tokens", "40"], ["max_tokens 40", "takes 32", "--max-tokens"]),
     ],
