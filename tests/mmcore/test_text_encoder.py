@@ -165,6 +165,22 @@ def test_the_encoder_from_scratch_learns_every_weight() -> None:
     assert all(parameter.grad is not None for parameter in context.parameters())
 
 
+def test_a_word_is_more_like_itself_elsewhere_than_like_another_word() -> None:
+    """Before anything is learned; with CLIP's own start both are 0.4."""
+    torch.manual_seed(0)
+    first, places = 3, (3, 9)
+    context = TextContext(TextSettings(max_tokens=12), TextInputs(vocabulary_size=40, pad_id=0, bos_id=1, eos_id=2))
+    input_ids_BT = torch.randint(first, 40, (40, 12))
+    # One word in both places, among others that differ.
+    input_ids_BT[:, places] = torch.arange(first, 40).repeat(2)[:40, None]
+    with torch.no_grad():
+        here_BD, there_BD = context({"input_ids": input_ids_BT})[:, places].unbind(1)
+    itself = torch.cosine_similarity(here_BD, there_BD).mean()
+    others = torch.cosine_similarity(here_BD, there_BD.roll(1, 0)).mean()
+    assert itself > 0.8
+    assert others < 0.2
+
+
 def test_frozen_hidden_states_are_projected_or_handed_on() -> None:
     hidden = torch.randn(2, 8, 16)
     handed_on = TextContext(TextSettings(text_encoder="x", max_tokens=8), TextInputs(width=16))
