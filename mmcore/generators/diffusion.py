@@ -63,7 +63,8 @@ class NoiseSchedule:
         """A timestep to train on, from 0 to T - 1."""
         drawn = int(torch.randint(self.num_timesteps, (1,), generator=random))
         u, shift = (drawn + 0.5) / self.num_timesteps, self.timestep_shift
-        return int(self.num_timesteps * shift * u / (1 + (shift - 1) * u))
+        # Of a shift beyond all measure the quotient rounds to 1.
+        return min(self.num_timesteps - 1, int(self.num_timesteps * shift * u / (1 + (shift - 1) * u)))
 
     def scheduler_config(self) -> dict[str, Any]:
         """The arguments that every scheduler of diffusers takes."""

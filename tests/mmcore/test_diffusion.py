@@ -188,7 +188,7 @@ def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
         NoiseSchedule(**settings).check()
 
 
-@pytest.mark.parametrize(("shift", "median"), [(1.0, 499.5), (3.0, 749.5), (0.5, 333.0)])
+@pytest.mark.parametrize(("shift", "median"), [(1.0, 499.5), (3.0, 749.5), (0.5, 333.0), (1e20, 999)])
 def test_a_shift_moves_the_timesteps_that_are_trained(shift: float, median: float) -> None:
     schedule, random = NoiseSchedule(timestep_shift=shift), torch.Generator().manual_seed(0)
     drawn = torch.tensor([schedule.draw_timestep(random) for _ in range(4000)])
