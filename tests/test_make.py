@@ -21,8 +21,9 @@ def clone(tmp_path: Path) -> Path:
 
 
 def outside_make() -> dict[str, str]:
-    """The environment without what would turn a `make` inside `make test` into a sub-make."""
-    return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    """The environment without what would turn a `make` inside `make test` into a sub-make, or hand its words on."""
+    of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "TEST_WORKERS")
+    return {name: value for name, value in os.environ.items() if name not in of_make}
 
 
 def make(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
