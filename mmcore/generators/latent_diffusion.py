@@ -114,7 +114,7 @@ _SHAPES = dataclasses.replace(
     # A mirrored image would make "left" mean right.
     flip=False,
     sample_steps=25,
-    # Down to 2 x 2 positions, each of which sees another border: where something is, is known there at once.
+    # Down to 2 x 2 positions, each of which sees another border. Not compared alone.
     unet=UNetSettings(
         channels=(32, 64, 128, 128), layers_per_block=1, attention_levels=(1, 2, 3), num_heads=4, pooled_text=True
     ),

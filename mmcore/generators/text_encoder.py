@@ -238,8 +238,8 @@ class TextContext(nn.Module):
             )
             self.encoder = CLIPTextModel(config)
             # PyTorch's own start, and T5's. With CLIP's (0.02) a word is no more like itself in another place than like
-            # another word in its own (cosines of 0.42 and 0.44; so 0.94 and 0.06): on Shapes of one object, words for
-            # places had no influence after 15,000 images, and have it after 7,000 so.
+            # another word in its own (cosines of 0.42 and 0.44; so 0.94 and 0.06): on Shapes of one object, with
+            # `timestep_shift` 8, words for places had no influence after 15,000 images, and have it after 9,500 so.
             nn.init.normal_(self.encoder.get_input_embeddings().weight)
             if not torch.cuda.is_available():
                 # The backward pass of PyTorch's fused attention is slow on a CPU.
