@@ -3,9 +3,10 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-# Test files that run side by side: each may start a Ray of its own.
+# Test files that run side by side: each may start a Ray of its own. As they are found, those of jobs first: xdist's own
+# order leaves the longest files, which hold few tests, for the end, where one of them runs alone.
 TEST_WORKERS ?= 2
-PYTEST := $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
+PYTEST := $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check clean

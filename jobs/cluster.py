@@ -102,17 +102,21 @@ def _start_local() -> None:
     # Ray starts a worker that has a runtime environment (Ray Train's all do) through a shell, and does not quote
     # this path: in a clone whose path has a space no worker would ever start.
     python = shlex.quote(sys.executable)
-    context = ray.init(
-        # Not None, which would join a Ray that somebody else started on this machine.
-        address="local",
-        num_cpus=max(MIN_LOCAL_CPUS, int(get_num_cpus())),
-        # Without the dashboard Ray Train's controller logs an error every second.
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        logging_level=logging.WARNING,
-        runtime_env=None if python == sys.executable else {"py_executable": python},
-        _temp_dir=str(folder),
-    )
+    try:
+        context = ray.init(
+            # Not None, which would join a Ray that somebody else started on this machine.
+            address="local",
+            num_cpus=max(MIN_LOCAL_CPUS, int(get_num_cpus())),
+            # Without the dashboard Ray Train's controller logs an error every second.
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            logging_level=logging.WARNING,
+            runtime_env=None if python == sys.executable else {"py_executable": python},
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # where it takes too long, Ray raises this very class
+        said = " ".join(str(error).split())
+        raise InputError(f"Ray does not start on this machine, its files in {folder} (RAY_TMPDIR): {said}") from error
     _say(f"Ray: started on this machine, {_totals()}, dashboard http://{context.dashboard_url}{token_note}")
 
 
@@ -267,6 +271,8 @@ class Watchdog:
         self.what = what
         self.stall_timeout_s = stall_timeout_s
         self.report_after_s = report_after_s
+        self.usual_s = 0.0
+        """The longest time between beats that was no stall: three times it and less is reported in calmer words."""
         self._last_beat = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -302,10 +308,12 @@ class Watchdog:
             if self._stop.is_set() or watched_beat != self._last_beat:
                 continue
             idle_s = time.monotonic() - watched_beat
-            line = f"{self.what}: no progress for {idle_s:.0f} s: {waiting}"
+            is_usual = idle_s < 3 * self.usual_s
+            before = f" (up to {self.usual_s:.0f} s went well before)" if is_usual else ""
+            line = f"{self.what}: no progress for {idle_s:.0f} s{before}: {waiting}"
             if self.stall_timeout_s is not None and idle_s >= self.stall_timeout_s:
                 end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
-            _say(f"stalled: {line}")
+            _say(f"{'waiting' if is_usual else 'stalled'}: {line}")
             next_report_s = idle_s + REPORT_INTERVAL_S
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 
@@ -25,7 +26,9 @@ def one_line(error: BaseException) -> str | None:
     for cause in _causes(error):
         if isinstance(cause, InputError):
             return str(cause)
-        if isinstance(cause, BotoCoreError | ClientError):
+        # Of pyarrow's own requests too, by which Ray Data and Ray Train read and write.
+        of_pyarrow = isinstance(cause, OSError) and cause.errno is None and "AWS Error" in str(cause)
+        if of_pyarrow or isinstance(cause, BotoCoreError | ClientError):
             return f"S3 refused or did not answer: {cause}; check the URI, the AWS_* variables and the network"
         if isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None:
             mend = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
@@ -33,8 +36,17 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+def _nobody_reads_stdout() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1."""
+    """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1.
+
+    Where the reader of stdout is gone (`| head`) it ends silently with 141, as programs do that SIGPIPE ends.
+    """
     # A pipe or a log file must show progress as it happens, not when a buffer fills.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -45,6 +57,10 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            # What is still buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
         line = one_line(error)
         if line is None:
             raise

@@ -18,7 +18,7 @@ import torch
 from ray.data import Dataset
 
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.sweep import ROWS_PER_BLOCK, Blocks, blocks_of_rows, plan_blocks, run_sweep
+from jobs.sweep import READERS_PER_WORKER, ROWS_PER_BLOCK, Blocks, blocks_of_rows, plan_blocks, run_sweep
 from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.data.captions import CaptionRows, CaptionTable, read_dataset_facts
 from mmcore.data.columns import SUCCESS
@@ -259,12 +259,15 @@ def read_null(folder: Storage) -> np.ndarray:
     return np.load(io.BytesIO(folder.read(_NULL)), allow_pickle=False)
 
 
-def streamed_column(column: CachedColumn, image_ids: Sequence[str]) -> Dataset:
-    """The rows `image_ids` of a cached column as a Ray Dataset, for ``get_dataset_shard``."""
-    filesystem, path = (column.folder / "parts").arrow()
+def streamed_column(column: CachedColumn, image_ids: Sequence[str], num_workers: int) -> Dataset:
+    """The rows `image_ids` of a cached column as a Ray Dataset, for ``get_dataset_shard`` of `num_workers` workers."""
+    parts = column.folder / "parts"
+    filesystem, path = parts.arrow()
     wanted = frozenset(image_ids)
     dataset = ray.data.read_parquet(path, filesystem=filesystem)
-    return dataset.filter(lambda row: row["image_id"] in wanted, num_cpus=0.25)
+    # Each fraction of a CPU would start a process of its own; Ray warns of more of them than there are files.
+    filters = ray.data.TaskPoolStrategy(size=min(READERS_PER_WORKER * num_workers, len(parts.list(".parquet"))))
+    return dataset.filter(lambda row: row["image_id"] in wanted, num_cpus=0.25, compute=filters)
 
 
 class StreamedCaptionRows(CaptionRows):
@@ -291,9 +294,9 @@ class StreamedCaptionRows(CaptionRows):
 def _finish(folder: Storage, key: str, num_rows: int) -> None:
     import pyarrow.parquet as pq
 
-    filesystem, path = (folder / "parts").arrow()
-    first = (folder / "parts").list(".parquet")[0]
-    metadata = pq.read_schema(f"{path}/{first}", filesystem=filesystem).metadata
+    parts = folder / "parts"
+    with parts.open(parts.list(".parquet")[0]) as first:
+        metadata = pq.read_schema(first).metadata
     facts = {
         "fingerprint": key,
         "num_rows": num_rows,

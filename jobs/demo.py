@@ -4,13 +4,17 @@ VQ-VAE and a latent diffusion on its codes, generate images, score them; and a p
 
     make demo, or: python jobs/demo.py [--storage URI] [--fresh]
 
-Needs no data, no weights and no network. Finished stages are kept; what changed since is done anew.
+Needs no data, no weights and no network. Finished stages are kept; what changed since is done anew. The last lines tell
+how to serve what it trained.
 Exit code 1 if fewer than 80 % of the attributes that the captions name are right, or if they name too few.
 The generator is trained for a few minutes only: its score is shown and not demanded.
 """
 
 import dataclasses
 import json
+import os
+import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import tyro
 
 from jobs import demo_page, train_ldm, train_resnet_captioner, train_vqvae
@@ -27,11 +31,11 @@ from jobs.commandline import run as run_job
 from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_captions, evaluate_images
 from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.sweep import SWEEP, read_parts, read_plan
+from jobs.sweep import PARTS, read_parts, read_plan, remove_sweep
 from jobs.trainer import Job, RunOptions, recipe_name, source_commit
 from mmcore.captioners import resnet
 from mmcore.captioners.resnet import ResNetCaptionerRecipe
-from mmcore.data.manifest import read_manifest
+from mmcore.data.manifest import MANIFEST, read_manifest
 from mmcore.data.prompts import SHAPES_TEST
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_oracle import score_prompt
@@ -41,12 +45,15 @@ from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.images import decode_image
+from mmcore.metrics.predictions import read_prepared
 from mmcore.metrics.shapes import score_captions
 from mmcore.page import Html, page, paragraph, section, table
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
 
 PAGE = "index.html"
+# Where serve.control listens if it is told nothing else.
+SERVED_AT = "http://127.0.0.1:8000/"
 SPLIT = "test"
 SAMPLER: SamplerName = "dpmsolver++"
 MIN_CORRECT = 0.8
@@ -59,7 +66,13 @@ def _shorter(recipe: Any, max_steps: int) -> Any:
 
 
 _CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 2000)
-_VQVAE, _LDM = _shorter(vqvae.VARIANTS["shapes"], 300), _shorter(latent_diffusion.VARIANTS["shapes"], 400)
+_VQVAE = _shorter(vqvae.VARIANTS["shapes"], 250)
+# It is trained for minutes only, so that its network is smaller and faster than the variant's.
+_LDM = dataclasses.replace(
+    latent_diffusion.VARIANTS["shapes"],
+    unet=dataclasses.replace(latent_diffusion.VARIANTS["shapes"].unet, channels=(32, 64, 128, 128)),
+    train=dataclasses.replace(latent_diffusion.VARIANTS["shapes"].train, max_steps=200, warmup_steps=20),
+)
 
 
 @dataclass(frozen=True)
@@ -132,9 +145,11 @@ class Demo:
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-def _trained(demo: Demo, job: Job, train: Callable[[Job], dict[str, Any]], made_of_it: Storage) -> str:
+def _trained(
+    demo: Demo, job: Job, train: Callable[[Job], dict[str, Any]], made_of_it: Storage, parts: str = PARTS
+) -> str:
     """Train, or keep a run that is finished, or under way, with the same settings and data; what was made of another
-    one is removed."""
+    one, a sweep with its blocks in `parts`, is removed."""
     fresh = demo.settings.fresh
     if not fresh and job.run.exists("recipe.json"):
         there = json.loads(job.run.read("recipe.json"))
@@ -157,7 +172,7 @@ def _trained(demo: Demo, job: Job, train: Callable[[Job], dict[str, Any]], made_
             return _said(demo, job)
     if fresh:
         # Before the training, not after it: what the old model made must not be taken for the new one's.
-        made_of_it.delete_tree()
+        remove_sweep(made_of_it, parts)
     options = dataclasses.replace(job.options, fresh=fresh)
     demo.facts[job.recipe_name] = train(dataclasses.replace(job, options=options))
     return _said(demo, job)
@@ -255,11 +270,9 @@ def _test_rows(demo: Demo) -> list[dict[str, Any]]:
     """Image, references and caption of every image of the test split."""
     table = read_parts(demo.captions, ["image_id", "caption"])
     captions = dict(zip(table["image_id"].to_pylist(), table["caption"].to_pylist(), strict=True))
-    filesystem, path = (demo.storage / "data" / SHAPES).arrow()
-    images = pq.read_table(
-        path, filesystem=filesystem, columns=["image_id", "image", "captions"], filters=[("split", "=", SPLIT)]
-    )
-    return [{**row, "caption": captions[row["image_id"]]} for row in images.to_pylist()]
+    images = read_prepared(demo.storage.uri, SHAPES, ["image_id", "image", "captions", "split"])
+    rows = images.filter(pc.field("split") == SPLIT).drop_columns("split").to_pylist()
+    return [{**row, "caption": captions[row["image_id"]]} for row in rows]
 
 
 def failures(attributes: dict[str, Any]) -> list[str]:
@@ -294,33 +307,33 @@ def _lines(scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def _remove_other(out: Storage, wanted: dict[str, Any]) -> None:
+def _remove_other(out: Storage, wanted: dict[str, Any], parts: str = PARTS) -> None:
     """Remove what was made with other settings than `wanted`: the demo makes it anew."""
-    plan = read_plan(out)
+    plan = read_plan(out, parts)
     if plan is None:
         return
     changes = difference(wanted, {name: plan["settings"].get(name) for name in wanted})
     if changes:
         print(f"{out} has other settings ({'; '.join(changes[:3])}): made anew", flush=True)
-        out.delete_tree(first=[SWEEP])
+        remove_sweep(out, parts)
 
 
 def train_autoencoder(demo: Demo) -> str:
     job = demo.vqvae
-    said = _trained(demo, job, train_vqvae.train, demo.sweep)
+    said = _trained(demo, job, train_vqvae.train, demo.sweep, MANIFEST)
     demo.facts["vqvae_fingerprint"] = vqvae.TrainedVQVAE(job.run).fingerprint()
     return said
 
 
 def train_generator(demo: Demo) -> str:
-    return _trained(demo, demo.ldm, train_ldm.train, demo.sweep)
+    return _trained(demo, demo.ldm, train_ldm.train, demo.sweep, MANIFEST)
 
 
 def generate_images(demo: Demo) -> str:
     settings = demo.settings
     count = min(settings.num_generated, settings.shapes.num_test)
     wanted = {"count": count, "steps": settings.steps, "guidance": settings.guidance, "sampler": SAMPLER}
-    _remove_other(demo.sweep, wanted)
+    _remove_other(demo.sweep, wanted, MANIFEST)
     facts = generate(
         GenerateSettings(
             run=demo.ldm.run.uri,
@@ -422,7 +435,25 @@ def run_demo(settings: DemoSettings) -> Demo:
         print(f"== {number}/{len(STAGES)} done in {seconds[-1][2]:.0f} s: {work}", flush=True)
     write_page(demo, seconds)
     print(f"\npage: {demo.storage}/{PAGE} ({sum(spent for _, _, spent in seconds):.0f} s in all)", flush=True)
+    # Made for this person and this once: nothing is served without one.
+    key = secrets.token_hex(16)
+    print(f"serve: {serve_command(demo, key)}")
+    print(f"       then open {SERVED_AT} and enter the key {key}; Ctrl-C ends it", flush=True)
     return demo
+
+
+def serve_command(demo: Demo, key: str) -> str:
+    """A line for the shell, in this folder, that serves what was trained and shows the sweep."""
+
+    def near(path: str) -> str:
+        """As one writes it here: relative to this folder, if it lies in it."""
+        relative = os.path.relpath(path) if os.path.isabs(path) else path
+        return path if relative.startswith(os.pardir) else relative
+
+    places = {"captioner": demo.captioner.run, "generator": demo.ldm.run, "gallery": demo.sweep}
+    names = {"captioner": "captions:", "generator": "images:"}
+    words = [f"{kind}={names.get(kind, '')}{near(place.uri)}" for kind, place in places.items()]
+    return f"SERVE_API_KEYS={key} {shlex.join([near(sys.executable), '-m', 'serve.control', 'start', *words])}"
 
 
 def main() -> None:

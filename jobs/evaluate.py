@@ -4,11 +4,13 @@
     python jobs/evaluate.py captions --predictions captions.csv --references captions.txt
     python jobs/evaluate.py shapes --sweep URI
     python jobs/evaluate.py colours --sweep URI --colours pink black green
+    python jobs/evaluate.py photos --storage URI --colours pink black green --word girl
 
 BLEU on Flickr8k has many dialects that differ by points, so the protocol stands in the JSON beside the
 numbers: scorer, smoothing, weights, tokens, case, references per image, which images, which files.
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -17,18 +19,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import nltk
+import pyarrow.parquet as pq
 import tyro
 
 from jobs.commandline import run
 from mmcore.data.manifest import read_images, read_manifest
 from mmcore.errors import InputError
+from mmcore.images import decode_image, resize_image
 from mmcore.metrics.captions import BLEU_WEIGHTS, BleuCounts, tokenize
-from mmcore.metrics.images import score_colours, score_shapes
+from mmcore.metrics.images import score_colours, score_shapes, words_of
 from mmcore.metrics.predictions import (
     References,
     match_predictions,
     prepared_references,
     read_predictions,
+    read_prepared,
     read_references,
     split_images,
 )
@@ -92,6 +97,25 @@ class ColourScoreSettings:
     run: str | None = None
     """Run that made the images, STORAGE/runs/RECIPE/NAME: the result is also written to
     STORAGE/scores/RECIPE/NAME-colours.json."""
+
+
+@dataclass(frozen=True)
+class PhotoScoreSettings:
+    """The score of `colours`, of a dataset's own photos whose captions name just one of the colours.
+
+    It says what images get whose colours go with their words as those of real photos do.
+    """
+
+    storage: str
+    """Folder or s3://bucket/prefix that holds data/{dataset}."""
+    dataset: str = DEFAULT_DATASET
+    """Prepared dataset in --storage."""
+    colours: tuple[str, ...] = ("pink", "black", "green")
+    """The colours that are told apart."""
+    word: str | None = None
+    """Only photos with a caption that holds this word beside the colour, such as girl."""
+    image_size: int = 64
+    """Pixels a side to which photos are squashed first, as in training."""
 
 
 def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
@@ -170,7 +194,6 @@ def evaluate_images(settings: ShapesScoreSettings | ColourScoreSettings) -> dict
     Returns the scores and the sweep's own settings, all of it plain JSON values. Raises InputError where there is no
     finished sweep, an image is not the one of the manifest, or the prompts are of another kind.
     """
-    scores_place = find_scores_place(settings.run) if settings.run is not None else None
     sweep = Storage(settings.sweep)
     manifest, _ = read_manifest(sweep)
     plan = json.loads(sweep.read("sweep.json"))
@@ -178,18 +201,71 @@ def evaluate_images(settings: ShapesScoreSettings | ColourScoreSettings) -> dict
         raise InputError(
             f"--sweep {sweep}: {len(manifest)} of {plan['num_rows']} images are there; run jobs/generate.py to its end"
         )
+    of_shapes = isinstance(settings, ShapesScoreSettings)
+    if settings.run is not None:
+        # Before the scoring, which takes its time.
+        place, file_name = find_scores_place(settings.run)
+        name = file_name if of_shapes else f"{file_name.removesuffix('.json')}-colours.json"
+        check_made_by(settings.run, sweep, plan["settings"])
+        check_no_other_scores(place, name, sweep)
     images, prompts = read_images(sweep, manifest), manifest["prompt"].to_pylist()
     if isinstance(settings, ShapesScoreSettings):
-        scores, ending = score_shapes(images, prompts), ""
+        scores = score_shapes(images, prompts)
     else:
-        scores, ending = score_colours(images, prompts, settings.colours), "-colours"
+        scores = score_colours(images, prompts, settings.colours)
     result = {**scores, "num_images": len(manifest), "sweep": sweep.uri, "settings": plan["settings"]}
-    if scores_place is not None:
-        place, file_name = scores_place
-        name = f"{file_name.removesuffix('.json')}{ending}.json"
+    if settings.run is not None:
         place.write(name, (json.dumps(result, indent=2) + "\n").encode())
         print(f"scores written to {place.uri}/{name}", file=sys.stderr)
     return result
+
+
+def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
+    """Score the photos that name one of the colours in any of their captions. Returns plain JSON values.
+
+    Raises InputError where the dataset is not prepared or no photo names one of the colours.
+    """
+    table = read_prepared(settings.storage, settings.dataset, ["image_id", "captions"])
+    colour_of = {}
+    for row in table.to_pylist():
+        words = [words_of(caption) for caption in row["captions"]]
+        named = set().union(*words) & set(settings.colours)
+        beside = {settings.word} if settings.word is not None else set()
+        if len(named) == 1 and any(each >= named | beside for each in words):
+            colour_of[row["image_id"]] = named.pop()
+    folder = Storage(settings.storage) / "data" / settings.dataset
+    images, prompts = [], []
+    for name in folder.list(".parquet"):
+        # File by file: the photos of all of them together would fill the memory.
+        with folder.open(name) as file:
+            part = pq.read_table(file, columns=["image_id", "image"])
+        for image_id, image in zip(part["image_id"].to_pylist(), part["image"].to_pylist(), strict=True):
+            if image_id in colour_of:
+                images.append(resize_image(decode_image(image, name=image_id), settings.image_size))
+                prompts.append(colour_of[image_id])
+    return score_colours(images, prompts, settings.colours) | dataclasses.asdict(settings)
+
+
+def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> None:
+    """InputError where the images of `sweep` are not of this run, by its weights: a storage may be moved, and a run
+    trained anew under its old name."""
+    model = Storage(run_uri.rstrip("/")) / "model"
+    weights = json.loads(model.read("recipe.json"))["weights_sha256"] if model.exists("recipe.json") else None
+    if weights is None or weights != settings["weights_sha256"]:
+        raise InputError(
+            f"--run {run_uri}: its weights did not make the images of {sweep}, those of {settings['run']} did, as it "
+            "was then; name that run, or leave --run out"
+        )
+
+
+def check_no_other_scores(place: Storage, name: str, sweep: Storage) -> None:
+    """InputError where the scores of another sweep would be lost."""
+    scored = json.loads(place.read(name)).get("sweep") if place.exists(name) else sweep.uri
+    if scored != sweep.uri:
+        raise InputError(
+            f"{place}/{name}: holds the scores of {scored}, which those of {sweep} would replace; rename that file, or "
+            "leave --run out"
+        )
 
 
 def check_settings(settings: CaptionScoreSettings) -> None:
@@ -247,10 +323,16 @@ def main() -> None:
         "captions": CaptionScoreSettings,
         "shapes": ShapesScoreSettings,
         "colours": ColourScoreSettings,
+        "photos": PhotoScoreSettings,
     }
     settings = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__, prog="python jobs/evaluate.py")
-    score = evaluate_captions if isinstance(settings, CaptionScoreSettings) else evaluate_images
-    print(json.dumps(score(settings), indent=2))
+    if isinstance(settings, CaptionScoreSettings):
+        result = evaluate_captions(settings)
+    elif isinstance(settings, PhotoScoreSettings):
+        result = evaluate_photos(settings)
+    else:
+        result = evaluate_images(settings)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,32 @@
 """Work over many images, exactly once: fixed blocks of rows, each committed by creating one Parquet file.
 
-The plan of a sweep (``sweep.json``) fixes the order of the images and cuts it into blocks. Block k is done if and
-only if its file, such as ``parts/part-k.parquet``, exists, and that file is created once: of two workers with the
-same block, the second one's result is dropped. So a run that is killed loses at most its blocks in flight, and running
-the same command again does the rest. The files are the only truth; there is no second record to disagree with them.
-(Ray Data's own checkpointing would be one, and waits for ever on a cluster of two CPUs.)
+The plan of a sweep (``sweep.json``) fixes the order of the images and cuts it into blocks. The first worker that is
+ready writes it down, so that settings which do not work leave none; nobody takes it away while workers may live. Block
+k is done if and only if its file, such as ``parts/part-k.parquet``, exists, and that file is created once: of two
+workers with the same block, the second one's result is dropped. So a run that is killed loses at most its blocks in
+flight, and running the same command again does the rest. The files are the only truth; there is no second record to
+disagree with them. (Ray Data's own checkpointing would be one, and waits for ever on a cluster of two CPUs.)
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import Watchdog, connect, cpus, max_gpus
 from jobs.commandline import one_line
 from jobs.progress import progress
+from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError
 from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
@@ -33,12 +36,12 @@ MAX_BLOCKS = 10_000
 ROWS_PER_BLOCK = 64
 # Of an autoscaler without a limit.
 _MAX_ACTORS = 1000
+# Tasks that read ahead for each actor: one block is worked on, one waits, and as many are being read.
+READERS_PER_WORKER = 2
 # The folder of the files that commit the blocks.
 PARTS = "parts"
 # The file that says what a sweep is.
 SWEEP = "sweep.json"
-# Objects that are read or listed at the same time: each costs a round trip to S3.
-NUM_IO_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,10 @@ def blocks_of_rows(columns: dict[str, list[Any]], rows_per_block: int) -> Blocks
 def _parquet_blocks(
     source: Storage, shards: list[str], split: str | None, rows_per_block: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    filesystem, path = source.arrow()
     column, _, name = (split or "").partition(":")
     if split is not None and not name:
         raise InputError(f"--split {split!r}: write COLUMN:NAME, such as split_karpathy:test")
-    files = [pq.ParquetFile(f"{path}/{shard}", filesystem=filesystem) for shard in shards]
+    files = [pq.ParquetFile(source.open(shard)) for shard in shards]
     rows_per_block = max(rows_per_block, -(-sum(file.metadata.num_rows for file in files) // MAX_BLOCKS))
     items: list[dict[str, Any]] = []
     ids: list[str] = []
@@ -142,10 +144,10 @@ def read_block(source: Storage, item: dict[str, Any]) -> dict[str, Any]:
             "file_name": list(item["files"]),
             "image": [source.read(name) for name in item["files"]],
         }
-    filesystem, path = source.arrow()
-    file = pq.ParquetFile(f"{path}/{item['shard']}", filesystem=filesystem)
-    names = [name for name in ("image_id", "file_name", "image") if name in file.schema_arrow.names]
-    rows = file.read_row_group(item["row_group"], columns=names).take(pa.array(item["rows"], pa.int64())).to_pydict()
+    with source.open(item["shard"]) as opened, pq.ParquetFile(opened) as file:
+        names = [name for name in ("image_id", "file_name", "image") if name in file.schema_arrow.names]
+        table = file.read_row_group(item["row_group"], columns=names)
+    rows = table.take(pa.array(item["rows"], pa.int64())).to_pydict()
     return {**rows, "file_name": rows.get("file_name", rows["image_id"])}
 
 
@@ -153,14 +155,23 @@ class _BlockWorker:
     """An actor: holds a worker and commits each block that it is given."""
 
     def __init__(
-        self, worker_type: type, worker_kwargs: dict[str, Any], out: Storage, parts: str, num_threads: int | None
+        self,
+        worker_type: type,
+        worker_kwargs: dict[str, Any],
+        out: Storage,
+        plan: dict[str, Any],
+        plan_facts: dict[str, Any],
+        parts: str,
+        num_threads: int | None,
     ) -> None:
         self.out, self.parts, self.num_threads = out, parts, num_threads or cpus()
         self.worker, self.error = None, ""
         self._set_threads()
         start = time.perf_counter()
         try:
-            self.worker = worker_type(**worker_kwargs)
+            worker = worker_type(**worker_kwargs)
+            _write_plan(out, plan, plan_facts)
+            self.worker = worker
         except Exception as error:
             self.error = _reason(error)
         self.load_s = time.perf_counter() - start
@@ -173,9 +184,8 @@ class _BlockWorker:
         torch.set_num_threads(self.num_threads)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        start = time.perf_counter()
         block = int(row["block"])
-        result = {"block": block, "num_rows": 0, "load_s": self.load_s, "seconds": 0.0, "error": self.error}
+        result = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": self.error}
         if self.worker is None:
             return result
         self._set_threads()
@@ -185,8 +195,8 @@ class _BlockWorker:
             pq.write_table(table, buffer, compression="zstd")
             self.out.create(f"{self.parts}/{part_name(block)}", buffer.getvalue())
         except Exception as error:
-            return {**result, "seconds": time.perf_counter() - start, "error": _reason(error)}
-        return {**result, "num_rows": len(table), "seconds": time.perf_counter() - start}
+            return {**result, "error": _reason(error)}
+        return {**result, "num_rows": len(table)}
 
 
 def _reason(error: Exception) -> str:
@@ -201,15 +211,34 @@ def _reason(error: Exception) -> str:
 
 
 def num_workers_and_gpus(device: str | None = None) -> tuple[int, float]:
-    """How many workers the cluster takes at most, and the GPUs of each.
+    """How many workers the cluster takes at most, at least one, and the GPUs of each.
 
     One a GPU that it has or can start; one a machine where there is none or `device` is "cpu" (its threads use all
-    cores). With "cuda" at least one.
+    cores).
     """
     num_gpus = min(max_gpus(), _MAX_ACTORS)
     if device == "cuda" or (device is None and num_gpus):
         return max(1, num_gpus), 1.0
-    return sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")), 0.0
+    return max(1, len(_nodes_with("CPU"))), 0.0
+
+
+def machine_cpus(device: str) -> list[int]:
+    """The CPUs of each machine that takes workers now; those of this one where none does yet.
+
+    Each machine is asked: what Ray was told of a machine is the scheduler's number.
+    """
+    nodes = _nodes_with("GPU" if device == "cuda" else "CPU")
+    on = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    return ray.get([_cpus.options(scheduling_strategy=each).remote() for each in on]) or [cpus()]
+
+
+@ray.remote(num_cpus=0)
+def _cpus() -> int:
+    return cpus()
+
+
+def _nodes_with(resource: str) -> list[str]:
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
 
 
 def committed_blocks(out: Storage, parts: str = PARTS) -> set[int]:
@@ -217,39 +246,66 @@ def committed_blocks(out: Storage, parts: str = PARTS) -> set[int]:
     return {int(name[len("part-") : -len(".parquet")]) for name in (out / parts).list(".parquet")}
 
 
-def read_plan(out: Storage) -> dict[str, Any] | None:
-    """What ``sweep.json`` says; None where no sweep was begun."""
+def read_plan(out: Storage, parts: str = PARTS) -> dict[str, Any] | None:
+    """What ``sweep.json`` says; None where no sweep was begun. Raises InputError for blocks without a plan."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(out.read(SWEEP))
+    done = committed_blocks(out, parts)
+    if not done:
+        return None
     try:
+        # Of a sweep that began in between: whoever commits a block has seen the plan.
         return json.loads(out.read(SWEEP))
     except FileNotFoundError:
-        return None
+        raise InputError(
+            f"{out}/{parts}: holds {len(done)} blocks, and {SWEEP} beside it, which says of what, is gone; give "
+            f"another --out, or remove {out}"
+        ) from None
 
 
-def open_sweep(out: Storage, settings: dict[str, Any], blocks: Blocks, facts: dict[str, Any] | None = None) -> None:
-    """Write ``sweep.json``, or check that the one there is of the same sweep. Raises InputError if it is not.
-
-    `facts` are written beside the settings and not compared.
-    """
-    plan = {
+def plan_of(settings: dict[str, Any], blocks: Blocks) -> dict[str, Any]:
+    """What must be the same whenever a sweep is resumed."""
+    return {
         "settings": settings,
         "num_rows": blocks.num_rows,
         "num_blocks": len(blocks.items),
         "ids_sha256": blocks.ids_sha256,
     }
-    written = json.dumps({**plan, **(facts or {})}, indent=1, sort_keys=True) + "\n"
-    if out.create(SWEEP, written.encode()):
-        return
-    there, plan = json.loads(out.read(SWEEP)), json.loads(json.dumps(plan))
+
+
+def check_plan(out: Storage, there: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise InputError where `there`, the plan in `out`, is of another sweep than `plan`."""
+    plan = json.loads(json.dumps(plan))
     for name in plan:
         if there.get(name) != plan[name]:
             before, now = there.get(name), plan[name]
             if isinstance(before, dict):
-                name = next(key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key))
-                before, now = before.get(name), settings.get(name)
+                name = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+                before, now = before.get(name), now.get(name)
             what = f"with other settings: {name} was {before!r} and is now {now!r}"
             if name == "ids_sha256":
                 what = "of other images: their ids, prompts or seeds, or the order of them, are not the same"
             raise InputError(f"{out}: holds a sweep {what}; use the same settings to go on, or another --out")
+
+
+def _write_plan(out: Storage, plan: dict[str, Any], facts: dict[str, Any]) -> None:
+    written = json.dumps({**plan, **facts}, indent=1, sort_keys=True) + "\n"
+    if not out.create(SWEEP, written.encode()):
+        # Another worker's, or that of a run that began at the same moment.
+        check_plan(out, json.loads(out.read(SWEEP)), plan)
+
+
+def remove_sweep(out: Storage, parts: str = PARTS) -> None:
+    """Remove a sweep, its plan last: a kill leaves no block without the plan, or without what the block names.
+
+    What is left then is a part of the same sweep, which can be resumed or removed.
+    """
+    for name in out.list():
+        if name != SWEEP:
+            out.delete(name)
+    for folder in [parts, *out.folders()]:
+        (out / folder).delete_tree()
+    out.delete_tree()
 
 
 def run_sweep(
@@ -274,13 +330,15 @@ def run_sweep(
 
     Args:
         parts: folder in `out` of the files that commit the blocks.
-        plan_facts: what is written to ``sweep.json`` beside the settings.
+        plan_facts: what is written to ``sweep.json`` beside the settings, and not compared.
         device: "cpu" or "cuda" for each worker; None takes GPUs where there are any.
         num_workers: by default one for each GPU, or for each machine.
         overlap: a worker may be called from a second thread before the first call returned, to work on one block
             while it writes another: it must take care of its own locks.
     """
-    open_sweep(out, settings, blocks, plan_facts)
+    plan, there = plan_of(settings, blocks), read_plan(out, parts)
+    if there is not None:
+        check_plan(out, there, plan)
     done = committed_blocks(out, parts)
     todo = [item for item in blocks.items if item["block"] not in done]
     facts: dict[str, Any] = {
@@ -305,6 +363,8 @@ def run_sweep(
             "worker_type": worker_type,
             "worker_kwargs": worker_kwargs,
             "out": out,
+            "plan": plan,
+            "plan_facts": plan_facts or {},
             "parts": parts,
             "num_threads": num_threads,
         },
@@ -321,12 +381,14 @@ def run_sweep(
     num_rows_before = blocks.num_rows - sum(_num_rows(item) for item in todo)
     with Watchdog(what, stall_timeout_s) as watchdog, progress(what, "images") as report:
         report(num_rows_before, blocks.num_rows)
-        last = time.perf_counter()
-        for row in _results(blocks.source, todo, actors):
+        last: float | None = None
+        for row in _results(blocks.source, todo, actors, num_workers=most):
             watchdog.beat()
-            # A block of a slow model is no stall.
             now = time.perf_counter()
-            watchdog.report_after_s, last = max(watchdog.report_after_s, 3 * (now - last)), now
+            # Before the first block, models were loaded as well.
+            if last is not None:
+                watchdog.usual_s = max(watchdog.usual_s, now - last)
+            last = now
             if row["error"]:
                 raise InputError(row["error"])
             facts["rows_done_now"] += int(row["num_rows"])
@@ -348,7 +410,9 @@ def _num_rows(item: dict[str, Any]) -> int:
     return len(item["files"] if "files" in item else item["rows"])
 
 
-def _results(source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _results(
+    source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
+) -> Iterator[dict[str, Any]]:
     """Read (tasks) -> work and commit (actors), streamed by Ray Data; one row is one block."""
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
@@ -359,15 +423,16 @@ def _results(source: Storage | None, todo: list[dict[str, Any]], actors: dict[st
     rows = [{"block": item["block"], "item": json.dumps(item)} for item in todo]
     dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(todo))
     if source is not None:
-        # Fractions of a CPU: reading must not take the CPU that the actors wait for (a deadlock on 2 CPUs).
-        dataset = dataset.map(read, num_cpus=0.25)
+        # Fractions of a CPU: reading must not take the CPU that the actors wait for (a deadlock on 2 CPUs). Bounded, as
+        # each fraction would start a process of its own, which on two cores held up the actors for half a minute.
+        # One for every two CPUs where they are many: a file in S3 takes a while, and a GPU many of them. Ray warns of
+        # more of them than there are blocks.
+        most = max(READERS_PER_WORKER * num_workers, int(ray.cluster_resources().get("CPU", 0)) // 2)
+        readers = ray.data.TaskPoolStrategy(size=min(most, len(todo)))
+        dataset = dataset.map(read, num_cpus=0.25, compute=readers)
     yield from dataset.map(**actors).iter_rows()
 
 
-def read_parts(out: Storage, columns: list[str] | None = None, parts: str = PARTS) -> pa.Table:
+def read_parts(out: Storage, columns: list[str] | None = None) -> pa.Table:
     """All committed rows, in the order of the plan."""
-    folder = out / parts
-    # Read through Storage, whose requests to S3 wait longer and longer between attempts; pyarrow's do not.
-    read = lambda name: pq.read_table(io.BytesIO(folder.read(name)), columns=columns)
-    with ThreadPoolExecutor(NUM_IO_THREADS) as threads:
-        return pa.concat_tables(threads.map(read, folder.list(".parquet")))
+    return pa.concat_tables(read_tables(out / PARTS, columns))

@@ -163,7 +163,8 @@ def train(job: Job) -> dict[str, Any]:
     datasets = None
     if job.options.stream:
         connect()
-        datasets = {"train": streamed_column(columns[0], [table.image_ids[row] for row in table.rows("train")])}
+        image_ids = [table.image_ids[row] for row in table.rows("train")]
+        datasets = {"train": streamed_column(columns[0], image_ids, job.options.num_workers)}
     return run_training(job, setup, facts, datasets)
 
 

@@ -50,6 +50,8 @@ class Setup:
     """What the model makes at a step, by name: text, or uint8 images (H, W, 3), which are written under samples/."""
     assets: dict[str, Storage] = field(default_factory=dict)
     """Folders that a finished run keeps a copy of, by their name under model/: what it needs beside its weights."""
+    check_assets: Callable[[Storage], None] = lambda model: None
+    """Called with model/ once the copies are there; raises InputError where one is not what was trained on."""
 
 
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
         if folder is not None:
             shutil.rmtree(folder)
-            publish(run, training.state.history, workdir)
+            publisher.publish(training.state.history)
 
     def samples(model: nn.Module, step: int) -> dict[str, Any]:
         return {
@@ -144,6 +146,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         }
 
     with _work_folder() as workdir:
+        publisher = Publisher(run, workdir)
         setup: Setup = config["setup"](job, config["facts"], doing)
         hooks = RunHooks(commit=commit, progress=send_progress, doing=doing, samples=samples)
         checkpoint = ray.train.get_checkpoint()
@@ -165,10 +168,12 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         weights = training.run()
         if rank == 0:
             with busy("writing the model"):
-                publish(run, training.state.history, workdir)
+                publisher.publish(training.state.history)
                 copy_assets(run, setup.assets, workdir)
+                setup.check_assets(run / "model")
                 write_model(run, weights, json.loads(run.read("recipe.json")))
         return {
+            # Of the weights that were kept: by `keep`, those of the best validation or the last.
             "best_step": training.state.best_step,
             "best_validation_loss": training.state.best_loss,
             "steps": training.total_steps,
@@ -215,26 +220,43 @@ def copy_assets(run: Storage, assets: dict[str, Storage], workdir: Path) -> None
             (workdir / name).unlink()
 
 
-def publish(run: Storage, history: list[dict[str, Any]], workdir: Path) -> None:
-    """Write metrics.jsonl and the TensorBoard file anew from the committed history, so a restart leaves no doubles."""
-    from tensorboardX import SummaryWriter
+class Publisher:
+    """metrics.jsonl and the TensorBoard file of a run, from its committed history.
 
-    run.write("metrics.jsonl", write_history(history))
-    folder = workdir / "tensorboard"
-    shutil.rmtree(folder, ignore_errors=True)
-    with SummaryWriter(str(folder), filename_suffix=".run") as writer:
-        for row in history:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name not in ("step", "seconds"):
-                    writer.add_scalar(name, value, row["step"], walltime=row["seconds"])
-            for name, made in row.get("samples", {}).items():
-                if not isinstance(made, dict):
-                    writer.add_text(f"{SAMPLES}/{name}", str(made), row["step"], walltime=row["seconds"])
-                    continue
-                path = workdir / made["image"]
-                if not path.exists():  # made before a restart
-                    run.download(made["image"], path)
-                image = np.asarray(decode_image(path.read_bytes(), name=made["image"]))
-                writer.add_image(f"{SAMPLES}/{name}", image, row["step"], walltime=row["seconds"], dataformats="HWC")
-    (events,) = folder.iterdir()
-    run.upload(events, "tensorboard/events.out.tfevents.0.run")
+    What is new is appended to the file, since a grid of images is slow to decode. A new process begins with the whole
+    history, so a restart leaves no doubles.
+    """
+
+    def __init__(self, run: Storage, workdir: Path) -> None:
+        self.run, self.workdir, self.num_rows = run, workdir, 0
+
+    def publish(self, history: list[dict[str, Any]]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.run.write("metrics.jsonl", write_history(history))
+        folder, events = self.workdir / "tensorboard", self.workdir / "events"
+        with SummaryWriter(str(folder), filename_suffix=".run") as writer:
+            for row in history[self.num_rows :]:
+                self._write(writer, row)
+        self.num_rows = len(history)
+        # Records stand for themselves: the files of two writers, one after the other, are one of both.
+        (new,) = folder.iterdir()
+        with events.open("ab") as file:
+            file.write(new.read_bytes())
+        shutil.rmtree(folder)
+        self.run.upload(events, "tensorboard/events.out.tfevents.0.run")
+
+    def _write(self, writer: Any, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name not in ("step", "seconds"):
+                writer.add_scalar(name, value, row["step"], walltime=row["seconds"])
+        for name, made in row.get("samples", {}).items():
+            if not isinstance(made, dict):
+                writer.add_text(f"{SAMPLES}/{name}", str(made), row["step"], walltime=row["seconds"])
+                continue
+            path = self.workdir / made["image"]
+            if not path.exists():  # made before a restart
+                self.run.download(made["image"], path)
+            image = np.asarray(decode_image(path.read_bytes(), name=made["image"]))
+            path.unlink()
+            writer.add_image(f"{SAMPLES}/{name}", image, row["step"], walltime=row["seconds"], dataformats="HWC")

@@ -33,7 +33,7 @@ from jobs.progress import progress
 from jobs.run_monitor import RunMonitor
 from jobs.train_worker import Doing, Setup, train_on_worker
 from mmcore.errors import InputError
-from mmcore.recipe import difference, recipe_to_json
+from mmcore.recipe import check_effect, difference, recipe_from_json, recipe_to_json
 from mmcore.storage import Storage
 from mmcore.training import check_batch
 
@@ -108,6 +108,8 @@ def parse_job(
 ) -> Job:
     """Read ``--variant`` first; its fields are then the defaults of the flags, and what ``--help`` shows.
 
+    Raises InputError for a flag that has no effect beside the others.
+
     `report_needs`: the flags without which `report` does not run.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -135,6 +137,7 @@ def parse_job(
     variant_help = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
     collect.__doc__ = f"{description.strip()}\n\n{variant_help}"
     parsed: Job = tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
+    check_effect(parsed.recipe, variants[variant])
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=Storage(parsed.options.storage).uri)
     job = dataclasses.replace(parsed, options=options)
@@ -188,6 +191,9 @@ def open_run(job: Job, facts: dict[str, Any]) -> None:
         there = json.loads(run.read("recipe.json"))
         there.pop("commit")
         mine.pop("variant"), there.pop("variant")
+        with contextlib.suppress(InputError):  # of fields that are no more; `difference` names them
+            # A field that is younger than the run has its default, which is how the run was trained.
+            there["settings"] = recipe_to_json(recipe_from_json(type(job.recipe), there["settings"], run.uri))
         differences = difference(_without_places(json.loads(json.dumps(mine))), _without_places(there))
         if differences:
             raise InputError(f"{run} holds an unfinished run of other settings: {'; '.join(differences[:5])}; {again}")

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from mmcore.errors import InputError
 
@@ -18,8 +18,20 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 # Between the images of a grid: pixels, and their grey.
 _GRID_GAP, _GRID_GREY = 2, 255
-# What Pillow raises on damaged bytes, by 400 random corruptions of each of six formats.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# What Pillow raises on damaged bytes, by 400 random corruptions of each of six formats; TypeError is that of a PNG
+# whose text chunks bear the names of EXIF or XMP.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+# What makes an image stand upright, by its EXIF orientation (EXIF 2.32, tag 0x0112). Not ImageOps.exif_transpose: it
+# writes the whole EXIF anew, which fails on other tags that nobody here wants.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(data: bytes, *, name: str) -> Image.Image:
@@ -30,7 +42,10 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            # Before the EXIF, which a PNG may hold behind its pixels.
+            image.load()
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            return (image if turn is None else image.transpose(turn)).convert("RGB")
     except UnidentifiedImageError:
         # Pillow's own message prints a memory address.
         reason = "no image format is recognised" if data else "the file is empty"
@@ -81,5 +96,8 @@ def read_png_text(data: bytes, *, name: str = "image") -> dict[str, str]:
             image.load()
             assert isinstance(image, PngImagePlugin.PngImageFile)
             return {key: str(value) for key, value in image.text.items()}
-    except _BROKEN as error:
-        raise InputError(f"{name}: broken PNG ({' '.join(str(error).split())})") from None
+    except UnidentifiedImageError:
+        reason = "it is none, or its beginning is broken"
+    except (Image.DecompressionBombError, *_BROKEN) as error:
+        reason = str(error) or type(error).__name__
+    raise InputError(f"{name}: broken PNG ({' '.join(reason.split())})") from None

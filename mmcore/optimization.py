@@ -14,9 +14,12 @@ from mmcore.recipe import TrainSettings
 
 def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: int) -> float:
     """The learning rate of `step` as a share of the peak; a function of the step alone, so nothing is remembered."""
-    factor = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    if settings.schedule == "cosine":
-        factor *= 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    warmup = settings.warmup_steps
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    # From the peak on: a cosine that began with the warm-up would never let the rate reach it. A run that ends within
+    # its warm-up has no such step, so nothing is divided by 0.
+    if settings.schedule == "cosine" and step >= warmup:
+        factor *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
     elif settings.schedule == "step" and step >= settings.step_epoch * steps_per_epoch:
         factor *= 0.1
     return factor

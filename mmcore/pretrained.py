@@ -37,10 +37,11 @@ def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        # Said wherever something is loaded: left out, transformers asks on a terminal whether to run code from outside.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with quiet_load():
             model, loaded = choose(config).from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
             )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

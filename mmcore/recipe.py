@@ -31,7 +31,7 @@ class TrainSettings:
     weight_decay: float = 1e-4
     """Weight decay, on every trainable parameter."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """cosine falls to 0 at the last step; step multiplies by 0.1 at `step_epoch`."""
+    """cosine falls from the end of the warm-up to 0 at the last step; step multiplies by 0.1 at `step_epoch`."""
     step_epoch: int = 30
     """Epoch of the fall of the `step` schedule."""
     warmup_steps: int = 0
@@ -54,6 +54,29 @@ class TrainSettings:
     """Steps between rows of metrics.jsonl."""
     num_samples: int = 4
     """Validation rows whose output is written out at each validation."""
+
+    def without_effect(self) -> dict[str, str]:
+        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        return {} if self.schedule == "step" else {"step_epoch": "--schedule step"}
+
+
+def check_effect(recipe: Any, variant: Any) -> None:
+    """Raise InputError for a field in which `recipe` departs from its `variant` although its other settings leave that
+    field without effect, by its ``without_effect()``.
+
+    Only for what departs, since a flag that changes the kind of a part must not call for others that undo the sizes
+    which the variant gives to the part of the other kind.
+    """
+    ignored: dict[str, str] = getattr(recipe, "without_effect", dict)()
+    for field in dataclasses.fields(recipe):
+        mine, theirs = getattr(recipe, field.name), getattr(variant, field.name)
+        if dataclasses.is_dataclass(mine):
+            check_effect(mine, theirs)
+        elif mine != theirs and field.name in ignored:
+            flag = "--" + field.name.replace("_", "-")
+            raise InputError(
+                f"{flag} {mine}: has no effect without {ignored[field.name]}; give that, or leave {flag} out"
+            )
 
 
 def recipe_to_json(recipe: Any) -> dict[str, Any]:

@@ -10,6 +10,9 @@ import hashlib
 import numpy as np
 import torch
 
+# Of an image: torch's generator on a CPU looks at 32 bits, and larger seeds that are equal there give equal noise.
+MAX_IMAGE_SEED = 2**32 - 1
+
 
 def derive_seed(seed: int, *keys: int | str) -> int:
     """A 63-bit seed from SHA-256 over (seed, keys); equal on every machine and Python version."""

@@ -6,8 +6,11 @@ Credentials, region and endpoint come from the usual ``AWS_*`` environment varia
 """
 
 import builtins
+import errno
 import functools
+import io
 import logging
+import mimetypes
 import os
 import random
 import shutil
@@ -16,7 +19,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -38,6 +41,9 @@ _S3_READ_TIMEOUT_S = 60
 # Connections that are kept open for the threads of one process; each further one would be opened anew.
 _S3_CONNECTIONS = 32
 
+# What file systems without hard links answer (FAT and exFAT, some network and user-space ones).
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 @functools.cache
 def _s3_client(process_id: int) -> Any:
@@ -45,9 +51,12 @@ def _s3_client(process_id: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    client = boto3.client(
+    # A session of its own: threads that come here together must not share one while a client is made of it.
+    client = boto3.session.Session().client(
         "s3",
         config=Config(
+            # Links as well: by itself boto3 signs them by the old scheme, which newer regions refuse.
+            signature_version="s3v4",
             # Not boto3's own attempts: in its standard mode all of them share one allowance, which a storage that
             # fails one request in five uses up after about a thousand, and the next failure is then final.
             retries={"total_max_attempts": 1, "mode": "standard"},
@@ -88,6 +97,35 @@ def _s3_retry_delay(
 
 def _s3_backoff(base: float, attempts: int) -> float:
     return random.random() * min(_S3_MAX_BACKOFF_S, base * 2 ** (attempts - 1))
+
+
+class _S3File(io.RawIOBase):
+    """An object of which parts are read, each by a request that is tried again as that of `Storage.read` is."""
+
+    def __init__(self, storage: "Storage", name: str, size: int) -> None:
+        self.storage, self.name, self.size, self.at = storage, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.size, self.at + len(buffer))
+        if self.at >= end:
+            return 0
+        data = self.storage._get(self.name, Range=f"bytes={self.at}-{end - 1}")
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
 
 
 class _WholeFile:
@@ -212,14 +250,25 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """The whole content of `name`. Raises FileNotFoundError."""
+        return self._get(name) if self.is_s3 else self._path(name).read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        """`name`, of which parts are to be read, such as columns of Parquet. Raises FileNotFoundError."""
         if not self.is_s3:
-            return self._path(name).read_bytes()
+            return self._path(name).open("rb")
+        head = self._head(*self._key(name))
+        if head is None:
+            raise FileNotFoundError(f"{self.uri}/{name}")
+        return cast(BinaryIO, _S3File(self, name, head["ContentLength"]))
+
+    def _get(self, name: str, **part: str) -> bytes:
+        """The object `name`, or the `part` of it that boto3's arguments name."""
         from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 
         bucket, key = self._key(name)
         for attempt in range(1, _S3_MAX_ATTEMPTS + 1):
             try:
-                return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key)["Body"].read()
+                return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, **part)["Body"].read()
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
                     raise FileNotFoundError(f"{self.uri}/{name}") from None
@@ -268,6 +317,13 @@ class Storage:
             os.link(temporary, self._path(name))
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            raise InputError(
+                f"{self.uri}: no hard links there ({os.strerror(error.errno)}), by which a file is created once; name "
+                "a folder on a file system that has them, or s3://bucket/prefix"
+            ) from None
         finally:
             os.unlink(temporary)
         return True
@@ -323,6 +379,16 @@ class Storage:
         ):
             names += [entry["Prefix"][len(prefix) :].rstrip("/") for entry in page.get("CommonPrefixes", [])]
         return sorted(names)
+
+    def presigned_url(self, name: str, expires_s: float) -> str:
+        """A link by which anybody can read `name` until it expires. Raises InputError for a local folder."""
+        if not self.is_s3:
+            raise InputError(f"{self}: only files in S3 have links; name a storage s3://bucket/prefix")
+        bucket, key = self._key(name)
+        # Browsers show a file by this type, and not as a download.
+        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        params = {"Bucket": bucket, "Key": key, "ResponseContentType": content_type}
+        return _s3_client(os.getpid()).generate_presigned_url("get_object", Params=params, ExpiresIn=int(expires_s))
 
     def delete(self, name: str) -> None:
         """Remove the file `name`; nothing happens where it is absent."""

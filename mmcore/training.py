@@ -88,7 +88,9 @@ class Progress:
     seconds: float = 0.0
     rows_seen: int = 0
     best_loss: float = math.inf
+    """Validation loss of the weights that are kept: the lowest so far or, where `keep` is `last`, the last."""
     best_step: int = -1
+    """Step of those weights."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

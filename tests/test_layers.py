@@ -62,22 +62,22 @@ def unsafe_calls(tree: ast.AST) -> list[str]:
         called = dotted(node.func)
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
 
-        def is_true(name: str, keywords: dict[str | None, ast.expr] = keywords) -> bool:
+        def says(name: str, wanted: bool, keywords: dict[str | None, ast.expr] = keywords) -> bool:
             value = keywords.get(name)
-            return isinstance(value, ast.Constant) and value.value is True
+            return isinstance(value, ast.Constant) and value.value is wanted
 
         module, _, function = called.rpartition(".")
         if function in {"load", "loads", "Unpickler"} and module in {
             "pickle", "cloudpickle", "ray.cloudpickle", "dill", "joblib", "marshal",
         }:  # fmt: skip
             found.append(f"line {node.lineno}: {called}")
-        if called == "torch.load" and not is_true("weights_only"):
+        if called == "torch.load" and not says("weights_only", True):
             found.append(f"line {node.lineno}: torch.load without weights_only=True")
-        if "trust_remote_code" in keywords:
-            found.append(f"line {node.lineno}: trust_remote_code")
-        if "allow_pickle" in keywords and not (
-            isinstance(keywords["allow_pickle"], ast.Constant) and keywords["allow_pickle"].value is False
-        ):
+        # Left out, it is None: transformers then asks on a terminal whether to run what came with the weights.
+        loads = isinstance(node.func, ast.Attribute) and node.func.attr in {"from_pretrained", "from_config"}
+        if (loads or "trust_remote_code" in keywords) and not says("trust_remote_code", False):
+            found.append(f"line {node.lineno}: without trust_remote_code=False")
+        if "allow_pickle" in keywords and not says("allow_pickle", False):
             found.append(f"line {node.lineno}: allow_pickle")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in {"pickle", "cloudpickle", "dill", "joblib"}:
@@ -126,7 +126,13 @@ def test_the_check_of_imports_finds(path, source):
         "from pickle import load",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
+        "AutoModel.from_pretrained(name)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=None)",
+        "AutoModel.from_pretrained(name, trust_remote_code=trusted)",
+        "choose(config).from_pretrained(name)",
+        "AutoModel.from_config(config)",
+        "pipeline(task, model, trust_remote_code=True)",
         "np.load(path, allow_pickle=True)",
     ],
 )
@@ -135,7 +141,10 @@ def test_the_check_of_unsafe_calls_finds(source):
 
 
 def test_the_checks_accept_what_is_right():
-    good = "import ray\ntorch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)\nfrom . import cluster"
+    good = (
+        "import ray\ntorch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)\nfrom . import cluster\n"
+        "AutoModel.from_pretrained(name, trust_remote_code=False)"
+    )
     assert not unsafe_calls(ast.parse(good))
     assert not forbidden_imports(ast.parse(good), "jobs/x.py")
 

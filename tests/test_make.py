@@ -110,7 +110,7 @@ def test_an_install_that_broke_off_is_not_taken_for_one(clone: Path, tmp_path: P
     assert not (clone / ".venv" / ".installed").exists()
 
 
-TESTS = "called: -m pytest -n 2 --dist loadfile"
+TESTS = "called: -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 
 
 def test_checks_come_before_tests_and_soak_tests_only_where_asked(clone: Path) -> None:

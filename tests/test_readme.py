@@ -11,7 +11,9 @@ def test_the_tree_names_every_file() -> None:
     tree = readme[readme.index("## The tree") :]
     tree = tree[: tree.index("```", tree.index("```") + 3)]
     named = set(re.findall(r"[\w.]+\.(?:py|yaml|txt)|Makefile", tree))
-    there = {path.name for folder in ("jobs", "mmcore") for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
+    there = {path.name for folder in ("jobs", "mmcore", "serve") for path in (ROOT / folder).rglob("*.py")} - {
+        "__init__.py"
+    }
     assert there - named == set(), "files that the README's tree leaves out"
     everywhere = there | {path.name for path in ROOT.glob("*")} | {path.name for path in ROOT.glob("*/*.yaml")}
     assert named - everywhere == set(), "the README's tree names what is not there"

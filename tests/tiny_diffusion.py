@@ -12,7 +12,7 @@ import torch
 from mmcore import checkpoint
 from mmcore.data.captions import CaptionTable
 from mmcore.data.columns import Column
-from mmcore.data.generation import GenerationRows, PromptIds
+from mmcore.data.generation import GenerationRows, PromptIds, scaling_factor
 from mmcore.finished import write_model
 from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.latent_diffusion import VARIANTS as LDM_VARIANTS
@@ -21,19 +21,19 @@ from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_VARIANTS
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
 from mmcore.generators.text_encoder import PromptTokenizer
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
-from mmcore.generators.vqvae import VQVAETraining
-from mmcore.recipe import recipe_to_json
+from mmcore.generators.vqvae import TrainedVQVAE, VQVAETraining
+from mmcore.recipe import TrainSettings, recipe_to_json
 from mmcore.storage import Storage
 from mmcore.training import RunHooks, Training
 
 SIDE = 8
 SHAPE = (3, SIDE, SIDE)
+LATENT_SHAPE = (4, 4, 4)
 
 
-def recipe(**train: Any) -> PixelDiffusionRecipe:
-    """Pixels of 8², two levels; `train` overrides the settings of the training."""
-    settings = dataclasses.replace(
-        PIXEL_VARIANTS["smoke"].train,
+def _settings(settings: TrainSettings, **train: Any) -> TrainSettings:
+    tiny_ones = dataclasses.replace(
+        settings,
         num_epochs=4,
         max_steps=None,
         lr=3e-3,
@@ -43,12 +43,19 @@ def recipe(**train: Any) -> PixelDiffusionRecipe:
         validate_every_epochs=1,
         log_every_steps=1,
     )
-    return dataclasses.replace(
-        PIXEL_VARIANTS["smoke"],
-        image_size=SIDE,
-        captions_per_image=2,
-        train=dataclasses.replace(settings, **train),
-    )
+    return dataclasses.replace(tiny_ones, **train)
+
+
+def recipe(**train: Any) -> PixelDiffusionRecipe:
+    """Pixels of 8², two levels; `train` overrides the settings of the training."""
+    smoke = PIXEL_VARIANTS["smoke"]
+    return dataclasses.replace(smoke, image_size=SIDE, captions_per_image=2, train=_settings(smoke.train, **train))
+
+
+def latent_recipe(**train: Any) -> LatentDiffusionRecipe:
+    """Latents of 4² and of their mirror, two levels; `train` as above."""
+    smoke = LDM_VARIANTS["smoke"]
+    return dataclasses.replace(smoke, flip=True, captions_per_image=2, train=_settings(smoke.train, **train))
 
 
 def table(num_train: int = 40, num_validation: int = 12) -> CaptionTable:
@@ -68,30 +75,54 @@ def pixels(num_rows: int) -> np.ndarray:
     return (flat + random.integers(-10, 10, flat.shape)).clip(0, 255).astype(np.uint8)
 
 
-def rows_of(recipe: PixelDiffusionRecipe, facts: CaptionTable | None = None) -> GenerationRows:
+def latents(num_rows: int, view: int) -> np.ndarray:
+    """By a formula, of the deviation that a VQ-VAE's have."""
+    places = np.arange(num_rows * np.prod(LATENT_SHAPE)).reshape(num_rows, *LATENT_SHAPE)
+    return (3 * np.cos(places * 0.37 + view)).astype(np.float16)
+
+
+def rows_of(recipe: Any, facts: CaptionTable | None = None) -> GenerationRows:
     facts = facts or table()
-    column = Column(tuple(facts.image_ids), pixels(len(facts.image_ids)))
+    num_rows, in_pixels = len(facts.image_ids), isinstance(recipe, PixelDiffusionRecipe)
+    views = [pixels(num_rows)] if in_pixels else [latents(num_rows, view) for view in range(1 + recipe.flip)]
     return GenerationRows(
         facts,
-        [column],
+        [Column(tuple(facts.image_ids), view) for view in views],
         PromptIds([row[: recipe.captions_per_image] for row in facts.captions], tokenizer(recipe, facts)),
         captions_per_image=recipe.captions_per_image,
         drop_text=recipe.drop_text,
         flip=recipe.flip,
         noise=recipe.noise,
-        scaling_factor=1.0,
+        scaling_factor=1.0 if in_pixels else scaling_factor(views[0]),
         seed=recipe.train.seed,
     )
 
 
-def model_of(recipe: PixelDiffusionRecipe, seed: int = 0) -> Denoiser:
+def model_of(recipe: Any, seed: int = 0) -> Denoiser:
     torch.manual_seed(seed)
-    return recipe.build(tokenizer(recipe).inputs(), SHAPE)
+    shape = SHAPE if isinstance(recipe, PixelDiffusionRecipe) else LATENT_SHAPE
+    return recipe.build(tokenizer(recipe).inputs(), shape)
 
 
-def train(
-    recipe: PixelDiffusionRecipe, folder: Path, *, resume_from: Path | None = None, model: Denoiser | None = None
-) -> tiny.Run:
+def fill_by_formula(model: Denoiser) -> None:
+    """Weights that no generator draws; gains stay 1."""
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.ndim > 1 or name.endswith("bias"):
+                places = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+                width = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
+                parameter.copy_(torch.sin(places * 0.7 + len(name)) * width**-0.5)
+
+
+def golden_losses(recipe: Any, folder: Path) -> list[float]:
+    """Of each step from weights by formula."""
+    model = model_of(recipe)
+    fill_by_formula(model)
+    history = train(recipe, folder, model=model).training.state.history
+    return [row["loss"] for row in history if "validation_loss" not in row]
+
+
+def train(recipe: Any, folder: Path, *, resume_from: Path | None = None, model: Denoiser | None = None) -> tiny.Run:
     """Train in this process, keeping every checkpoint under `folder`."""
     kept: list[Path] = []
 
@@ -143,10 +174,10 @@ def write_pixel_run(run: Storage) -> tuple[Denoiser, PromptTokenizer]:
     return write_run(run, recipe(), "pixel_diffusion", SHAPE)
 
 
-def write_vqvae_run(run: Storage) -> VQVAETraining:
-    """A VQ-VAE of 32² with random weights."""
-    vqvae = VQVAE_VARIANTS["smoke"]
-    torch.manual_seed(1)
+def write_vqvae_run(run: Storage, seed: int = 1, **changes: Any) -> VQVAETraining:
+    """A VQ-VAE of 32² with random weights; `changes` are made to its recipe."""
+    vqvae = dataclasses.replace(VQVAE_VARIANTS["smoke"], **changes)
+    torch.manual_seed(seed)
     model = VQVAETraining(vqvae)
     write_model(run, checkpoint.trainable_state(model), {"recipe": "vqvae", "settings": recipe_to_json(vqvae)})
     return model.eval()
@@ -156,7 +187,8 @@ def write_ldm_run(run: Storage, vqvae_run: Storage) -> tuple[Denoiser, LatentDif
     """Latent diffusion on the latents of `write_vqvae_run`."""
     vqvae = write_vqvae_run(vqvae_run).recipe
     ldm = dataclasses.replace(LDM_VARIANTS["smoke"], vqvae=vqvae_run.uri)
-    facts = {"resolution": vqvae.image_size, "scaling_factor": 0.5, "vqvae_fingerprint": "some"}
+    fingerprint = TrainedVQVAE(vqvae_run).fingerprint()
+    facts = {"resolution": vqvae.image_size, "scaling_factor": 0.5, "vqvae_fingerprint": fingerprint}
     model, _ = write_run(run, ldm, "ldm", vqvae.latent_shape, **facts)
     for file in ("recipe.json", "model.safetensors"):
         (run / "model" / "vqvae" / "model").write(file, (vqvae_run / "model").read(file))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForImageClassification
 
 from mmcore import checkpoint
 from mmcore.data.shapes import ShapesSettings, shapes_rows
@@ -73,6 +73,14 @@ def write_clip(folder: Path) -> Path:
     return folder
 
 
+def write_resnet(folder: Path) -> Path:
+    """A frozen vision encoder: a tiny classifier with random weights, whose head is no part of an encoder."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
 def write_pixel_run(folder: Path, recipe: pixel_diffusion.PixelDiffusionRecipe | None = None) -> Path:
     recipe = recipe or dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], image_size=16)
     shape = (3, recipe.image_size, recipe.image_size)
@@ -86,23 +94,23 @@ def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size:
     recipe = latent_diffusion.VARIANTS["smoke"]
     unet = dataclasses.replace(recipe.unet, patch_size=patch_size)
     recipe = dataclasses.replace(recipe, text=text or recipe.text, unet=unet)
-    run = _write_diffusion(
-        folder,
-        "ldm",
-        recipe,
-        autoencoder.latent_shape,
-        resolution=autoencoder.image_size,
-        scaling_factor=SCALING_FACTOR,
-        vqvae_fingerprint="random",
-    )
+    vqvae_run = folder / "model" / "vqvae"
     torch.manual_seed(1)
     model = autoencoder.build()
     with torch.no_grad():
         model.quantizer.codebook.normal_()
     own = {**checkpoint.trainable_state(model), **{name: model.get_buffer(name) for name in model.state_buffers}}
     _write(
-        run / "model" / "vqvae",
+        vqvae_run,
         {"recipe": "vqvae", "settings": recipe_to_json(autoencoder)},
         {f"vqvae.{name}": value for name, value in own.items()},
     )
-    return run
+    return _write_diffusion(
+        folder,
+        "ldm",
+        recipe,
+        autoencoder.latent_shape,
+        resolution=autoencoder.image_size,
+        scaling_factor=SCALING_FACTOR,
+        vqvae_fingerprint=vqvae.TrainedVQVAE(Storage(str(vqvae_run))).fingerprint(),
+    )

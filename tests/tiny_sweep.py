@@ -21,9 +21,13 @@ from jobs.commandline import run
 from jobs.generate import GenerateImages, GenerateSettings, generate
 from mmcore.data.prompts import Prompt
 from mmcore.finished import write_model
+from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
+from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
 
 SIZE = 16
+# Of the sweep of tests/sweep_fixtures.py: images, and the size of a batch.
+NUM, BATCH = 10, 4
 
 
 def tiny_image(prompt: str, seed: int) -> np.ndarray:
@@ -34,6 +38,8 @@ def tiny_image(prompt: str, seed: int) -> np.ndarray:
 
 class TinyGenerator:
     """`facts`: `seconds` that a batch takes, and `log`, a file that gets the number of images of each call."""
+
+    vqvae = None
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self.facts = facts
@@ -59,11 +65,11 @@ class TinyWorker(GenerateImages):
         return super().generate(prompts, steps)
 
 
-def write_run(folder: Path, seconds: float = 0.0) -> Path:
-    """A run of the tiny generator; its log is `folder`/calls.txt."""
+def write_run(folder: Path, seconds: float = 0.0, recipe: PixelDiffusionRecipe | None = None) -> Path:
+    """A run of the tiny generator, which says that it was trained as `recipe`; its log is `folder`/calls.txt."""
     facts = {
-        "recipe": "tiny",
-        "settings": {"text": {"text_encoder": "scratch"}},
+        "recipe": "pixel_diffusion",
+        "settings": recipe_to_json(recipe or VARIANTS["smoke"]),
         "resolution": SIZE,
         "seconds": seconds,
         "log": str(folder / "calls.txt"),

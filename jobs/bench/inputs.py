@@ -103,7 +103,7 @@ def write_random_resnet18(folder: Path) -> None:
     torch.manual_seed(0)
     sizes = [64, 128, 256, ENCODER_WIDTH]
     config = ResNetConfig(embedding_size=64, hidden_sizes=sizes, depths=[2, 2, 2, 2], layer_type="basic")
-    AutoModel.from_config(config).save_pretrained(folder)
+    AutoModel.from_config(config, trust_remote_code=False).save_pretrained(folder)
 
 
 def encode(encoder: Callable[[Any], torch.Tensor], values: Any, batch_size: int = 32) -> np.ndarray:

@@ -15,7 +15,8 @@ from mmcore.text import WordVocabulary
 
 
 class TrainedCaptioner:
-    """The best weights of a finished run, with the frozen encoder that it was trained on."""
+    """The weights that a finished run keeps (of the best validation, or by `keep` the last), with the frozen encoder
+    that it was trained on."""
 
     def __init__(self, run: Storage, *, device: str = "cpu", encoder: str | None = None) -> None:
         """`encoder`: where the frozen encoder lies on this machine, if not where the run had it.

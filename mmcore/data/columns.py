@@ -75,11 +75,14 @@ def open_column(
         # Both, since cleaners of temporary folders take what is old and large.
         if not ((target / "ids.json").exists() and (target / "values.npy").exists()):
             target.mkdir(parents=True, exist_ok=True)
-            values = np.lib.format.open_memmap(target / "values.npy", "w+", dtype, (num_rows, *shape))
+            # Both under other names until they are whole: a copy that is killed must not be taken for one beside what
+            # a cleaner left, nor empty the file that another process still has mapped.
+            unfinished = {name: target / f"{name}.tmp" for name in ("values.npy", "ids.json")}
+            values = np.lib.format.open_memmap(unfinished["values.npy"], "w+", dtype, (num_rows, *shape))
             image_ids: list[str] = []
-            filesystem, path = (folder / "parts").arrow()
+            filesystem, parts = (folder / "parts").arrow()
             for name in (folder / "parts").list(".parquet"):
-                for batch in pq.ParquetFile(f"{path}/{name}", filesystem=filesystem).iter_batches(batch_size=256):
+                for batch in pq.ParquetFile(f"{parts}/{name}", filesystem=filesystem).iter_batches(batch_size=256):
                     doing(f"copying features to this machine: {len(image_ids):,} of {num_rows:,}")
                     for image_id, value in zip(batch["image_id"].to_pylist(), batch["value"], strict=True):
                         if chosen is not None and image_id not in chosen:
@@ -89,7 +92,7 @@ def open_column(
             if len(image_ids) != num_rows:
                 raise InputError(f"{folder}: {len(image_ids)} rows in its parts where {num_rows} are expected")
             values.flush()
-            temporary = target / "ids.json.tmp"
-            temporary.write_text(json.dumps(image_ids))
-            os.replace(temporary, target / "ids.json")
+            unfinished["ids.json"].write_text(json.dumps(image_ids))
+            for name, path in unfinished.items():
+                os.replace(path, target / name)
     return Column(tuple(json.loads((target / "ids.json").read_text())), np.load(target / "values.npy", mmap_mode="r"))

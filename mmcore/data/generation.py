@@ -119,8 +119,9 @@ class GenerationRows:
         """All draws are made always, so that no setting moves another draw."""
         random = generator(self.seed, "row", "validation" if epoch is None else epoch, self.image_ids[row])
         mirrored, caption, dropped = torch.rand(3, generator=random, dtype=torch.float64).tolist()
-        timestep = self.noise.draw_timestep(random)
+        drawn = int(torch.randint(self.noise.num_timesteps, (1,), generator=random))
         noise = torch.randn(self.x_0_shape, generator=random)
+        timestep = self.noise.timestep(drawn, float(torch.rand(1, generator=random, dtype=torch.float64)))
         if epoch is None:
             return _Draw(False, 0, timestep, noise)
         chosen = None if dropped < self.drop_text else int(caption * self.num_captions[row])

@@ -5,7 +5,6 @@ prompt, seed, steps, guidance, sampler, dtype, device, seconds. An image counts 
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mmcore.data.parquet import NUM_IO_THREADS, read_tables
 from mmcore.errors import InputError
 from mmcore.images import decode_image
 from mmcore.storage import Storage
@@ -22,8 +21,6 @@ from mmcore.storage import Storage
 MANIFEST, IMAGES = "manifest", "images"
 # Where the schema of a manifest's file keeps what is said of its whole block, as JSON.
 BLOCK = "block"
-# Objects read at the same time: each costs a round trip to S3.
-_NUM_THREADS = 16
 
 
 def read_manifest(sweep: Storage) -> tuple[pa.Table, list[dict[str, Any]]]:
@@ -31,11 +28,7 @@ def read_manifest(sweep: Storage) -> tuple[pa.Table, list[dict[str, Any]]]:
 
     Raises InputError where there is no manifest.
     """
-    folder = sweep / MANIFEST
-    # Read through Storage, whose requests to S3 wait longer and longer between attempts; pyarrow's do not.
-    read = lambda name: pq.read_table(io.BytesIO(folder.read(name)))
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        tables = list(threads.map(read, folder.list(".parquet")))
+    tables = read_tables(sweep / MANIFEST)
     if not tables:
         raise InputError(f"{sweep}: no sweep of images there (no {MANIFEST}/*.parquet)")
     return pa.concat_tables(tables), [json.loads(table.schema.metadata[BLOCK.encode()]) for table in tables]
@@ -54,5 +47,5 @@ def read_images(sweep: Storage, manifest: pa.Table) -> Iterator[np.ndarray]:
             raise InputError(f"{place}: is not the image that the manifest names (another SHA-256)")
         return np.asarray(decode_image(data, name=place))
 
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with ThreadPoolExecutor(NUM_IO_THREADS) as threads:
         yield from threads.map(read, manifest["key"].to_pylist(), manifest["sha256"].to_pylist())

@@ -19,12 +19,11 @@ import pyarrow.parquet as pq
 from mmcore.data.shapes import ShapesSettings, shapes_row
 from mmcore.errors import InputError
 from mmcore.metrics.predictions import decode_lines, read_bytes, read_prepared
-from mmcore.seeding import derive_seed
+from mmcore.seeding import MAX_IMAGE_SEED, derive_seed
 from mmcore.storage import Storage
 
 FLICKR8K_TEST, SHAPES_TEST = "flickr8k:report-test", "shapes-test"
 COLUMNS = ("prompt", "image_id", "seed")
-MAX_SEED = 2**63 - 1
 # An image_id is the name of a file and of an object; with ".png" and a temporary ending it stays below 255 bytes.
 IMAGE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,199}")
 
@@ -60,8 +59,8 @@ def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, coun
 
     Raises InputError that names file and line.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise InputError(f"--seed {seed}: must lie between 0 and {MAX_SEED}")
+    if not 0 <= seed <= MAX_IMAGE_SEED:
+        raise InputError(f"--seed {seed}: must lie between 0 and {MAX_IMAGE_SEED}")
     if count is not None and count < 1:
         raise InputError(f"--count {count}: must be at least 1")
     rows = list(_rows(source, storage, count))
@@ -96,9 +95,9 @@ def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
             "a-z A-Z 0-9 . _ - = + @ that begin with a letter, a digit or _"
         )
     if seed is None:
-        seed = derive_seed(sweep_seed, image_id)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise InputError(f"{row.place}: seed is {seed!r}; give a whole number from 0 to {MAX_SEED}")
+        seed = derive_seed(sweep_seed, image_id) & MAX_IMAGE_SEED
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_IMAGE_SEED:
+        raise InputError(f"{row.place}: seed is {seed!r}; give a whole number from 0 to {MAX_IMAGE_SEED}")
     return Prompt(image_id, prompt, seed)
 
 

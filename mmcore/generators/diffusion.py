@@ -43,6 +43,8 @@ class NoiseSchedule:
     timestep_shift: float = 1.0
     """More training of the noisier timesteps: t / T is drawn as s u / (1 + (s - 1) u) with u uniform, s this number;
     1 draws all alike, and with 3 half of them are in the last quarter."""
+    unshifted_share: float = 0.0
+    """The share of the training, 0 to 1, that draws all timesteps alike whatever the shift."""
 
     def check(self) -> None:
         """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
@@ -58,10 +60,24 @@ class NoiseSchedule:
             raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be above 0; mend it with --min-snr-gamma")
         if not 0 < self.timestep_shift < float("inf"):
             raise InputError(f"timestep_shift {self.timestep_shift} must be above 0; mend it with --timestep-shift")
+        if not 0 <= self.unshifted_share <= 1:
+            raise InputError(
+                f"unshifted_share {self.unshifted_share} must be from 0 to 1; mend it with --unshifted-share"
+            )
 
-    def draw_timestep(self, random: torch.Generator) -> int:
-        """A timestep to train on, from 0 to T - 1."""
-        drawn = int(torch.randint(self.num_timesteps, (1,), generator=random))
+    def without_effect(self) -> dict[str, str]:
+        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        fields: dict[str, str] = {}
+        if self.beta_schedule == "squaredcos_cap_v2":
+            fields |= dict.fromkeys(("beta_start", "beta_end"), "--beta-schedule linear or scaled_linear")
+        if self.timestep_shift == 1:
+            fields["unshifted_share"] = "--timestep-shift"
+        return fields
+
+    def timestep(self, drawn: int, coin: float) -> int:
+        """The timestep to train on, from 0 to T - 1, of a uniform draw of one and of a uniform number in [0, 1)."""
+        if coin < self.unshifted_share:
+            return drawn
         u, shift = (drawn + 0.5) / self.num_timesteps, self.timestep_shift
         # Of a shift beyond all measure the quotient rounds to 1.
         return min(self.num_timesteps - 1, int(self.num_timesteps * shift * u / (1 + (shift - 1) * u)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmcore.errors import InputError
 from mmcore.generators.denoiser import Denoiser, UNetSettings
@@ -57,29 +58,29 @@ class PixelDiffusionRecipe:
     """How it is optimised."""
 
     def __post_init__(self) -> None:
-        for name in ("captions_per_image", "image_size", "sample_steps"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
-        check_guidance(self.drop_text, self.sample_guidance)
-        self.unet.check()
-        self.noise.check()
-        self.text.check()
+        check_diffusion(self, "captions_per_image", "image_size", "sample_steps")
 
     def build(self, inputs: TextInputs, x_0_shape: tuple[int, int, int]) -> Denoiser:
         """The network. `x_0_shape`: (3, P, P) with P `image_size`."""
         return Denoiser(self.unet, self.noise, self.text, inputs, x_0_shape)
 
 
-def check_guidance(drop_text: float, sample_guidance: float) -> None:
-    """Raise InputError for a share out of range, or for guidance of a network that never sees a prompt missing."""
-    if not 0 <= drop_text < 1:
-        raise InputError(f"drop_text {drop_text} must be from 0 to below 1; mend it with --drop-text")
-    if sample_guidance != 1 and drop_text == 0:
+def check_diffusion(recipe: Any, *counts: str) -> None:
+    """Raise InputError for settings of a diffusion recipe that cannot be, such as guidance of a network that never sees
+    a prompt missing; `counts` are the fields that must be at least 1."""
+    for name in counts:
+        if getattr(recipe, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"{name} {getattr(recipe, name)} must be at least 1; mend it with --{flag}")
+    if not 0 <= recipe.drop_text < 1:
+        raise InputError(f"drop_text {recipe.drop_text} must be from 0 to below 1; mend it with --drop-text")
+    if recipe.sample_guidance != 1 and recipe.drop_text == 0:
         raise InputError(
-            f"sample_guidance {sample_guidance} needs captions that are dropped in training, and drop_text is 0; mend "
-            "it with --drop-text 0.1 or --sample-guidance 1"
+            f"sample_guidance {recipe.sample_guidance} needs captions that are dropped in training, and drop_text is "
+            "0; mend it with --drop-text 0.1 or --sample-guidance 1"
         )
+    for part in (recipe.unet, recipe.noise, recipe.text):
+        part.check()
 
 
 _REPORT = PixelDiffusionRecipe()
@@ -121,14 +122,14 @@ _SHAPES = dataclasses.replace(
     sample_steps=25,
     # Positions of 2 x 2 pixels; the rest as the latent diffusion's, whose samples have as many positions.
     unet=UNetSettings(
-        channels=(32, 64, 128, 128),
+        channels=(64, 96, 128, 128),
         layers_per_block=1,
         attention_levels=(1, 2, 3),
         num_heads=4,
         patch_size=2,
         pooled_text=True,
     ),
-    noise=dataclasses.replace(_BEST.noise, timestep_shift=8.0),
+    noise=dataclasses.replace(_BEST.noise, timestep_shift=8.0, unshifted_share=0.5),
     text=TextSettings(max_tokens=32, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(
         _BEST.train,

@@ -69,6 +69,12 @@ class TextSettings:
                 "choose the width with --text-width, and give --projection-width None"
             )
 
+    def without_effect(self) -> dict[str, str]:
+        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        if self.is_scratch:
+            return {}
+        return dict.fromkeys(("tokenizer", "text_width", "text_layers", "text_heads"), f"--text-encoder {SCRATCH}")
+
     @property
     def is_scratch(self) -> bool:
         return self.text_encoder == SCRATCH
@@ -111,7 +117,7 @@ class PromptTokenizer:
             # Without this file transformers makes an empty tokenizer up and says nothing.
             if cached_file(name, _TOKENIZER_FILES[0], _raise_exceptions_for_missing_entries=False) is None:
                 raise OSError(f"no {_TOKENIZER_FILES[0]} there")
-            tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+            tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
@@ -146,7 +152,7 @@ class PromptTokenizer:
         with tempfile.TemporaryDirectory() as local:
             for name in _TOKENIZER_FILES:
                 folder.download(name, Path(local) / name)
-            return cls(AutoTokenizer.from_pretrained(local, use_fast=True), max_tokens)
+            return cls(AutoTokenizer.from_pretrained(local, use_fast=True, trust_remote_code=False), max_tokens)
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer as files that transformers reads, by name."""

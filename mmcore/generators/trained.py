@@ -14,7 +14,7 @@ from mmcore.errors import InputError
 from mmcore.finished import read_facts, read_weights
 from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs
-from mmcore.generators.vqvae import TrainedVQVAE
+from mmcore.generators.vqvae import VQVAE, TrainedVQVAE
 from mmcore.recipe import recipe_from_json
 from mmcore.storage import Storage
 
@@ -23,7 +23,8 @@ TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
 
 
 class TrainedGenerator:
-    """The best weights of a finished run, with the frozen parts that it was trained on."""
+    """The weights that a finished run keeps (these recipes' last, or by `keep` those of the best validation), with the
+    frozen parts that it was trained on."""
 
     def __init__(
         self,
@@ -36,7 +37,8 @@ class TrainedGenerator:
         """`text_encoder`: where the frozen encoder lies on this machine, if not where the run had it. `dtype`: bfloat16
         computes under autocast, faster and with images that depend on the size of the batch.
 
-        Raises InputError where `run` is no finished run of a generator, or the text encoder is another one.
+        Raises InputError where `run` is no finished run of a generator, or the text encoder or the VQ-VAE is another
+        one than it was trained on.
         """
         where, facts = f"{run}/model/recipe.json", read_facts(run)
         recipe_type = GENERATORS.get(facts["recipe"])
@@ -50,8 +52,9 @@ class TrainedGenerator:
         checkpoint.load_trainable(self.model, read_weights(run, facts), str(run))
         self.model.eval().requires_grad_(False).to(self.device)
         assets = run / "model"
-        # Without one, x_0 is the image itself.
-        self.vqvae = TrainedVQVAE(assets / VQVAE_ASSET, device).model if facts["vqvae_fingerprint"] else None
+        self.vqvae: VQVAE | None = None  # without one, x_0 is the image itself
+        if fingerprint := facts["vqvae_fingerprint"]:
+            self.vqvae = TrainedVQVAE(assets / VQVAE_ASSET, device, fingerprint=fingerprint).model
         self.tokenizer: PromptTokenizer | None = None
         self.text_encoder: FrozenTextEncoder | None = None
         text = self.recipe.text

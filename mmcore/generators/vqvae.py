@@ -25,7 +25,7 @@ from mmcore.generators.discriminator import PatchDiscriminator, fooling_loss, te
 from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
 from mmcore.generators.quantizer import Quantizer, codebook_use
 from mmcore.pretrained import sha256_of
-from mmcore.recipe import TrainSettings, recipe_from_json, recipe_to_json
+from mmcore.recipe import TrainSettings, recipe_from_json
 from mmcore.storage import Storage
 
 if TYPE_CHECKING:
@@ -153,6 +153,18 @@ class VQVAERecipe:
             )
         if self.perceptual != LPIPS_NAME and (self.vgg16 or self.lpips_heads):
             raise InputError(f"--vgg16 and --lpips-heads are for --perceptual {LPIPS_NAME}, not {self.perceptual!r}")
+
+    def without_effect(self) -> dict[str, str]:
+        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        ignored = {}
+        if self.codebook_ema_decay is not None:
+            ignored["codebook_weight"] = "--codebook-ema-decay None"
+        if self.perceptual is None:
+            ignored["perceptual_weight"] = "--perceptual MODEL"
+        if self.discriminator_from_step is None:
+            judge = ("discriminator_channels", "adversarial_weight")
+            ignored |= dict.fromkeys(judge, "--discriminator-from-step STEP")
+        return ignored
 
     @property
     def factor(self) -> int:
@@ -375,10 +387,13 @@ def bicubic_psnr(pixels_BPP3: np.ndarray, factor: int) -> float:
 
 
 class TrainedVQVAE:
-    """The best weights of a finished run."""
+    """The weights that a finished run keeps: these recipes' last, or by `keep` those of the best validation."""
 
-    def __init__(self, run: Storage, device: str = "cpu") -> None:
-        """Raises InputError where `run` is no finished run of a VQ-VAE."""
+    def __init__(self, run: Storage, device: str = "cpu", *, fingerprint: str | None = None) -> None:
+        """`fingerprint`: the one that it must have, by those who hold latents of it.
+
+        Raises InputError where `run` is no finished run of a VQ-VAE, or has another fingerprint.
+        """
         where, facts = f"{run}/model/recipe.json", read_facts(run)
         if facts["recipe"] != "vqvae":
             raise InputError(f"{where}: recipe {facts['recipe']!r} is no VQ-VAE; name a run under STORAGE/runs/vqvae")
@@ -389,11 +404,18 @@ class TrainedVQVAE:
         own = {name.removeprefix("vqvae."): value for name, value in weights.items() if name.startswith("vqvae.")}
         checkpoint.load_trainable(self.model, own, str(run))
         self.model.eval().requires_grad_(False).to(device)
+        # As they were written: a field that a later version adds must not change the fingerprint of what is there.
+        self.settings = {name: value for name, value in facts["settings"].items() if name != "train"}
+        if fingerprint is not None and self.fingerprint() != fingerprint:
+            raise InputError(
+                f"{run}/model: another VQ-VAE (fingerprint {self.fingerprint()[:12]}) than the latents are of "
+                f"({fingerprint[:12]}), trained anew since or copied over it; put that one back, or train the latent "
+                "diffusion anew"
+            )
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides latents and images: the weights and the settings."""
-        settings = {name: value for name, value in recipe_to_json(self.recipe).items() if name != "train"}
-        return sha256_of(self.model, settings)
+        return sha256_of(self.model, self.settings)
 
 
 _REPORT = VQVAERecipe()

@@ -3,7 +3,6 @@
 Images are uint8 (H, W, 3).
 """
 
-import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmcore.data.shapes import HELD_OUT_PAIRS
-from mmcore.data.shapes_oracle import AttributeScore, detect_objects, parse_caption, score_objects
+from mmcore.data.shapes_oracle import detect_objects, parse_caption
 from mmcore.errors import InputError
+from mmcore.metrics.shapes import score_texts
 
 # What the words stand for, in sRGB, as CSS defines them.
 COLOUR_WORDS: dict[str, tuple[int, int, int]] = {
@@ -37,10 +36,7 @@ _TO_XYZ /= _TO_XYZ.sum(axis=1, keepdims=True)
 def score_shapes(images: Iterable[npt.NDArray[np.uint8]], prompts: Sequence[str]) -> dict[str, Any]:
     """How much of what the prompts name is in their images.
 
-    Returns: plain JSON values, each but the last as AttributeScore.as_dict: `all`; `held_out` (prompts with a colour
-        and shape pair that is in no training image) and `seen` (the others); `objects` (by the number of objects that
-        are named); `shuffled`, what the same prompts score on each other's images, which is chance;
-        `named_per_prompt`.
+    Returns: plain JSON values: those of `score_texts`, by the objects that a prompt names; `named_per_prompt`.
 
     Raises InputError for fewer than two images, or a prompt that names nothing of a scene.
     """
@@ -51,25 +47,8 @@ def score_shapes(images: Iterable[npt.NDArray[np.uint8]], prompts: Sequence[str]
     if len(prompts) < 2:
         raise InputError(f"{len(prompts)} image: at least 2 are needed, as chance is measured between them")
     found = [detect_objects(image) for image in images]
-    scores = [score_objects(objects, each) for objects, each in zip(found, parsed, strict=True)]
-    # Each image gets the prompt of the next in a random order, so never its own.
-    order = random.Random(0).sample(range(len(found)), len(found))
-    shuffled = [score_objects(found[i], parsed[j]) for i, j in zip(order, [*order[1:], order[0]], strict=True)]
-    held_out = [any((item.colour, item.shape) in HELD_OUT_PAIRS for item in each.objects) for each in parsed]
-    numbers = [len(each.objects) for each in parsed]
-
-    def total(chosen: Sequence[bool]) -> dict[str, Any]:
-        kept = [score for score, keep in zip(scores, chosen, strict=True) if keep]
-        return sum(kept, start=AttributeScore()).as_dict()
-
-    return {
-        "all": total([True] * len(scores)),
-        "held_out": total(held_out),
-        "seen": total([not each for each in held_out]),
-        "objects": {str(n): total([number == n for number in numbers]) for n in sorted(set(numbers))},
-        "shuffled": sum(shuffled, start=AttributeScore()).as_dict(),
-        "named_per_prompt": sum(score.num_named for score in scores) / len(scores),
-    }
+    scores, result = score_texts(found, parsed, [each.objects for each in parsed])
+    return result | {"named_per_prompt": sum(score.num_named for score in scores) / len(scores)}
 
 
 def to_lab(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
@@ -81,9 +60,14 @@ def to_lab(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
+def words_of(text: str) -> set[str]:
+    """Its words in lower case, each once."""
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
 def named_colour(prompt: str, colours: Sequence[str]) -> str:
     """The one of `colours` that is a word of `prompt`. Raises InputError where none is, or several are."""
-    named = sorted(set(re.findall(r"[a-z]+", prompt.lower())) & set(colours))
+    named = sorted(words_of(prompt) & set(colours))
     if len(named) != 1:
         raise InputError(
             f"prompt {prompt!r}: names {' and '.join(named) or 'none'} of {', '.join(colours)}; one it must"
@@ -101,7 +85,9 @@ def score_colours(
     most nearly the same way, in L*a*b*. Where images do not depend on the prompt, a named colour wins in 1 of
     `len(colours)` on average.
 
-    Returns: plain JSON values: `fraction_correct` and `chance`; `colours`: of each the number of images whose prompt
+    Returns: plain JSON values: `fraction_correct` and `chance`; `fraction_nearest`, of the images whose mean colour, as
+        it is, lies nearest to the named colour: it depends on no other image, and is low for all but the darkest of
+        the colours where photographs are grey; `colours`: of each the number of images whose prompt
         names it, the `fraction_correct` of them, how often each colour was `chosen`, and their mean `lightness`,
         `chroma` and `hue` (degrees: red 40, yellow 103, green 136, blue 306).
 
@@ -120,6 +106,7 @@ def score_colours(
     direction_C3 = reference_C3 - reference_C3.mean(axis=0)
     direction_C3 /= np.linalg.norm(direction_C3, axis=1, keepdims=True)
     chosen = ((mean_N3 - of_colour_C3.mean(axis=0)) @ direction_C3.T).argmax(axis=1)
+    nearest = np.linalg.norm(mean_N3[:, None] - reference_C3, axis=2).argmin(axis=1)
     result = {}
     for number, colour in enumerate(colours):
         mine, (lightness, a, b) = chosen[named == number], of_colour_C3[number]
@@ -134,6 +121,7 @@ def score_colours(
         }
     return {
         "fraction_correct": float((chosen == named).mean()),
+        "fraction_nearest": float((nearest == named).mean()),
         "chance": 1 / len(colours),
         "num_images": len(named),
         "colours": result,

@@ -154,10 +154,9 @@ def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Tabl
     names = folder.list(".parquet") if folder.exists("_SUCCESS") else []
     if not names:
         raise not_prepared(folder, dataset, storage_uri)
-    filesystem, path = folder.arrow()
     tables = []
     for name in names:
-        with filesystem.open_input_file(f"{path}/{name}") as file, pq.ParquetFile(file) as part:
+        with folder.open(name) as file, pq.ParquetFile(file) as part:
             there = part.schema_arrow.names
             for column in columns:
                 if column not in there:

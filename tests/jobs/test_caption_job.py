@@ -126,6 +126,7 @@ def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images,
     assert digests(out / "parts") == before
 
 
+@pytest.mark.soak  # test_sweep_kills.py kills actors of what both sweeps share
 def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job):
     out = tmp_path / "out"
     command = ["jobs/caption.py", "--run", run_folder, "--images", images, "--out", out]

@@ -84,6 +84,20 @@ def test_an_address_without_a_cluster_is_refused_at_once(address, message, monke
     assert time.monotonic() - start < 2 * cluster.CONNECT_TIMEOUT_S
 
 
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def too_slow(**settings):
+        raise Exception("The current node timed out\nduring startup")
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", too_slow)
+    monkeypatch.setattr(cluster, "_reload_auth_mode", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    with pytest.raises(InputError, match=r"Ray does not start .* \(RAY_TMPDIR\): The current node timed out during s"):
+        cluster.connect()
+
+
 def wait_until_named(text: str) -> str:
     """`describe_waiting()` once it holds `text`: the head hears of a demand with the next heartbeat."""
     deadline = time.monotonic() + 20
@@ -171,6 +185,15 @@ def test_watchdog_is_silent_while_there_is_progress(monkeypatch, capsys):
         assert capsys.readouterr().err.count("stalled:") == 1, "a beat starts the time anew"
     time.sleep(2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_long_wait_that_is_usual_is_reported_calmly(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "describe_waiting", lambda: "waiting for Godot")
+    with cluster.Watchdog("sweep", report_after_s=0.2) as watchdog:
+        watchdog.usual_s = 100.0
+        time.sleep(1)
+    said = capsys.readouterr().err
+    assert re.match(r"waiting: sweep: no progress for \d s \(up to 100 s went well before\): waiting for Godot", said)
 
 
 def test_watchdog_reports_a_head_that_does_not_answer(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +14,10 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import fillout_defaults, prepare_config, validate_config
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {
+    name.split(".")[0]
+    for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+}
 
 
 @pytest.fixture
@@ -97,6 +102,18 @@ def test_closed_by_default(config):
         assert set(node_type["node_config"]["IamInstanceProfile"]) <= {"Name", "Arn"}
 
 
+def test_it_can_serve(config):
+    """Its containers have what serve/app.py wants of the environment in which Ray was started; the keys come beside."""
+    from serve.proxy import VALUE, VARIABLE
+
+    environment = dict(each.removeprefix("--env ").split("=", 1) for each in config["docker"]["run_options"][1:])
+    assert environment[VARIABLE] == VALUE
+    assert environment.keys() == {"RAY_AUTH_MODE", VARIABLE, "SERVE_API_KEYS_FILE"}
+    # The line that is to be taken in brings the file to where it is looked for.
+    (line,) = re.findall(r"(?m)^  # (/home/ray/\S+): ~/\S+$", (ROOT / "cluster.yaml").read_text())
+    assert environment["SERVE_API_KEYS_FILE"] == f"{line}/keys"
+
+
 def test_no_secret_in_the_files():
     for name in ("cluster.yaml", "jobs/rayjob.yaml"):
         text = (ROOT / name).read_text()
@@ -110,11 +127,19 @@ def test_only_code_is_copied_to_the_nodes(config):
         assert (ROOT / local).exists(), f"cluster.yaml copies {local}, which does not exist"
         assert local.parts[0] not in {"data", "runs", "out", ".git", ".venv", "."}
     # Where the setup command, the start command and the copy say it is.
-    folders = {Path(remote).parent for remote, local in config["file_mounts"].items() if local in ("jobs", "mmcore")}
+    folders = {Path(remote).parent for remote, local in config["file_mounts"].items() if local in PACKAGES}
     assert folders == {Path("/home/ray/mmcore")}
     assert config["setup_commands"] == ["pip install -c ~/mmcore/constraints.txt -e ~/mmcore"]
     for command in commands(config):
         assert "ray start" not in command or command.startswith("cd ~/mmcore && ")
+
+
+def test_what_is_installed_there_is_copied_there(config):
+    """pip ends with an error for a package of pyproject.toml that is not there."""
+    assert set(config["file_mounts"].values()) >= {*PACKAGES, "pyproject.toml", "constraints.txt", "README.md"}
+    for name in ("jobs/rayjob.yaml", "serve/rayservice.yaml"):
+        copied = re.findall(r"^#   COPY --chown=ray (.+) \S+$", (ROOT / name).read_text(), re.M)
+        assert {each for line in copied for each in line.split()} >= {*PACKAGES, "pyproject.toml", "README.md"}, name
 
 
 def test_cluster_runs_the_tested_ray(config):

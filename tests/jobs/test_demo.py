@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,6 +15,10 @@ from pyarrow.fs import FileSelector
 from jobs.demo import MIN_CORRECT, STAGES, failures
 from jobs.demo_page import captioned_pictures
 from mmcore.storage import Storage
+from serve.app import Args, build
+from serve.captioner import load_captioner
+from serve.generator import load_generator
+from serve.proxy import VALUE, VARIABLE
 
 # Far too little to learn from: its captions must not pass.
 TINY = [
@@ -61,7 +66,11 @@ def test_captions_are_no_markup() -> None:
 
 @pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
-    where: str, run_job: Callable[..., CompletedProcess[str]], s3_server: str, tmp_path: Path
+    where: str,
+    run_job: Callable[..., CompletedProcess[str]],
+    s3_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In S3 it shows that all the jobs that the demo calls work there."""
     storage = Storage(s3_server if where == "s3" else str(tmp_path)) / "a demo"
@@ -79,6 +88,19 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     # Loss and accuracy twice each, rate; loss, PSNR and codes twice each; loss twice, rate.
     assert html.count("<polyline ") == 5 + 6 + 3
     assert "are needed" in html
+    # Its last words start a service that is closed, with what was trained.
+    told = re.search(r"^serve: SERVE_API_KEYS=(\S+) (.*)$", first.stdout, re.M)
+    assert told, first.stdout[-2000:]
+    _, dash_m, module, start, *words = shlex.split(told[2])
+    assert (dash_m, module, start) == ("-m", "serve.control", "start")
+    assert f"enter the key {told[1]}" in first.stdout
+    monkeypatch.setenv("SERVE_API_KEYS", told[1])
+    monkeypatch.setenv(VARIABLE, VALUE)
+    arguments = Args.model_validate(dict(word.split("=", 1) for word in words))
+    assert build(arguments)
+    assert set(arguments.model_fields_set) == {"captioner", "generator", "gallery"}
+    assert load_captioner(arguments.captioner.removeprefix("captions:"), None, "cpu").resolution > 0
+    assert load_generator(arguments.generator.removeprefix("images:"), None, "cpu").resolution > 0
     result = json.loads((storage / "scores" / "resnet_captioner").read("default-attributes.json"))
     assert result["all"]["num_scenes"] == 12
     made = kept_files(storage)

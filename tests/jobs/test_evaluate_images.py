@@ -1,5 +1,6 @@
 """jobs/evaluate.py shapes and colours: the images of a sweep, as the manifest names them, are scored."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,10 +11,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.evaluate import ColourScoreSettings, ShapesScoreSettings, evaluate_images
+from jobs.evaluate import (
+    ColourScoreSettings,
+    PhotoScoreSettings,
+    ShapesScoreSettings,
+    evaluate_images,
+    evaluate_photos,
+)
 from mmcore.data.shapes import ShapesSettings, shapes_row
 from mmcore.errors import InputError
 from mmcore.images import png_bytes
+
+SETTINGS = {"steps": 25, "run": "/storage/runs/ldm/a", "weights_sha256": "of run a"}
+
+
+def write_run(folder: Path, weights: str) -> Path:
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "recipe.json").write_text(json.dumps({"weights_sha256": weights}))
+    return folder
 
 
 def write_sweep(folder: Path, images: list[bytes], prompts: list[str], num_rows: int | None = None) -> str:
@@ -28,7 +43,7 @@ def write_sweep(folder: Path, images: list[bytes], prompts: list[str], num_rows:
     half = len(images) // 2
     for k, part in enumerate((table[:half], table[half:])):
         pq.write_table(part, folder / "manifest" / f"part-{k:06d}.parquet")
-    plan = {"num_rows": len(images) if num_rows is None else num_rows, "settings": {"steps": 25}}
+    plan = {"num_rows": len(images) if num_rows is None else num_rows, "settings": SETTINGS}
     (folder / "sweep.json").write_text(json.dumps(plan))
     return str(folder)
 
@@ -40,14 +55,12 @@ def shapes_sweep(folder: Path, **more: Any) -> str:
 
 def test_shapes_are_scored_and_written_into_the_runs_storage(tmp_path: Path, run_job: Any) -> None:
     sweep = shapes_sweep(tmp_path / "sweep")
-    run = tmp_path / "runs" / "ldm" / "a"
-    run.mkdir(parents=True)
-    (run / "recipe.json").write_text("{}")
+    run = write_run(tmp_path / "runs" / "ldm" / "a", "of run a")
     result = run_job("jobs/evaluate.py", "shapes", "--sweep", sweep, "--run", run)
     scores = json.loads(result.stdout)
     assert scores["all"]["fraction_correct"] > 0.98
     assert scores["shuffled"]["fraction_correct"] < 0.6
-    assert (scores["num_images"], scores["settings"], scores["sweep"]) == (12, {"steps": 25}, sweep)
+    assert (scores["num_images"], scores["settings"], scores["sweep"]) == (12, SETTINGS, sweep)
     assert json.loads((tmp_path / "scores" / "ldm" / "a.json").read_text()) == scores
 
 
@@ -76,3 +89,57 @@ def test_what_is_not_the_sweep_is_not_scored(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match=r"000007.png: is in the manifest and not there"):
         evaluate_images(ShapesScoreSettings(changed))
+
+
+def test_scores_are_filed_under_the_run_that_made_the_images(tmp_path: Path) -> None:
+    sweep = shapes_sweep(tmp_path / "sweep")
+    other = write_run(tmp_path / "runs" / "ldm" / "b", "of run b")
+    unfinished = tmp_path / "runs" / "ldm" / "c"
+    unfinished.mkdir()
+    (unfinished / "recipe.json").write_text("{}")
+    for run in (other, unfinished):
+        with pytest.raises(InputError, match=rf"--run {run}: its weights did not .* those of /storage/runs/ldm/a did"):
+            evaluate_images(ShapesScoreSettings(sweep, run=str(run)))
+    assert not (tmp_path / "scores").exists()
+
+
+def test_scores_of_another_sweep_are_not_overwritten(tmp_path: Path) -> None:
+    run = str(write_run(tmp_path / "runs" / "ldm" / "a", "of run a"))
+    first, second = shapes_sweep(tmp_path / "first"), shapes_sweep(tmp_path / "second")
+    evaluate_images(ShapesScoreSettings(first, run=run))
+    scores = tmp_path / "scores" / "ldm" / "a.json"
+    before = scores.read_bytes()
+    with pytest.raises(
+        InputError, match=rf"a.json: holds the scores of {first}, which those of {second} would replace"
+    ):
+        evaluate_images(ShapesScoreSettings(second, run=run))
+    assert scores.read_bytes() == before
+    evaluate_images(ShapesScoreSettings(first, run=run))
+
+
+def test_the_datasets_own_photos_are_scored(tmp_path: Path) -> None:
+    """Those that name just one of the colours, in a caption with the word; of the others nothing is counted."""
+    red, green, grey = (np.full((8, 8, 3), rgb, np.uint8) for rgb in ((250, 20, 20), (20, 130, 20), (128, 128, 128)))
+    rows = [
+        (red, ["a red dog", "an animal"]),
+        (green, ["a dog in green grass", "a dog"]),
+        (green, ["a red dog", "a dog in green grass"]),  # both
+        (green, ["a red house", "a dog"]),  # not beside the word
+        (grey, ["a greenish dog"]),
+    ]
+    folder = tmp_path / "data" / "photos"
+    folder.mkdir(parents=True)
+    table = {
+        "image_id": [str(number) for number in range(len(rows))],
+        "image": [png_bytes(image) for image, _ in rows],
+        "captions": [captions for _, captions in rows],
+    }
+    pq.write_table(pa.table(table), folder / "part-00000.parquet")
+    (folder / "_SUCCESS").write_text("{}")
+    settings = PhotoScoreSettings(str(tmp_path), "photos", ("red", "green"), word="dog", image_size=8)
+    scores = evaluate_photos(settings)
+    assert (scores["num_images"], scores["fraction_correct"], scores["word"]) == (2, 1, "dog")
+    without_word = evaluate_photos(dataclasses.replace(settings, word=None))
+    assert without_word["num_images"] == 3
+    with pytest.raises(InputError, match="no prompt names"):
+        evaluate_photos(dataclasses.replace(settings, word="cat"))

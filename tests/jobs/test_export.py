@@ -68,7 +68,7 @@ def test_a_pipeline_that_differs_is_not_handed_on(tmp_path: Path, monkeypatch: p
     run = tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a")
     right = VQVAE.to_diffusers
     monkeypatch.setattr(VQVAE, "to_diffusers", lambda model, scaling_factor: right(model, scaling_factor / 2))
-    with pytest.raises(RuntimeError, match=r"differs by [\d.]+ of 1"):
+    with pytest.raises(RuntimeError, match=r"differ by [\d.]+ of 1"):
         export(ExportSettings(run=str(run), out=str(tmp_path / "pipeline")))
     assert not (tmp_path / "pipeline").exists()
 

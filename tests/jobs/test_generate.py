@@ -8,8 +8,6 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ import pytest
 import tiny_runs
 import tiny_sweep
 import torch
+from PIL import Image
+from tiny_sweep import BATCH, NUM
 
 import jobs.generate
 import jobs.sweep
@@ -28,59 +28,16 @@ from jobs.lease import Lease
 from mmcore.data.prompts import read_prompts
 from mmcore.errors import InputError
 from mmcore.finished import read_facts
+from mmcore.generators import pixel_diffusion
 from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image, png_bytes, read_png_text
 from mmcore.storage import Storage
 
-NUM, BATCH = 10, 4
+pytest_plugins = ("sweep_fixtures",)
 COLUMNS = {
     "image_id": "string", "key": "string", "sha256": "string", "prompt": "string", "seed": "int64", "steps": "int64",
     "guidance": "double", "sampler": "string", "dtype": "string", "device": "string", "seconds": "double",
 }  # fmt: skip
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    return tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
-
-
-def work_here(source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What `jobs.sweep._results` does, by one worker on two threads of this process."""
-    worker = actors["fn"](**actors["fn_constructor_kwargs"])
-    with ThreadPoolExecutor(2) as threads:
-        yield from threads.map(worker, [{"block": item["block"], "item": json.dumps(item)} for item in todo])
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are worked on in this process: starting Ray's workers takes longer than all else here.
-
-    What Ray does with them is tested by the jobs that are run, killed and interrupted.
-    """
-    for module in (jobs.generate, jobs.sweep):
-        monkeypatch.setattr(module, "connect", lambda: None)
-        monkeypatch.setattr(module, "num_workers_and_gpus", lambda device=None: (1, 0.0))
-    monkeypatch.setattr(jobs.sweep, "_results", work_here)
-
-
-@pytest.fixture
-def sweep(without_ray: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out."""
-    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", NUM)
-
-    def run(**changes: Any) -> dict[str, Any]:
-        settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"), batch_size=BATCH)
-        return generate(dataclasses.replace(settings, **changes), tiny_sweep.TinyWorker)
-
-    return run
 
 
 def edit_text(path: Path, **changes: str) -> None:
@@ -169,6 +126,7 @@ def test_images_that_are_there_are_adopted(sweep, run_folder, tmp_path):
         (lambda path: path.write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), read_png_text(path.read_bytes()))),
          "it is 8 x 8 pixels and not 16 x 16"),
         (lambda path: path.write_bytes(path.read_bytes()[:60]), "broken image"),
+        (lambda path: Image.open(path).save(path, "JPEG"), r"000006.png: broken PNG \(it is none, or its beginning"),
     ],
 )  # fmt: skip
 def test_another_image_under_the_same_key_is_not_touched(damage, message, sweep, tmp_path):
@@ -182,6 +140,34 @@ def test_another_image_under_the_same_key_is_not_touched(damage, message, sweep,
     assert str(path) in str(raised.value)
     assert path.read_bytes() == before
     assert not (tmp_path / "out" / "manifest" / "part-000001.parquet").exists()
+
+
+def test_an_image_of_another_kind_of_cpu_is_adopted(sweep, tmp_path, monkeypatch):
+    """Of a VQ-VAE, another code was chosen for a patch; pixels differ by no more than a step, and prompts by tens."""
+    sweep()
+    out = tmp_path / "out"
+    path = out / "images" / "000006.png"
+    mine, text = np.asarray(decode_image(path.read_bytes(), name="mine")), read_png_text(path.read_bytes())
+    others = np.asarray(decode_image((out / "images" / "000007.png").read_bytes(), name="others"))
+    patch, step = mine.copy(), mine.copy()
+    patch[4:6, 4:6] ^= 64
+    step[:, :, 0] ^= 1
+    # Near in the mean, as a scene of one small shape may be to that of another prompt, and nowhere the same.
+    near = mine ^ 2
+
+    def resumed(there: np.ndarray, vqvae: Any) -> None:
+        path.write_bytes(png_bytes(there, text))
+        (out / "manifest" / "part-000001.parquet").unlink(missing_ok=True)
+        monkeypatch.setattr(tiny_sweep.TinyGenerator, "vqvae", vqvae)
+        sweep()
+
+    resumed(step, None)
+    resumed(patch, "of a latent diffusion")
+    for there, vqvae in (
+        (patch, None), (others, None), (others, "of a latent diffusion"), (near, "of a latent diffusion")
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="its pixels differ by"):
+            resumed(there, vqvae)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +286,11 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"guidance": 0.5}, "--guidance 0.5: must be at least 1"),
         ({"guidance": math.nan}, "--guidance nan: must be at least 1"),
+        ({"guidance": math.inf}, "--guidance inf: must be at least 1, which leaves guidance out, and finite"),
+        ({"sampler": "ddim", "steps": 7}, "7 sampling steps: ddim takes a divisor of the 1000 timesteps"),
+        ({"steps": 1001}, "1001 sampling steps: give 1 to 1000"),
+        ({"sampler": "ddim", "steps": 7, "dry_run": True}, "7 sampling steps: ddim takes a divisor"),
+        ({"dry_run": True, "run": "never-without-prompt"}, "--guidance 3: .*never saw a prompt missing"),
         ({"guidance": 1.0, "negative_prompt": "blur"}, "--negative-prompt works by guidance"),
         ({"prompts": "shapes-test", "storage": "nowhere"}, "no prepared dataset"),
     ],
@@ -307,6 +298,8 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
 def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", NUM)
+    recipe = dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], drop_text=0.0, sample_guidance=1.0)
+    tiny_sweep.write_run(tmp_path / "never-without-prompt", recipe=recipe)
     settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"))
     with pytest.raises(InputError, match=message):
         generate(dataclasses.replace(settings, **flags), tiny_sweep.TinyWorker)
@@ -357,10 +350,46 @@ def test_settings_that_do_not_work_leave_nothing_behind(without_ray, tmp_path):
     with pytest.raises(InputError, match="7 sampling steps: ddim takes a divisor"):
         generate(settings)
     assert not (tmp_path / "out" / "sweep.json").exists()
-    assert generate(dataclasses.replace(settings, steps=4))["num_images"] == 3
-    other = dataclasses.replace(settings, steps=4, out=str(tmp_path / "other"), text_encoder="nowhere")
+    # Found by a worker alone.
+    other = dataclasses.replace(settings, steps=5, text_encoder="nowhere")
     with pytest.raises(InputError, match="--text-encoder 'nowhere': this run's was trained with it"):
         generate(other)
+    assert not (tmp_path / "out" / "sweep.json").exists()
+    assert generate(dataclasses.replace(settings, steps=4))["num_images"] == 3
+
+
+def test_an_odd_number_of_timesteps_is_warmed_up_for(without_ray, tmp_path):
+    """ddim cannot take two steps of them."""
+    smoke = dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], image_size=16)
+    recipe = dataclasses.replace(smoke, noise=dataclasses.replace(smoke.noise, num_timesteps=15))
+    run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a", recipe)
+    out = str(tmp_path / "out")
+    settings = GenerateSettings(str(run), "shapes-test", out, count=1, batch_size=1, steps=3, sampler="ddim")
+    assert generate(settings)["num_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("machines", "num_workers", "threads"),
+    [([64, 4], 2, 4), ([4, 64], 2, 4), ([8, 8], 4, 4), ([2], 3, 1), ([16], 1, 16)],
+)
+def test_the_threads_are_those_of_the_smallest_machine(machines, num_workers, threads, without_ray, monkeypatch):
+    monkeypatch.setattr(jobs.generate, "machine_cpus", lambda device: machines)
+    settings = GenerateSettings("run", "prompts", "out", num_workers=num_workers, device="cpu")
+    assert jobs.generate._resolved(settings, 64, 100)["num_threads"] == threads
+
+
+def test_another_commit_is_told_and_listed(sweep, run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs.generate, "source_commit", lambda: "before")
+    assert sweep()["commits"] == ["before"]
+    out = tmp_path / "out"
+    (out / "manifest" / "part-000001.parquet").unlink()
+    (out / "summary.json").unlink()
+    monkeypatch.setattr(jobs.generate, "source_commit", lambda: "after")
+    capsys.readouterr()
+    assert sweep()["commits"] == ["after", "before"]
+    assert "generate: begun at commit before, going on at after" in capsys.readouterr().out
+    sweep()
+    assert "going on at" not in capsys.readouterr().out
 
 
 def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, start_job):

@@ -1,6 +1,8 @@
 """A sweep to an S3 that fails: a proxy before the test server answers with errors, resets and half of what was sent."""
 
 import http.client
+import io
+import itertools
 import os
 import random
 import socket
@@ -14,10 +16,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import botocore.exceptions
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_sweep
 
+from jobs.sweep import plan_blocks, read_block
 from mmcore import storage as module
+from mmcore.metrics.predictions import read_prepared
 from mmcore.storage import Storage
 
 ERRORS = {
@@ -128,6 +134,16 @@ def faulty_proxy(endpoint: str, rate: float) -> Iterator[FaultyProxy]:
     proxy.server_close()
 
 
+def write_prompts_as_data(storage: Storage, count: int, num_shards: int = 4) -> None:
+    """What `shapes-test` reads of prepared data: `count` test images."""
+    rows = [{"image_id": f"{n:06d}", "captions": [f"picture {n} of a dog"], "split": "test"} for n in range(count)]
+    for shard in range(num_shards):
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows[shard::num_shards]), buffer)
+        storage.write(f"data/shapes/part-{shard:05d}.parquet", buffer.getvalue())
+    storage.write("data/shapes/_SUCCESS", b"{}")
+
+
 @pytest.mark.parametrize(
     ("count", "rate"),
     [
@@ -139,9 +155,10 @@ def faulty_proxy(endpoint: str, rate: float) -> Iterator[FaultyProxy]:
 )
 def test_a_failing_storage_loses_and_doubles_nothing(count, rate, s3_server, tmp_path, run_job, monkeypatch):
     run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
-    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", count)
+    write_prompts_as_data(Storage(s3_server), count)
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], rate) as proxy:
-        command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", f"{s3_server}/out"]
+        command = ["tests/tiny_sweep.py", "--run", run_folder, "--out", f"{s3_server}/out"]
+        command += ["--prompts", "shapes-test", "--storage", s3_server]
         env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}
         run_job(*command, "--batch-size", "25", env=env)
     # Straight from the server: what lies there, not what a retry made of it.
@@ -203,3 +220,32 @@ def test_half_an_answer_is_read_again(s3_server, monkeypatch):
             assert storage.read("a.bin") == bytes(range(256)) * 40
         finally:
             module._s3_client.cache_clear()
+
+
+def test_prepared_data_is_read_through_many_faults(s3_server, monkeypatch):
+    """More of them in a row than pyarrow's own requests bear."""
+    write_prompts_as_data(Storage(s3_server), 8)
+    monkeypatch.setattr(module, "_S3_MAX_BACKOFF_S", 0.05)
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        module._s3_client.cache_clear()
+        faults = itertools.cycle(["reset before", "503", "500", "503", "reset after", "500", ""])
+        monkeypatch.setattr(proxy, "draw", lambda method: next(faults))
+        try:
+            table = read_prepared(s3_server, "shapes", ["image_id", "captions", "split"])
+            blocks = plan_blocks_of_images(Storage(s3_server))
+        finally:
+            module._s3_client.cache_clear()
+    assert sorted(table["image_id"].to_pylist()) == [f"{n:06d}" for n in range(8)]
+    assert blocks == [f"{n:06d}" for n in range(8)]
+
+
+def plan_blocks_of_images(storage: Storage) -> list[str]:
+    """The image_ids of a folder of shards as a sweep plans it and then reads it."""
+    buffer = io.BytesIO()
+    ids = [f"{n:06d}" for n in range(8)]
+    pq.write_table(pa.table({"image_id": ids, "image": [b"x"] * 8}), buffer)
+    storage.write("images/part-00000.parquet", buffer.getvalue())
+    blocks = plan_blocks(storage / "images", rows_per_block=3)
+    assert blocks.source is not None
+    return [image_id for item in blocks.items for image_id in read_block(blocks.source, item)["image_id"]]

@@ -4,6 +4,7 @@ interrupted."""
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,13 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_diffusion
 from job_output import own_lines
 from kills import committed_step, wait_for_step
 
 from jobs.commandline import run
-from jobs.train_ldm import main
+from jobs.train_ldm import main, setup
+from jobs.trainer import Job, RunOptions
+from mmcore.errors import InputError
+from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image
+from mmcore.recipe import recipe_from_json
 from mmcore.storage import Storage
 
 JOB = "jobs/train_ldm.py"
@@ -133,6 +139,23 @@ def test_dry_run_prints_sizes_and_writes_nothing(
     assert sorted(Path(storage.uri).rglob("*")) == before
 
 
+@pytest.mark.parametrize("num_heads", [0, 1, 2])
+def test_what_cannot_be_exported_is_said_at_the_start(
+    num_heads: int,
+    storage: Storage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_diffusion.write_vqvae_run(Storage(str(tmp_path)), num_heads=num_heads)
+    flags = ["--storage", str(storage), "--name", "dry", "--vqvae", str(tmp_path), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, *flags])
+    main()
+    assert ("2 heads in its attention: what is trained on it cannot be exported" in capsys.readouterr().out) == (
+        num_heads == 2
+    )
+
+
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +180,32 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
     assert generator.scaling_factor == facts["scaling_factor"]
 
 
+def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(
+    reference: Storage, storage: Storage, tmp_path: Path
+) -> None:
+    """Where samples are decoded, and once the run has its copy: never another decoder than the latents' own."""
+    facts = json.loads(reference.read("recipe.json"))
+    settings = {**facts["settings"], "vqvae": str(tmp_path / "vqvae")}
+    shutil.copytree(storage.uri + "/runs/vqvae/first", settings["vqvae"])
+    recipe = recipe_from_json(LatentDiffusionRecipe, settings, "here")
+    job = Job("ldm", "smoke", recipe, RunOptions(storage=storage.uri, name="unwritten"))
+
+    def one_run() -> None:
+        made = setup(job, facts, lambda text: None)
+        made.samples(made.model, 0)
+
+    one_run()
+    setup(job, facts, lambda text: None).check_assets(reference / "model")
+    tiny_diffusion.write_vqvae_run(Storage(settings["vqvae"]))
+    with pytest.raises(InputError, match="vqvae/model: another VQ-VAE"):
+        one_run()
+    copied = Storage(str(tmp_path / "copied"))
+    tiny_diffusion.write_vqvae_run(copied / "vqvae")
+    with pytest.raises(InputError, match="vqvae/model: another VQ-VAE"):
+        setup(job, facts, lambda text: None).check_assets(copied)
+
+
+@pytest.mark.soak  # restarts: test_train_resume.py; of latents in one process: mmcore/test_pixel_diffusion.py
 def test_an_interrupted_run_ends_as_if_nothing_had_been(
     start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, reference: Storage, tmp_path: Path
 ) -> None:

@@ -310,6 +310,7 @@ class Gate:
             sink.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.soak  # five minutes; a full disk tears checkpoints as well
 def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     start_job: Callable[..., Any],
     run_job: Callable[..., Any],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from job_output import own_lines
 from kills import committed_step, kill_with_all_it_started, wait_for_step, workers
 from PIL import Image
 
@@ -97,7 +98,7 @@ def test_a_bad_setting_is_refused_in_one_line(
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = own_lines(capsys.readouterr().err)
     assert line.startswith("error: ")
     assert all(part in line for part in named), line
     assert not run_folder(storage, "refused").exists()
@@ -194,6 +195,7 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     assert np.abs(grid[18:, 36:].astype(int) - to_pixels(made)[2].numpy()).max() <= 1
 
 
+@pytest.mark.soak  # restarts are those of test_train_resume.py; two phases are resumed in mmcore/test_phases.py
 def test_a_killed_run_ends_as_if_nothing_had_been(
     start_job: Callable[..., Any],
     call_job: Callable[..., Any],

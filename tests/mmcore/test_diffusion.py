@@ -1,5 +1,6 @@
 """The mathematics of diffusion, against its formulas and against diffusers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -181,6 +182,8 @@ def test_each_step_is_told_and_may_end_the_sampling() -> None:
         {"beta_start": 0.5, "beta_end": 0.1},
         {"min_snr_gamma": 0},
         {"timestep_shift": 0.0},
+        {"unshifted_share": 1.5},
+        {"unshifted_share": float("nan")},
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
@@ -188,16 +191,28 @@ def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
         NoiseSchedule(**settings).check()
 
 
+def trained(schedule: NoiseSchedule, coins: Sequence[float]) -> torch.Tensor:
+    """The timesteps of all draws of a timestep, with each of the coins."""
+    return torch.tensor([schedule.timestep(drawn, coin) for drawn in range(schedule.num_timesteps) for coin in coins])
+
+
 @pytest.mark.parametrize(("shift", "median"), [(1.0, 499.5), (3.0, 749.5), (0.5, 333.0), (1e20, 999)])
 def test_a_shift_moves_the_timesteps_that_are_trained(shift: float, median: float) -> None:
-    schedule, random = NoiseSchedule(timestep_shift=shift), torch.Generator().manual_seed(0)
-    drawn = torch.tensor([schedule.draw_timestep(random) for _ in range(4000)])
-    assert drawn.min() >= 0
-    assert drawn.max() <= 999
-    assert drawn.double().median().item() == pytest.approx(median, abs=30)  # three standard errors of 4,000 draws: 24
+    timesteps = trained(NoiseSchedule(timestep_shift=shift), [0.0])
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    assert timesteps.double().median().item() == pytest.approx(median, abs=1)
 
 
-def test_without_a_shift_the_draw_is_the_generator_s() -> None:
-    ours, plain = (torch.Generator().manual_seed(1) for _ in range(2))
-    drawn = [NoiseSchedule(num_timesteps=37).draw_timestep(ours) for _ in range(200)]
-    assert drawn == [int(torch.randint(37, (1,), generator=plain)) for _ in range(200)]
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_training_is_not_shifted(share: float) -> None:
+    timesteps = trained(NoiseSchedule(timestep_shift=8.0, unshifted_share=share), [0.0, 0.25, 0.5, 0.75])
+    # Below the middle lies half of what is drawn alike, and a ninth of what a shift of 8 draws.
+    expected = share / 2 + (1 - share) / 9
+    assert (timesteps < 500).double().mean().item() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_without_a_shift_the_draw_is_the_timestep(share: float) -> None:
+    schedule = NoiseSchedule(num_timesteps=37, unshifted_share=share)
+    assert trained(schedule, [0.7]).tolist() == list(range(37))

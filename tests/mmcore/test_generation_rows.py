@@ -71,8 +71,8 @@ def test_shares_of_flips_captions_and_dropped_texts() -> None:
     assert (others ^ mirrored).all()
     timesteps = torch.cat([batch["timesteps"] for batch in batches])
     assert (timesteps.min() >= 0, timesteps.max() < 1000) == (True, True)
-    # The mean of 8 u / (1 + 7 u), the smoke variant's shift, is 8/7 (1 - log(8) / 7).
-    assert abs(timesteps.double().mean().item() - 803) < 35
+    # The mean of 8 u / (1 + 7 u), the smoke variant's shift, is 8/7 (1 - log(8) / 7); half of them are not shifted.
+    assert abs(timesteps.double().mean().item() - (803 + 500) / 2) < 35
 
 
 def test_no_setting_moves_the_other_draws() -> None:
@@ -80,6 +80,8 @@ def test_no_setting_moves_the_other_draws() -> None:
     mine, theirs = (rows.train_batch(np.arange(40), 3) for rows in (with_all, without))
     assert torch.equal(mine["noise"], theirs["noise"])
     assert torch.equal(mine["timesteps"], theirs["timesteps"])
+    for noise in (NoiseSchedule(), NoiseSchedule(timestep_shift=3.0, unshifted_share=0.5)):
+        assert torch.equal(rows_of(noise=noise).train_batch(np.arange(40), 3)["noise"], mine["noise"])
 
 
 def test_validation_rows_stand_still() -> None:

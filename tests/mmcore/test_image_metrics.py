@@ -73,11 +73,14 @@ DRESSES = [f"A girl in a {colour} dress." for colour in NAMED]
 
 def test_a_tint_is_found_and_its_absence_is_chance() -> None:
     tinted = score_colours(photos([TINTS[name] for name in NAMED], 0.7), DRESSES, COLOURS)
+    assert tinted["fraction_nearest"] > 0.95
     assert tinted["fraction_correct"] > 0.95
     assert all(each["num_images"] == 30 for each in tinted["colours"].values())
     assert tinted["colours"]["black"]["lightness"] < tinted["colours"]["pink"]["lightness"]
     assert 120 < tinted["colours"]["green"]["hue"] < 150
     plain = score_colours(photos([(0, 0, 0)] * 90, 0.0), DRESSES, COLOURS)
+    # Greys of middling lightness lie nearest to one of them, the dark green.
+    assert plain["fraction_nearest"] < 0.5
     # 90 draws at 1/3: a standard deviation of 0.05.
     assert abs(plain["fraction_correct"] - plain["chance"]) < 0.15
     # Images of the wrong colours are worse than chance.

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,46 +188,66 @@ def test_every_weight_learns_and_the_loss_falls(tmp_path: Path) -> None:
     assert before.keys() == run.best.keys()
 
 
-GOLDEN_LOSSES = [
-    1.6759041547775269,
-    1.4268779754638672,
-    1.2263892889022827,
-    1.081061840057373,
-    1.0015573501586914,
-    1.0616261959075928,
-    0.9599540829658508,
-    0.8776642084121704,
-    0.7900389432907104,
-    0.8229895234107971,
-]
+GOLDEN_LOSSES = {
+    "plain": [
+        1.6759041547775269,
+        1.4268779754638672,
+        1.225888729095459,
+        1.0833642482757568,
+        1.0020133256912231,
+        1.0935084819793701,
+        0.8778790831565857,
+        0.8915727734565735,
+        0.8012843728065491,
+        0.7489368915557861,
+    ],
+    "shipped": [
+        1.1618664264678955,
+        0.9990200996398926,
+        0.9536544680595398,
+        0.7984476685523987,
+        0.8527458906173706,
+        0.8231703639030457,
+        0.7073788046836853,
+        0.6783218383789062,
+        0.6429482698440552,
+        0.5810772180557251,
+    ],
+}
 
 
-def test_golden_losses(tmp_path: Path) -> None:
-    """Ten steps from weights by formula: a refactoring changes none of them."""
-    recipe = tiny_diffusion.recipe(num_epochs=2)
+@pytest.mark.parametrize("which", list(GOLDEN_LOSSES))
+def test_golden_losses(which: str, tmp_path: Path) -> None:
+    """Ten steps from weights by formula: a refactoring changes none of them. Of what `shapes` is shipped with, pooled
+    text, shifted timesteps and patches, and without any of it."""
+    # Of the second, on one thread with default, avx2 and avx512 kernels, losses differed by 7e-7 at most.
+    lr, rtol = (3e-3, 1e-4) if which == "plain" else (1e-3, 1e-5)
+    recipe = tiny_diffusion.recipe(num_epochs=2, lr=lr)
+    shapes = VARIANTS["shapes"]
+    pooled_text, patch_size, shift, share = shapes.unet.pooled_text, shapes.unet.patch_size, 8.0, 0.5
+    assert pooled_text
+    assert patch_size == 2
+    assert shapes.noise.timestep_shift > 1
+    assert shapes.noise.unshifted_share > 0
+    if which == "plain":
+        pooled_text, patch_size, shift, share = False, 1, 1.0, 0.0
     recipe = dataclasses.replace(
         recipe,
-        unet=dataclasses.replace(recipe.unet, pooled_text=False),
-        noise=dataclasses.replace(recipe.noise, timestep_shift=1.0),
+        unet=dataclasses.replace(recipe.unet, pooled_text=pooled_text, patch_size=patch_size),
+        noise=dataclasses.replace(recipe.noise, timestep_shift=shift, unshifted_share=share),
     )
-    model = tiny_diffusion.model_of(recipe)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if parameter.ndim > 1 or name.endswith("bias"):
-                places = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
-                width = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
-                parameter.copy_(torch.sin(places * 0.7 + len(name)) * width**-0.5)
-    run = tiny_diffusion.train(recipe, tmp_path, model=model)
-    losses = [row["loss"] for row in run.training.state.history if "validation_loss" not in row]
-    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=1e-4)  # other machines sum in another order
+    losses = tiny_diffusion.golden_losses(recipe, tmp_path)
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES[which], rtol=rtol)  # other machines sum in another order
 
 
 # -- resume and workers --------------------------------------------------------------------------------------------
 
 
-def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
-    """Channels-last weights, their moments and average, dropped texts, flips: all of it comes back."""
-    recipe = dataclasses.replace(tiny_diffusion.recipe(num_epochs=2, ema_decay=0.9), flip=True)
+@pytest.mark.parametrize("recipe_of", [tiny_diffusion.recipe, tiny_diffusion.latent_recipe])
+def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
+    """Of pixels and of latents: channels-last weights, their moments and average, dropped texts, flips: all of it
+    comes back."""
+    recipe = dataclasses.replace(recipe_of(num_epochs=2, ema_decay=0.9), flip=True)
     whole = tiny_diffusion.train(recipe, tmp_path / "whole")
     assert [path.name for path in whole.checkpoints] == [f"step-{step:08d}" for step in (3, 5, 6, 9, 10)]
     for start in whole.checkpoints[:3]:
@@ -273,7 +294,11 @@ def losses_of(run: tiny.Run) -> list[float]:
     return [row.get("validation_loss", row["loss"]) for row in history]
 
 
-@pytest.mark.parametrize(("precision", "num_steps", "largest"), [("fp32", 20, 1e-5), ("fp64", 100, 1e-9)])
+@pytest.mark.parametrize(
+    ("precision", "num_steps", "largest"),
+    # In fp64 and within 1e-9 the captioner's loop, which is this one, is compared in test_training.py.
+    [("fp32", 20, 1e-5), pytest.param("fp64", 100, 1e-9, marks=pytest.mark.soak)],
+)
 def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, precision: str, num_steps: int, largest: float
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.data.shapes import ShapesSettings, shapes_row
 from mmcore.errors import InputError
-from mmcore.seeding import derive_seed
+from mmcore.seeding import MAX_IMAGE_SEED, derive_seed
 from mmcore.storage import Storage
 
 
@@ -25,7 +25,10 @@ def write_parquet(path: Path, **columns: list) -> str:
 
 
 def test_all_forms_give_the_same_prompts(tmp_path: Path) -> None:
-    wanted = [Prompt("a", "a dog, running", 5), Prompt("b", 'a "red" bird\nin two lines', derive_seed(3, "b"))]
+    wanted = [
+        Prompt("a", "a dog, running", 5),
+        Prompt("b", 'a "red" bird\nin two lines', derive_seed(3, "b") & MAX_IMAGE_SEED),
+    ]
     rows: list[dict] = [
         {"image_id": "a", "prompt": wanted[0].prompt, "seed": 5},
         {"prompt": wanted[1].prompt, "image_id": "b"},
@@ -49,7 +52,7 @@ def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> Non
     assert [(each.image_id, each.prompt) for each in prompts] == [
         ("000000", "a dog"), ("000001", "a cat, black"), ("000002", "a bird"),
     ]  # fmt: skip
-    assert [each.seed for each in prompts] == [derive_seed(7, each.image_id) for each in prompts]
+    assert [each.seed for each in prompts] == [derive_seed(7, each.image_id) & MAX_IMAGE_SEED for each in prompts]
     assert len({each.seed for each in prompts} | {each.seed for each in read_prompts(file, seed=8)}) == 6
     # A longer list or a smaller count leaves the others as they are.
     assert read_prompts(file, seed=7, count=2) == prompts[:2]
@@ -98,7 +101,7 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a dog"}\n{"prompt": 3}\n', r"p.jsonl:2: prompt is 3"),
         ("p.jsonl", '{"prompt": "half a \\ud83d"}\n', r"p.jsonl:1: prompt is 'half a \\ud83d'"),
         ("p.jsonl", '{"prompt": "a dog", "seed": true}\n', r"p.jsonl:1: seed is True"),
-        ("p.jsonl", '{"prompt": "a dog", "seed": 9223372036854775808}\n', r"p.jsonl:1: seed is 9223372036854775808"),
+        ("p.jsonl", '{"prompt": "a dog", "seed": 4294967296}\n', r"p.jsonl:1: seed is 4294967296"),
         ("p.jsonl", '{"prompt": "a dog"\n', r"p.jsonl:1: broken JSON"),
         ("p.jsonl", '["a dog"]\n', r"p.jsonl:1: expected an object"),
         ("p.jsonl", '{"text": "a dog"}\n', r"p.jsonl:1: columns 'text'; expected prompt"),

@@ -1,11 +1,13 @@
 """What every other promise leans on: keyed randomness, the vocabulary, and storage that writes whole or not at all."""
 
+import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from mmcore.errors import InputError
-from mmcore.seeding import derive_seed, generator, permutation, uniform
+from mmcore.seeding import MAX_IMAGE_SEED, derive_seed, generator, permutation, uniform
 from mmcore.storage import Storage
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, WordVocabulary
 
@@ -36,6 +38,9 @@ def test_seeds_are_keyed_by_every_part() -> None:
     keys = [(0,), (1,), (0, "a"), (0, "a", "b"), (0, "ab"), (0, "a", 1), (0, "a1")]
     assert len({derive_seed(*key) for key in keys}) == len(keys)
     assert all(0 <= derive_seed(seed, "x") < 2**63 for seed in range(100))
+    # The reason of the limit: beyond it a seed is another number and the same noise.
+    first, second = (torch.Generator().manual_seed(seed) for seed in (7, MAX_IMAGE_SEED + 1 + 7))
+    assert torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=second))
     draws = np.array([uniform(5, "flip", epoch, f"image-{row}") for epoch in range(4) for row in range(2500)])
     # 10,000 draws: the standard error of the mean is 0.0029.
     assert abs(draws.mean() - 0.5) < 0.012
@@ -150,6 +155,30 @@ def test_of_eight_creators_exactly_one_succeeds(storage: Storage, same: bool) ->
     assert storage.list() == [f"part-{k}" for k in range(5)]
 
 
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(InputError, match=rf"^{tmp_path}: no hard links there .*; name a folder on a file system that"):
+        Storage(str(tmp_path)).create("a", b"a")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_parts_of_a_file_are_read(storage: Storage) -> None:
+    storage.write("a.bin", bytes(range(100)))
+    with storage.open("a.bin") as file:
+        assert file.seek(-30, os.SEEK_END) == 70
+        assert file.read(5) == bytes(range(70, 75))
+        assert file.seek(5, os.SEEK_CUR) == file.tell() == 80
+        assert file.read() == bytes(range(80, 100))
+        assert file.read(1) == b""
+        file.seek(0)
+        assert file.read(200) == bytes(range(100))
+    with pytest.raises(FileNotFoundError):
+        storage.open("nothing")
+
+
 WRITER = """
 import resource, signal, sys
 from mmcore.storage import Storage
@@ -224,6 +253,24 @@ def test_a_whole_bucket_is_not_emptied(s3_server: str) -> None:
     with pytest.raises(InputError, match="whole bucket"):
         bucket.delete_tree()
     assert bucket.read("a") == b"1"
+
+
+def test_links_open_what_they_name_until_they_expire(s3_server: str, tmp_path: Path) -> None:
+    storage = Storage(s3_server)
+    # Characters that end the path of an address.
+    names = [f"{folder}/a b#c?d&e=%20.png" for folder in "xyz"]
+    for name in names:
+        storage.write(name, name.encode())
+    with ThreadPoolExecutor(8) as threads:
+        links = list(threads.map(lambda name: storage.presigned_url(name, 77.9), names * 20))
+    for name, link in zip(names, links[:3], strict=True):
+        with urllib.request.urlopen(link, timeout=30) as answer:
+            assert answer.read() == name.encode()
+            assert answer.headers["content-type"] == "image/png"
+        assert "X-Amz-Expires=77&" in link
+        assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in link, "the old signature, which new regions refuse"
+    with pytest.raises(InputError, match="only files in S3 have links"):
+        Storage(str(tmp_path)).presigned_url("a.png", 60)
 
 
 def test_what_killed_writes_left_is_removed(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from mmcore.errors import InputError
 from mmcore.generators.trained import TrainedGenerator
 from mmcore.generators.vqvae import TrainedVQVAE
+from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
 
 PROMPTS = ["a red square", "there is a blue square at the left of it", "a green square", "a yellow square"]
-SEEDS = [3, 2**62, 5, 6]
+SEEDS = [3, MAX_IMAGE_SEED, 5, 6]
 HOW: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 2.0}
 
 
@@ -84,6 +85,18 @@ def test_latents_become_images_through_the_vqvae(tmp_path: Path) -> None:
     latents = torch.randn(2, *generator.model.x_0_shape, generator=torch.Generator().manual_seed(0))
     expected = TrainedVQVAE(vqvae_run).model.decode(latents)
     assert torch.equal(generator.images(latents * 0.5), expected)
+
+
+def test_another_vqvae_than_the_latents_are_of_is_refused(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "ldm"))
+    tiny_diffusion.write_ldm_run(run, Storage(str(tmp_path / "vqvae")))
+    copy = run / "model" / "vqvae"
+    right = TrainedVQVAE(copy).fingerprint()
+    tiny_diffusion.write_vqvae_run(copy, seed=2)
+    wrong = TrainedVQVAE(copy).fingerprint()
+    message = rf"vqvae/model: another VQ-VAE \(fingerprint {wrong[:12]}\) than the latents are of \({right[:12]}\)"
+    with pytest.raises(InputError, match=message):
+        TrainedGenerator(run)
 
 
 def test_bfloat16_is_close(pixel_run: Storage) -> None:

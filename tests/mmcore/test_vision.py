@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import write_resnet
 from transformers import (
     BertConfig,
     BertModel,
     CLIPConfig,
     CLIPModel,
-    ResNetConfig,
     ResNetForImageClassification,
     SiglipConfig,
     SiglipModel,
@@ -28,11 +28,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny classifier with random weights, whose head is no part of an encoder."""
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ResNetForImageClassification(config).save_pretrained(tmp_path / "encoder")
-    return tmp_path / "encoder"
+    return write_resnet(tmp_path / "encoder")
 
 
 def test_a_load_says_nothing_and_gives_tokens(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

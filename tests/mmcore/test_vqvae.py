@@ -289,8 +289,22 @@ def test_a_trained_one_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(trained.model.decode(latents), model.vqvae.decode(latents))
     fingerprint = trained.fingerprint()
     assert TrainedVQVAE(finished_run(tmp_path / "again", model)).fingerprint() == fingerprint
+    assert TrainedVQVAE(finished_run(tmp_path / "run", model), fingerprint=fingerprint).recipe == recipe
     model.vqvae.quantizer.codebook[0, 0] += 1
-    assert TrainedVQVAE(finished_run(tmp_path / "moved", model)).fingerprint() != fingerprint
+    moved = finished_run(tmp_path / "moved", model)
+    assert TrainedVQVAE(moved).fingerprint() != fingerprint
+    with pytest.raises(InputError, match=f"moved/model: another VQ-VAE .*{fingerprint[:12]}"):
+        TrainedVQVAE(moved, fingerprint=fingerprint)
+
+
+def test_a_field_of_a_later_version_leaves_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run(tmp_path, tiny_vqvae.model_of(tiny_vqvae.recipe()))
+    fingerprint = TrainedVQVAE(run).fingerprint()
+    later = dataclasses.make_dataclass("Later", [("new", int, 3)], bases=(VQVAERecipe,), frozen=True)
+    monkeypatch.setattr("mmcore.generators.vqvae.VQVAERecipe", later)
+    trained = TrainedVQVAE(run)
+    assert trained.recipe.new == 3
+    assert trained.fingerprint() == fingerprint
 
 
 def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
@@ -310,24 +324,24 @@ def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
 
 GOLDEN = {
     "loss": [
-        2.9775304794311523,
+        2.9775307178497314,
         2.506803035736084,
-        2.070955514907837,
-        1.4938279390335083,
-        1.8649182319641113,
-        1.7016279697418213,
-        1.5230326652526855,
-        1.4076378345489502,
-        1.318668246269226,
-        1.3882873058319092,
+        2.0608415603637695,
+        1.428155541419983,
+        1.756633996963501,
+        1.529197096824646,
+        1.3376660346984863,
+        1.2076194286346436,
+        1.0954681634902954,
+        1.151421070098877,
     ],
     "discriminator_loss": [
-        0.30184319615364075,
-        0.28901931643486023,
-        0.28274720907211304,
-        0.27889904379844666,
-        0.2770334780216217,
-        0.27513960003852844,
+        0.30178701877593994,
+        0.28576892614364624,
+        0.27532219886779785,
+        0.26849365234375,
+        0.2639361619949341,
+        0.2615632116794586,
     ],
 }
 

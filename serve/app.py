@@ -1,0 +1,238 @@
+"""Trained models behind Ray Serve.
+
+    export SERVE_API_KEYS_FILE=FILE     # a key a line; without one nothing starts, but with open=true
+    export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:proxy_middlewares
+    serve run serve.app:build captioner=name1:URI1,name2:URI2 generator=name:URI
+
+The second variable puts our limits before Ray's own proxy, which reads it where Ray is started. A URI is the folder of
+a finished run, local or in S3. `python -m serve.control start` takes the same arguments, sets that variable itself, and
+answers requests in flight before it ends. serve/config.yaml does the same for `serve deploy`, with autoscaling.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray import get_runtime_context, serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+from serve.captioner import Captioner, load_captioner
+from serve.clients import Deployed, Model
+from serve.errors import ApiError
+from serve.generator import Generator, load_generator
+from serve.limits import Limits
+from serve.metrics import configure_logging
+from serve.proxy import check_guarded
+from serve.routes import Service
+from serve.security import Keys
+from serve.tasks import Jobs
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What a model's replica takes of the CPUs that Ray counts. It uses SERVE_MODEL_THREADS; this only has to leave room
+# for several models on a small machine. On a cluster set num_cpus in serve/config.yaml to what a replica shall have.
+_MODEL_CPUS = 0.5
+# Ray Serve's own limits lie above what is admitted: what it held back it would let through two at a time.
+_ROOM = 4
+_API_ONGOING = 10_000
+_HEALTH_PERIOD_S = 5.0
+_WAIT_LOOP_S = 0.5
+
+
+class Args(BaseModel):
+    """What `serve run serve.app:build` takes as ``key=value``, and a deploy config as `args`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    captioner: str = ""
+    """name1:URI1,name2:URI2: finished runs of captioners."""
+    generator: str = ""
+    """name:URI: finished runs of generators."""
+    encoder: str = ""
+    """name:FOLDER of a model's frozen encoder, where it does not lie where the run had it."""
+    gallery: str = ""
+    """A sweep of jobs/generate.py to be looked at."""
+    storage: str = ""
+    """Where jobs are kept, and images that are linked to (in S3): folder or s3://bucket/prefix."""
+    gpus: float = 0.0
+    """GPUs of each model's replica; 0.5 puts two on one."""
+    open: bool = False
+    """Serve everybody who can reach the port, without keys."""
+    allowed_hosts: str = ""
+    """name1,name2: names of this machine by which an open service is reached, beside localhost and addresses."""
+
+
+def named(text: str, what: str) -> dict[str, str]:
+    """``name1:URI1,name2:URI2`` as a dictionary. Raises InputError."""
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, uri = part.partition(":")
+        if not colon or not uri or uri.startswith("//"):
+            raise InputError(f"{what}={part}: give each a name: {what}=NAME:URI[,NAME:URI]")
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{what}={part}: a name has letters, digits, '.', '_' and '-', 64 of them at most")
+        if name in found:
+            raise InputError(f"{what}={part}: {name!r} stands there twice")
+        found[name] = uri
+    return found
+
+
+# Frozen at its import by Ray Serve's own class decorator: without an app here it asks `__serve_build_asgi_app__`.
+@serve.deployment(name="api")
+@serve.ingress()
+class Api:
+    """The process that answers requests."""
+
+    def __init__(
+        self,
+        captioners: dict[str, DeploymentHandle],
+        generators: dict[str, DeploymentHandle],
+        jobs: DeploymentHandle | None,
+        gallery: str,
+        storage: str,
+        limits: Limits,
+        open_to_all: bool,
+        allowed_hosts: Collection[str],
+    ) -> None:
+        configure_logging()
+        # Ray's proxy has the environment in which Ray was started on its machine. So has this process, whatever the
+        # driver has, but for what a runtime_env adds to its own.
+        added = get_runtime_context().runtime_env.get("env_vars", {})
+        check_guarded({name: value for name, value in os.environ.items() if name not in added})
+        models = [Model(name, "captioner", Deployed(handle)) for name, handle in captioners.items()]
+        models += [Model(name, "generator", Deployed(handle)) for name, handle in generators.items()]
+        self._jobs = Deployed(jobs) if jobs else None
+        self._service = Service(
+            models=models,
+            # Read where requests are answered, and handed to nobody: arguments of a deployment show in Ray's dashboard.
+            keys=Keys(os.environ, open_to_all=open_to_all),
+            limits=limits,
+            jobs=self._jobs,
+            gallery=Storage(gallery) if gallery else None,
+            storage=Storage(storage) if storage else None,
+            allowed_hosts=allowed_hosts,
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._service.app()
+
+    async def drain(self) -> int:
+        """Take no more requests; how many are still at work, jobs too. Called again and again until it is 0."""
+        self._service.front.draining = True
+        jobs_at_work = 0
+        if self._jobs:
+            # Their process may be dead, and what it was at stays pending.
+            with contextlib.suppress(ApiError):
+                jobs_at_work = await self._jobs.call("drain")
+        return self._service.front.in_flight + jobs_at_work
+
+
+def application(
+    captioners: dict[str, Callable[[str], Any]],
+    generators: dict[str, Callable[[str], Any]],
+    *,
+    limits: Limits,
+    gallery: str = "",
+    storage: str = "",
+    gpus: float = 0.0,
+    open_to_all: bool = False,
+    allowed_hosts: Collection[str] = (),
+) -> Application:
+    """The deployments of models, each given by what loads it in its replica, on the device that it is told."""
+    common: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": limits.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": _WAIT_LOOP_S,
+        "health_check_period_s": _HEALTH_PERIOD_S,
+    }
+    model_options: dict[str, Any] = {
+        **common,
+        "max_ongoing_requests": _ROOM * (limits.max_queue + limits.job_concurrency * limits.max_n),
+        "ray_actor_options": {"num_cpus": _MODEL_CPUS, "num_gpus": gpus},
+        # A new version begins before the old one ends. Not where it takes a GPU: Ray would wait for one without end,
+        # and few clusters have one to spare. serve/config.yaml says otherwise for those.
+        "max_surge_percent": 0 if gpus else 100,
+    }
+
+    # Ray's hints know its decorator only with or without options, not with a class and options.
+    deployment: Any = serve.deployment
+
+    def deployed(kind: type, loaders: dict[str, Callable[[str], Any]]) -> dict[str, Application]:
+        return {
+            name: deployment(kind, name=f"{kind.__name__.lower()}-{name}", **model_options).bind(name, load, limits)
+            for name, load in loaders.items()
+        }
+
+    captioner_apps, generator_apps = deployed(Captioner, captioners), deployed(Generator, generators)
+    jobs = None
+    if generators:
+        options = {**common, "max_ongoing_requests": _API_ONGOING, "ray_actor_options": {"num_cpus": 0}}
+        # One process at a time: two would both take up what is pending.
+        jobs = deployment(Jobs, name="jobs", **options).bind(generator_apps, storage or None, limits)
+    api: Any = Api
+    return api.options(
+        **common,
+        max_ongoing_requests=_API_ONGOING,
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(captioner_apps, generator_apps, jobs, gallery, storage, limits, open_to_all, allowed_hosts)
+
+
+def build(args: Args) -> Application:
+    """Raises InputError for arguments that cannot be, where there is no key and `open` was not said, and where Ray's
+    proxy would be without our limits."""
+    captioners, generators = named(args.captioner, "captioner"), named(args.generator, "generator")
+    encoders = named(args.encoder, "encoder")
+    if not captioners and not generators:
+        raise InputError("nothing to serve: give captioner=NAME:URI, generator=NAME:URI, or both")
+    if twice := sorted(set(captioners) & set(generators)):
+        raise InputError(f"{twice[0]!r} is a captioner and a generator; every model needs a name of its own")
+    if unknown := sorted(set(encoders) - set(captioners) - set(generators)):
+        raise InputError(f"encoder={unknown[0]}:...: no model of that name; they are {[*captioners, *generators]}")
+    allowed_hosts = [name for name in (part.strip().lower() for part in args.allowed_hosts.split(",")) if name]
+    if allowed_hosts and not args.open:
+        raise InputError(f"allowed_hosts={args.allowed_hosts}: only for open=true; a service with keys needs none")
+    for text in (args.gallery, args.storage):
+        if text:
+            Storage(text)
+    # Said here, where a person reads it; the process that answers requests looks again, in its own environment.
+    check_guarded(os.environ)
+    Keys(os.environ, open_to_all=args.open)
+    return application(
+        {
+            name: partial(load_captioner, Storage(uri).uri, _local(encoders.get(name)))
+            for name, uri in captioners.items()
+        },
+        {
+            name: partial(load_generator, Storage(uri).uri, _local(encoders.get(name)))
+            for name, uri in generators.items()
+        },
+        limits=Limits.from_environment(os.environ),
+        gallery=Storage(args.gallery).uri if args.gallery else "",
+        storage=Storage(args.storage).uri if args.storage else "",
+        gpus=args.gpus,
+        open_to_all=args.open,
+        allowed_hosts=allowed_hosts,
+    )
+
+
+def check_runs(args: Args) -> None:
+    """Raises InputError where a URI holds no finished run of its kind: in one line, before anything is started."""
+    from mmcore.catalogue import CAPTIONERS, GENERATORS
+    from mmcore.finished import read_facts
+
+    for what, text, known in (("captioner", args.captioner, CAPTIONERS), ("generator", args.generator, GENERATORS)):
+        for name, uri in named(text, what).items():
+            recipe = read_facts(Storage(uri))["recipe"]
+            if recipe not in known:
+                raise InputError(f"{what}={name}:{uri}: recipe {recipe!r} is no {what}; known: {', '.join(known)}")
+
+
+def _local(folder: str | None) -> str | None:
+    """A folder by its absolute path: a replica's working directory is another. Names of the hub stay as they are."""
+    return os.path.abspath(folder) if folder and os.path.isdir(folder) else folder

@@ -1,0 +1,1 @@
+"""One file a measured claim about serving; each prints one JSON object."""

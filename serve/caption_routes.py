@@ -1,0 +1,210 @@
+"""Captions of images that a client sends: in OpenAI's chat form, or many at once from several captioners."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from python_multipart.multipart import parse_options_header
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve import images, schemas
+from serve.clients import Model, model_unavailable
+from serve.errors import ApiError, bad_value, fault, quoted
+from serve.front import Front, facts_of_request
+from serve.metrics import logger
+
+# An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
+_DECODE_THREADS = 2
+_MAX_FILE_NAME = 200
+# Of a model that are asked for one caption; a new one that takes images of another size replaces an old one.
+_MAX_VERSIONS = 3
+
+
+class _InMemory(MultiPartParser):
+    # Starlette puts larger files on the disk; here the whole body is bounded, and in memory anyway.
+    spool_max_size = 2**40
+    ended = False
+
+    def on_end(self) -> None:
+        """Called at the last boundary only: a form that breaks off before it parses like one that has less in it."""
+        self.ended = True
+
+
+class CaptionRoutes:
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._decoders = ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
+        images.harden_pillow()
+        images.return_large_blocks()
+
+    async def chat(self, request: Request) -> Response:
+        front = self._front
+        # One image, and what else a request may say.
+        most = images.longest_data_uri(front.limits) + front.limits.max_json_bytes
+        asked = schemas.parse(schemas.ChatRequest, await front.json(request, min(most, front.limits.max_body_bytes)))
+        model = front.named(asked.model, "captioner")
+        uri, param, ignored = schemas.image_of_chat(asked)
+        data = images.from_data_uri(uri, front.limits, param)
+        facts = facts_of_request(request)
+        facts.update(model=model.name, n=1)
+        words = [front.limits.caption_words, asked.max_tokens, asked.max_completion_tokens]
+        with front.admission.enter({model.name: 1}):
+            image, max_words = _Image(data, param), min(each for each in words if each)
+            caption = await self._caption(model, image, max_words, facts["request_id"])
+        return JSONResponse(schemas.chat_answer(facts["request_id"], model.name, caption, max_words, ignored))
+
+    async def captions(self, request: Request) -> Response:
+        front = self._front
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            files, names = await self._form(request)
+        else:
+            files, names = await self._data_uris(request)
+        if names is None:
+            names = [model.name for model in front.models.values() if model.kind == "captioner"]
+        if not names or len(set(names)) < len(names):
+            raise bad_value("models", f"{quoted(names)} names no captioner, or one twice")
+        models = [front.named(name, "captioner", "models") for name in names]
+        facts = facts_of_request(request)
+        facts.update(model=",".join(names), n=len(files))
+        # One of several that is dead or still loads takes nobody's captions along; one alone is waited for.
+        known = [await models[0].info()] if len(models) == 1 else await asyncio.gather(*(m.told() for m in models))
+        sizes = {info["resolution"] for info in known if info is not None}
+        able = [model for model, info in zip(models, known, strict=True) if info is not None]
+        if not able:
+            raise model_unavailable()
+        failed: dict[str, ApiError] = {model.name: model_unavailable() for model in models if model not in able}
+
+        async def caption_all(index: int, data: bytes) -> dict[str, Any]:
+            image, most = _Image(data, f"images.{index}"), front.limits.caption_words
+            await self._decode(image, sizes)
+            told = await asyncio.gather(*(self._caption_or_error(m, image, most, facts["request_id"]) for m in able))
+            captions = {model.name: each for model, each in zip(able, told, strict=True) if isinstance(each, str)}
+            errors = {model.name: each for model, each in zip(able, told, strict=True) if isinstance(each, ApiError)}
+            if not captions:
+                raise next(iter(errors.values()))
+            named = {name: error.body()["error"] for name, error in {**failed, **errors}.items()}
+            return {"captions": captions, **({"errors": named} if named else {})}
+
+        with front.admission.enter({model.name: len(files) for model in able}):
+            async with _all_or_none() as group:
+                tasks = [group.create_task(caption_all(index, data)) for index, (_, data) in enumerate(files)]
+        answers = [
+            {"index": index, **task.result(), "file_name": file_name}
+            for index, ((file_name, _), task) in enumerate(zip(files, tasks, strict=True))
+        ]
+        return JSONResponse({"data": answers})
+
+    async def _data_uris(self, request: Request) -> tuple[list[tuple[str | None, bytes]], list[str] | None]:
+        """Images, without names, and the models that are asked for."""
+        limits = self._front.limits
+        asked = schemas.parse(schemas.CaptionsRequest, await self._front.json(request, limits.max_body_bytes))
+        self._check_count(len(asked.images))
+        files: list[tuple[str | None, bytes]] = [
+            (None, images.from_data_uri(uri, limits, f"images.{index}")) for index, uri in enumerate(asked.images)
+        ]
+        return files, asked.models
+
+    async def _form(self, request: Request) -> tuple[list[tuple[str | None, bytes]], list[str] | None]:
+        """Files `images` and fields `model` of a multipart form."""
+        limits = self._front.limits
+        charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+        if charset.lower() != b"utf-8":
+            # A form names any of Python's codecs: some are slow, and some make text that no answer can hold.
+            message = f"the form's charset must be utf-8, got {quoted(charset.decode('latin-1'))}"
+            raise ApiError(400, message, code="invalid_form")
+        parser = _InMemory(
+            request.headers, request.stream(), max_files=limits.max_images, max_fields=len(self._front.models) + 1
+        )
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise ApiError(400, f"the form: {error.message}", code="invalid_form") from None
+        except (LookupError, ValueError):
+            raise ApiError(400, "the form is no multipart/form-data", code="invalid_form") from None
+        files: list[tuple[str | None, bytes]] = []
+        names: list[str] = []
+        try:
+            if not parser.ended:
+                raise ApiError(400, "the form breaks off before its last boundary", code="invalid_form")
+            for name, value in form.multi_items():
+                if name not in ("images", "model"):
+                    message = f"unknown field {quoted(name)}; the form has images (files) and model"
+                    raise ApiError(400, message, param=name[:64], code="unknown_field")
+                if (name == "images") == isinstance(value, str):
+                    raise bad_value(name, "images are files, model is text")
+                if isinstance(value, str):
+                    names.append(value)
+                else:
+                    file_name = value.filename[:_MAX_FILE_NAME] if value.filename else None
+                    files.append((file_name, await value.read()))
+        finally:
+            await form.close()
+        self._check_count(len(files))
+        return files, names or None
+
+    def _check_count(self, num_images: int) -> None:
+        most = self._front.limits.max_images
+        if not 1 <= num_images <= most:
+            raise bad_value("images", f"{num_images}; from 1 to {most}")
+
+    async def _decode(self, image: "_Image", sizes: set[int]) -> None:
+        began, limits = time.perf_counter(), self._front.limits
+        loop = asyncio.get_running_loop()
+        decoding = loop.run_in_executor(self._decoders, images.decode, image.data, sizes, limits, image.param)
+        image.pixels.update(await decoding)
+        self._front.metrics.stage.labels("all", "decode").observe(time.perf_counter() - began)
+
+    async def _caption_or_error(self, model: Model, image: "_Image", max_words: int, request_id: str) -> str | ApiError:
+        """An error where the captioner fails; what is wrong with the request itself is raised."""
+        try:
+            return await self._caption(model, image, max_words, request_id)
+        except ApiError as error:
+            if error.status < 500:
+                raise
+            return error
+        except Exception:
+            about = {"request_id": request_id, "model": model.name}
+            logger.exception("captioner failed", extra={"fields": about})
+            return fault(request_id)
+
+    async def _caption(self, model: Model, image: "_Image", max_words: int, request_id: str) -> str:
+        sizes = {(await model.info())["resolution"]}
+        for _ in range(_MAX_VERSIONS):
+            if missing := sizes - set(image.pixels):
+                await self._decode(image, missing)
+            pixels = {size: image.pixels[size] for size in sizes}
+            done = await model.replica.call("caption", pixels, max_words, request_id)
+            if "caption" in done:
+                self._front.metrics.observe(model.name, done["facts"])
+                return done["caption"]
+            # A version of the model that takes another size answered. Either may be the next one to be asked.
+            model.forget()
+            sizes.add(done["resolution"])
+        raise model_unavailable()
+
+
+@dataclass
+class _Image:
+    """An image as it came, and what was decoded of it. `param` names it in a refusal."""
+
+    data: bytes
+    param: str
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)
+    """uint8 (size, size, 3) by size."""
+
+
+@contextlib.asynccontextmanager
+async def _all_or_none() -> AsyncGenerator[asyncio.TaskGroup, None]:
+    """A group of tasks that ends with the first error itself, not with a group of errors."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -1,0 +1,147 @@
+"""How the front calls the processes that hold a model: through Ray Serve's handle."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from serve.errors import ApiError
+from serve.schemas import GenerateWork
+
+# Captions and images are functions of what was asked, so what a killed replica was at can be asked again.
+_MAX_ATTEMPTS = 3
+# Readiness is asked by anybody: the models are asked at most so often, and not longer than so.
+_READY_EVERY_S = 1.0
+_READY_TIMEOUT_S = 2.0
+# Whoever asks about several models waits no longer than so for one of them that is dead, or still loads.
+TOLD_TIMEOUT_S = 3.0
+# What a model says of itself is believed so long: a new version, deployed while this process lives, may say otherwise.
+_INFO_AGE_S = 5.0
+
+
+class Replica(Protocol):
+    """A deployment's methods by name."""
+
+    async def call(self, method: str, *args: Any) -> Any: ...
+
+    def stream(self, method: str, *args: Any) -> AsyncGenerator[Any, None]: ...
+
+
+class Deployed:
+    """Ray Serve's replicas. A caller that is cancelled ends the work there; one whose replica dies asks another."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._methods: dict[tuple[str, bool], Any] = {}
+
+    def _method(self, name: str, stream: bool) -> Any:
+        if (name, stream) not in self._methods:
+            self._methods[name, stream] = self._handle.options(method_name=name, stream=stream)
+        return self._methods[name, stream]
+
+    async def call(self, method: str, *args: Any) -> Any:
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            response = self._method(method, False).remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except RayActorError:
+                if attempt == _MAX_ATTEMPTS:
+                    raise model_unavailable() from None
+            except DeploymentUnavailableError:
+                raise model_unavailable() from None
+        raise AssertionError("the last attempt returned or raised")
+
+    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any, None]:
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            events = self._method(method, True).remote(*args)
+            done = False
+            try:
+                async for event in events:
+                    yield event
+                done = True
+                return
+            except RayActorError:
+                done = True
+                if attempt == _MAX_ATTEMPTS:
+                    raise model_unavailable() from None
+            except DeploymentUnavailableError:
+                done = True
+                raise model_unavailable() from None
+            finally:
+                if not done:
+                    events.cancel()
+
+
+def model_unavailable() -> ApiError:
+    return ApiError(503, "the model is not available now; try again", code="model_unavailable", retry_after_s=5.0)
+
+
+class Model:
+    """A model by its public name, and what it says of itself."""
+
+    def __init__(self, name: str, kind: str, replica: Replica) -> None:
+        self.name, self.kind, self.replica = name, kind, replica
+        self._info: tuple[float, dict[str, Any]] = (float("-inf"), {})
+        self._ready: tuple[float, bool] = (float("-inf"), False)
+        # OpenAI's clients want a time for each model: since when this process serves it.
+        self._created = int(time.time())
+
+    async def info(self) -> dict[str, Any]:
+        """As GET /v1/models shows it; asked anew every few seconds. Waits for a model that still loads."""
+        told_at, info = self._info
+        if time.monotonic() - told_at >= _INFO_AGE_S:
+            info = await self.replica.call("describe")
+            self._info = (time.monotonic(), info)
+        return info
+
+    async def told(self) -> dict[str, Any] | None:
+        """As `info`, but None where it does not answer soon."""
+        try:
+            async with asyncio.timeout(TOLD_TIMEOUT_S):
+                return await self.info()
+        except (TimeoutError, ApiError):
+            return None
+
+    async def listed(self) -> dict[str, Any]:
+        """As `info`, and whether it is ready; of one that is not, what it said last, or what is known without it."""
+        info = await self.told()
+        known = {"id": self.name, "object": "model", "created": self._created, "owned_by": "mmcore", "kind": self.kind}
+        unknown = {"resolution": None, "defaults": None, "limits": None}
+        return {**known, **unknown, **(self._info[1] if info is None else info), "ready": info is not None}
+
+    async def refusal(self, work: GenerateWork) -> ApiError | None:
+        """What a generator has against the work; None where it has nothing, or does not answer soon."""
+        try:
+            async with asyncio.timeout(TOLD_TIMEOUT_S):
+                told = await self.replica.call("check", work)
+        except (TimeoutError, ApiError):
+            return None
+        return None if told is None else ApiError.from_dict(told)
+
+    def forget(self) -> None:
+        """What it said of itself holds no more."""
+        self._info = (float("-inf"), self._info[1])
+
+    async def ready(self) -> bool:
+        """Whether it answers now."""
+        asked_at, answer = self._ready
+        if time.monotonic() - asked_at >= _READY_EVERY_S:
+            # Noted before it is known: a hundred callers at once ask once.
+            self._ready = (time.monotonic(), answer)
+            try:
+                async with asyncio.timeout(_READY_TIMEOUT_S):
+                    await self.replica.call("describe")
+                answer = True
+            except (TimeoutError, ApiError):
+                answer = False
+            self._ready = (time.monotonic(), answer)
+        return answer

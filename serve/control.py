@@ -1,0 +1,409 @@
+"""Start the service, and end it without losing a request.
+
+    python -m serve.control start captioner=NAME:URI generator=NAME:URI [host=127.0.0.1 port=8000 ...]
+    python -m serve.control stop [port=8000]
+
+`start` stays in the foreground and takes the arguments of `serve run serve.app:build`, and host and port. It starts Ray
+on this machine, or joins the cluster of RAY_ADDRESS, of which it then starts and ends this one application. On SIGTERM
+(which `stop` sends) and on Ctrl-C new requests are answered 503, those in flight are finished, and only then does
+anything end; it waits SERVE_DRAIN_TIMEOUT_S at most. `serve run` itself may drop requests when it is ended. What a
+`start` that was killed left on the cluster of RAY_ADDRESS, `stop` with that variable ends in the same way.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmcore.errors import InputError
+from serve import proxy
+from serve.limits import Limits
+
+APP = "mmcore"
+_HOST, _PORT = "127.0.0.1", 8000
+# Ray's CPUs are a number for its scheduler: room for several models, and for a new version beside the old.
+_MIN_LOCAL_CPUS = 8
+_POLL_S = 0.1
+# For each process that answers requests to say how many it is at; one that died is replaced, and asked the next time.
+_DRAIN_ANSWER_S = 5.0
+# The line of a traceback that says what was raised.
+_RAISED = re.compile(r"(?m)^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$")
+# For a service that has its port to write down its process.
+_NUMBER_S = 10.0
+# For the application to be gone once nothing is to be waited for any more. Where requests are left, its processes wait
+# for those as long again (graceful_shutdown_timeout_s): longer than anybody was promised.
+_DELETE_S = 10.0
+# Beyond the time that requests in flight get: the application, Ray Serve (which takes 30 s at most), the processes.
+_SHUTDOWN_S = 60.0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parse(words: list[str]) -> dict[str, str]:
+    """``key=value`` words. Raises InputError."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"{word!r}: arguments are written key=value")
+        if key in found:
+            raise InputError(f"{key} is given twice")
+        found[key] = value
+    return found
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise InputError(f"port={text}: give a number from 1 to 65535")
+    return int(text)
+
+
+def lock_file(port: int) -> Path:
+    """Held by the service at `port` as long as it lives; it holds the number of its process."""
+    return Path(tempfile.gettempdir()) / f"mmcore-serve-{os.getuid()}-{port}.pid"
+
+
+def _open_lock(port: int, flags: int = 0) -> int | None:
+    """The lock file, opened; None where there is none. Raises InputError for one that is not ours to write."""
+    path = lock_file(port)
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        # In a folder that everybody may write to, anybody can have put it there: a link, a folder, a file of his.
+        message = f"port={port}: cannot open {path} ({error.strerror}); remove it, set TMPDIR, or choose another port"
+        raise InputError(message) from None
+
+
+@contextlib.contextmanager
+def _locked(host: str, port: int) -> Iterator[None]:
+    descriptor = _open_lock(port, os.O_CREAT)
+    assert descriptor is not None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"port={port}: a service runs there; `python -m serve.control stop port={port}`") from None
+        # Before anything else: the number of a service that was killed may be another program's by now.
+        os.truncate(descriptor, 0)
+        _check_free(host, port)
+        os.write(descriptor, str(os.getpid()).encode())
+        # Not handed to Ray's processes, which would hold the lock on: Python's files are not inherited.
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises InputError where another program listens on this machine; Ray's proxy would be restarted for ever."""
+    if _joins_cluster():
+        # Proxies are on its machines.
+        return
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"port={port}: cannot listen there ({error.strerror}); choose another port") from None
+
+
+def _joins_cluster() -> bool:
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """The cluster of RAY_ADDRESS, or a Ray of our own on this machine, with a token on every port."""
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "namespace": "serve"}
+    if _joins_cluster():
+        try:
+            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        except ConnectionError as error:
+            raise InputError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray there ({_one_line(error)})") from None
+        yield
+        ray.shutdown()
+        return
+    # Its path must leave room for the names of sockets (107 bytes).
+    parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else None)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="mmcore-serve-", dir=parent))
+    except OSError as error:
+        raise InputError(f"RAY_TMPDIR: Ray's own files cannot lie in {parent} ({error.strerror})") from None
+    try:
+        if "RAY_AUTH_MODE" not in os.environ:
+            # Ray listens on every interface; left alone it would put a token into the home folder, for good.
+            token = folder / "auth_token"
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32))
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        # Ray reads RAY_AUTH_MODE once, when it is imported, and that was to build the application: its mistakes are
+        # told before anything starts. `ray.init` itself reloads it by this call.
+        Config.initialize("")
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOCAL_CPUS, os.cpu_count() or 1),
+                # A start takes half as long, and there is one port less; the service tells about itself (/metrics).
+                include_dashboard=False,
+                _temp_dir=str(folder),
+                **quiet,
+            )
+        except Exception as error:  # where it takes too long, Ray raises this very class
+            raise InputError(f"Ray does not start, its files in {folder} (RAY_TMPDIR): {_one_line(error)}") from None
+        yield
+    finally:
+        ray.shutdown()
+        # The last of Ray's processes may still write a log line into it.
+        deadline = time.monotonic() + 3.0
+        while folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.05)
+
+
+def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) -> int:
+    """Serve until SIGTERM or SIGINT, then drain. Gives the exit code: 1 where requests were not finished in time.
+
+    `make_app` gives the application of Ray Serve; it is called before anything is started. Raises InputError for a
+    port that is taken, a cluster that serves this application already, and models that do not start.
+    """
+    # Handed on to the proxies of a Ray that is started here; nothing is built without it. A cluster must have it in an
+    # environment of its own, at which the process that answers requests looks.
+    os.environ.setdefault(proxy.VARIABLE, proxy.VALUE)
+    application = make_app()
+    limits = Limits.from_environment(os.environ)
+    ready, ending = threading.Event(), threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ending.set()
+        if not ready.is_set():
+            raise KeyboardInterrupt
+
+    with _locked(host, port), _ray():
+        from ray import serve
+        from ray.serve.exceptions import RayServeException
+
+        # After Ray's own, which ends the process at once.
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+        joined, deployed = _joins_cluster(), False
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            if joined and APP in serve.status().applications:
+                address = os.environ["RAY_ADDRESS"]
+                raise InputError(
+                    f"RAY_ADDRESS={address}: that cluster serves an application {APP!r} already; end it where it was "
+                    f"started, or, if that process is gone, by `RAY_ADDRESS={address} python -m serve.control stop`"
+                )
+            deployed = True
+            try:
+                handle = serve.run(application, name=APP, route_prefix="/", blocking=False)
+            except (RuntimeError, RayServeException) as error:
+                raise InputError(f"the models did not start: {_why_not(error)}") from None
+            ready.set()
+            place = f"{APP!r} on that cluster, which has its own host, port and limit of bodies,"
+            place = place if joined else f"http://{host}:{port}/"
+            _say(f"serve: {place} is ready; end it with `python -m serve.control stop port={port}`")
+            ending.wait()
+            _say("serve: ending; no new requests")
+            left = drain(handle, limits.drain_timeout_s)
+            # What is still at work ends with Ray itself, and Ray Serve would wait for it.
+            if not joined and _delete():
+                serve.shutdown()
+        finally:
+            # Ray of our own ends with this process; another's goes on, and so does what else it serves.
+            if joined and deployed:
+                _delete()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return _verdict(left)
+
+
+def _verdict(left: int | None) -> int:
+    """Tells what became of the requests; the exit code."""
+    if left is None:
+        _say("serve: ended; no process told whether every request was answered")
+    elif left:
+        _say(f"serve: ended; {left} requests were not finished in time")
+    else:
+        _say("serve: ended, every request answered")
+    return 0 if left == 0 else 1
+
+
+def _delete() -> bool:
+    """Have Ray Serve end the application, and wait a little; whether it is gone.
+
+    Raises nothing: the end goes on, and the verdict on the requests is still to be said. Ray's own wait takes a minute
+    and ends in a traceback.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + _DELETE_S
+    try:
+        serve.delete(APP, _blocking=False)
+        while APP in serve.status().applications:
+            if time.monotonic() > deadline:
+                _say(f"serve: {APP!r} is still at work after {_DELETE_S:g} s; it is not waited for any longer")
+                return False
+            time.sleep(_POLL_S)
+    except Exception as error:
+        _say(f"serve: Ray Serve does not say whether {APP!r} has ended ({_one_line(error)})")
+        return False
+    return True
+
+
+def _why_not(error: Exception) -> str:
+    """Which deployments failed, and by what; Ray's error has only their names, and its status whole tracebacks."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    reasons = [
+        f"{name}: {_RAISED.findall(status.message)[-1]}"
+        for name, status in (application.deployments if application else {}).items()
+        if _RAISED.search(status.message)
+    ]
+    return "; ".join(reasons) or _one_line(error)
+
+
+def drain(handle: Any, timeout_s: float) -> int | None:
+    """Have every process that answers requests take no more, and wait until none is at work.
+
+    Gives the number of requests that are left when the time is up; None where no process said.
+    """
+    deadline = time.monotonic() + timeout_s
+    left: int | None = None
+    told = ""
+    while time.monotonic() < deadline:
+        try:
+            counts = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
+        except Exception as error:
+            # A process died, or is just being replaced: the others still have requests to finish.
+            left, reason = None, _one_line(error)
+            if reason != told:
+                _say(f"serve: asking again what is in flight, as a process did not answer ({reason})")
+            told = reason
+        else:
+            left = sum(counts) if counts else None
+        if left == 0:
+            break
+        time.sleep(_POLL_S)
+    return left
+
+
+def start(words: list[str]) -> int:
+    arguments = _parse(words)
+    host, port = arguments.pop("host", _HOST), _port(arguments.pop("port", str(_PORT)))
+
+    def make_app() -> Any:
+        from serve.app import Args, build, check_runs
+
+        try:
+            args = Args.model_validate(arguments)
+            built = build(args)
+            check_runs(args)
+            return built
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            name = ".".join(map(str, detail["loc"]))
+            raise InputError(f"{name}: {detail['msg']}; the arguments are {', '.join(Args.model_fields)}") from None
+
+    return run(make_app, host=host, port=port)
+
+
+def stop(words: list[str]) -> int:
+    """Tell the service at a port to end, and wait until it has."""
+    arguments = _parse(words)
+    port = _port(arguments.pop("port", str(_PORT)))
+    if arguments:
+        raise InputError(f"{next(iter(arguments))}: stop takes port=NUMBER only")
+    # A mistake in it is told before anything is ended.
+    drain_timeout_s = Limits.from_environment(os.environ).drain_timeout_s
+    timeout_s = drain_timeout_s + _SHUTDOWN_S
+    descriptor = _open_lock(port)
+    if descriptor is None or _try_lock(descriptor):
+        if _joins_cluster():
+            return _stop_there(drain_timeout_s)
+        raise InputError(f"port={port}: no service of `python -m serve.control start` runs there")
+    deadline = time.monotonic() + _NUMBER_S
+    while not (number := os.pread(descriptor, 20, 0)) and time.monotonic() < deadline:
+        # It has the lock, and is about to write its number.
+        time.sleep(_POLL_S)
+    if not number:
+        raise InputError(f"port={port}: a service begins there and does not say which process it is; try again")
+    if not (number.isdigit() and int(number) > 1):
+        message = f"port={port}: {lock_file(port)} holds {number!r}, which is no process; remove it once that has ended"
+        raise InputError(message)
+    process_id = int(number)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process_id, signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    # The lock, and not the process: its number may by then be another's.
+    while not _try_lock(descriptor):
+        if time.monotonic() > deadline:
+            _say(f"serve: process {process_id} has not ended within {timeout_s:g} s")
+            return 1
+        time.sleep(_POLL_S)
+    return 0
+
+
+def _stop_there(drain_timeout_s: float) -> int:
+    """End the application on the cluster of RAY_ADDRESS, which the process that started it cannot do any more."""
+    with _ray():
+        from ray import serve
+
+        if APP not in serve.status().applications:
+            raise InputError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no service, neither there nor on this machine")
+        left = drain(serve.get_app_handle(APP), drain_timeout_s)
+        _delete()
+    return _verdict(left)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def main() -> None:
+    command, *words = sys.argv[1:] or [""]
+    if command not in ("start", "stop"):
+        print(__doc__)
+        raise SystemExit(0 if command in ("-h", "--help", "help") else 2)
+    try:
+        raise SystemExit(start(words) if command == "start" else stop(words))
+    except KeyboardInterrupt:
+        _say("serve: ended before it was ready")
+        raise SystemExit(130) from None
+    except InputError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Refusals as every client of OpenAI's API reads them: a status and {"error": {message, type, param, code}}."""
+
+import json
+import math
+import reprlib
+from typing import Any
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "font-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+# Of every answer, a refusal or not.
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": _PAGE_POLICY,
+}
+# Of what a client sent, no more than this is repeated in a message.
+_MAX_QUOTED = 64
+# Cuts before it quotes: a value may be as long as a body.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _MAX_QUOTED
+
+
+def quoted(value: object) -> str:
+    """What a client sent, short enough and in a form that a message can hold."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _MAX_QUOTED else f"{text[: _MAX_QUOTED - 3]}..."
+
+
+class ApiError(Exception):
+    """A refusal: the message is for the person who wrote the request; `param` is the field that it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def type(self) -> str:
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, which cross from one process to another."""
+        names = ("status", "message", "param", "code", "retry_after_s")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ApiError":
+        return cls(fields["status"], fields["message"], **{k: fields[k] for k in ("param", "code", "retry_after_s")})
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
+
+    def asgi_messages(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The answer where there is no framework around: in the proxy, and before the routes."""
+        body = json.dumps(self.body()).encode()
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            **SECURITY_HEADERS,
+            **self.headers(),
+        }
+        if self.status in (408, 413):
+            # What is left of the body is not read.
+            headers["connection"] = "close"
+        return (
+            {
+                "type": "http.response.start",
+                "status": self.status,
+                "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            },
+            {"type": "http.response.body", "body": body},
+        )
+
+
+def bad_value(param: str, message: str) -> ApiError:
+    """The refusal of a field's value."""
+    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
+
+
+def fault(request_id: str) -> ApiError:
+    """What is nobody's mistake but ours."""
+    return ApiError(500, f"a fault of the service; its log tells more under {request_id}", code="fault")

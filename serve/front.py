@@ -1,0 +1,159 @@
+"""What all routes share: the models, the limits, who may come in, and how a request's JSON is read."""
+
+import asyncio
+import contextlib
+import ipaddress
+import re
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from serve import schemas
+from serve.clients import Model
+from serve.errors import ApiError, quoted
+from serve.limits import Limits
+from serve.metrics import Metrics
+from serve.queueing import CALLER, Admission
+from serve.security import App, Keys, RateLimit, Receive, Scope, Send
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_METHOD_NOT_ALLOWED = 405
+# Of a Host header: a name or an address, of which one with colons is in brackets, and maybe a port.
+_HOST = re.compile(r"([^:\[\]]*|\[[^\[\]]*\])(?::\d*)?")
+
+
+class Front:
+    """One for each process that answers requests."""
+
+    def __init__(
+        self, models: list[Model], keys: Keys, limits: Limits, allowed_hosts: Collection[str] = frozenset()
+    ) -> None:
+        """`allowed_hosts`: names by which a service that is open to all may be reached."""
+        self._allowed_hosts = {"localhost", *allowed_hosts}
+        self.models = {model.name: model for model in models}
+        self.keys, self.limits = keys, limits
+        self.metrics = Metrics()
+        self.admission = Admission(
+            limits.max_queue, lambda model, held: self.metrics.queue.labels(model).set(held), limits.key_share
+        )
+        self.rate_limit = RateLimit(limits.rate_per_minute, limits.rate_burst)
+        self.draining = False
+        self.in_flight = 0
+
+    def counting(self, app: App) -> App:
+        """`app`, of which every request that `guarded` lets in is at work until its answer is sent, to the last byte.
+
+        The end of the service waits until there are none. A handler returns before a byte is sent: a stream has only
+        begun by then. Sent means handed to Ray's proxy, which takes an answer as a whole: what a slow client has not
+        yet taken from it when the proxy itself ends is lost to him.
+        """
+
+        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+            with contextlib.ExitStack() as until_sent:
+                scope.setdefault("state", {})["until_sent"] = until_sent
+                await app(scope, receive, send)
+
+        return counted
+
+    def _count(self, change: int) -> None:
+        self.in_flight += change
+        self.metrics.in_flight.set(self.in_flight)
+
+    def admit(self, request: Request) -> str:
+        """The caller's name. Raises ApiError for one without a key, one who sends too much, and a foreign page."""
+        caller = payer = self.keys.caller(request.scope["headers"])
+        facts_of_request(request)["caller"] = caller
+        if request.headers.get("sec-fetch-site") == "cross-site":
+            # Without keys (open=true) any page that its user visits could send requests here.
+            raise ApiError(403, "requests from pages of other sites are not taken", code="cross_site")
+        if self.keys.open_to_all:
+            self._check_host(request.headers.get("host", ""))
+            payer = request.client.host if request.client else caller
+        self.rate_limit.take(payer)
+        if self.draining:
+            raise ApiError(503, "the service is ending; try again", code="draining", retry_after_s=5.0)
+        request.scope["state"]["caller"] = caller
+        CALLER.set(caller if self.keys.several else "")
+        return caller
+
+    def _check_host(self, header: str) -> None:
+        """Raises ApiError for a name that is not known to be ours.
+
+        A foreign page can have its own name lead here (DNS rebinding), and is then of the same site to a browser. An
+        address cannot be had that way.
+        """
+        match = _HOST.fullmatch(header)
+        host = match.group(1).strip("[]").lower() if match else ""
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if host not in self._allowed_hosts:
+                message = f"a service without keys is not reached as {quoted(header)}; start it with allowed_hosts=NAME"
+                raise ApiError(403, message, code="unknown_host") from None
+
+    async def guarded(self, handler: Handler, request: Request, query: Collection[str] = ()) -> Response:
+        """The handler's answer to one who may ask, within the time that there is. `query`: what his query may hold."""
+        self.admit(request)
+        self._count(1)
+        request.scope["state"]["until_sent"].callback(self._count, -1)
+        if unknown := sorted(set(request.query_params) - set(query)):
+            known = f"the query takes {' and '.join(query)}" if query else "this route takes no query"
+            message = f"unknown field {quoted(unknown[0])} in the query; {known}"
+            raise ApiError(400, message, param=unknown[0][:64], code="unknown_field")
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s) as limit:
+                return await handler(request)
+        except TimeoutError:
+            if not limit.expired():
+                # Another one's, a storage's for example: a fault to be logged, and nothing about the time there was.
+                raise
+            raise ApiError(
+                503, f"no answer within {self.limits.request_timeout_s:g} s", code="timeout", retry_after_s=30.0
+            ) from None
+        except ClientDisconnect:
+            raise ApiError(400, "the body broke off", code="body_incomplete") from None
+
+    def no_route(self, request: Request, error: HTTPException) -> ApiError:
+        """What is here and what is not is nobody's business who has no key."""
+        self.admit(request)
+        where = f"{request.method} {quoted(request.url.path)}"
+        if error.status_code == _METHOD_NOT_ALLOWED:
+            return ApiError(_METHOD_NOT_ALLOWED, f"{where}: no such method", code="method_not_allowed")
+        return ApiError(404, f"{where}: no such route", code="not_found")
+
+    async def json(self, request: Request, max_bytes: int) -> Any:
+        """The body as JSON. Raises ApiError."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the body must be JSON (Content-Type: application/json)", code="unsupported_media_type")
+        body = bytearray()
+        too_large = False
+        async for part in request.stream():
+            # Thrown away, and read on to the end that every body has (BodyLimit): see _answer_and_drain.
+            if too_large := too_large or len(body) + len(part) > max_bytes:
+                body.clear()
+            else:
+                body += part
+        if too_large:
+            raise ApiError(413, f"the body may have {max_bytes} bytes", code="body_too_large")
+        return schemas.parse_json(body)
+
+    def named(self, name: str | None, kind: str, param: str = "model") -> Model:
+        """The model of that name, by default the first of its kind. Raises ApiError."""
+        names = [model.name for model in self.models.values() if model.kind == kind]
+        if name is None and names:
+            name = names[0]
+        if name is None or name not in names:
+            known = ", ".join(names) or "none"
+            other = f" (it is a {self.models[name].kind})" if name in self.models else ""
+            asked = "" if name is None else f" {quoted(name)}"
+            raise ApiError(404, f"no {kind}{asked}{other}; known: {known}", param=param, code="model_not_found")
+        return self.models[name]
+
+
+def facts_of_request(request: Request) -> dict[str, Any]:
+    """What is logged of a request; its route may add to it."""
+    return request.scope["state"]["facts"]

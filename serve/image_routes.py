@@ -1,0 +1,202 @@
+"""Images on request: at once, as a stream of events, or as a job that is fetched later."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from mmcore.storage import Storage
+from serve import schemas
+from serve.clients import Model, Replica
+from serve.errors import ApiError, bad_value, fault, quoted
+from serve.front import Front, facts_of_request
+from serve.images import to_base64
+from serve.metrics import logger
+from serve.schemas import GenerateWork
+from serve.security import Receive, Scope, Send
+from serve.tasks import new_id
+
+# Sent while a stream has nothing to say, so that nothing between here and the client closes it.
+_KEEP_ALIVE_S = 15.0
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that give back what the request held, however they end."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], held: contextlib.ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self._events, self._held = events, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()
+            await self._events.aclose()
+
+
+class ImageRoutes:
+    """`storage`: where images are put that are linked to."""
+
+    def __init__(self, front: Front, jobs: Replica | None, storage: Storage | None) -> None:
+        self._front, self._jobs, self._storage = front, jobs, storage
+
+    async def generations(self, request: Request) -> Response:
+        front = self._front
+        fields = await front.json(request, front.limits.max_json_bytes)
+        asked, model, work, links = await self._work(request, fields, front.limits.max_n)
+        with contextlib.ExitStack() as held:
+            held.enter_context(front.admission.enter({model.name: len(work.seeds)}))
+            if asked.stream:
+                return _EventStream(self._events(model, work, links, asked.size), held.pop_all())
+            done = await model.replica.call("generate", work)
+            return JSONResponse(await self._answer(model, work, done, links))
+
+    async def _work(
+        self, request: Request, fields: Any, max_n: int
+    ) -> tuple[schemas.GenerationRequest, Model, GenerateWork, Storage | None]:
+        """What is asked for, with its size, of which model, in full, and where it is put to be linked to. Raises
+        ApiError."""
+        asked = schemas.parse(schemas.GenerationRequest, fields)
+        model, links = self._front.named(asked.model, "generator"), self._links(asked.response_format)
+        info = await model.info()
+        facts = facts_of_request(request)
+        work = schemas.generate_work(asked, info, self._front.limits, max_n, facts["request_id"])
+        facts.update(model=model.name, n=len(work.seeds))
+        asked.size = info["defaults"]["size"]
+        return asked, model, work, links
+
+    def _links(self, response_format: str) -> Storage | None:
+        """Where images are put to be linked to; None for images in the answer itself. Raises ApiError."""
+        if response_format != "url":
+            return None
+        if self._storage is None or not self._storage.is_s3:
+            raise ApiError(
+                400,
+                "response_format: url needs a storage in S3, and this service has none (it is started with "
+                "storage=s3://bucket/prefix); ask for b64_json",
+                param="response_format",
+                code="unsupported_response_format",
+            )
+        return self._storage
+
+    async def _answer(
+        self, model: Model, work: GenerateWork, done: dict[str, Any], links: Storage | None
+    ) -> dict[str, Any]:
+        """The answer of a generator's last event."""
+        if done["event"] == "refused":
+            raise ApiError.from_dict(done["error"])
+        for facts in done["facts"]:
+            self._front.metrics.observe(model.name, facts)
+        created = int(time.time())
+        if links is None:
+            data = [{"b64_json": to_base64(image)} for image in done["images"]]
+        else:
+            # A name that nobody can guess.
+            folder = f"images/{secrets.token_hex(16)}"
+            keys = [f"{folder}/{index}.png" for index in range(len(done["images"]))]
+            writes = (asyncio.to_thread(links.write, *pair) for pair in zip(keys, done["images"], strict=True))
+            await asyncio.gather(*writes)
+            data = await self._presigned(links, keys)
+        return schemas.generation_answer(work, model.name, created, data)
+
+    async def _presigned(self, links: Storage, keys: list[str]) -> list[dict[str, str]]:
+        expires_s = self._front.limits.url_expires_s
+        # Computed here, but the first one reads boto3's files, and any may have to ask for new credentials.
+        return await asyncio.to_thread(lambda: [{"url": links.presigned_url(key, expires_s)} for key in keys])
+
+    async def _events(
+        self, model: Model, work: GenerateWork, links: Storage | None, size: str | None
+    ) -> AsyncGenerator[bytes, None]:
+        """The generator's events as server-sent ones, and before the last of them those of OpenAI's own type."""
+        source = model.replica.stream("stream", work)
+        waiting: asyncio.Future[Any] | None = None
+        timeout_s = self._front.limits.request_timeout_s
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                waiting = waiting or asyncio.ensure_future(anext(source, None))
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise ApiError(503, f"no answer within {timeout_s:g} s", code="timeout")
+                await asyncio.wait([waiting], timeout=min(left_s, _KEEP_ALIVE_S))
+                if not waiting.done():
+                    yield b": alive\n\n"
+                    continue
+                event, waiting = waiting.result(), None
+                name = event.pop("event")
+                if name in ("done", "refused"):
+                    answer = await self._answer(model, work, {"event": name, **event}, links)
+                    for completed in schemas.completed_events(answer, size):
+                        yield _sse(completed["type"], completed)
+                    yield _sse("done", {"type": "image_generation.done", **answer})
+                    return
+                yield _sse(name, {"type": f"image_generation.{name}", **event})
+        except ApiError as error:
+            yield self._broken_off(error)
+        except Exception:
+            # The status is long sent: without an event the client would take the end for one.
+            logger.exception("stream failed", extra={"fields": {"request_id": work.request_id, "model": model.name}})
+            yield self._broken_off(fault(work.request_id))
+        finally:
+            if waiting is not None:
+                waiting.cancel()
+                await asyncio.wait([waiting])
+            await source.aclose()
+
+    def _broken_off(self, error: ApiError) -> bytes:
+        self._front.metrics.refused.labels(error.code or "other").inc()
+        return _sse("error", error.body())
+
+    # --- Jobs ------------------------------------------------------------------------------------------------
+
+    def _need_jobs(self) -> Replica:
+        if self._jobs is None:
+            raise ApiError(404, "this service has no generator, so it has no jobs", code="model_not_found")
+        return self._jobs
+
+    async def submit_job(self, request: Request) -> Response:
+        front, jobs = self._front, self._need_jobs()
+        fields = await front.json(request, front.limits.max_json_bytes)
+        asked = schemas.parse(schemas.JobRequest, fields).request
+        if asked.stream:
+            raise bad_value("request.stream", "a job is fetched, not streamed")
+        _, model, work, _ = await self._work(request, fields["request"], front.limits.max_job_n)
+        if (refusal := await model.refusal(work)) is not None:
+            raise refusal
+        caller = request.scope["state"]["caller"]
+        answer = await jobs.call("submit", new_id(), caller, model.name, asked.response_format, work)
+        if "refused" in answer:
+            raise ApiError.from_dict(answer["refused"])
+        return JSONResponse(answer, status_code=202, headers={"location": f"/v1/jobs/{answer['id']}"})
+
+    async def get_job(self, request: Request) -> Response:
+        return await self._job(request, "get")
+
+    async def cancel_job(self, request: Request) -> Response:
+        return await self._job(request, "cancel")
+
+    async def _job(self, request: Request, method: str) -> Response:
+        job_id, jobs = request.path_params["job_id"], self._need_jobs()
+        job = await jobs.call(method, request.scope["state"]["caller"], job_id)
+        if job is None:
+            raise ApiError(404, f"no job {quoted(job_id)} of this key", param="id", code="job_not_found")
+        result = None
+        if job["status"] == "done":
+            if links := self._links(job["response_format"]):
+                data = await self._presigned(links, job["keys"])
+            else:
+                data = [{"b64_json": to_base64(image)} for image in await jobs.call("images", job["keys"])]
+            result = schemas.generation_answer(GenerateWork(**job["work"]), job["model"], job["created"], data)
+        names = ("id", "status", "progress", "error")
+        return JSONResponse({**{name: job[name] for name in names}, "result": result})
+
+
+def _sse(event: str, data: dict[str, Any]) -> bytes:
+    return f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()

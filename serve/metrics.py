@@ -1,0 +1,165 @@
+"""What the service tells about itself: Prometheus metrics, and one line of JSON a request.
+
+Prompts, captions and keys are in neither; a caller is known by the first characters of his key's digest.
+"""
+
+import json
+import logging
+import secrets
+import sys
+import time
+import traceback
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from serve.batching import Batched
+from serve.errors import SECURITY_HEADERS, ApiError, fault
+from serve.security import REQUEST_ID, App, Message, Receive, Scope, Send, logger
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": record.getMessage()}
+        fields |= getattr(record, "fields", {})
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def configure_logging() -> None:
+    """One JSON object a line on stderr, which Ray keeps in the replica's log."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_JsonLines())
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class Metrics:
+    """In a registry of their own, so that two services in one process (tests) do not add up."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter("mmcore_requests", "Requests", ["route", "method", "status"], registry=registry)
+        self.seconds = Histogram(
+            "mmcore_request_seconds", "Seconds to the end of the answer", ["route"], buckets=_SECONDS, registry=registry
+        )
+        self.refused = Counter("mmcore_refused", "Requests refused, by the error's code", ["code"], registry=registry)
+        self.in_flight = Gauge("mmcore_in_flight", "Requests at work, but health and the page", registry=registry)
+        self.queue = Gauge("mmcore_queue_images", "Images admitted and not done", ["model"], registry=registry)
+        self.batch_size = Histogram(
+            "mmcore_batch_size", "Images made together", ["model"], buckets=_BATCH_SIZES, registry=registry
+        )
+        self.stage = Histogram(
+            "mmcore_stage_seconds",
+            "Seconds of an image: decode, queue (waiting for its batch), model (its batch), encode",
+            ["model", "stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.images = Counter("mmcore_images", "Images captioned or made", ["model"], registry=registry)
+
+    def observe(self, model: str, facts: dict[str, Any]) -> None:
+        """One image's `facts`, as `facts_of` made them in its replica."""
+        self.images.labels(model).inc()
+        for stage in ("queue", "model", "encode"):
+            if facts.get(f"{stage}_s") is not None:
+                self.stage.labels(model, stage).observe(facts[f"{stage}_s"])
+        if facts["batch_size"] is not None:
+            self.batch_size.labels(model).observe(facts["batch_size"])
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+def facts_of(batched: Batched[Any]) -> dict[str, Any]:
+    return {"queue_s": batched.queue_s, "model_s": batched.model_s, "batch_size": batched.batch_size}
+
+
+def log_work(message: str, request_id: str, model: str, facts: list[dict[str, Any]]) -> None:
+    """One line of a model's process for a request's images: `facts` of each, of which the longest times are told."""
+    slowest = {name: round(max(each[name] for each in facts), 4) for name in facts[0] if name.endswith("_s")}
+    logger.info(message, extra={"fields": {"request_id": request_id, "model": model, "n": len(facts), **slowest}})
+
+
+def _forget(error: BaseException | None) -> None:
+    """Let go of what the request held. A refusal that was awaited from a thread is in a cycle with its future, and by
+    its traceback it would keep the body and the image, tens of megabytes, until Python collects such cycles."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+class Observe:
+    """Outermost of the app: gives a request its id, times it, counts it, logs it, and turns refusals into answers."""
+
+    def __init__(self, app: App, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(REQUEST_ID)
+        request_id = given.decode("ascii", "replace")[:64] if given else secrets.token_hex(16)
+        # Routes add to it what they know of the request; `route` is the pattern and not the path, of which there are
+        # as many as strangers care to make.
+        facts: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "route": "other"}
+        scope.setdefault("state", {})["facts"] = facts
+        began, status = time.perf_counter(), 0
+
+        async def finishing_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = list(message.get("headers", []))
+                names = {name.lower() for name, _ in headers}
+                more = {name: value for name, value in SECURITY_HEADERS.items() if name.encode() not in names}
+                if b"cache-control" not in names:
+                    more["cache-control"] = "no-store"
+                if given is None:
+                    # Ray Serve's proxy gives every request an id and answers with it; without it this does.
+                    more["x-request-id"] = request_id
+                headers += [(name.encode(), value.encode()) for name, value in more.items()]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, finishing_send)
+        except ApiError as error:
+            self._refuse(facts, error)
+            for message in error.asgi_messages():
+                await finishing_send(message)
+            _forget(error)
+        except Exception:
+            logger.exception("request failed", extra={"fields": facts})
+            if status:
+                raise
+            answer = fault(request_id)
+            self._refuse(facts, answer)
+            for message in answer.asgi_messages():
+                await finishing_send(message)
+        finally:
+            seconds = time.perf_counter() - began
+            method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
+            # 499: nobody waited for the answer any more.
+            status = status or 499
+            self._metrics.requests.labels(facts["route"], method, str(status)).inc()
+            self._metrics.seconds.labels(facts["route"]).observe(seconds)
+            logger.info("request", extra={"fields": {**facts, "status": status, "seconds": round(seconds, 4)}})
+
+    def _refuse(self, facts: dict[str, Any], error: ApiError) -> None:
+        facts["error"] = error.code
+        self._metrics.refused.labels(error.code or "other").inc()

@@ -1,0 +1,145 @@
+"""What stands around Ray Serve's proxy: limits that hold before a body is read, and answers in one form.
+
+The proxy finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:proxy_middlewares in the environment in
+which Ray was started (`python -m serve.control start` sets it); serve/app.py builds nothing without that variable, and
+answers no request where the cluster lacks it. The routes check again what is checked here.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+
+from starlette.middleware import Middleware
+
+from mmcore.errors import InputError
+from serve.errors import ApiError
+from serve.limits import Limits
+from serve.metrics import configure_logging, logger
+from serve.security import REQUEST_ID, App, BodyLimit, Keys, Message, Receive, Scope, Send, answer
+
+# In the environment of whatever starts Ray.
+VARIABLE, VALUE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy:proxy_middlewares"
+# What Ray Serve's proxy takes from a client's headers and no client of ours has a say in: its time limit, whether a
+# disconnect is noticed, which replica it goes to.
+_STEERING_HEADERS = {
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"serve-multiplexed-model-id",
+    b"serve-session-id",
+    b"x-session-id",
+}
+_GOOD_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+# Routes of the proxy itself. Of them only this one is for everybody: the others tell what else the cluster serves.
+_OWN_ROUTES, _HEALTH = "/-/", "/-/healthz"
+_NO_ROUTE = ApiError(404, "no such route", code="not_found")
+# What Ray Serve's proxy refuses itself, in plain text. That it finds no route means that there is no application yet,
+# or none any more: ours has them all, from "/" on.
+_OF_RAY = {
+    status: ApiError(answered, "the service does not answer now; try again", code="unavailable", retry_after_s=5.0)
+    for status, answered in ((404, 503), (408, 408), (429, 429), (503, 503))
+}
+_LOST = ApiError(503, "the service lost this request; try again", code="request_lost", retry_after_s=1.0)
+
+
+def check_guarded(environment: Mapping[str, str]) -> None:
+    """Raises InputError for an environment of which Ray's proxy would take nothing that stands here."""
+    if (given := environment.get(VARIABLE, "")) != VALUE:
+        raise InputError(
+            f"{VARIABLE}={given}: export {VARIABLE}={VALUE}, here and where Ray is started (its proxy has nothing of a "
+            "runtime_env); without it Ray's proxy reads bodies of any length into its memory"
+        )
+
+
+class ProxyGuard:
+    """Outermost: gives each request its id, takes out headers by which a client would steer the proxy, and answers in
+    JSON what the proxy itself says in plain text or not at all. Refusals that do not reach the routes are logged."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A client's own id goes into every log line and back to the client.
+        request_id = next((value for name, value in scope["headers"] if name.lower() == REQUEST_ID), b"")
+        if not _GOOD_REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(16).encode()
+        dropped = {REQUEST_ID, *_STEERING_HEADERS}
+        headers = [pair for pair in scope["headers"] if pair[0].lower().replace(b"_", b"-") not in dropped]
+        headers.append((REQUEST_ID, request_id))
+        gone = answered = replaced = False
+
+        async def noting_receive() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
+
+        async def checking_send(message: Message) -> None:
+            nonlocal answered, replaced
+            if message["type"] == "http.response.start":
+                answered, status = True, message["status"]
+                there = {name.lower(): value for name, value in message.get("headers", [])}
+                # An application's own answer (others may be on that cluster) has a length, too.
+                plain = there.get(b"content-type", b"").startswith(b"text/plain") and b"content-length" not in there
+                if plain and status in _OF_RAY:
+                    await answer(_OF_RAY[status], checking_send)
+                    replaced = True
+                elif REQUEST_ID not in there:
+                    # Ours, from this file or BodyLimit: what comes from farther in has got its id from the proxy.
+                    fields = {"request_id": request_id.decode(), "method": scope["method"], "status": status}
+                    logger.info("refused by the proxy", extra={"fields": fields})
+                    message = {**message, "headers": [*message.get("headers", []), (REQUEST_ID, request_id)]}
+            if not replaced:
+                await send(message)
+
+        path = scope.get("path", "")
+        if path.startswith(_OWN_ROUTES) and path != _HEALTH:
+            await answer(_NO_ROUTE, checking_send)
+            return
+        await self._app({**scope, "headers": headers}, noting_receive, checking_send)
+        if not answered and not gone:
+            # The process that answers requests died over this one. The proxy says nothing in that case.
+            await answer(_LOST, checking_send)
+
+
+class BodyBudgets:
+    """`BodyLimit` twice: bodies of those who have a key, and of all others, who can fill nothing but their own. Where
+    there are several keys, none takes all the room from the others.
+
+    Nobody is refused for want of a key here. That is the routes' to say: the proxy is not told of `open`.
+    """
+
+    def __init__(self, app: App, limits: Limits, keys: Keys | None) -> None:
+        """`keys`: None where this process has none, and everybody is one of the others."""
+        self._keys, self._known, self._others = keys, BodyLimit(app, limits), BodyLimit(app, limits)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._keys is None or scope["type"] != "http":
+            await self._others(scope, receive, send)
+            return
+        try:
+            caller = self._keys.caller(scope["headers"])
+        except ApiError:
+            await self._others(scope, receive, send)
+        else:
+            await self._known(scope, receive, send, caller if self._keys.several else "")
+
+
+def _keys() -> Keys | None:
+    try:
+        return Keys(os.environ)
+    except InputError as error:
+        # Ray's proxy must start all the same: `open` is no matter of its environment.
+        logger.info("the proxy knows no keys", extra={"fields": {"reason": str(error)}})
+        return None
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Ray Serve's proxies run around themselves."""
+    configure_logging()
+    # The last one stands outermost.
+    limits = Limits.from_environment(os.environ)
+    return [Middleware(BodyBudgets, limits=limits, keys=_keys()), Middleware(ProxyGuard)]

@@ -1,0 +1,81 @@
+"""How much may be in the service at once. Past it a request is refused with 429 before its work begins."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+
+from serve.errors import ApiError
+
+# Who asks, in the task that handles his request; nobody where there is one key alone, which shares with no other.
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+# Of the average time in the service: how much a new request counts.
+_SMOOTHING = 0.2
+_MAX_RETRY_AFTER_S = 60.0
+
+
+class Admission:
+    """Images that are in the service, by model: waiting, or worked at, or on their way.
+
+    The only queue that is bounded, and it lies before all others: where Ray Serve's router holds requests back it lets
+    them through two at a time, and batches shrink to two. Each replica therefore takes more than is admitted here.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        on_change: Callable[[str, int], None] = lambda model, held: None,
+        share: float = 1.0,
+    ) -> None:
+        """`share`: the part of the places that one caller may have. A single request may need more, and gets it."""
+        self.limit = limit
+        self.held: Counter[str] = Counter()
+        self._share = share
+        self._held_by: Counter[tuple[str, str]] = Counter()
+        self._on_change = on_change
+        self._average_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def enter(self, costs: Mapping[str, int]) -> Iterator[None]:
+        """Hold `costs[model]` places of each model. Raises ApiError 429 where one of them has not so many left."""
+        caller = CALLER.get()
+        for model, cost in costs.items():
+            before = self._held_by[model, caller]
+            if caller and before and before + cost > self._share * self.limit:
+                raise ApiError(
+                    429,
+                    f"this key has {before} images at the model {model!r}, and one key may have "
+                    f"{self._share * self.limit:g} of {self.limit}; try again",
+                    code="queue_full",
+                    retry_after_s=self._retry_after_s(model, cost),
+                )
+            if self.held[model] + cost > self.limit:
+                raise ApiError(
+                    429,
+                    f"the model {model!r} is busy: {self.held[model]} images are waiting or worked at, and "
+                    f"{self.limit} may be; try again",
+                    code="queue_full",
+                    retry_after_s=self._retry_after_s(model, cost),
+                )
+        self._change(costs, caller, 1)
+        entered_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._change(costs, caller, -1)
+            seconds = time.monotonic() - entered_at
+            for model in costs:
+                average_s = self._average_s.get(model, seconds)
+                self._average_s[model] = average_s + _SMOOTHING * (seconds - average_s)
+
+    def _change(self, costs: Mapping[str, int], caller: str, sign: int) -> None:
+        for model, cost in costs.items():
+            self.held[model] += sign * cost
+            self._held_by[model, caller] += sign * cost
+            self._on_change(model, self.held[model])
+
+    def _retry_after_s(self, model: str, cost: int) -> float:
+        """Little's law: a full queue that each image crosses in W seconds gives up limit / W places a second."""
+        wait_s = cost * self._average_s.get(model, 1.0) / self.limit
+        return min(_MAX_RETRY_AFTER_S, max(1.0, wait_s))

@@ -1,0 +1,356 @@
+"""Jobs: requests for images that are handed in, worked at when there is time, and fetched later.
+
+A job lies in the storage: ``pending/{id}.json`` (what was asked) until it is finished, then ``jobs/{id}/`` with its
+images and, last, ``result.json``. With a storage that lasts (`storage=URI`) a job survives the end of this process:
+what was pending is done by the next one, and comes out the same, since its seeds are part of it. Without one it lives
+in a temporary folder as long as this process.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mmcore.storage import Storage
+from serve.clients import Deployed, Replica
+from serve.errors import ApiError, fault
+from serve.limits import Limits
+from serve.metrics import configure_logging, logger
+from serve.schemas import GenerateWork
+
+_PENDING, _FINISHED, _RESULT = "pending", "jobs", "result.json"
+_RECOVER_EVERY_S = 3600.0
+# Before a job is tried again that failed for want of a model or of storage, which is no fault of its own ...
+_UNAVAILABLE_PAUSE_S = 10.0
+# ... and where the model itself failed: its process may be broken, and needs about a minute to be replaced. A job that
+# fails in the next one too is what breaks it.
+_FAULT_PAUSES_S = (5.0, 10.0, 60.0)
+# Before each further attempt to write into a storage that failed, which on S3 has tried ten times by then.
+_WRITE_PAUSES_S = (1.0, 5.0, 25.0)
+_ID = re.compile(r"job-([0-9a-f]{10})-[0-9a-f]{32}")
+
+
+def new_id() -> str:
+    """The id of a job that is handed in now: it says when, and cannot be guessed."""
+    return f"job-{int(time.time()):010x}-{secrets.token_hex(16)}"
+
+
+def _submitted_at(job_id: str) -> int | None:
+    """Unix seconds; None where it is no id of a job."""
+    match = _ID.fullmatch(job_id)
+    return int(match.group(1), 16) if match else None
+
+
+@dataclass
+class _Job:
+    """An unfinished job. `owner`: the fingerprint of the key that it was handed in with."""
+
+    id: str
+    owner: str
+    model: str
+    response_format: str
+    created: int
+    work: GenerateWork
+    status: str = "queued"
+    progress: dict[str, int] | None = None
+    cancelled: bool = False
+    """By its owner: every other end of its task leaves it to be done by the next process."""
+    finishing: bool = False
+    keys: list[str] = field(default_factory=list)
+    """Of its images that are in the storage already."""
+    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+    def request(self) -> dict[str, Any]:
+        names = ("owner", "model", "response_format", "created")
+        return {**{name: getattr(self, name) for name in names}, "work": asdict(self.work)}
+
+
+class Jobs:
+    """One process holds all jobs. `generators`: Ray Serve's handles by name, which `reach` makes replicas of."""
+
+    def __init__(
+        self,
+        generators: Mapping[str, Any],
+        storage: str | None,
+        limits: Limits,
+        reach: Callable[[Any], Replica] = Deployed,
+    ) -> None:
+        configure_logging()
+        self._replicas = {name: reach(handle) for name, handle in generators.items()}
+        self._temporary = None if storage else tempfile.TemporaryDirectory(prefix="mmcore-jobs-")
+        self._storage = Storage(storage or self._temporary.name)  # type: ignore[union-attr]
+        self._limits = limits
+        self._jobs: dict[str, _Job] = {}
+        self._places = asyncio.Semaphore(limits.job_concurrency)
+        self._draining = False
+        self._recovered_at = float("-inf")
+        self._recovery: asyncio.Task[None] | None = None
+        self._pruning: asyncio.Task[None] | None = None
+
+    # --- Called by the routes --------------------------------------------------------------------------------
+
+    async def submit(
+        self, job_id: str, owner: str, model: str, response_format: str, work: GenerateWork
+    ) -> dict[str, Any]:
+        """Take a job in; it is in the storage when this returns. Gives its id, or why it is refused.
+
+        `job_id` is the caller's, by `new_id`: where this process dies on the way, and the next one is asked the same
+        again, the job is there once.
+        """
+        if (known := await self.get(owner, job_id)) is not None:
+            return {"id": job_id, "status": known["status"]}
+        if self._draining:
+            refusal = ApiError(503, "the service is ending", code="draining", retry_after_s=10.0)
+            return {"refused": refusal.as_dict()}
+        mine = sum(job.owner == owner for job in self._jobs.values())
+        if len(self._jobs) >= self._limits.max_jobs or mine >= self._limits.max_jobs_per_key:
+            message = f"{len(self._jobs)} jobs are not finished, {mine} of them of this key; try again"
+            return {"refused": ApiError(429, message, code="jobs_full", retry_after_s=30.0).as_dict()}
+        created = _submitted_at(job_id)
+        assert created is not None, f"{job_id!r} is no id of new_id"
+        job = _Job(job_id, owner, model, response_format, created, work)
+        # Counted before it is written, so that many at once cannot slip past the limit.
+        self._jobs[job.id] = job
+        request = json.dumps(job.request()).encode()
+        writing = asyncio.create_task(asyncio.to_thread(self._storage.write, f"{_PENDING}/{job.id}.json", request))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            job.task = asyncio.create_task(self._withdraw(job, writing))
+            raise
+        except Exception:
+            del self._jobs[job.id]
+            raise
+        self._start(job)
+        return {"id": job.id, "status": job.status}
+
+    async def _withdraw(self, job: _Job, writing: "asyncio.Task[None]") -> None:
+        """Undo a submission that was cancelled, whose caller never learns the id. A thread that writes cannot be
+        stopped: until it ends the job counts as one, so that nobody takes up its file."""
+        try:
+            await asyncio.wait([writing])
+            await asyncio.to_thread(self._storage.delete, f"{_PENDING}/{job.id}.json")
+        finally:
+            del self._jobs[job.id]
+
+    async def get(self, owner: str, job_id: str) -> dict[str, Any] | None:
+        """What is known of a job; None where this owner has none of that id.
+
+        A finished one names its images in the storage (`keys`), which `images` reads.
+        """
+        await self._recover()
+        job = self._jobs.get(job_id)
+        if job is not None:
+            if job.owner != owner:
+                return None
+            return {"id": job.id, "status": job.status, "progress": job.progress, "error": None}
+        submitted_at = _submitted_at(job_id)
+        if submitted_at is None or submitted_at < time.time() - self._limits.job_ttl_s:
+            return None
+        try:
+            result = json.loads(await asyncio.to_thread(self._storage.read, f"{_FINISHED}/{job_id}/{_RESULT}"))
+        except FileNotFoundError:
+            # Not finished, and nobody is at it: its end could not be written, or it came from a process that ended.
+            job = await self._resume(job_id)
+            if job is None or job.owner != owner:
+                return None
+            return {"id": job.id, "status": job.status, "progress": None, "error": None}
+        return result if result.pop("owner") == owner else None
+
+    async def images(self, keys: list[str]) -> list[bytes]:
+        return list(await asyncio.gather(*(asyncio.to_thread(self._storage.read, key) for key in keys)))
+
+    async def cancel(self, owner: str, job_id: str) -> dict[str, Any] | None:
+        """End a job; one that is finished stays as it is."""
+        await self._recover()
+        job = self._jobs.get(job_id)
+        if job is not None and job.owner == owner and job.task is not None:
+            # What has its end already only has to be written down.
+            if not job.finishing:
+                job.cancelled = True
+                job.task.cancel()
+            await asyncio.wait([job.task])
+        return await self.get(owner, job_id)
+
+    async def drain(self) -> int:
+        """Begin no further job; how many are at work. The others stay pending, and a lasting storage keeps them."""
+        self._draining = True
+        return sum(job.status == "running" for job in self._jobs.values())
+
+    def __del__(self) -> None:
+        """Called by Ray Serve before the process ends, which does not wait for Python's own end."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    async def check_health(self) -> None:
+        """Ray Serve asks from the start on, so that pending jobs do not wait for a request to be taken up.
+
+        Nothing is awaited: a storage that does not answer, or hangs, is not mended by another process.
+        """
+        self._recovering()
+
+    # --- The work --------------------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        await asyncio.shield(self._recovering())
+
+    def _recovering(self) -> "asyncio.Task[None]":
+        """At first and every so often: take up what is pending and nobody works at, delete what is too old."""
+        last, age_s = self._recovery, time.monotonic() - self._recovered_at
+        if last is None or (last.done() and (last.exception() is not None or age_s > _RECOVER_EVERY_S)):
+            self._recovered_at = time.monotonic()
+            self._recovery = last = asyncio.create_task(self._take_up())
+            last.add_done_callback(lambda task: _log_fault(task, "the storage of jobs does not answer"))
+            # Nobody waits for this one, and what it cannot delete it tries again the next time.
+            self._pruning = asyncio.create_task(asyncio.to_thread(self._prune))
+            self._pruning.add_done_callback(lambda task: _log_fault(task, "old jobs could not be deleted"))
+        return last
+
+    async def _take_up(self) -> None:
+        for name in await asyncio.to_thread((self._storage / _PENDING).list, ".json"):
+            job_id = name.removesuffix(".json")
+            if job_id not in self._jobs:
+                await self._resume(job_id)
+
+    async def _resume(self, job_id: str) -> _Job | None:
+        """Take up one that is pending; None where there is none, or it cannot be read."""
+        try:
+            fields = json.loads(await asyncio.to_thread(self._storage.read, f"{_PENDING}/{job_id}.json"))
+            work = fields.pop("work")
+            work["seeds"] = tuple(work["seeds"])
+            job = _Job(job_id, work=GenerateWork(**work), **fields)
+        except FileNotFoundError:
+            return None
+        except Exception:
+            # One file that cannot be read or understood is no reason to leave the other jobs undone; it stays.
+            logger.exception("a pending job cannot be read", extra={"fields": {"job": job_id}})
+            return None
+        # Somebody else may have begun it while its file was read.
+        if job_id not in self._jobs:
+            self._jobs[job_id] = job
+            self._start(job)
+        return self._jobs[job_id]
+
+    def _prune(self) -> None:
+        oldest = time.time() - self._limits.job_ttl_s
+        for job_id in (self._storage / _FINISHED).folders():
+            # The id says when it was handed in, so that no file has to be read.
+            submitted_at = _submitted_at(job_id)
+            if submitted_at is not None and submitted_at < oldest:
+                (self._storage / _FINISHED / job_id).delete_tree(first=[_RESULT])
+
+    def _start(self, job: _Job) -> None:
+        job.task = asyncio.create_task(self._work(job))
+        job.task.add_done_callback(lambda task: _log_fault(task, "a job's end could not be written; it stays pending"))
+
+    async def _work(self, job: _Job) -> None:
+        began = time.monotonic()
+        try:
+            end = await self._end_of(job)
+            if end is None:
+                return
+            job.finishing = True
+            await self._finish(job, end)
+            about = {"request_id": job.work.request_id, "job": job.id, "model": job.model, "n": len(job.work.seeds)}
+            seconds = round(time.monotonic() - began, 4)
+            logger.info("job", extra={"fields": {**about, "status": end["status"], "seconds": seconds}})
+        finally:
+            # Where its end is not in the storage it is still pending there, and is taken up again.
+            del self._jobs[job.id]
+
+    async def _end_of(self, job: _Job) -> dict[str, Any] | None:
+        """What became of the job; None where it was not begun, as this process ends."""
+        fault_pauses_s = iter(_FAULT_PAUSES_S)
+        about = {"request_id": job.work.request_id, "job": job.id, "model": job.model}
+        try:
+            while True:
+                pause_s: float | None = _UNAVAILABLE_PAUSE_S
+                try:
+                    async with self._places:
+                        if self._draining:
+                            return None
+                        job.status = "running"
+                        return await self._generate(job)
+                except ApiError as refusal:
+                    error = refusal
+                    if error.status < 500:
+                        pause_s = None
+                except Exception:
+                    logger.exception("job failed", extra={"fields": about})
+                    error, pause_s = fault(job.work.request_id), next(fault_pauses_s, None)
+                if pause_s is None or time.time() + pause_s > job.created + self._limits.job_ttl_s:
+                    return {"status": "failed", "error": error.body()["error"]}
+                # Its place is another one's for so long, whose model may answer.
+                job.status = "queued"
+                logger.warning("job waits", extra={"fields": {**about, "error": error.code, "seconds": pause_s}})
+                await asyncio.sleep(pause_s)
+        except asyncio.CancelledError:
+            if not job.cancelled:
+                raise
+            return {"status": "cancelled"}
+
+    async def _generate(self, job: _Job) -> dict[str, Any]:
+        replica = self._replicas.get(job.model)
+        if replica is None:
+            raise ApiError(404, f"the model {job.model!r} is not served any more", code="model_not_found")
+        # A few at a time, so that whoever waits for an answer does not wait for a whole job.
+        size, seeds, steps = self._limits.max_n, job.work.seeds, job.work.num_inference_steps
+        starts = range(0, len(seeds), size)
+        for number, start in enumerate(starts):
+            # What an attempt before this one has put into the storage is not made again.
+            part = seeds[max(start, len(job.keys)) : start + size]
+            if not part:
+                continue
+            last: dict[str, Any] = {}
+            async with contextlib.aclosing(replica.stream("stream", replace(job.work, seeds=part))) as events:
+                async for event in events:
+                    if event["event"] == "progress":
+                        job.progress = {"step": number * steps + event["step"], "total": len(starts) * steps}
+                    last = event
+            if last["event"] == "refused":
+                raise ApiError.from_dict(last["error"])
+            for image in last["images"]:
+                key = f"{_FINISHED}/{job.id}/{len(job.keys)}.png"
+                try:
+                    await self._write(key, image)
+                except Exception:
+                    message = "the storage of jobs takes no images now"
+                    raise ApiError(503, message, code="storage_unavailable") from None
+                job.keys.append(key)
+        return {"status": "done", "keys": job.keys}
+
+    async def _finish(self, job: _Job, end: dict[str, Any]) -> None:
+        result = {
+            "id": job.id,
+            "owner": job.owner,
+            "progress": job.progress,
+            "error": None,
+            "model": job.model,
+            "response_format": job.response_format,
+            "created": job.created,
+            "work": asdict(job.work),
+            **end,
+        }
+        await self._write(f"{_FINISHED}/{job.id}/{_RESULT}", json.dumps(result).encode())
+        await asyncio.to_thread(self._storage.delete, f"{_PENDING}/{job.id}.json")
+
+    async def _write(self, name: str, data: bytes) -> None:
+        """Into the storage, again and again for a while: a disk may be full, and minutes of work lie behind a job."""
+        for pause_s in _WRITE_PAUSES_S:
+            try:
+                return await asyncio.to_thread(self._storage.write, name, data)
+            except Exception:
+                logger.exception("the storage of jobs does not take a file", extra={"fields": {"file": name}})
+                await asyncio.sleep(pause_s)
+        await asyncio.to_thread(self._storage.write, name, data)
+
+
+def _log_fault(task: "asyncio.Task[None]", message: str) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error(message, exc_info=task.exception())

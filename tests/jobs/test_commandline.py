@@ -1,0 +1,38 @@
+"""Where a job meets the shell."""
+
+import os
+import subprocess
+import sys
+
+import pyarrow.fs
+from conftest import ROOT
+
+from jobs.commandline import one_line
+
+
+def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
+    try:
+        pyarrow.fs.S3FileSystem(
+            endpoint_override="127.0.0.1:9", scheme="http", anonymous=True, connect_timeout=1,
+            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=1),
+        ).get_file_info("bucket/a")  # fmt: skip
+    except OSError as error:
+        line = one_line(error)
+    assert line is not None
+    assert line.startswith("S3 refused or did not answer: ")
+    assert one_line(OSError("of another origin")) is None
+
+
+def test_a_reader_that_is_gone_ends_a_job_silently() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "jobs/evaluate.py", "--help"],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=writer, stderr=subprocess.PIPE, text=True,
+            timeout=120,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == ""

@@ -1,0 +1,81 @@
+"""A flag that has no effect beside the others is refused, and one flag is enough to change the kind of a part."""
+
+from typing import Any
+
+import pytest
+
+from jobs import train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
+from jobs.trainer import Job, parse_job
+from mmcore.errors import InputError
+
+JOBS = {
+    "ldm": train_ldm,
+    "pixel_diffusion": train_pixel_diffusion,
+    "resnet_captioner": train_resnet_captioner,
+    "vqvae": train_vqvae,
+}
+FROZEN = ["--text-encoder", "some/encoder"]
+
+
+def parsed(name: str, *flags: str) -> Job:
+    job: Any = JOBS[name]
+    return parse_job(job.__file__, job.VARIANTS, "", list(flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "needs"),
+    [
+        ("ldm", [*FROZEN, "--tokenizer", "some/tokenizer"], "--text-encoder scratch"),
+        ("ldm", [*FROZEN, "--text-width", "64"], "--text-encoder scratch"),
+        ("pixel_diffusion", [*FROZEN, "--text-layers", "1"], "--text-encoder scratch"),
+        ("pixel_diffusion", ["--variant", "report", "--text-heads", "2"], "--text-encoder scratch"),
+        ("ldm", ["--beta-start", "0.001"], "--beta-schedule linear or scaled_linear"),
+        ("ldm", ["--beta-end", "0.01"], "--beta-schedule linear or scaled_linear"),
+        ("ldm", ["--variant", "best", "--unshifted-share", "0.5"], "--timestep-shift"),
+        ("vqvae", ["--codebook-weight", "0.5"], "--codebook-ema-decay None"),
+        ("vqvae", ["--perceptual-weight", "0.5"], "--perceptual MODEL"),
+        ("vqvae", ["--adversarial-weight", "0.1"], "--discriminator-from-step STEP"),
+        ("vqvae", ["--discriminator-channels", "32", "64"], "--discriminator-from-step STEP"),
+        ("resnet_captioner", ["--step-epoch", "3"], "--schedule step"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(name: str, flags: list[str], needs: str) -> None:
+    flag = [flag for flag in flags if flag.startswith("--")][-1]
+    with pytest.raises(InputError, match=f"^{flag} .*: has no effect without {needs}; .*leave {flag} out$"):
+        parsed(name, *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("ldm", ["--text-width", "64", "--tokenizer", "some/tokenizer"]),
+        ("ldm", ["--beta-schedule", "linear", "--beta-start", "0.001"]),
+        ("ldm", ["--timestep-shift", "3", "--unshifted-share", "0.25"]),
+        ("vqvae", ["--codebook-ema-decay", "None", "--revive-below", "0", "--codebook-weight", "0.5"]),
+        ("vqvae", ["--perceptual", "some/model", "--perceptual-weight", "0.5"]),
+        ("vqvae", ["--discriminator-from-step", "5", "--adversarial-weight", "0.1"]),
+        ("resnet_captioner", ["--schedule", "step", "--step-epoch", "3"]),
+    ],
+)
+def test_with_what_it_needs_it_is_taken(name: str, flags: list[str]) -> None:
+    assert parsed(name, *flags).recipe != JOBS[name].VARIANTS["shapes"]
+
+
+@pytest.mark.parametrize("variant", ["report", "best", "shapes", "smoke"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *((name, []) for name in JOBS),
+        ("ldm", FROZEN),
+        ("pixel_diffusion", FROZEN),
+        ("ldm", ["--text-encoder", "scratch"]),
+        ("ldm", ["--beta-schedule", "squaredcos_cap_v2"]),
+        ("ldm", ["--timestep-shift", "1"]),
+        ("vqvae", ["--codebook-ema-decay", "0.99"]),
+        ("vqvae", ["--discriminator-from-step", "None"]),
+        ("vqvae", ["--perceptual", "None"]),
+    ],
+)
+def test_every_variant_takes_the_flag_that_changes_a_part(name: str, flags: list[str], variant: str) -> None:
+    """Though it leaves sizes that the variant chose for the other part without effect."""
+    assert parsed(name, "--variant", variant, *flags).variant == variant

@@ -1,0 +1,147 @@
+"""The plan of a sweep: no block counts without it, whatever fails or is killed, and a stall of its blocks is named."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import tiny_sweep
+from tiny_sweep import NUM
+
+import jobs.demo
+import jobs.sweep
+from jobs.cluster import Watchdog, cpus
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+pytest_plugins = ("sweep_fixtures",)
+
+
+def test_blocks_without_a_plan_are_refused(sweep, run_folder, tmp_path):
+    """Nobody knows of what they are: they must not count as done for whatever is asked for now."""
+    sweep()
+    (tmp_path / "out" / "sweep.json").unlink()
+    calls = tiny_sweep.calls(run_folder)
+    for changes in ({}, {"seed": 1}, {"dry_run": True}):
+        with pytest.raises(InputError, match=r"out/manifest: holds 3 blocks, and sweep.json beside it, .* or remove "):
+            sweep(**changes)
+    assert tiny_sweep.calls(run_folder) == calls
+    assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+def test_a_worker_that_outlives_a_failure_commits_to_a_plan(sweep, run_folder, tmp_path, monkeypatch):
+    workers = []
+
+    def one_fails(
+        source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
+    ) -> Iterator[Any]:
+        workers.append((actors["fn"](**actors["fn_constructor_kwargs"]), todo[1]))
+        yield {"block": 0, "num_rows": 0, "load_s": 0.0, "error": "the other worker's disk is full"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.sweep, "_results", one_fails)
+        with pytest.raises(InputError, match="disk is full"):
+            sweep()
+    ((worker, item),) = workers
+    assert worker({"block": item["block"], "item": json.dumps(item)})["error"] == ""
+    with pytest.raises(InputError, match="seed was 0 and is now 1"):
+        sweep(seed=1)
+    sweep()
+    tiny_sweep.check_complete(Storage(str(tmp_path / "out")), NUM)
+    assert len(tiny_sweep.calls(run_folder)) == 3
+
+
+def test_a_removal_that_is_killed_leaves_no_block_that_lies(sweep, tmp_path, monkeypatch):
+    """The demo removes a sweep of other settings; it is killed before each of its deletions."""
+
+    def killed_before(number: int) -> bool:
+        left = number
+
+        def counted(method: Callable[..., None]) -> Callable[..., None]:
+            def call(*arguments: Any, **keywords: Any) -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                method(*arguments, **keywords)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("delete", "delete_tree"):
+                patch.setattr(Storage, name, counted(getattr(Storage, name)))
+            try:
+                jobs.demo._remove_other(Storage(str(tmp_path / "out")), {"steps": 99}, "manifest")
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    out = tmp_path / "out"
+    number = 0
+    sweep()
+    while killed_before(number):
+        keys = [row for path in (out / "manifest").glob("*.parquet") for row in pq.read_table(path)["key"].to_pylist()]
+        assert not keys or ((out / "sweep.json").exists() and all((out / key).exists() for key in keys))
+        # What was made under the old settings must not stand in the way of others, nor count as what they made.
+        assert (out / "sweep.json").exists() or not (out / "images").exists()
+        sweep()
+        assert json.loads((out / "summary.json").read_text())["num_images"] == NUM
+        tiny_sweep.check_complete(Storage(str(out)), NUM)
+        number += 1
+    assert number >= 4
+    assert not out.exists()
+
+
+def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
+    """However long the blocks before took: three quarters of the limit, and then without an end until it is named."""
+    limit_s = 4.0
+    told: list[str] = []
+
+    class Soon(Watchdog):
+        def __init__(self, what: str, stall_timeout_s: float | None = None) -> None:
+            super().__init__(what, stall_timeout_s, limit_s)
+
+    def look() -> list[str]:
+        told.extend(line for line in capsys.readouterr().err.splitlines() if "no progress" in line)
+        return told
+
+    results = jobs.sweep._results
+
+    def slow(*arguments: Any, **keywords: Any) -> Iterator[dict[str, Any]]:
+        rows = results(*arguments, **keywords)
+        yield next(rows)
+        time.sleep(0.75 * limit_s)
+        assert not look()
+        yield next(rows)
+        deadline = time.monotonic() + 60
+        while not look() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield from rows
+
+    monkeypatch.setattr(jobs.sweep, "Watchdog", Soon)
+    monkeypatch.setattr(jobs.sweep, "_results", slow)
+    sweep()
+    assert re.match(r"waiting: generate: no progress for \d+ s \(up to \d+ s went well before\): ", look()[0])
+
+
+def test_a_cluster_without_workers_yet_has_room_for_one(monkeypatch):
+    """An autoscaler's head of no CPUs, beside a machine that went."""
+    nodes = [
+        {"NodeID": "a", "Alive": True, "Resources": {"memory": 1.0}},
+        {"NodeID": "b", "Alive": False, "Resources": {"CPU": 8.0}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(jobs.sweep, "max_gpus", lambda: 0)
+    monkeypatch.setattr(ray, "get", lambda tasks: tasks)
+    assert jobs.sweep.num_workers_and_gpus("cpu") == (1, 0.0)
+    assert jobs.sweep.num_workers_and_gpus() == (1, 0.0)
+    assert jobs.sweep.machine_cpus("cpu") == [cpus()]
+
+
+def test_each_machine_tells_its_own_cpus(ray_local):
+    assert jobs.sweep.machine_cpus("cpu") == [cpus()]
+    assert jobs.sweep.num_workers_and_gpus("cpu") == (1, 0.0)

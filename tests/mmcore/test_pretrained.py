@@ -1,0 +1,53 @@
+"""Code that comes with weights is not run, and nobody is asked whether it may be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmcore.errors import InputError
+from mmcore.generators.text_encoder import PromptTokenizer
+from mmcore.pretrained import load_frozen
+from mmcore.storage import Storage
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model and a tokenizer that only code of their own can load."""
+    made, ran = tmp_path / "model", tmp_path / "ran"
+    made.mkdir()
+    (made / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")
+    config = {"model_type": "of-its-own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (made / "config.json").write_text(json.dumps(config))
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (made / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (made / "tokenizer.json").write_text("{}")
+    return made
+
+
+def load_model(folder: Path) -> Any:
+    from transformers import AutoModel
+
+    return load_frozen(str(folder), lambda config: AutoModel, flag="--encoder", what="model")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        load_model,
+        lambda folder: PromptTokenizer.from_name(str(folder), 8),
+        lambda folder: PromptTokenizer.read(Storage(str(folder)), 8),
+    ],
+    ids=["model", "tokenizer by name", "tokenizer of a run"],
+)
+def test_code_of_others_is_refused_unasked(
+    load: Callable[[Path], Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with pytest.raises((InputError, ValueError), match="custom code"):
+        load(folder)
+    assert not asked
+    assert not (folder.parent / "ran").exists()

@@ -1,0 +1,317 @@
+"""Models that cost nothing, and the service around them: in one process, or behind a real Ray Serve."""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import uvicorn
+from PIL import Image, PngImagePlugin
+
+from mmcore.storage import Storage
+from serve.captioner import Captioner
+from serve.clients import Model
+from serve.errors import bad_value
+from serve.generator import Generator
+from serve.limits import Limits
+from serve.routes import Service
+from serve.schemas import GenerateWork
+from serve.security import Keys, logger
+from serve.tasks import Jobs
+
+KEY = "a-key-for-the-tests-0123456789"
+GENERATIONS = "/v1/images/generations"
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
+SIZE = 16
+TIMESTEPS = 240  # of the fake generator's training: more steps it cannot make, though the limits allow 250
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
+
+
+class FakeGenerator:
+    """Images of one colour that prompt, seed and settings decide."""
+
+    device = "cpu"
+
+    def __init__(self, step_s: float = 0.0, resolution: int = SIZE) -> None:
+        self.resolution, self.step_s = resolution, step_s
+        self.defaults: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
+        self.batches: list[list[tuple[str, str | None, int]]] = []
+        self.num_steps = 0
+        self.threads: set[int] = set()
+
+    def check(self, work: GenerateWork, max_tokens: int) -> None:
+        if len(work.prompt.split()) > max_tokens:
+            raise bad_value("prompt", f"{len(work.prompt.split())} tokens; at most {max_tokens}")
+        if work.num_inference_steps > TIMESTEPS:
+            raise bad_value("num_inference_steps", f"{work.num_inference_steps}; give 1 to {TIMESTEPS}")
+
+    def generate(
+        self,
+        samples: Sequence[tuple[str, str | None, int]],
+        steps: int,
+        guidance: float,
+        on_step: Callable[[int, int], None],
+    ) -> np.ndarray:
+        self.batches.append(list(samples))
+        self.threads.add(threading.get_ident())
+        for step in range(1, steps + 1):
+            time.sleep(self.step_s)
+            self.num_steps += 1
+            on_step(step, steps)
+        colours = [colour_of(prompt, seed, steps, guidance, negative) for prompt, negative, seed in samples]
+        return np.stack([np.full((self.resolution, self.resolution, 3), colour, np.uint8) for colour in colours])
+
+    def png(self, image: np.ndarray, text: dict[str, str]) -> bytes:
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in text.items():
+            chunks.add_text(key, value)
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks)
+        return buffer.getvalue()
+
+
+def colour_of(
+    prompt: str, seed: int, steps: int = 4, guidance: float = 3.0, negative: str | None = None
+) -> tuple[int, int, int]:
+    digest = hashlib.sha256(f"{prompt}|{seed}|{steps}|{guidance}|{negative}".encode()).digest()
+    return digest[0], digest[1], digest[2]
+
+
+class FakeCaptioner:
+    """Names the colour of an image."""
+
+    device = "cpu"
+
+    def __init__(self, prefix: str = "a", batch_s: float = 0.0, resolution: int = SIZE) -> None:
+        self.resolution, self.prefix, self.batch_s = resolution, prefix, batch_s
+        self.batches: list[int] = []
+        self.num_beams: set[int] = set()
+        self.num_threads: set[int] = set()
+
+    def caption(self, pixels: np.ndarray, *, num_beams: int, max_words: int) -> list[str]:
+        assert pixels.shape[1:] == (self.resolution, self.resolution, 3)
+        self.batches.append(len(pixels))
+        self.num_beams.add(num_beams)
+        self.num_threads.add(torch.get_num_threads())
+        time.sleep(self.batch_s)
+        means = pixels.reshape(len(pixels), -1, 3).mean(axis=1)
+        names = [min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], mean)).sum()) for mean in means]
+        return [" ".join(f"{self.prefix} {name} picture".split()[:max_words]) for name in names]
+
+
+def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, COLOURS[colour]).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_sweep(folder: Path, images: dict[str, bytes]) -> None:
+    """A sweep as jobs/generate.py leaves it: image i has the prompt ``p{i}`` and the seed i."""
+    (folder / "manifest").mkdir()
+    (folder / "images").mkdir()
+    for image_id, data in images.items():
+        (folder / "images" / f"{image_id}.png").write_bytes(data)
+    columns: dict[str, list[Any]] = {
+        "image_id": list(images),
+        "key": [f"images/{image_id}.png" for image_id in images],
+        "prompt": [f"p{i}" for i in range(len(images))],
+        "seed": list(range(len(images))),
+    }
+    table = pa.table(columns).replace_schema_metadata({"block": "{}"})
+    pq.write_table(table, folder / "manifest" / "part-000000.parquet")
+
+
+def data_uri(data: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"
+
+
+def chat(uri: str, **fields: Any) -> dict[str, Any]:
+    content = [{"type": "image_url", "image_url": {"url": uri}}]
+    return {"model": "words", "messages": [{"role": "user", "content": content}], **fields}
+
+
+class InProcess:
+    """The object itself: what is tested through it needs no cluster."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    async def call(self, method: str, *args: Any) -> Any:
+        return await getattr(self.target, method)(*args)
+
+    async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any, None]:
+        events = getattr(self.target, method)(*args)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+
+class Served:
+    """The service in this process, with one captioner or two and a generator."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        step_s: float = 0.0,
+        batch_s: float = 0.0,
+        storage: Storage | None = None,
+        jobs_storage: Storage | None = None,
+        gallery: Storage | None = None,
+        keys: Keys | None = None,
+        allowed_hosts: Sequence[str] = (),
+        web: Path | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.fake_generator, self.fake_captioner = FakeGenerator(step_s), FakeCaptioner("a", batch_s)
+        self.other_captioner = FakeCaptioner("some", resolution=8)
+        self.generator = Generator("shapes", lambda device: self.fake_generator, self.limits)
+        self.captioner = Captioner("words", lambda device: self.fake_captioner, self.limits)
+        self.other = Captioner("others", lambda device: self.other_captioner, self.limits)
+        kept = jobs_storage or storage
+        self.jobs = Jobs({"shapes": self.generator}, kept.uri if kept else None, self.limits, InProcess)
+        self.service = Service(
+            models=[
+                Model("words", "captioner", InProcess(self.captioner)),
+                Model("others", "captioner", InProcess(self.other)),
+                Model("shapes", "generator", InProcess(self.generator)),
+            ],
+            keys=keys or Keys({"SERVE_API_KEYS": KEY}),
+            limits=self.limits,
+            jobs=InProcess(self.jobs),
+            gallery=gallery,
+            storage=storage,
+            allowed_hosts=allowed_hosts,
+            **({"web": web} if web else {}),
+        )
+        self.app = self.service.app()
+
+    @asynccontextmanager
+    async def client(self, headers: dict[str, str] | None = None) -> AsyncIterator[httpx.AsyncClient]:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://service", headers=AUTHORIZED if headers is None else headers
+        ) as client:
+            try:
+                yield client
+            finally:
+                await self.close()
+
+    async def close(self) -> None:
+        """Leave nothing at work when the event loop ends: what is not finished stays pending, as at a process's end."""
+        tasks = [job.task for job in self.jobs._jobs.values() if job.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in (self.generator, self.captioner, self.other):
+            replica.batcher.close()
+
+
+@contextlib.contextmanager
+def listening(served: Served) -> Iterator[str]:
+    """The app behind uvicorn in a thread; gives its address."""
+    server = uvicorn.Server(uvicorn.Config(served.app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@contextlib.contextmanager
+def log_records() -> Iterator[list[logging.LogRecord]]:
+    """What the service logs while the block runs, once each, whoever else listens to its logger."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+
+
+def run(test: Coroutine[Any, Any, Any], timeout_s: float = 30.0) -> Any:
+    """One test's coroutine in an event loop of its own."""
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(test, timeout_s)
+
+    return asyncio.run(bounded())
+
+
+def wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 300) -> None:
+    """Until the service of a process of its own has loaded its models; fails when it ended, or when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready", timeout=10).status_code == 200:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"it is not ready; exit code {process.poll()}\n{log.read_text()[-5000:]}")
+        time.sleep(0.1)
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Server-sent events by name."""
+    found = []
+    for block in text.split("\n\n"):
+        if block.startswith("event: "):
+            name, data = block.split("\n", 1)
+            found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+def colour(b64: str) -> tuple[int, ...]:
+    """Of an image of the fake generator."""
+    image = Image.open(io.BytesIO(base64.b64decode(b64)))
+    assert image.size == (SIZE, SIZE)
+    pixel = image.getpixel((3, 3))
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+def request(method: str, path: str, served: Served | None = None, **options: Any) -> httpx.Response:
+    """One request to a service of its own."""
+
+    async def main() -> httpx.Response:
+        async with (served or Served()).client(options.pop("headers", None)) as client:
+            return await client.request(method, path, **options)
+
+    return run(main())
+
+
+def post(path: str, body: Any, served: Served | None = None) -> httpx.Response:
+    return request("POST", path, served, json=body)
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    """Of a refusal, in the form of OpenAI's."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]

@@ -1,0 +1,398 @@
+"""serve.control where something goes wrong: processes that die while it ends, models that do not load, a cluster that
+others use too, and numbers of processes that are gone. Ray Serve is made up."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import free_port
+from ray.exceptions import RayActorError
+
+from mmcore.errors import InputError
+from serve import control
+from serve.app import Api
+from serve.errors import ApiError
+
+
+class FakeHandle:
+    """Of the processes that answer requests: what they answer to `drain`, call by call, the last one for ever."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.num_asked = list(answers), 0
+
+    def broadcast(self, method: str) -> "FakeHandle":
+        assert method == "drain"
+        return self
+
+    def results(self, *, timeout_s: float) -> list[int]:
+        assert timeout_s < 30, "one process that hangs would take the time of all"
+        answer = self.answers[min(self.num_asked, len(self.answers) - 1)]
+        self.num_asked += 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("answers", "left"),
+    [
+        (([2, 1], [0, 1], [0, 0]), 0),
+        # A process died, another is just being replaced: the requests of the others are waited for.
+        (([1], RayActorError(), TimeoutError(), [1], [0]), 0),
+        (([1], [], [0]), 0),
+        (([1],), 1),
+        # Nobody said that nothing is in flight.
+        (([],), None),
+        ((RayActorError(),), None),
+        (([3], RayActorError()), None),
+    ],
+)
+def test_the_end_waits_for_every_request(
+    answers: tuple[Any, ...], left: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, now = FakeHandle(*answers), [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    # A clock that only waiting moves on: the machine may be busy.
+    monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    assert control.drain(handle, 60.0) == left
+    if left == 0:
+        assert handle.num_asked == len(answers)
+    else:
+        assert now[0] >= 160.0
+
+
+async def _drain(jobs: Any) -> int:
+    front = SimpleNamespace(draining=False, in_flight=2)
+    api: Any = SimpleNamespace(_jobs=jobs, _service=SimpleNamespace(front=front))
+    left = await Api.func_or_class.drain(api)  # type: ignore[attr-defined]
+    assert front.draining
+    return left
+
+
+def test_jobs_whose_process_is_dead_keep_nobody_waiting() -> None:
+    import asyncio
+
+    class Jobs:
+        def __init__(self, answer: Any) -> None:
+            self.answer = answer
+
+        async def call(self, method: str) -> int:
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    assert asyncio.run(_drain(Jobs(3))) == 5
+    assert asyncio.run(_drain(Jobs(ApiError(503, "not available")))) == 2
+    assert asyncio.run(_drain(None)) == 2
+
+
+class FakeServe:
+    """What `run` calls of Ray Serve, and what it says on stderr; it is told to end as soon as it is ready."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, handle: Any, applications: tuple[str, ...] = (), ends: bool = True
+    ) -> None:
+        """`ends`: whether the application does when it is deleted, or waits for its requests."""
+        self.ends = ends
+        self.calls: list[str] = []
+        self.said: list[str] = []
+        self.handle, self.applications = handle, dict.fromkeys(applications)
+        for name in ("start", "run", "delete", "shutdown", "status", "get_app_handle"):
+            monkeypatch.setattr(f"ray.serve.{name}", getattr(self, name))
+        monkeypatch.setattr(control, "_ray", contextlib.nullcontext)
+        monkeypatch.setattr(control, "_say", self.say)
+
+    def start(self, **options: Any) -> None:
+        self.calls.append("start")
+
+    def run(self, application: Any, **options: Any) -> Any:
+        self.calls.append("run")
+        if isinstance(self.handle, Exception):
+            raise self.handle
+        self.applications["mmcore"] = None
+        return self.handle
+
+    def get_app_handle(self, name: str) -> Any:
+        self.calls.append(f"handle {name}")
+        return self.handle
+
+    def delete(self, name: str, _blocking: bool = True) -> None:
+        self.calls.append(f"delete {name}")
+        if self.ends:
+            self.applications.pop(name, None)
+        elif _blocking:
+            # What Ray raises after a minute.
+            raise TimeoutError(f"Some of these applications weren't deleted after 60s: ['{name}']")
+
+    def shutdown(self) -> None:
+        assert self.ends, "Ray Serve waits for its applications, 30 s at most"
+        self.calls.append("shutdown")
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications=self.applications)
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+        if "is ready" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_ray_of_our_own_ends_as_a_whole(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe(monkeypatch, FakeHandle([0]))
+    port = free_port()
+    assert control.run(lambda: None, port=port) == 0
+    assert fake.calls == ["start", "run", "delete mmcore", "shutdown"]
+    assert f"http://127.0.0.1:{port}/ is ready" in fake.said[0]
+    assert fake.said[-1] == "serve: ended, every request answered"
+
+
+def test_on_a_cluster_nothing_of_others_is_ended(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe(monkeypatch, FakeHandle([0]), applications=("payroll",))
+    assert control.run(lambda: None, port=free_port()) == 0
+    assert fake.calls == ["start", "run", "delete mmcore"]
+    # The port that was typed is not where it listens.
+    assert "127.0.0.1" not in fake.said[0]
+    assert "its own host, port and limit of bodies, is ready" in fake.said[0]
+
+
+def test_an_application_of_the_same_name_is_not_replaced(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe(monkeypatch, FakeHandle([0]), applications=("payroll", "mmcore"))
+    command = "`RAY_ADDRESS=10.0.0.1:6379 python -m serve.control stop`"
+    with pytest.raises(InputError, match=f"'mmcore' already; .* {command}"):
+        control.run(lambda: None, port=free_port())
+    assert fake.calls == ["start"]
+
+
+@pytest.mark.parametrize(("answers", "code"), [(([1], [0]), 0), (([1],), 1)])
+def test_what_a_killed_process_left_on_a_cluster_is_ended(
+    answers: tuple[Any, ...], code: int, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command that `start` names; nothing else of that cluster is."""
+    monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.4")
+    fake = FakeServe(monkeypatch, FakeHandle(*answers), applications=("payroll", "mmcore"))
+    assert control.stop([f"port={free_port()}"]) == code
+    assert fake.calls == ["handle mmcore", "delete mmcore"]
+    assert list(fake.applications) == ["payroll"]
+    assert (
+        fake.said[-1]
+        == f"serve: ended{', every request answered' if code == 0 else '; 1 requests were not finished in time'}"
+    )
+    with pytest.raises(InputError, match="no service, neither there"):
+        control.stop([f"port={free_port()}"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [([2], "2 requests were not finished in time"), ([], "no process told whether every request")]
+)
+def test_requests_that_are_dropped_are_told(
+    answer: list[int], words: str, no_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.4")
+    fake = FakeServe(monkeypatch, FakeHandle(answer))
+    began = time.monotonic()
+    assert control.run(lambda: None, port=free_port()) == 1
+    assert time.monotonic() - began >= 0.4
+    assert words in fake.said[-1]
+    assert fake.calls[-2:] == ["delete mmcore", "shutdown"]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_end_that_finds_requests_left_takes_no_longer_than_it_says(
+    joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their processes wait for them on; Ray's own wait for those would end in a traceback, and the verdict be lost."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379" if joined else "")
+    monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.2")
+    monkeypatch.setattr(control, "_DELETE_S", 0.3)
+    fake = FakeServe(monkeypatch, FakeHandle([2]), ends=False)
+    began = time.monotonic()
+    assert control.run(lambda: None, port=free_port()) == 1
+    assert 0.5 <= time.monotonic() - began < 10
+    assert fake.calls == ["start", "run", "delete mmcore"]
+    assert "'mmcore' is still at work" in fake.said[-2]
+    assert fake.said[-1] == "serve: ended; 2 requests were not finished in time"
+
+
+def test_the_verdict_is_told_where_ray_serve_says_nothing(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe(monkeypatch, FakeHandle([0]))
+
+    def dead() -> Any:
+        raise RayActorError
+
+    monkeypatch.setattr("ray.serve.status", dead)
+    assert control.run(lambda: None, port=free_port()) == 0
+    assert "does not say whether 'mmcore' has ended (" in fake.said[-2]
+    assert fake.said[-1] == "serve: ended, every request answered"
+
+
+FAILED = """The deployment failed to start 3 times in a row. This may be due to a problem with its constructor. Error:
+ray::ServeReplica:mmcore:captioner-words.initialize_and_get_metadata() (pid=1, ip=10.0.0.1)
+  File "ray/serve/_private/replica.py", line 1, in initialize
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "serve/captioner.py", line 1, in __init__
+mmcore.errors.InputError: --encoder '/x': no such folder; name another
+"""
+
+
+def test_models_that_do_not_load_are_one_line(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe(
+        monkeypatch, RuntimeError("Deploying application mmcore failed: Failed to update ['captioner-words'].")
+    )
+    with pytest.raises(InputError) as caught:
+        control.run(lambda: None, port=free_port())
+    assert str(caught.value).startswith("the models did not start: RuntimeError: Deploying application mmcore failed")
+    # It does not stay on a cluster that is not ours.
+    assert fake.calls[-1] == "delete mmcore"
+
+    good, bad = SimpleNamespace(message=""), SimpleNamespace(message=FAILED)
+    application = SimpleNamespace(deployments={"api": good, "captioner-words": bad})
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"mmcore": application}))
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(InputError) as caught:
+        control.run(lambda: None, port=free_port())
+    reason = "mmcore.errors.InputError: --encoder '/x': no such folder; name another"
+    assert str(caught.value) == f"the models did not start: captioner-words: {reason}"
+
+
+# --- stop ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def holding(port: int) -> Iterator[int]:
+    """The lock of a service at `port`; gives its file."""
+    import fcntl
+
+    descriptor = os.open(control.lock_file(port), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+        control.lock_file(port).unlink()
+
+
+@contextlib.contextmanager
+def waiting_process() -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_number_that_was_left_behind_is_gone_before_anything_else(
+    no_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a service that was killed; `stop` must not end whatever has that number now."""
+    port = free_port()
+    control.lock_file(port).write_text("12345678901234567890")
+    try:
+
+        def taken(host: str, port: int) -> None:
+            assert control.lock_file(port).read_bytes() == b""
+            raise InputError(f"port={port}: cannot listen there")
+
+        monkeypatch.setattr(control, "_check_free", taken)
+        with pytest.raises(InputError, match="cannot listen"):
+            control.run(lambda: None, port=port)
+        assert control.lock_file(port).read_bytes() == b""
+        with pytest.raises(InputError, match="no service"):
+            control.stop([f"port={port}"])
+    finally:
+        control.lock_file(port).unlink()
+
+
+def test_stop_waits_for_a_service_that_is_just_beginning() -> None:
+    port = free_port()
+    with waiting_process() as process, contextlib.ExitStack() as held:
+        descriptor = held.enter_context(holding(port))
+
+        def begin_and_end() -> None:
+            time.sleep(0.3)
+            os.pwrite(descriptor, str(process.pid).encode(), 0)
+            process.wait()
+            held.close()
+
+        thread = threading.Thread(target=begin_and_end)
+        thread.start()
+        assert control.stop([f"port={port}"]) == 0
+        thread.join()
+        assert process.returncode == -signal.SIGTERM
+
+
+def test_stop_says_when_no_number_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_NUMBER_S", 0.3)
+    port = free_port()
+    with holding(port), pytest.raises(InputError, match="does not say which process"):
+        control.stop([f"port={port}"])
+
+
+def test_stop_of_a_process_that_has_just_ended() -> None:
+    port = free_port()
+    with waiting_process() as process:
+        process.kill()
+        process.wait()
+        with contextlib.ExitStack() as held:
+            os.pwrite(held.enter_context(holding(port)), str(process.pid).encode(), 0)
+            threading.Timer(0.3, held.close).start()
+            assert control.stop([f"port={port}"]) == 0
+
+
+def test_stop_ends_nothing_where_a_limit_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "soon")
+    port = free_port()
+    with waiting_process() as process, holding(port) as descriptor:
+        os.pwrite(descriptor, str(process.pid).encode(), 0)
+        with pytest.raises(InputError, match="SERVE_DRAIN_TIMEOUT_S"):
+            control.stop([f"port={port}"])
+        time.sleep(0.2)
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_file_that_is_not_ours_is_told_in_one_line(kind: str, no_cluster: None) -> None:
+    port = free_port()
+    path = control.lock_file(port)
+    if kind == "link":
+        path.symlink_to("/nonexistent")
+    else:
+        path.mkdir()
+    try:
+        with pytest.raises(InputError, match=f"cannot open {path}"):
+            control.run(lambda: None, port=port)
+        with pytest.raises(InputError, match=f"cannot open {path}"):
+            control.stop([f"port={port}"])
+    finally:
+        path.unlink() if kind == "link" else path.rmdir()
+
+
+@pytest.mark.parametrize("number", ["what?", "0", "-1"])
+def test_a_lock_file_without_a_process_is_told_in_one_line(number: str) -> None:
+    port = free_port()
+    with holding(port) as descriptor:
+        os.pwrite(descriptor, number.encode(), 0)
+        with pytest.raises(InputError, match="is no process"):
+            control.stop([f"port={port}"])

@@ -1,0 +1,426 @@
+"""More than a hundred requests that mean no good: each is refused at once, costs nothing and reaches nothing.
+
+A dozen of them go through Ray Serve as well (test_real_serve.py).
+"""
+
+import asyncio
+import base64
+import contextlib
+import ctypes
+import gc
+import json
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from serving import AUTHORIZED, GENERATIONS, KEY, Served, chat, data_uri, picture, run
+from test_incoming_images import ADDRESSES, HOSTILE, OF_MANY_PARTS_IN_BASE64
+from test_limits_and_schemas import BAD_CHATS, BAD_FIELDS, BAD_JSON
+
+# Of this process's own time: another program may have the processor meanwhile. On the wall, above what a refusal for
+# want of a key takes beside it, and without the time in which other programs had the processor: this shows whether a
+# refusal waits for something. It has so many tries: caches that others emptied make the same work twice as long.
+MAX_CPU_S, MAX_ABOVE_TRIVIAL_S, TRIES = 0.1, 0.1, 3
+MAX_MEMORY = 50 * 2**20
+MIB = 2**20
+CHAT, CAPTIONS, JOBS = "/v1/chat/completions", "/v1/captions", "/v1/jobs"
+JSON = {**AUTHORIZED, "content-type": "application/json"}
+
+ONE_PICTURE = data_uri(picture())
+AUTHORIZATIONS = {
+    "no key": None,
+    "an empty key": "Bearer ",
+    "a wrong key": "Bearer " + "x" * 30,
+    "half a key": f"Bearer {KEY[:9]}",
+    "a longer key": f"Bearer {KEY}x",
+    "another scheme": f"Basic {KEY}",
+    "a key alone": KEY,
+    "a very long key": "Bearer " + "x" * 60_000,
+    "two words": f"Bearer {KEY} {KEY}",
+}
+PATHS = [
+    "/v1/../etc/passwd", "/static/..%2f..%2fetc%2fpasswd", "/static/%2e%2e", "/static/app.js%00.html", "/docs",
+    "/v1/gallery/..%2f..%2fx", "/v1/jobs/..%2f..%2fpending", "/v1/jobs/" + "x" * 5000, "//evil.example/x",
+    "/v1/jobs/job-0000000000-" + "0" * 32, "/openapi.json", "/.git/config", "/v1/models/x",
+]  # fmt: skip
+BAD_JOBS: list[Any] = [
+    {}, {"request": 3}, {"request": {}}, {"request": {"prompt": "x"}, "priority": 1},
+    {"request": {"prompt": "x", "n": 65}}, {"request": {"prompt": "x", "stream": True}},
+    {"request": {"prompt": "x", "response_format": "url"}},
+]  # fmt: skip
+BAD_CAPTIONS: list[Any] = [
+    {}, {"images": []}, {"images": "x"}, {"images": [3]}, {"images": [None]}, {"images": [ONE_PICTURE] * 17},
+    {"images": [ONE_PICTURE], "beams": 3}, {"images": [ONE_PICTURE], "models": []},
+    {"images": [ONE_PICTURE], "models": ["words"] * 2}, {"images": [ONE_PICTURE], "models": ["../words"]},
+    {"images": [ONE_PICTURE], "models": "words"},
+]  # fmt: skip
+BAD_FORMS = [
+    b"",
+    b"--b",
+    b"--b--",
+    b"--b\r\n\r\nx\r\n--b--",
+    b"--b\r\nContent-Disposition: x\r\n\r\n\r\n--b--",
+    b"--b\r\n" + b"x" * 20_000,
+    b"--b\r\n" + b"A: b\r\n" * 5000 + b"\r\nx\r\n--b--",
+    b'--b\r\nContent-Disposition: form-data; name="images"; filename="../../x"\r\n\r\nx\r\n--b--',
+    # One whole image, and the form breaks off before the next.
+    b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n' + picture() + b"\r\n--b\r\n",
+]
+LONG = 8_000_000
+
+# A request: method, path, and what httpx is given beside; `parts` is a body that comes without its length.
+Case = tuple[str, str, dict[str, Any]]
+
+
+async def endless(part: bytes, number: int) -> AsyncIterator[bytes]:
+    for _ in range(number):
+        yield part
+
+
+def cases() -> dict[str, Case]:
+    table: dict[str, Case] = {}
+
+    def add(name: str, method: str, path: str, **options: Any) -> None:
+        assert name not in table, name
+        options.setdefault("headers", JSON)
+        table[name] = (method, path, options)
+
+    # Who is it?
+    for name, value in AUTHORIZATIONS.items():
+        headers = {"content-type": "application/json"} | ({"authorization": value} if value is not None else {})
+        add(name, "POST", GENERATIONS, headers=headers, content=b'{"prompt": "x"}')
+    add("a key in the address", "GET", f"/v1/models?key={KEY}", headers={})
+    add("a key in a cookie", "GET", "/v1/models", headers={"cookie": f"key={KEY}"})
+    add("a page of another site", "POST", GENERATIONS, headers={**JSON, "sec-fetch-site": "cross-site"}, content=b"{}")
+    add("metrics without a key", "GET", "/metrics", headers={})
+
+    # Where to?
+    for path in PATHS:
+        add(f"GET {path[:40]}", "GET", path)
+    for method in ("PUT", "PATCH", "TRACE", "DELETE", "OPTIONS", "GET", "BREW"):
+        add(f"{method} {GENERATIONS}", method, GENERATIONS)
+
+    # Is it JSON?
+    for name, (body, _) in BAD_JSON.items():
+        add(f"json: {name}", "POST", GENERATIONS, content=body)
+    for body in (b"[]", b"3", b"null", b'"x"'):
+        add(f"json: {body!r}", "POST", JOBS, content=body)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/xml", "multipart/form-data", ""):
+        headers = {**AUTHORIZED, "content-type": kind}
+        add(f"a body of {kind or 'no type'}", "POST", GENERATIONS, headers=headers, content=b"prompt=x")
+
+    # Is it too much?
+    add(
+        "21 MiB, with its length", "POST", CAPTIONS, content=bytes(1), headers={**JSON, "content-length": str(21 * MIB)}
+    )
+    add("a length beyond all", "POST", CHAT, content=b"{}", headers={**JSON, "content-length": "9" * 17})
+    add("a length that is none", "POST", CHAT, content=b"{}", headers={**JSON, "content-length": "-1"})
+    add("without end", "POST", CAPTIONS, parts=(b"x" * MIB, 1000))
+    add("a prompt without end", "POST", GENERATIONS, parts=(b'{"prompt": "' + b"x" * 65_536, 1000))
+    add("a form without end", "POST", CAPTIONS, parts=(b"x" * MIB, 1000),
+        headers={**AUTHORIZED, "content-type": "multipart/form-data; boundary=b"})  # fmt: skip
+    add("a million values", "POST", CAPTIONS, content=b'{"images": [' + b"0," * 1_000_000 + b"0]}")
+    add("deep braces", "POST", CHAT, content=b'{"a":' * 900 + b"1" + b"}" * 900)
+    add("a megabyte of braces", "POST", CHAT, content=b"{" * MIB)
+
+    # Are the fields those of the route?
+    for number, (fields, param, _) in enumerate(BAD_FIELDS):
+        body = json.dumps({"prompt": "x", **fields}).encode()
+        add(f"field {number}: {param}", "POST", GENERATIONS, content=body)
+    for number, (body_of_chat, param, _) in enumerate(BAD_CHATS):
+        add(f"chat {number}: {param}", "POST", CHAT, content=json.dumps(body_of_chat).encode())
+    for number, job in enumerate(BAD_JOBS):
+        add(f"job {number}", "POST", JOBS, content=json.dumps(job).encode())
+    for number, asked in enumerate(BAD_CAPTIONS):
+        add(f"captions {number}", "POST", CAPTIONS, content=json.dumps(asked).encode())
+
+    # Is it an image, and is it here?
+    for uri in ADDRESSES:
+        add(f"address {uri}", "POST", CHAT, content=json.dumps(chat(uri)).encode())
+    for name, (data, _) in HOSTILE.items():
+        in_base64 = OF_MANY_PARTS_IN_BASE64.get(name, data)
+        add(f"image, in a chat: {name}", "POST", CHAT, content=json.dumps(chat(data_uri(in_base64))).encode())
+        files = [("images", ("x.png", data, "image/png"))]
+        add(f"image, in a form: {name}", "POST", CAPTIONS, files=files, headers=AUTHORIZED)
+    add("an address of 8 MB", "POST", CHAT, content=json.dumps(chat("http://" + "x" * LONG)).encode())
+    for name, kind in {"type": "x" * LONG, "list for a type": ["x" * LONG], "dict for a type": {"x" * LONG: 1}}.items():
+        long_type = {"messages": [{"role": "user", "content": [{"type": kind}]}]}
+        add(f"a {name} of 8 MB", "POST", CHAT, content=json.dumps(long_type).encode())
+    add("a field of 8 MB", "POST", CHAT, content=json.dumps({"x" * LONG: 1}).encode())
+    padding = data_uri(b"\x89PNG\r\n\x1a\n" + bytes(7 * MIB))
+    add("an image of 7 MiB", "POST", CHAT, content=json.dumps(chat(padding)).encode())
+    wrong = "data:image/png;base64," + "!" * 1000
+    add("base64 that is none", "POST", CHAT, content=json.dumps(chat(wrong)).encode())
+    twice = base64.b64encode(base64.b64encode(picture())).decode()
+    add("base64 of base64", "POST", CHAT, content=json.dumps(chat(f"data:image/png;base64,{twice}")).encode())
+    for number, form in enumerate(BAD_FORMS):
+        headers = {**AUTHORIZED, "content-type": "multipart/form-data; boundary=b"}
+        add(f"form {number}", "POST", CAPTIONS, content=form, headers=headers)
+    headers = {**AUTHORIZED, "content-type": "multipart/form-data; boundary=b; charset=unicode_escape"}
+    surrogate = BAD_FORMS[-1][:-5].replace(b'"x"', rb'"\ud800"') + b"--b--\r\n"
+    add("a form in a charset of its own", "POST", CAPTIONS, content=surrogate, headers=headers)
+    many = [("images", (f"{i}", b"x", "image/png")) for i in range(500)]
+    add("a form of 500 files", "POST", CAPTIONS, files=many, headers=AUTHORIZED)
+    return table
+
+
+class Watch:
+    """Connections and look-ups of names that this process makes, as Python's audit hooks see them."""
+
+    def __init__(self) -> None:
+        self.active, self.seen = False, list[str]()
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.active and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+            self.seen.append(f"{event} {arguments[1:]}")
+
+
+class Memory:
+    """The most that this process holds while the block runs, looked at all the time: also within a request."""
+
+    def __enter__(self) -> "Memory":
+        self._process, self._done = psutil.Process(), threading.Event()
+        gc.collect()
+        self.mark()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.005):
+            self.most = max(self.most, self._process.memory_info().rss)
+
+    def mark(self) -> None:
+        """Begin anew: what is free is let go now, and not while somebody looks."""
+        ctypes.CDLL(None).malloc_trim(0)
+        self.before = self.most = self._process.memory_info().rss
+
+    @property
+    def thread_id(self) -> int | None:
+        return self._thread.native_id
+
+    @property
+    def now(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    @property
+    def grown(self) -> int:
+        return self.most - self.before
+
+
+class Processes:
+    """What some processes hold at most while the block runs, and with whom beyond this machine they are connected.
+
+    It looks twenty times a second: a connection that is shorter than that may escape it.
+    """
+
+    def __init__(self, processes: list[psutil.Process]) -> None:
+        self._processes, self._done = processes, threading.Event()
+        self._own = {"127.0.0.1", "::1"} | {each.address for found in psutil.net_if_addrs().values() for each in found}
+        self.peers: set[str] = set()
+        self.num_looks = self.num_connections = 0
+
+    def __enter__(self) -> "Processes":
+        self._before = {process: process.memory_info().rss for process in self._processes}
+        self._most = dict(self._before)
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.05):
+            self.num_looks += 1
+            for process in self._processes:
+                self._most[process] = max(self._most[process], process.memory_info().rss)
+                for connection in process.net_connections("inet"):
+                    if connection.raddr:
+                        self.num_connections += 1
+                        # A socket that speaks both writes 127.0.0.1 as ::ffff:127.0.0.1.
+                        if connection.raddr.ip.removeprefix("::ffff:") not in self._own:
+                            self.peers.add(f"{process.name()} -> {connection.raddr.ip}")
+
+    @property
+    def grown(self) -> dict[str, int]:
+        """Bytes, of each process."""
+        return {
+            f"{' '.join(process.cmdline())[:60]} ({process.pid})": most - self._before[process]
+            for process, most in self._most.items()
+        }
+
+
+def delays_of_threads(processes: Iterable[int | str], but: int | None = None) -> dict[str, int]:
+    """How long each thread of these processes, but one, was ready and had no processor: of Linux (schedstat), in ns."""
+    waited_ns = {}
+    for process in processes:
+        for thread in Path(f"/proc/{process}/task").glob("*"):
+            if thread.name != str(but):
+                with contextlib.suppress(OSError):
+                    waited_ns[thread.name] = int((thread / "schedstat").read_text().split()[1])
+    return waited_ns
+
+
+def seconds_held_up(before: dict[str, int], after: dict[str, int]) -> float:
+    """The longest of any thread: a sum would count what many of them waited for at the same time."""
+    return max((after[thread] - before.get(thread, 0) for thread in after), default=0) / 1e9
+
+
+async def ask(client: httpx.AsyncClient, case: Case, but: int | None = None) -> tuple[httpx.Response, float, float]:
+    """The answer, and the seconds that it took: of this process, and on the wall while others did not hold it up."""
+    method, path, options = case
+    if "parts" in options:
+        options = {**options, "content": endless(*options["parts"])}
+        del options["parts"]
+    prepared = client.build_request(method, path, **options)
+    held_up = delays_of_threads(["self"], but)
+    began, cpu = time.perf_counter(), time.process_time()
+    response = await client.send(prepared)
+    cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - began
+    return response, cpu_s, max(0.0, wall_s - seconds_held_up(held_up, delays_of_threads(["self"], but)))
+
+
+async def times_of_refusal(
+    client: httpx.AsyncClient, case: Case, but: int | None = None
+) -> tuple[httpx.Response, float, float]:
+    """The first answer; the seconds of this process, and those on the wall above what a refusal for want of a key takes
+    beside it: the best of the tries, of which there is one where it is quick enough."""
+    trivial = "POST", GENERATIONS, {"content": b"{}"}
+    first, cpu_s, above_s = None, float("inf"), float("inf")
+    for _ in range(TRIES):
+        response, its_cpu_s, its_wall_s = await ask(client, case, but)
+        first = first or response
+        cpu_s, above_s = min(cpu_s, its_cpu_s), min(above_s, its_wall_s - (await ask(client, trivial, but))[2])
+        if cpu_s <= MAX_CPU_S and above_s <= MAX_ABOVE_TRIVIAL_S:
+            break
+    assert first is not None
+    return first, cpu_s, above_s
+
+
+def problems_of(response: httpx.Response) -> list[str]:
+    """What is wrong with the refusal of a hostile request."""
+    if not 400 <= response.status_code < 500:
+        return [f"status {response.status_code} {response.text[:200]}"]
+    if response.headers["content-type"] != "application/json":
+        return [f"answers with {response.headers['content-type']}"]
+    found = []
+    if set(response.json().get("error", {})) != {"message", "type", "param", "code"}:
+        found.append(f"no error in JSON: {response.text[:200]}")
+    if KEY in response.text or "Traceback" in response.text or "site-packages" in response.text:
+        found.append(f"tells too much: {response.text[:200]}")
+    if len(response.text) > 2000:
+        found.append(f"answers with {len(response.text)} characters")
+    return found
+
+
+def test_hostile_requests() -> None:
+    served = Served()  # the first thing in its process, as the images of the table are not
+    table = cases()
+    assert len(table) >= 100
+    # All of them come from one key, faster than one may: that is another test's matter.
+    served.service.front.rate_limit.take = lambda caller: None  # type: ignore[method-assign]
+    watch, memory = Watch(), Memory()
+    slow: dict[str, tuple[float, float]] = {}
+    slowest, largest, kept = 0.0, 0, 0
+    problems: list[str] = []
+
+    async def main() -> None:
+        nonlocal slowest, largest, kept
+        async with served.client(headers={}) as client:
+            # What is only loaded once is loaded.
+            await client.post(CHAT, json=chat(data_uri(picture())), headers=AUTHORIZED)
+            with memory:
+                before = memory.before
+                watch.active = True
+                for name, case in table.items():
+                    memory.mark()
+                    response, cpu_s, above_s = await times_of_refusal(client, case, memory.thread_id)
+                    slowest, largest = max(slowest, above_s), max(largest, memory.grown)
+                    kept = max(kept, memory.now - before)
+                    if cpu_s > MAX_CPU_S or above_s > MAX_ABOVE_TRIVIAL_S:
+                        slow[name] = round(cpu_s, 3), round(above_s, 3)
+                    problems.extend(f"{name}: {problem}" for problem in problems_of(response))
+                watch.active = False
+            # It still works, for those who ask for what there is.
+            good = await client.post(CHAT, json=chat(data_uri(picture("blue"))), headers=AUTHORIZED)
+            assert good.json()["choices"][0]["message"]["content"] == "a blue picture"
+
+    run(main(), timeout_s=500)
+    print(
+        f"{len(table)} hostile requests: at most {slowest:.3f} s; {largest / MIB:.1f} MiB within one, "
+        f"{kept / MIB:.1f} MiB kept behind one"
+    )
+    assert not problems, "\n".join(problems)
+    assert not slow, slow
+    assert largest < MAX_MEMORY, f"{largest / MIB:.0f} MiB more within a request"
+    assert kept < MAX_MEMORY, f"{kept / MIB:.0f} MiB more behind a request than before all of them"
+    assert not watch.seen, watch.seen
+    assert served.fake_captioner.batches == [1, 1], "a hostile request reached the model"
+    assert not served.fake_generator.batches
+    assert not any(served.service.front.admission.held.values())
+    assert served.service.front.in_flight == 0
+
+
+def test_the_memory_that_is_watched_is_that_within_a_request() -> None:
+    """Without this the check above could be blind."""
+    with Memory() as memory:
+        for _ in range(3):
+            filled = bytearray(b"x") * (100 * MIB)
+            time.sleep(0.05)
+            del filled
+    assert memory.grown > 90 * MIB, f"{memory.before / MIB:.0f} MiB before, at most {memory.most / MIB:.0f}"
+
+
+def test_the_watch_sees_connections() -> None:
+    """Without this the check above could be blind."""
+    import socket
+
+    watch = Watch()
+    watch.active = True
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.settimeout(0.1)
+        probe.connect(("127.0.0.1", 9))
+    watch.active = False
+    assert any("socket.connect" in event for event in watch.seen)
+
+
+def test_a_refusal_that_waits_is_noticed() -> None:
+    """Without this the check above could be blind."""
+    served = Served()
+    # Long against what a busy machine adds to the trivial refusal beside it, which is taken off.
+    served.service.front.rate_limit.take = lambda caller: time.sleep(1.0)  # type: ignore[method-assign]
+
+    async def main() -> float:
+        async with served.client(headers={}) as client:
+            case = "POST", GENERATIONS, {"headers": JSON, "content": b'{"prompt": 3}'}
+            return (await times_of_refusal(client, case))[2]
+
+    assert run(main()) > MAX_ABOVE_TRIVIAL_S
+
+
+def test_a_hundred_of_them_at_once_are_refused_as_well() -> None:
+    served = Served()
+    served.service.front.rate_limit.take = lambda caller: None  # type: ignore[method-assign]
+    body = json.dumps(chat(data_uri(HOSTILE["png bomb"][0]))).encode()
+
+    async def main() -> list[int]:
+        async with served.client(headers=JSON) as client:
+            responses = await asyncio.gather(*(client.post(CHAT, content=body) for _ in range(100)))
+            return [response.status_code for response in responses]
+
+    statuses = run(main())
+    # Those past the queue need not be looked at to be refused.
+    assert set(statuses) <= {400, 429}
+    assert statuses.count(400) >= served.limits.max_queue

@@ -1,0 +1,276 @@
+"""Limits from the environment; requests: unknown fields by name, ranges, numbers that are none."""
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import chat, data_uri
+
+from mmcore.errors import InputError
+from serve import limits, schemas
+from serve.errors import ApiError, quoted
+from serve.limits import Limits
+from serve.queueing import Admission
+
+INFO = {
+    "id": "shapes",
+    "resolution": 64,
+    "defaults": {"num_inference_steps": 50, "guidance_scale": 3.0, "size": "64x64"},
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Limits), ids=lambda field: field.name)
+def test_every_limit_has_a_variable(field: dataclasses.Field[Any]) -> None:
+    value = (field.default or 1) * 2
+    name = f"SERVE_{field.name.upper()}"
+    environment = {name: str(value), "SERVE_MAX_QUEUE": "1000"} | {name: str(value)}
+    assert getattr(Limits.from_environment(environment), field.name) == value
+    for bad in ("-1", "many", "nan", "inf", "", "1e400"):
+        with pytest.raises(InputError, match=name):
+            Limits.from_environment({name: bad})
+
+
+def test_every_limit_is_explained() -> None:
+    source = re.sub(r"\s+", " ", Path(limits.__file__).read_text())
+    for field in dataclasses.fields(Limits):
+        assert re.search(rf"{field.name}: (int|float) = [^\"]*\"\"\"[A-Z]", source), f"{field.name} has no docstring"
+
+
+def test_a_misspelt_variable_is_an_error_and_a_foreign_one_is_not() -> None:
+    with pytest.raises(InputError, match="SERVE_MAX_QUEU: no such variable; did you mean SERVE_MAX_QUEUE"):
+        Limits.from_environment({"SERVE_MAX_QUEU": "3"})
+    with pytest.raises(InputError, match="SERVE_API_KEYS_FILE"):
+        Limits.from_environment({"SERVE_API_KEY_FILE": "x"})
+    # Kubernetes makes such ones for every service.
+    assert Limits.from_environment({"SERVE_SVC_PORT_8000_TCP": "tcp://10.0.0.1:8000", "PATH": "x"}) == Limits()
+
+
+def test_limits_that_exclude_each_other() -> None:
+    for name, value, words in (
+        ("MAX_QUEUE", "4", "SERVE_MAX_QUEUE is 4"),
+        ("MAX_BODIES_BYTES", "1000", "SERVE_MAX_BODIES_BYTES is 1000"),
+        ("MAX_BODY_BYTES", "999999999", "SERVE_MAX_BODY_BYTES 999999999"),
+        # S3 itself refuses such links, when somebody asks for one.
+        ("URL_EXPIRES_S", "604801", "give 1 to 604800"),
+        ("URL_EXPIRES_S", "0.5", "give 1 to 604800"),
+        ("KEY_SHARE", "2", "SERVE_KEY_SHARE 2: give 1, which is all, or less"),
+        ("MAX_GUIDANCE_SCALE", "0.5", "SERVE_MAX_GUIDANCE_SCALE 0.5"),
+        *((name, "0", f"SERVE_{name} 0: give more than 0") for name in (
+            "BODY_TIMEOUT_S", "REQUEST_TIMEOUT_S", "DRAIN_TIMEOUT_S", "JOB_TTL_S", "RATE_PER_MINUTE",
+        )),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            Limits.from_environment({f"SERVE_{name}": value})
+    assert Limits.from_environment({"SERVE_BATCH_WAIT_S": "0", "SERVE_URL_EXPIRES_S": "604800"}).batch_wait_s == 0
+
+
+def generation(**fields: Any) -> schemas.GenerateWork:
+    asked = schemas.parse(schemas.GenerationRequest, {"prompt": "a red square", **fields})
+    return schemas.generate_work(asked, INFO, Limits(), 8)
+
+
+def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
+    work = generation(n=3, seed=41)
+    assert work == schemas.GenerateWork("a red square", (41, 42, 43), 50, 3.0, None)
+    drawn = generation(n=2)
+    assert drawn.seeds[1] == drawn.seeds[0] + 1
+    assert generation().seeds != generation().seeds
+    # Exact in JavaScript.
+    assert all(generation().seeds[0] < 2**53 for _ in range(20))
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"quality": "hd"}, "quality", "unknown or unsupported field 'quality'"),
+    ({"user": "me", "n": 99}, "user", "unknown"),
+    ({"prompt": 3}, "prompt", "valid string, got 3"),
+    ({"prompt": ""}, "prompt", "empty"),
+    ({"prompt": " \n "}, "prompt", "empty"),
+    ({"prompt": "x" * 1001}, "prompt", "1001 characters; at most 1000"),
+    ({"prompt": "a\x00b"}, "prompt", "U+0000 at 1"),
+    ({"prompt": "a\ud800b"}, "prompt", "U+D800 at 1"),
+    ({"n": 0}, "n", "from 1 to 8"),
+    ({"n": 9}, "n", "from 1 to 8"),
+    ({"n": -1}, "n", "from 1 to 8"),
+    ({"n": True}, "n", "integer"),
+    ({"n": "2"}, "n", "integer"),
+    ({"n": 2.0}, "n", "integer"),
+    ({"prompt": None}, "prompt", "string"),
+    ({"size": "1024x1024"}, "size", "64x64"),
+    ({"size": "64X64"}, "size", "64x64"),
+    ({"size": 64}, "size", "string"),
+    ({"seed": -1}, "seed", "from 0"),
+    ({"seed": 2**32}, "seed", "from 0"),
+    ({"seed": 2**32 - 4, "n": 8}, "seed", "from 0"),
+    ({"seed": 1.5}, "seed", "integer"),
+    ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 250"),
+    ({"num_inference_steps": 10**9}, "num_inference_steps", "from 1 to 250"),
+    ({"guidance_scale": 0.5}, "guidance_scale", "from 1"),
+    ({"guidance_scale": 31}, "guidance_scale", "to 30"),
+    ({"guidance_scale": float("inf")}, "guidance_scale", "inf"),
+    ({"guidance_scale": float("nan")}, "guidance_scale", "nan"),
+    ({"guidance_scale": "3"}, "guidance_scale", "number"),
+    ({"negative_prompt": "blue", "guidance_scale": 1}, "negative_prompt", "guidance"),
+    ({"negative_prompt": "b" * 1001}, "negative_prompt", "1001"),
+    ({"response_format": "png"}, "response_format", "b64_json"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"stream": 1}, "stream", "boolean"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), BAD_FIELDS)
+def test_fields_that_are_wrong(fields: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        generation(**fields)
+    error = caught.value
+    assert (error.status, error.param) == (400, param)
+    assert words in error.message
+    assert len(error.message) < 400
+
+
+def test_a_whole_number_is_a_guidance_scale() -> None:
+    assert generation(guidance_scale=5).guidance_scale == 5.0
+
+
+BAD_JSON: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "no JSON"),
+    "broken": (b'{"prompt": ', "no JSON"),
+    "two": (b"{} {}", "no JSON"),
+    "nan": (b'{"guidance_scale": NaN}', "NaN is no number"),
+    "infinity": (b'{"guidance_scale": -Infinity}', "-Infinity is no number"),
+    "twice": (b'{"n": 1, "n": 8}', "'n' stands there twice"),
+    "utf-16": ('{"prompt": "x"}'.encode("utf-16"), "UTF-8"),
+    "latin-1": (b'{"prompt": "\xe9"}', "UTF-8"),
+    "deep": (b"[" * 1500 + b"]" * 1500, "nested too deeply"),
+    "many": (b"[" + b"0," * 3000 + b"0]", "more than 2000 values"),
+    "digits": (b'{"seed": ' + b"9" * 5000 + b"}", "no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_bodies_that_are_no_json(name: str) -> None:
+    body, words = BAD_JSON[name]
+    with pytest.raises(ApiError) as caught:
+        schemas.parse_json(body)
+    assert caught.value.status == 400
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("body", [b"[]", b"3", b'"x"', b"null", b"true"])
+def test_a_body_is_an_object(body: bytes) -> None:
+    with pytest.raises(ApiError, match="must be a JSON object"):
+        schemas.parse(schemas.GenerationRequest, schemas.parse_json(body))
+
+
+def test_infinity_by_exponent_is_refused() -> None:
+    with pytest.raises(ApiError, match="guidance_scale: inf"):
+        generation(**schemas.parse_json(b'{"guidance_scale": 1e999}'))
+
+
+URI = data_uri(b"x")
+PART = {"type": "image_url", "image_url": {"url": URI}}
+
+
+def said(*content: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}]}
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
+    (chat(URI, temperature=0.7), "temperature", "unknown or unsupported field 'temperature'"),
+    (chat(URI, stream=True), "stream", "False"),
+    (chat(URI, max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    ({"messages": []}, "messages", "0 messages"),
+    ({"messages": chat(URI)["messages"] * 2}, "messages", "2 messages"),
+    ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role", "user"),
+    ({"messages": [{"role": "user", "content": "what is it?"}]}, "messages.0.content", "takes an image"),
+    (said(), "messages.0.content", "0 images"),
+    (said({"type": "text", "text": "?"}), "messages.0.content", "0 images"),
+    (said(PART, {"type": "text"}), "messages.0.content.1.text", "required"),
+    (said(PART, PART), "messages.0.content", "2 images"),
+    (
+        said({"type": "image_url", "image_url": {"url": URI, "detail": "low"}}),
+        "messages.0.content.0.image_url.detail",
+        "unknown or unsupported field",
+    ),
+    (said({"type": "input_audio"}), "messages.0.content.0", "input_audio"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "param", "words"), BAD_CHATS)
+def test_chats_that_are_wrong(body: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        schemas.image_of_chat(schemas.parse(schemas.ChatRequest, body))
+    error = caught.value
+    assert error.status == 400
+    assert error.param == param
+    assert words in error.message
+
+
+def test_a_chat_has_one_image() -> None:
+    asked = schemas.parse(schemas.ChatRequest, chat(URI, max_completion_tokens=5))
+    assert schemas.image_of_chat(asked) == (URI, "messages.0.content.0.image_url.url", [])
+    # Text is none of the image's business, and where it stands is told.
+    words = {"type": "text", "text": "What is in this image?"}
+    asked = schemas.parse(schemas.ChatRequest, said(words, PART, words))
+    texts = ["messages.0.content.0.text", "messages.0.content.2.text"]
+    assert schemas.image_of_chat(asked) == (URI, "messages.0.content.1.image_url.url", texts)
+
+
+LONG = "http://" + "x" * 15_000_000
+
+
+def test_what_is_repeated_is_cut_before_it_is_quoted() -> None:
+    for value in (LONG, [LONG] * 3, {LONG: LONG}, (LONG, {"a": [LONG]})):
+        began = time.process_time()
+        assert len(quoted(value)) <= 64
+        assert time.process_time() - began < 0.01
+    assert quoted("http://x") == "'http://x'"
+    assert quoted(None) == "None"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        said({"type": "image_url", "image_url": {"url": LONG, "detail": "low"}}),
+        said({"type": LONG}),
+        {"messages": [], LONG: 1},
+        {"messages": LONG},
+        chat(URI, stream=LONG),
+    ],
+)  # fmt: skip
+def test_no_refusal_is_longer_than_a_person_reads(body: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        schemas.image_of_chat(schemas.parse(schemas.ChatRequest, body))
+    assert len(json.dumps(caught.value.body())) < 1000
+
+
+def test_errors_have_the_form_of_openai() -> None:
+    error = ApiError(429, "busy", code="queue_full", retry_after_s=2.2)
+    assert error.body() == {
+        "error": {"message": "busy", "type": "rate_limit_error", "param": None, "code": "queue_full"}
+    }
+    assert error.headers() == {"retry-after": "3"}
+    start, body = ApiError.from_dict(json.loads(json.dumps(error.as_dict()))).asgi_messages()
+    assert start["status"] == 429
+    assert json.loads(body["body"]) == error.body()
+
+
+def test_admission_is_all_or_nothing_and_says_when_to_come_back() -> None:
+    admission = Admission(4)
+    with admission.enter({"a": 3, "b": 1}):
+        assert admission.held == {"a": 3, "b": 1}
+        with pytest.raises(ApiError) as caught, admission.enter({"b": 2, "a": 2}):
+            pass
+        assert caught.value.status == 429
+        assert 1 <= float(caught.value.headers()["retry-after"]) <= 60
+        assert admission.held == {"a": 3, "b": 1}, "nothing of a refused request is held"
+        with admission.enter({"a": 1}):
+            assert admission.held["a"] == 4
+    assert not any(admission.held.values())
+    with pytest.raises(RuntimeError), admission.enter({"a": 4}):
+        raise RuntimeError
+    assert not any(admission.held.values())

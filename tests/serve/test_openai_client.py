@@ -1,0 +1,190 @@
+"""The official Python client of OpenAI drives images and chat, over HTTP on loopback."""
+
+import base64
+import io
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from conftest import ROOT
+from openai.types import ImageGenCompletedEvent
+from PIL import Image
+from serving import KEY, SIZE, TIMESTEPS, Served, colour_of, data_uri, listening, picture
+
+from serve.limits import Limits
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with listening(Served()) as address:
+        yield f"{address}/v1"
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key=KEY, max_retries=0)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == ["words", "others", "shapes"]
+    assert all(abs(model.created - time.time()) < 600 for model in listed)
+    for model in listed:
+        assert client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("dall-e-3")
+    assert caught.value.code == "model_not_found"
+
+
+def test_images(client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        model="shapes",
+        prompt="a red square",
+        n=2,
+        size="16x16",  # type: ignore[call-overload]
+        response_format="b64_json",
+        extra_body={"seed": 11, "num_inference_steps": 5, "guidance_scale": 2.0},
+    )
+    assert answer.created > 0
+    for index, row in enumerate(answer.data):
+        image = Image.open(io.BytesIO(base64.b64decode(row.b64_json)))
+        assert image.size == (SIZE, SIZE)
+        assert image.getpixel((0, 0)) == colour_of("a red square", 11 + index, 5, 2.0)
+        assert row.seed == 11 + index
+
+
+def test_images_as_a_stream(client: openai.OpenAI) -> None:
+    """By the types that OpenAI's own service sends, and each of the steps before is an event of another type."""
+    events = list(
+        client.images.generate(
+            model="shapes", prompt="a red square", n=2, stream=True, extra_body={"seed": 11, "num_inference_steps": 5}
+        )
+    )
+    kinds = [event.type for event in events]
+    assert kinds[-3:] == ["image_generation.completed"] * 2 + ["image_generation.done"]
+    assert {"image_generation.queued", "image_generation.progress"} >= set(kinds[:-3])
+    assert "image_generation.progress" in kinds
+    for index, event in enumerate(event for event in events if event.type == "image_generation.completed"):
+        assert isinstance(event, ImageGenCompletedEvent)
+        image = Image.open(io.BytesIO(base64.b64decode(event.b64_json)))
+        assert image.getpixel((0, 0)) == colour_of("a red square", 11 + index, 5)
+        assert (event.size, event.output_format) == (f"{SIZE}x{SIZE}", "png")
+        assert abs(event.created_at - time.time()) < 600
+        assert event.seed == 11 + index  # type: ignore[attr-defined]
+
+
+def test_a_stream_that_ends_in_a_refusal_is_the_clients_own_error(client: openai.OpenAI) -> None:
+    stream = client.images.generate(
+        model="shapes", prompt="x", stream=True, extra_body={"num_inference_steps": TIMESTEPS + 1}
+    )
+    with pytest.raises(openai.APIError, match="num_inference_steps"):
+        list(stream)
+
+
+def test_nulls_are_unset(client: openai.OpenAI) -> None:
+    """OpenAI's schema lets what is optional be null, and some programs send all of it so."""
+    nulls = dict.fromkeys(("n", "size", "response_format", "stream", "quality", "style", "seed", "negative_prompt"))
+    answer = client.images.generate(model="shapes", prompt="x", extra_body=nulls)
+    assert len(answer.data or []) == 1
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(model="shapes", prompt=None)  # type: ignore[call-overload]
+    assert caught.value.param == "prompt"
+    content = [{"type": "image_url", "image_url": {"url": data_uri(picture("green")), "detail": None}}]
+    messages: list[Any] = [{"role": "user", "content": content, "name": None}]
+    nulls = dict.fromkeys(("stream", "max_tokens", "max_completion_tokens", "temperature"))
+    said = client.chat.completions.create(model="words", messages=messages, extra_body=nulls)
+    assert said.choices[0].message.content == "a green picture"
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="words",
+        messages=[
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(picture("green"))}}]}
+        ],
+        max_tokens=20,
+    )
+    assert answer.choices[0].message.content == "a green picture"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+
+
+def test_chat_as_most_programs_ask(client: openai.OpenAI) -> None:
+    """With words beside the image, which no captioner reads: the answer is the caption, and says so."""
+    picture_part = {"type": "image_url", "image_url": {"url": data_uri(picture("blue"))}}
+    content = [{"type": "text", "text": "What is in this image?"}, picture_part]
+    answer = client.chat.completions.create(model="words", messages=[{"role": "user", "content": content}])
+    assert answer.choices[0].message.content == "a blue picture"
+    assert answer.ignored == ["messages.0.content.0.text"]  # type: ignore[attr-defined]
+
+
+def test_the_lines_of_the_readme(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = (ROOT / "README.md").read_text().split("## Serve it")[1].split("\n## ")[0]
+    (lines,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    for here, there in {
+        "http://127.0.0.1:8000/v1": url, 'model="images"': 'model="shapes"', 'model="captions"': 'model="words"',
+    }.items():  # fmt: skip
+        assert here in lines
+        lines = lines.replace(here, there)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEY", KEY)
+    exec(compile(lines, "README.md", "exec"), {})
+    with Image.open(tmp_path / "circle.png") as image:
+        assert image.getpixel((0, 0)) == colour_of("a large red circle", 7, 20)
+    assert re.fullmatch(r"a \w+ picture\n", capsys.readouterr().out)
+
+
+def test_refusals_are_the_clients_own_errors(client: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(model="shapes", prompt="x", quality="hd")
+    assert caught.value.param == "quality"
+    assert caught.value.code == "unknown_field"
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(model="dall-e-3", prompt="x")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=url, api_key="x" * 20, max_retries=0).models.list()
+
+
+def test_the_client_comes_back_when_it_is_told_to() -> None:
+    """Retry-After is one that the official client obeys: what is refused now is answered later."""
+    served = Served(limits=Limits(rate_burst=1, rate_per_minute=60))
+    with listening(served) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=3)
+        took = []
+        for _ in range(2):
+            began = time.monotonic()
+            assert client.images.generate(model="shapes", prompt="x").data
+            took.append(time.monotonic() - began)
+        # One token a second: it was told to wait for one, and asked again a second later and not a minute. Beside that
+        # it may take some times what the request that was let in at once took.
+        assert sum(took) > 0.5
+        assert took[1] < 5 + 10 * took[0]
+
+
+def test_a_client_that_hangs_up_early_does_no_harm() -> None:
+    """A body that is announced and never sent, a request that is cut off, and the next one is answered."""
+    import socket
+
+    served = Served(limits=Limits(body_timeout_s=0.5))
+    with listening(served) as address:
+        port = int(address.split(":")[2])
+        head = f"POST /v1/captions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head += "Content-Type: application/json\r\n"
+        for hang_up in (True, False):
+            with socket.create_connection(("127.0.0.1", port), 10) as connection:
+                connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+                if not hang_up:
+                    connection.settimeout(10)
+                    assert b" 408 " in connection.recv(1000)
+        assert openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0).models.list().data
+        deadline = time.monotonic() + 5
+        while served.service.front.in_flight and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert served.service.front.in_flight == 0

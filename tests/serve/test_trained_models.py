@@ -1,0 +1,187 @@
+"""Runs as training leaves them, served: captions and images are those of the bulk jobs."""
+
+import asyncio
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serving import AUTHORIZED, KEY, InProcess, chat, data_uri, run
+from tiny_runs import write_clip, write_latent_run, write_pixel_run, write_resnet
+
+from jobs.generate import GenerateSettings
+from mmcore.captioners.trained import TrainedCaptioner
+from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.errors import InputError
+from mmcore.generators.text_encoder import TextSettings
+from mmcore.generators.trained import TrainedGenerator
+from mmcore.storage import Storage
+from serve import hardware
+from serve.bench.measuring import write_captioner
+from serve.captioner import Captioner, load_captioner
+from serve.clients import Model
+from serve.errors import ApiError
+from serve.generator import Generator, load_generator
+from serve.limits import Limits
+from serve.routes import Service
+from serve.schemas import GenerateWork
+from serve.security import Keys
+
+LIMITS = Limits(generator_batch_size=3, model_threads=1)
+
+
+def pictures(number: int) -> list[bytes]:
+    rows = shapes_rows(ShapesSettings(number + 2, 1, 1, 48))
+    return [row["image"] for row in rows][:number]
+
+
+@pytest.fixture(params=["local", "s3", "frozen encoder", "frozen encoder that was moved"])
+def captioner_run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str | None]:
+    """A finished run, and where its encoder lies now, if not where the run had it."""
+    storage = Storage(request.getfixturevalue("s3_server") if request.param == "s3" else str(tmp_path))
+    run_folder = storage / "runs" / "resnet_captioner" / "tiny"
+    if "frozen" not in request.param:
+        return write_captioner(run_folder, smoke=True), None
+    encoder = write_resnet(tmp_path / "encoder")
+    write_captioner(run_folder, smoke=True, encoder=str(encoder))
+    if "moved" not in request.param:
+        return run_folder, None
+    return run_folder, str(encoder.rename(tmp_path / "elsewhere"))
+
+
+def test_a_captioner_says_what_it_says_in_bulk(captioner_run: tuple[Storage, str | None]) -> None:
+    folder, encoder = captioner_run
+    images = pictures(5)
+    expected = TrainedCaptioner(folder, encoder=encoder)(images, [""] * 5, num_beams=LIMITS.caption_beams)
+    captioner = Captioner("tiny", lambda device: load_captioner(folder.uri, encoder, device), LIMITS)
+    service = Service(
+        models=[Model("tiny", "captioner", InProcess(captioner))], keys=Keys({"SERVE_API_KEYS": KEY}), limits=LIMITS
+    )
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(service.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=AUTHORIZED) as client:
+            files = [("images", (f"{i}.png", data, "image/png")) for i, data in enumerate(images)]
+            rows = (await client.post("/v1/captions", files=files)).json()["data"]
+            assert [row["captions"]["tiny"] for row in rows] == expected
+            body = {**chat(data_uri(images[2])), "model": "tiny"}
+            answer = (await client.post("/v1/chat/completions", json=body)).json()
+            assert answer["choices"][0]["message"]["content"] == expected[2]
+        captioner.batcher.close()
+
+    run(main(), timeout_s=120)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    for load in (load_captioner, load_generator):
+        with pytest.raises(InputError, match="no model/ there"):
+            load(str(tmp_path / "nothing"), None, "cpu")
+
+
+def test_another_encoder_than_that_of_the_run_is_refused(tmp_path: Path) -> None:
+    run_folder = Storage(str(tmp_path / "run"))
+    write_captioner(run_folder, smoke=True, encoder=str(write_resnet(tmp_path / "encoder")))
+    (tmp_path / "encoder" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    with pytest.raises(InputError, match="not the encoder that"):
+        load_captioner(run_folder.uri, None, "cpu")
+
+
+@pytest.fixture(
+    scope="module",
+    params=["pixel diffusion", "latent diffusion", "frozen text encoder", "frozen text encoder that was moved"],
+)
+def generator_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Storage, str | None]:
+    """A finished run, and where its text encoder lies now, if not where the run had it."""
+    folder = tmp_path_factory.mktemp("generator")
+    if request.param == "pixel diffusion":
+        return Storage(str(write_pixel_run(folder / "tiny"))), None
+    if request.param == "latent diffusion":
+        return Storage(str(write_latent_run(folder / "tiny"))), None
+    clip = write_clip(folder / "clip")
+    run_folder = Storage(str(write_latent_run(folder / "tiny", TextSettings(str(clip), max_tokens=77))))
+    return run_folder, str(clip.rename(folder / "elsewhere")) if "moved" in request.param else None
+
+
+@pytest.fixture
+def generator(generator_run: tuple[Storage, str | None]) -> Iterator[Generator]:
+    run_folder, encoder = generator_run
+    made = Generator("tiny", lambda device: load_generator(run_folder.uri, encoder, device), LIMITS)
+    yield made
+    made.batcher.close()
+
+
+async def in_threads_of(limits: Limits, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` gives with as many threads as a replica has: sums of another order have other last bits."""
+    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(hardware.num_threads(limits))) as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, make)
+
+
+def test_a_generator_makes_what_it_makes_in_bulk(
+    generator: Generator, generator_run: tuple[Storage, str | None]
+) -> None:
+    size = generator.model.resolution
+    work = GenerateWork("a red circle", (5, 6), 4, 1.0, None)
+
+    async def make(*works: GenerateWork) -> list[np.ndarray]:
+        done = await asyncio.gather(*(generator.generate(each) for each in works))
+        assert [each["event"] for each in done] == ["done"] * len(works), done
+        return [np.asarray(Image.open(io.BytesIO(png))) for each in done for png in each["images"]]
+
+    async def main() -> None:
+        alone = await make(work)
+        # In other company, in another place of the batch: the same to the bit.
+        other = GenerateWork("a blue square", (9,), 4, 1.0, None)
+        assert all(np.array_equal(*pair) for pair in zip(alone, (await make(other, work))[1:], strict=True))
+        # And what a sweep with its own sampler and this size of batch makes.
+        run_folder, encoder = generator_run
+        trained = TrainedGenerator(run_folder, text_encoder=encoder)
+        prompts, seeds = ["a red circle"] * 3, [5, 6, 6]
+        settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": GenerateSettings.sampler}
+        bulk = await in_threads_of(LIMITS, lambda: trained.generate(prompts, seeds, **settings))
+        assert all(np.array_equal(*pair) for pair in zip(alone, bulk[:2], strict=True))
+        assert alone[0].shape == (size, size, 3)
+        assert not np.array_equal(*alone)
+
+    run(main(), timeout_s=240)
+
+
+def test_the_defaults_are_those_of_a_sweep(generator: Generator) -> None:
+    assert generator.model.defaults["num_inference_steps"] == GenerateSettings.steps
+    assert generator.model.defaults["guidance_scale"] in (1.0, GenerateSettings.guidance)
+
+
+@pytest.mark.parametrize(
+    ("work", "param", "words"),
+    [
+        (GenerateWork("x", (1,), 1001, 1.0, None), "num_inference_steps", "give 1 to 1000"),
+        (GenerateWork("red " * 300, (1,), 4, 1.0, None), "prompt", "tokens with begin and end"),
+        (GenerateWork("x", (1,), 4, 3.0, "red " * 300), "negative_prompt", "tokens with begin and end"),
+    ],
+)
+def test_a_generator_refuses_what_it_cannot_do(
+    generator: Generator, work: GenerateWork, param: str, words: str
+) -> None:
+    refused = run(generator.generate(work))
+    assert refused["event"] == "refused"
+    assert (refused["error"]["status"], refused["error"]["param"]) == (400, param)
+    assert words in refused["error"]["message"]
+
+
+def test_guidance_and_negative_prompts_reach_the_model(generator: Generator) -> None:
+    model = generator.model
+    if model.defaults["guidance_scale"] == 1:
+        with pytest.raises(ApiError, match="guidance_scale"):
+            model.check(GenerateWork("x", (1,), 4, 3.0, None), 100)
+        return
+    plain = model.generate([("red", None, 1)] * 3, 4, 3.0, lambda done, total: None)
+    negative = model.generate([("red", "blue", 1)] + [("red", None, 1)] * 2, 4, 3.0, lambda done, total: None)
+    assert not np.array_equal(plain[0], negative[0])
+    # A neighbour without one is as it was.
+    assert np.array_equal(plain[1], negative[1])

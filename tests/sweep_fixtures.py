@@ -1,0 +1,64 @@
+"""Fixtures for tests of a whole sweep in this process, without Ray."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_sweep
+import torch
+
+import jobs.generate
+import jobs.sweep
+from jobs.generate import GenerateSettings, generate
+from mmcore.storage import Storage
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
+
+
+def work_here(
+    source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
+) -> Iterator[dict[str, Any]]:
+    """What `jobs.sweep._results` does, by one worker on two threads of this process."""
+    worker = actors["fn"](**actors["fn_constructor_kwargs"])
+    with ThreadPoolExecutor(2) as threads:
+        yield from threads.map(worker, [{"block": item["block"], "item": json.dumps(item)} for item in todo])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are worked on in this process: starting Ray's workers takes longer than all else here.
+
+    What Ray does with them is tested by the jobs that are run, killed and interrupted.
+    """
+    for module in (jobs.generate, jobs.sweep):
+        monkeypatch.setattr(module, "connect", lambda: None)
+        monkeypatch.setattr(module, "num_workers_and_gpus", lambda device=None: (1, 0.0))
+    monkeypatch.setattr(jobs.generate, "machine_cpus", lambda device: [2])
+    monkeypatch.setattr(jobs.sweep, "_results", work_here)
+
+
+@pytest.fixture
+def sweep(without_ray: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out."""
+    prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", tiny_sweep.NUM)
+
+    def run(**changes: Any) -> dict[str, Any]:
+        settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"), batch_size=tiny_sweep.BATCH)
+        return generate(dataclasses.replace(settings, **changes), tiny_sweep.TinyWorker)
+
+    return run
