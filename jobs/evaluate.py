@@ -103,7 +103,7 @@ class ColourScoreSettings:
 class PhotoScoreSettings:
     """The score of `colours`, of a dataset's own photos whose captions name just one of the colours.
 
-    It says what images get whose colours go with their words as those of real photos do.
+    What real photos get is what the score of a generator is to be compared with.
     """
 
     storage: str

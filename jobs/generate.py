@@ -90,7 +90,8 @@ class GenerateSettings:
     out: str
     """Folder or s3://bucket/prefix for the images."""
     storage: str | None = None
-    """Folder or s3://bucket/prefix with the prepared data of flickr8k:report-test or shapes-test."""
+    """Folder or s3://bucket/prefix with the prepared data of flickr8k:report-test or shapes-test; without it shapes-test
+    are as many new scenes as --count says."""
     count: int | None = None
     """Images to make, from the first prompt on; by default one for each prompt."""
     batch_size: int | Literal["auto"] = "auto"
@@ -102,7 +103,7 @@ class GenerateSettings:
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 leaves it out and takes half the time."""
     sampler: SamplerName = "dpmsolver++"
-    """Sampler of the diffusion; ddim and ddpm need more steps."""
+    """Sampler of the diffusion; ddim and ddpm need more steps, and ddim a divisor of the 1,000 timesteps."""
     negative_prompt: str = ""
     """What the guidance leads away from; by default the empty text."""
     text_encoder: str | None = None

@@ -64,7 +64,7 @@ class RunOptions:
     dry_run: bool = False
     """Print the resolved recipe, sizes, steps and what would be read and written, and stop."""
     stream: bool = False
-    """Feed the workers through Ray Data instead of a copy on their disk: for data larger than that disk. A restart
+    """Captioners only: feed the workers through Ray Data, not a copy on their disk, where data are larger. A restart
     then goes on at the right step but reads the interrupted epoch from its beginning."""
     stall_timeout: float | None = None
     """Seconds without progress after which the job ends; by default it waits (an autoscaler may take minutes)."""
