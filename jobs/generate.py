@@ -90,8 +90,8 @@ class GenerateSettings:
     out: str
     """Folder or s3://bucket/prefix for the images."""
     storage: str | None = None
-    """Folder or s3://bucket/prefix with the prepared data of flickr8k:report-test or shapes-test; without it shapes-test
-    are as many new scenes as --count says."""
+    """Folder or s3://bucket/prefix with the prepared data of flickr8k:report-test or shapes-test; shapes-test without
+    it is as many scenes as --count says."""
     count: int | None = None
     """Images to make, from the first prompt on; by default one for each prompt."""
     batch_size: int | Literal["auto"] = "auto"
@@ -397,7 +397,8 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
         )
         if not out.exists(SUMMARY):
             out.write(SUMMARY, (json.dumps(summarise(out), indent=1) + "\n").encode())
-    out.remove_temporary()
+        if not finished:  # only who holds the lease is alone here
+            out.remove_temporary()
     summary = json.loads(out.read(SUMMARY))
     each = summary["seconds_per_image"]
     print(

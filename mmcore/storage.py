@@ -298,18 +298,19 @@ class Storage:
             from botocore.exceptions import ClientError
 
             bucket, key = self._key(name)
+            retried = False
             while True:
                 try:
                     _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
                     return True
                 except ClientError as error:
                     code = error.response["Error"]["Code"]
+                    retried |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     if code == "ConditionalRequestConflict":
                         time.sleep(_CONFLICT_PAUSE_S)  # another writer is at it: S3 asks to try again
                         continue
                     if code in ("PreconditionFailed", "412"):
                         # A retry after a lost answer meets its own object: only then are the same bytes ours.
-                        retried = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                         return retried and self.read(name) == data
                     raise
         temporary = self._write_temporary(name, data)

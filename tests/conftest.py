@@ -20,6 +20,8 @@ import pytest
 # Threads of OpenMP that wait for each other sleep: otherwise they hold the processor for what the tests beside them,
 # each with processes and threads of its own, could do (three times the same tests at once: 95 s, so 25 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What asks a hub of models or data for anything fails, on a machine with a network too.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_TIMEOUT_S = 500.0

@@ -169,3 +169,14 @@ def write_dataset(storage: Storage, name: str = "tiny", num_train: int = 40, num
     folder.write("part-00000.parquet", buffer.getvalue())
     fingerprint = hashlib.sha256(buffer.getvalue()).hexdigest()
     folder.write("_SUCCESS", json.dumps({"dataset": name, "fingerprint": fingerprint}).encode())
+
+
+def no_pickles(run: Storage) -> None:
+    """Nothing in a run's folder is a pickle, or of a kind that could be one."""
+    files = [path for path in Path(run.uri).rglob("*") if path.is_file()]
+    assert files
+    kinds = {path.suffix for path in files if not path.name.startswith((".", "_", "events"))}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".png"}, kinds
+    for path in files:
+        # A pickle of protocol 2 and later begins so; a zip of one (torch.save) begins with PK.
+        assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path

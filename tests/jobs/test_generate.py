@@ -342,7 +342,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, one_thread, tm
     assert differing.max() <= 1
 
 
-def test_settings_that_do_not_work_leave_nothing_behind(without_ray, tmp_path):
+def test_settings_that_do_not_work_begin_no_sweep(without_ray, tmp_path):
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
     settings = GenerateSettings(
         str(run), "shapes-test", str(tmp_path / "out"), count=3, batch_size=3, steps=7, sampler="ddim"

@@ -29,6 +29,7 @@ from mmcore.storage import Storage
 ERRORS = {
     503: b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
     500: b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>",
+    409: b"<Error><Code>ConditionalRequestConflict</Code><Message>Try again.</Message></Error>",
 }
 FAULTS = ("503", "500", "reset before", "reset after", "truncated")
 
@@ -102,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if fault == "reset before":
             return self._reset()
-        if fault in ("503", "500"):
+        if fault in map(str, ERRORS):
             status, headers, data = int(fault), [("Content-Type", "application/xml")], ERRORS[int(fault)]
         else:
             status, headers, data = self._forward(body)
@@ -186,6 +187,35 @@ def test_a_storage_that_fails_one_time_in_five_never_wears_out(s3_server, monkey
             module._s3_client.cache_clear()
     assert all(created), "an object of ours, whose answer was lost, was taken for somebody else's"
     assert sum(proxy.faults.values()) > 0.15 * count
+
+
+@pytest.mark.parametrize(
+    ("faults", "stored_before", "ours"),
+    [
+        (["409"], None, True),
+        (["409"], b"theirs", False),
+        # Nothing was lost: what is there is of another writer, though it wrote the same.
+        (["409"], b"ours", False),
+        (["reset after", "409"], None, True),
+        (["reset after", "409", "409"], None, True),
+        (["reset before", "409"], b"theirs", False),
+    ],
+)
+def test_what_conflicts_with_its_own_lost_answer_is_still_ours(faults, stored_before, ours, s3_server, monkeypatch):
+    monkeypatch.setattr(module, "_CONFLICT_PAUSE_S", 0.01)
+    storage = Storage(s3_server)
+    if stored_before is not None:
+        storage.write("a.bin", stored_before)
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        module._s3_client.cache_clear()
+        script = iter(faults)
+        monkeypatch.setattr(proxy, "draw", lambda method: next(script, ""))
+        try:
+            assert storage.create("a.bin", b"ours") == ours
+        finally:
+            module._s3_client.cache_clear()
+    assert next(script, None) is None, "a fault did not happen"
 
 
 def test_an_error_that_stays_is_not_waited_for(s3_server, monkeypatch):

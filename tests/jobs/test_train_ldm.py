@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import tiny
 import tiny_diffusion
+import tiny_runs
 from job_output import own_lines
 from kills import committed_step, wait_for_step
+from safetensors.torch import load_file
 
 from jobs.commandline import run
 from jobs.train_ldm import main, setup
@@ -164,6 +166,8 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
     facts = json.loads(reference.read("recipe.json"))
     assert facts["settings"]["vqvae"] == f"{storage}/runs/vqvae/first"
     assert len(set(facts["columns"])) == 2, "a view and its mirror"
+    tiny.no_pickles(reference)
+    tiny.no_pickles(storage / "runs" / "vqvae" / "first")
     left = outcome(reference)
     validated = [row for row in left["metrics"] if "validation_loss" in row]
     assert [row["step"] for row in validated] == [20, 40]
@@ -178,6 +182,26 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
     images = generator.generate(["a red square", "a blue square"], [1, 2], num_inference_steps=4, guidance_scale=2.0)
     assert images.shape == (2, 32, 32, 3)
     assert generator.scaling_factor == facts["scaling_factor"]
+
+
+def test_on_a_frozen_text_encoder(
+    call_job: Callable[..., Any], reference: Storage, storage: Storage, tmp_path: Path
+) -> None:
+    """As `report` does it: hidden states computed once, the empty text's among them, and both encoders left alone."""
+    clip = tiny_runs.write_clip(tmp_path / "clip")
+    flags = ["--text-encoder", clip, "--max-tokens", "77", "--drop-text", "0.5", "--max-steps", "6"]
+    vqvae = storage / "runs" / "vqvae" / "first"
+    call_job(main, *FLAGS, *flags, "--storage", storage, "--name", "frozen", "--vqvae", vqvae)
+    run_ = run_folder(storage, "frozen")
+    tiny.no_pickles(run_)
+    facts = json.loads(run_.read("recipe.json"))
+    column = json.loads((storage / "/".join(facts["text"])).read("_SUCCESS"))
+    assert column["shape"][1:] == [77, 32]
+    weights = load_file(Path(run_.uri) / "model" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"unet"}
+    with_guidance = TrainedGenerator(run_).generate(["a red square"], [1], num_inference_steps=4, guidance_scale=3.0)
+    without = TrainedGenerator(run_).generate(["a red square"], [1], num_inference_steps=4, guidance_scale=1.0)
+    assert (with_guidance != without).any()
 
 
 def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(

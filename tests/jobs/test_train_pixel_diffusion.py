@@ -117,6 +117,7 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
     assert facts["text_inputs"]["width"] == 16
     column = json.loads((storage / "/".join(facts["text"])).read("_SUCCESS"))
     assert (column["shape"], column["dtype"], column["num_rows"]) == ([1, 24, 16], "float16", 48)
+    tiny.no_pickles(run_)
     # Frozen stays frozen, and is not saved.
     weights = load_file(Path(run_.uri) / "model" / "model.safetensors")
     assert {name.split(".")[0] for name in weights} == {"text", "unet"}
@@ -146,3 +147,19 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="trained on another text encoder"):
         TrainedGenerator(run_, text_encoder=str(other))
+
+
+def test_with_a_text_encoder_that_is_trained_along(call_job: Callable[..., Any], storage: Storage) -> None:
+    """The smoke variant, in patches of pixels as `shapes` has them: nothing is needed but the data."""
+    flags = ["--variant", "smoke", "--patch-size", "2", "--max-steps", "6", "--num-threads", "1"]
+    call_job(main, *flags, "--dataset", "tiny", "--split", "split", "--storage", storage, "--name", "along")
+    run_ = run_folder(storage, "along")
+    tiny.no_pickles(run_)
+    weights = load_file(Path(run_.uri) / "model" / "model.safetensors")
+    assert any(name.startswith("text.encoder.") for name in weights), sorted(weights)[:5]
+    history = [json.loads(line) for line in run_.read("metrics.jsonl").splitlines()]
+    assert history[-1]["step"] == 6
+    assert np.isfinite(history[-1]["validation_loss"])
+    generator = TrainedGenerator(run_)
+    images = generator.generate(["a red square"], [1], num_inference_steps=4, guidance_scale=2.0)
+    assert images.shape == (1, generator.resolution, generator.resolution, 3)

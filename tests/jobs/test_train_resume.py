@@ -89,16 +89,6 @@ def run_folder(storage: Storage, name: str) -> Storage:
     return storage / "runs" / "resnet_captioner" / name
 
 
-def no_pickles(run: Storage) -> None:
-    files = [path for path in Path(run.uri).rglob("*") if path.is_file()]
-    assert files
-    kinds = {path.suffix for path in files if not path.name.startswith((".", "_", "events"))}
-    assert kinds <= {".safetensors", ".json", ".jsonl"}, kinds
-    for path in files:
-        # A pickle of protocol 2 and later begins so; a zip of one (torch.save) begins with PK.
-        assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path
-
-
 def test_killed_workers_and_a_killed_driver_change_nothing(
     start_job: Callable[..., Any],
     call_job: Callable[..., Any],
@@ -136,7 +126,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
     again = run_job(*command, timeout_s=TIMEOUT_S)
     assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
     assert outcome(storage, name) == outcome(storage, "two")
-    no_pickles(run)
+    tiny.no_pickles(run)
 
 
 @pytest.mark.soak

@@ -268,22 +268,26 @@ def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(recipe_of: Callable[
         assert tiny.without_times(mine) == tiny.without_times(theirs)
 
 
-def settings_of(precision: str, num_steps: int) -> PixelDiffusionRecipe:
+# Of pixels and of latents.
+RECIPES: dict[str, Callable[..., Any]] = {"pixels": tiny_diffusion.recipe, "latents": tiny_diffusion.latent_recipe}
+
+
+def settings_of(kind: str, precision: str, num_steps: int) -> Any:
     train = {"num_epochs": 100, "max_steps": num_steps, "precision": precision, "lr": 1e-3, "gradient_accumulation": 2}
-    recipe = tiny_diffusion.recipe(**train, checkpoint_every_steps=10_000, validate_every_epochs=100)
+    recipe = RECIPES[kind](**train, checkpoint_every_steps=10_000, validate_every_epochs=100)
     # One level, to spare time.
     unet = UNetSettings(channels=(32,), layers_per_block=1, attention_levels=(0,), num_heads=2)
     return dataclasses.replace(recipe, flip=True, unet=unet)
 
 
-def train_as_worker(rank: int, port: int, folder: Path, precision: str, num_steps: int) -> None:
+def train_as_worker(rank: int, port: int, folder: Path, kind: str, precision: str, num_steps: int) -> None:
     """One of two workers of a gloo group; rank 0 writes its losses down."""
     torch.set_num_threads(1)
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
     os.environ.pop("OMP_NUM_THREADS", None)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    run = tiny_diffusion.train(settings_of(precision, num_steps), folder / f"rank-{rank}")
+    run = tiny_diffusion.train(settings_of(kind, precision, num_steps), folder / f"rank-{rank}")
     if rank == 0:
         np.save(folder / "both.npy", losses_of(run))
     torch.distributed.destroy_process_group()
@@ -294,18 +298,19 @@ def losses_of(run: tiny.Run) -> list[float]:
     return [row.get("validation_loss", row["loss"]) for row in history]
 
 
+@pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize(
     ("precision", "num_steps", "largest"),
     # In fp64 and within 1e-9 the captioner's loop, which is this one, is compared in test_training.py.
-    [("fp32", 20, 1e-5), pytest.param("fp64", 100, 1e-9, marks=pytest.mark.soak)],
+    [("fp32", 20, 1e-5), pytest.param("fp64", 200, 1e-9, marks=pytest.mark.soak)],
 )
 def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
-    tmp_path: Path, precision: str, num_steps: int, largest: float
+    tmp_path: Path, kind: str, precision: str, num_steps: int, largest: float
 ) -> None:
     from conftest import free_port
 
-    alone = losses_of(tiny_diffusion.train(settings_of(precision, num_steps), tmp_path / "alone"))
-    torch.multiprocessing.spawn(train_as_worker, (free_port(), tmp_path, precision, num_steps), nprocs=2)
+    alone = losses_of(tiny_diffusion.train(settings_of(kind, precision, num_steps), tmp_path / "alone"))
+    torch.multiprocessing.spawn(train_as_worker, (free_port(), tmp_path, kind, precision, num_steps), nprocs=2)
     both = np.load(tmp_path / "both.npy")
     assert len(alone) == len(both) == num_steps + 1
     assert 0 < np.abs(np.array(alone) - both).max() <= largest
