@@ -6,12 +6,17 @@ Paper: van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, with the repo
     python jobs/train_vqvae.py --variant best --storage URI
     python jobs/train_vqvae.py --variant report --vgg16 FILE --lpips-heads FILE --storage URI
 
-FILE: torchvision's vgg16 weights and the lpips package's weights v0.1/vgg.
+FILE: torchvision's vgg16 weights (a .pth file of its model zoo) and the lpips package's weights v0.1/vgg.
+
 Hardware, time and score, all on one thread of a CPU beside other work (README, Results), on validation images:
-`shapes`: 8 minutes for 2,000 steps at commit f786042; PSNR 35.1 dB.
-`best` as it is has no score yet. At 64² with 4 epochs: 36 minutes at commit f786042; 21.6 dB (18.8 by bicubic), and
-99.6 % of the 4,096 codes are used.
-`report` is meant for a GPU and has not been run; the report's own took 60 epochs on one RTX 3090.
+
+Variant shapes, on 16,000 scenes (jobs/prepare.py --num-train 16000): 8 minutes for 2,000 steps at commit f786042; PSNR
+of 35.1 dB.
+
+Variant best, at 64² with wider levels and 4 epochs: 36 minutes at commit f786042; PSNR 21.6 dB (bicubic 18.8), with all
+but a few of the 4,096 codes in use. As it is it has not been run to its end.
+
+Variant report is meant for a GPU and has not been run; the report's own took 60 epochs on one RTX 3090.
 """
 
 import dataclasses

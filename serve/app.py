@@ -48,7 +48,7 @@ _WAIT_LOOP_S = 0.5
 class Args(BaseModel):
     """What `serve run serve.app:build` takes as ``key=value``, and a deploy config as `args`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     captioner: str = ""
     """name1:URI1,name2:URI2: finished runs of captioners."""

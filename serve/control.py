@@ -390,10 +390,19 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
+def _help() -> str:
+    from serve.app import Args
+
+    # A docstring of several lines is one here.
+    told = {name: " ".join((field.description or "").split()) for name, field in Args.model_fields.items()}
+    fields = [f"{f'{name}={Args.model_fields[name].default}':<15} {text}" for name, text in told.items()]
+    return "\n    ".join([f"{__doc__}\nThe arguments of `start`, with their defaults:\n", *fields])
+
+
 def main() -> None:
     command, *words = sys.argv[1:] or [""]
     if command not in ("start", "stop"):
-        print(__doc__)
+        print(_help())
         raise SystemExit(0 if command in ("-h", "--help", "help") else 2)
     try:
         raise SystemExit(start(words) if command == "start" else stop(words))

@@ -99,7 +99,10 @@ def test_a_place_where_ray_does_not_start_is_told_in_one_line(
 
 
 def test_what_it_can_do_is_told(run_job: RunJob) -> None:
-    assert "serve.control stop" in run_job(*CONTROL, "--help").stdout
+    told = run_job(*CONTROL, "--help").stdout
+    assert "serve.control stop" in told
+    assert "gallery= " in told
+    assert "A sweep of jobs/generate.py" in told
     assert run_job(*CONTROL, check=False).returncode == 2
 
 
