@@ -6,12 +6,16 @@ Paper: the report's VQ-VAE + latent diffusion; Rombach et al. 2022, https://arxi
     python jobs/train_ldm.py --variant best --storage URI --vqvae URI/runs/vqvae/NAME
 
 Without --vqvae the VQ-VAE of the same variant (not of `report`) and name is trained first, into the same storage.
+
 Hardware, time and score, all on one thread of a CPU beside other work (README, Results):
-`shapes` with --timestep-shift 5 --unshifted-share 0: 89 minutes for 7,000 steps at commit 96025d9, without its VQ-VAE;
-of the attributes that 500 unseen prompts name, 66.3 % are in the images. As it is it has not been run to its end.
-`best` as it is has not been run to its end. Smaller, at 64² and with 8 epochs: 46 minutes at commit 96025d9; the named
+
+Variant shapes, on 16,000 scenes (jobs/prepare.py --num-train 16000): 89 minutes for 7,000 steps at commit 96025d9,
+without its VQ-VAE; of the attributes that 500 test prompts name, 66.3 % are in the images.
+
+Variant best has not been run to its end. Smaller, at 64² and with 8 epochs: 46 minutes at commit 96025d9; the named
 colour wins in 41.1 % of 90 images, where chance is 33 %.
-`report` is meant for a GPU and has not been run.
+
+Variant report is meant for a GPU and has not been run.
 """
 
 import dataclasses
