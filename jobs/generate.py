@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -143,8 +142,18 @@ class ImageSettings:
         return chunks | ({"negative_prompt": self.negative_prompt} if self.negative_prompt else {})
 
 
+@dataclass(frozen=True)
+class Generated:
+    """The images of one block: uint8 (N, H, W, 3), when they were begun (seconds since 1970) and how long they took."""
+
+    prompts: list[Prompt]
+    images: np.ndarray
+    began: float
+    seconds: float
+
+
 class GenerateImages:
-    """Holds the generator on a worker; called from two threads, it generates one block and writes the one before."""
+    """Holds the generator on a worker: a call generates one block, beside which `write` writes the one before."""
 
     def __init__(self, run: Storage, out: Storage, image_settings: ImageSettings, text_encoder: str | None) -> None:
         self.out, self.settings = out, image_settings
@@ -163,7 +172,6 @@ class GenerateImages:
             "dtype": image_settings.dtype,
             "device": device_name(image_settings.device),
         }
-        self.generating = threading.Lock()
         self.writers = ThreadPoolExecutor(NUM_IO_THREADS)
 
     def load(self, run: Storage, text_encoder: str | None) -> Any:
@@ -190,21 +198,23 @@ class GenerateImages:
             ) from None
         return images[: len(prompts)]
 
-    def __call__(self, rows: dict[str, list[Any]]) -> pa.Table:
+    def __call__(self, rows: dict[str, list[Any]]) -> Generated:
         prompts = [Prompt(*row) for row in zip(rows["image_id"], rows["prompt"], rows["seed"], strict=True)]
         batch_size, steps = self.settings.batch_size, self.settings.steps
-        with self.generating:
-            began, start = time.time(), time.perf_counter()
-            batches = [self.generate(prompts[at : at + batch_size], steps) for at in range(0, len(prompts), batch_size)]
-            seconds = time.perf_counter() - start
-        images = (image for batch in batches for image in batch)
-        digests = list(self.writers.map(self.put, prompts, images))
+        began, start = time.time(), time.perf_counter()
+        batches = [self.generate(prompts[at : at + batch_size], steps) for at in range(0, len(prompts), batch_size)]
+        return Generated(prompts, np.concatenate(batches), began, time.perf_counter() - start)
+
+    def write(self, made: Generated) -> pa.Table:
+        """Write the images; returns their rows of the manifest."""
+        prompts, steps, seconds = made.prompts, self.settings.steps, made.seconds
+        digests = list(self.writers.map(self.put, prompts, made.images))
         columns: dict[str, Any] = {
-            "image_id": rows["image_id"],
+            "image_id": [each.image_id for each in prompts],
             "key": [image_key(each) for each in prompts],
             "sha256": digests,
-            "prompt": rows["prompt"],
-            "seed": pa.array(rows["seed"], pa.int64()),
+            "prompt": [each.prompt for each in prompts],
+            "seed": pa.array([each.seed for each in prompts], pa.int64()),
             "steps": pa.array([steps] * len(prompts), pa.int64()),
             "guidance": pa.array([self.settings.guidance] * len(prompts), pa.float64()),
             "sampler": [self.settings.sampler] * len(prompts),
@@ -212,7 +222,7 @@ class GenerateImages:
             "device": [self.facts["device"]] * len(prompts),
             "seconds": pa.array([seconds / len(prompts)] * len(prompts), pa.float64()),
         }
-        facts = {**self.facts, "began": began, "ended": time.time()}
+        facts = {**self.facts, "began": made.began, "ended": time.time()}
         return pa.table(columns).replace_schema_metadata({BLOCK: json.dumps(facts)})
 
     def put(self, prompt: Prompt, image: np.ndarray) -> str:
@@ -393,7 +403,6 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
             plan_facts={COMMIT: image_settings.commit, "prompts": settings.prompts},
             device=wanted["device"],
             num_workers=settings.num_workers,
-            overlap=True,
         )
         if not out.exists(SUMMARY):
             out.write(SUMMARY, (json.dumps(summarise(out), indent=1) + "\n").encode())

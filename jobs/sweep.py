@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,39 +165,43 @@ class _BlockWorker:
         parts: str,
         num_threads: int | None,
     ) -> None:
-        self.out, self.parts, self.num_threads = out, parts, num_threads or cpus()
+        self.out, self.parts = out, parts
         self.worker, self.error = None, ""
-        self._set_threads()
+        # One thread for all that PyTorch does here. OpenMP keeps a team of threads for each thread that calls it, and
+        # where the teams together have more than there are cores, theirs go to sleep after each kernel: 16 images of a
+        # small U-Net then take half as long again on two cores (Ray calls an actor from other threads than the one
+        # that made it). The number is said there, too: Ray sets OMP_NUM_THREADS to the scheduler's number of CPUs.
+        self.computing = ThreadPoolExecutor(1, "compute", _set_num_threads, (num_threads or cpus(),))
         start = time.perf_counter()
         try:
-            worker = worker_type(**worker_kwargs)
+            worker = self.computing.submit(worker_type, **worker_kwargs).result()
             _write_plan(out, plan, plan_facts)
             self.worker = worker
         except Exception as error:
             self.error = _reason(error)
         self.load_s = time.perf_counter() - start
 
-    def _set_threads(self) -> None:
-        import torch
-
-        # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is the scheduler's number, not the container's. OpenMP
-        # keeps it for each thread, and Ray Data calls a worker from other threads than the one that made it.
-        torch.set_num_threads(self.num_threads)
-
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         block = int(row["block"])
         result = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": self.error}
         if self.worker is None:
             return result
-        self._set_threads()
+        rows = row["rows"] if "rows" in row else json.loads(row["item"])["columns"]
         try:
-            table = self.worker(row["rows"] if "rows" in row else json.loads(row["item"])["columns"])
+            made = self.computing.submit(self.worker, rows).result()
+            table = self.worker.write(made) if hasattr(self.worker, "write") else made
             buffer = io.BytesIO()
             pq.write_table(table, buffer, compression="zstd")
             self.out.create(f"{self.parts}/{part_name(block)}", buffer.getvalue())
         except Exception as error:
             return {**result, "error": _reason(error)}
         return {**result, "num_rows": len(table)}
+
+
+def _set_num_threads(num_threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
 
 
 def _reason(error: Exception) -> str:
@@ -322,19 +327,17 @@ def run_sweep(
     plan_facts: dict[str, Any] | None = None,
     device: str | None = None,
     num_workers: int | None = None,
-    overlap: bool = False,
 ) -> dict[str, Any]:
     """Bring every block through ``worker_type(**worker_kwargs)`` once; returns what was done and how fast.
 
-    The worker is called with the rows of a block (see `read_block`, `blocks_of_rows`) and returns one Arrow table.
+    The worker is called with the rows of a block (see `read_block`, `blocks_of_rows`) and returns one Arrow table; one
+    that has a method ``write`` returns what that makes the table of, while the next block is worked on.
 
     Args:
         parts: folder in `out` of the files that commit the blocks.
         plan_facts: what is written to ``sweep.json`` beside the settings, and not compared.
         device: "cpu" or "cuda" for each worker; None takes GPUs where there are any.
         num_workers: by default one for each GPU, or for each machine.
-        overlap: a worker may be called from a second thread before the first call returned, to work on one block
-            while it writes another: it must take care of its own locks.
     """
     plan, there = plan_of(settings, blocks), read_plan(out, parts)
     if there is not None:
@@ -356,6 +359,7 @@ def run_sweep(
     connect()
     possible_workers, num_gpus = num_workers_and_gpus(device)
     # From one on, where nobody gave a number: an autoscaler starts machines as they are asked for.
+    overlap = hasattr(worker_type, "write")
     least, most = (num_workers, num_workers) if num_workers else (1, possible_workers)
     actors = {
         "fn": _BlockWorker,

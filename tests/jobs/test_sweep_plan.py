@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -145,3 +146,25 @@ def test_a_cluster_without_workers_yet_has_room_for_one(monkeypatch):
 def test_each_machine_tells_its_own_cpus(ray_local):
     assert jobs.sweep.machine_cpus("cpu") == [cpus()]
     assert jobs.sweep.num_workers_and_gpus("cpu") == (1, 0.0)
+
+
+def test_all_of_a_worker_s_computing_is_on_one_thread(sweep, monkeypatch):
+    """Each further one has a team of OpenMP's of its own, which slows all of them down; writing is beside it."""
+    seen: dict[str, set[int]] = {"compute": set(), "write": set()}
+
+    def watched(name: str, kind: str) -> None:
+        method = getattr(tiny_sweep.TinyWorker, name)
+
+        def call(self: Any, *args: Any) -> Any:
+            seen[kind].add(threading.get_ident())
+            return method(self, *args)
+
+        monkeypatch.setattr(tiny_sweep.TinyWorker, name, call)
+
+    watched("load", "compute")
+    watched("generate", "compute")
+    watched("write", "write")
+    sweep()
+    assert len(seen["compute"]) == 1
+    assert seen["write"]
+    assert not seen["compute"] & seen["write"]
