@@ -151,7 +151,7 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
 
 def test_with_a_text_encoder_that_is_trained_along(call_job: Callable[..., Any], storage: Storage) -> None:
     """The smoke variant, in patches of pixels as `shapes` has them: nothing is needed but the data."""
-    flags = ["--variant", "smoke", "--patch-size", "2", "--max-steps", "6", "--num-threads", "1"]
+    flags = ["--variant", "smoke", "--patch-size", "2", "--num-epochs", "2", "--max-steps", "6"]
     call_job(main, *flags, "--dataset", "tiny", "--split", "split", "--storage", storage, "--name", "along")
     run_ = run_folder(storage, "along")
     tiny.no_pickles(run_)
