@@ -19,7 +19,7 @@ from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, 
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import InputError
 from mmcore.generators.denoiser import Denoiser
-from mmcore.generators.diffusion import make_sampler, set_timesteps
+from mmcore.generators.diffusion import check_timesteps, make_sampler
 from mmcore.generators.text_encoder import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.trained import TOKENIZER_ASSET
 from mmcore.images import image_grid
@@ -37,7 +37,7 @@ def check(job: Job) -> None:
     check_new_run(job)
     if job.options.stream:
         raise InputError("--stream: this recipe looks its rows up on the worker's disk; leave it out")
-    set_timesteps(make_sampler("ddim", job.recipe.noise), job.recipe.sample_steps)
+    check_timesteps(make_sampler("ddim", job.recipe.noise), job.recipe.sample_steps)
 
 
 # -- text ----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.device import device_name
 from mmcore.errors import InputError
 from mmcore.finished import read_facts
-from mmcore.generators.diffusion import SamplerName, make_sampler, set_timesteps
+from mmcore.generators.diffusion import SamplerName, check_timesteps, make_sampler
 from mmcore.generators.text_encoder import SCRATCH
 from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image, png_bytes, read_png_text
@@ -286,7 +286,7 @@ def _check_sampling(settings: GenerateSettings, facts: dict[str, Any]) -> None:
     """Refuse here what the run of `facts` cannot do, before machines are started for it."""
     where = f"{settings.run}/model/recipe.json"
     recipe = recipe_from_json(GENERATORS[facts["recipe"]], facts["settings"], where)
-    set_timesteps(make_sampler(settings.sampler, recipe.noise), settings.steps)
+    check_timesteps(make_sampler(settings.sampler, recipe.noise), settings.steps)
     if settings.guidance != 1 and recipe.drop_text == 0:
         raise InputError(
             f"--guidance {settings.guidance:g}: {settings.run} never saw a prompt missing (drop_text 0), so it has "

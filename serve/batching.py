@@ -71,7 +71,7 @@ class Batched(Generic[R]):
 
 
 class Batcher(Generic[P, R]):
-    """Runs `run(group, payloads, on_step)` in one thread of its own, on at most `batch_size` payloads of one group.
+    """Runs `run(group, payloads, on_step)` in the model's own thread, on at most `batch_size` payloads of one group.
 
     `run` gives one result a payload, in their order, and may call `on_step(done, total)`, which raises `Abandoned`
     once nobody waits for any of them.
@@ -84,9 +84,12 @@ class Batcher(Generic[P, R]):
         batch_size: int,
         wait_s: float = 0.0,
         max_silence_s: float = math.inf,
-        start_thread: Callable[[], None] = lambda: None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`max_silence_s`: a batch that neither ends nor makes a step for so long hangs."""
+        """`max_silence_s`: a batch that neither ends nor makes a step for so long hangs.
+
+        `thread`: that of the model; by default a new one.
+        """
         self.batch_size, self._wait_s, self._run = batch_size, wait_s, run
         self._max_silence_s, self._num_failed = max_silence_s, 0
         # When the batch at work was last heard of.
@@ -94,8 +97,8 @@ class Batcher(Generic[P, R]):
         self._waiting: list[_Item[P, R]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        # One thread: a model is worked at by one batch, and how many threads it takes itself is a thread's own matter.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model", initializer=start_thread)
+        # One alone, as a model is worked at by one batch.
+        self._thread = thread or ThreadPoolExecutor(1, "model")
 
     def check(self) -> None:
         """Raise where another process would do better, and each time until it is better here."""

@@ -54,15 +54,16 @@ class Captioner:
     def __init__(self, name: str, load: Callable[[str], CaptionerModel], limits: Limits) -> None:
         """`load` is given the device."""
         configure_logging()
-        self.name, self.limits, self.model = name, limits, load(hardware.device())
+        self.name, self.limits = name, limits
+        thread = hardware.model_thread(limits)
+        self.model = thread.submit(load, hardware.device()).result()
         default = _CPU_BATCH_SIZE if self.model.device == "cpu" else _GPU_BATCH_SIZE
-        threads = hardware.num_threads(limits)
         self.batcher: Batcher[np.ndarray, str] = Batcher(
             self._run,
             batch_size=limits.captioner_batch_size or default,
             wait_s=limits.batch_wait_s,
             max_silence_s=limits.request_timeout_s,
-            start_thread=lambda: torch.set_num_threads(threads),
+            thread=thread,
         )
 
     def check_health(self) -> None:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 
 from mmcore.errors import InputError
 from mmcore.storage import Storage
@@ -50,12 +49,14 @@ class _Trained:
     """A finished run of a generator."""
 
     def __init__(self, run: Storage, text_encoder: str | None, device: str) -> None:
+        from mmcore.generators.diffusion import make_sampler
         from mmcore.generators.trained import TrainedGenerator
 
         self.device = device
         self._generator = TrainedGenerator(run, device=device, text_encoder=text_encoder)
         recipe = self._generator.recipe
         self.resolution: int = self._generator.resolution
+        self._sampler = make_sampler(_SAMPLER, recipe.noise)
         # Without a prompt that was missing in training there is nothing that guidance could lead away from.
         self.guides = recipe.drop_text > 0
         self.defaults = {
@@ -71,7 +72,8 @@ class _Trained:
         self._max_tokens: int = tokenizer.max_tokens
 
     def check(self, work: GenerateWork, max_tokens: int) -> None:
-        from mmcore.generators.diffusion import make_sampler, set_timesteps
+        # In the thread of the requests, so without computing anything with PyTorch: see `hardware.model_thread`.
+        from mmcore.generators.diffusion import check_timesteps
 
         most = min(max_tokens, self._max_tokens)
         for name in ("prompt", "negative_prompt"):
@@ -82,7 +84,7 @@ class _Trained:
         if work.guidance_scale != 1 and not self.guides:
             raise bad_value("guidance_scale", "this model was trained without guidance; only 1 (none) has a meaning")
         try:
-            set_timesteps(make_sampler(_SAMPLER, self._generator.recipe.noise), work.num_inference_steps)
+            check_timesteps(self._sampler, work.num_inference_steps)
         except InputError as error:
             raise bad_value("num_inference_steps", str(error)) from None
 
@@ -159,16 +161,16 @@ class Generator:
     def __init__(self, name: str, load: Callable[[str], GeneratorModel], limits: Limits) -> None:
         """`load` is given the device."""
         configure_logging()
-        self.name, self.limits, self.model = name, limits, load(hardware.device())
+        self.name, self.limits = name, limits
+        thread = hardware.model_thread(limits)
+        self.model = thread.submit(load, hardware.device()).result()
         default = _CPU_BATCH_SIZE if self.model.device == "cpu" else _GPU_BATCH_SIZE
-        threads = hardware.num_threads(limits)
         self.batcher: Batcher[Sample, np.ndarray] = Batcher(
             self._run,
             batch_size=limits.generator_batch_size or default,
             wait_s=limits.batch_wait_s,
             max_silence_s=limits.request_timeout_s,
-            # In the model's own thread: torch keeps the number by thread.
-            start_thread=lambda: torch.set_num_threads(threads),
+            thread=thread,
         )
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="png")
 

@@ -156,17 +156,12 @@ def _takes(method: Callable[..., Any], argument: str) -> bool:
     return argument in inspect.signature(method).parameters
 
 
-def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
-    """Choose the timesteps that `sampler` visits. Raises InputError for a number that it cannot take."""
+def check_timesteps(sampler: Any, num_inference_steps: int) -> None:
+    """Raise InputError for a number of steps that `sampler` cannot take; computes nothing."""
     total = sampler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= total:
         raise InputError(f"{num_inference_steps} sampling steps: give 1 to {total}, the timesteps of the training")
-    if _takes(sampler.set_timesteps, "timesteps"):
-        # Computed here: in diffusers' own spacing a quotient that is rounded can lead to a timestep of -1.
-        timesteps = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
-        sampler.set_timesteps(timesteps=timesteps)
-        return
-    if total % num_inference_steps:
+    if total % num_inference_steps and not _takes(sampler.set_timesteps, "timesteps"):
         # DDIM's step goes from t to t - T // steps; between other timesteps it would leave noise behind.
         fitting = [steps for steps in range(1, total + 1) if total % steps == 0]
         below = max(steps for steps in fitting if steps < num_inference_steps)
@@ -175,7 +170,18 @@ def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
             f"{num_inference_steps} sampling steps: ddim takes a divisor of the {total} timesteps, such as {below} or "
             f"{above}; dpmsolver++ takes any number"
         )
-    sampler.set_timesteps(num_inference_steps)
+
+
+def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
+    """Choose the timesteps that `sampler` visits. Raises InputError for a number that it cannot take."""
+    check_timesteps(sampler, num_inference_steps)
+    if not _takes(sampler.set_timesteps, "timesteps"):
+        sampler.set_timesteps(num_inference_steps)
+        return
+    # Computed here: in diffusers' own spacing a quotient that is rounded can lead to a timestep of -1.
+    total = sampler.config.num_train_timesteps
+    timesteps = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
+    sampler.set_timesteps(timesteps=timesteps)
 
 
 def guided(predict: Callable[[Tensor, int, Tensor], Tensor], context: Tensor, null: Tensor, scale: float) -> Denoise:

@@ -1,13 +1,18 @@
 """What a replica takes of its machine: the GPU that Ray gave it, and no other."""
 
+import threading
+
+import numpy as np
 import pytest
 import ray
-from serving import FakeCaptioner, FakeGenerator
+import torch
+from serving import SIZE, FakeCaptioner, FakeGenerator, run
 
 from serve import hardware
 from serve.captioner import Captioner
 from serve.generator import Generator
 from serve.limits import Limits
+from serve.schemas import GenerateWork
 
 
 @pytest.mark.parametrize(("given", "device"), [([], "cpu"), ([0], "cuda"), (["GPU-1"], "cuda"), (None, "cpu")])
@@ -28,3 +33,38 @@ def test_threads_are_those_that_are_set_or_every_core(monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 7})
     assert hardware.num_threads(Limits()) == 3
     assert hardware.num_threads(Limits(model_threads=2)) == 2
+
+
+def test_a_model_is_loaded_in_the_thread_that_it_works_in() -> None:
+    """With threads of its own for each, OpenMP has two teams of them, and more than there are cores."""
+    limits = Limits(model_threads=3)
+    loaded: list[tuple[int, int]] = []
+
+    class Words(FakeCaptioner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.threads: set[int] = set()
+            loaded.append((threading.get_ident(), torch.get_num_threads()))
+
+        def caption(self, pixels: np.ndarray, *, num_beams: int, max_words: int) -> list[str]:
+            self.threads.add(threading.get_ident())
+            return super().caption(pixels, num_beams=num_beams, max_words=max_words)
+
+    class Shapes(FakeGenerator):
+        def __init__(self) -> None:
+            super().__init__()
+            loaded.append((threading.get_ident(), torch.get_num_threads()))
+
+    captioner = Captioner("words", lambda device: Words(), limits)
+    generator = Generator("shapes", lambda device: Shapes(), limits)
+
+    async def main() -> None:
+        await captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "r1")
+        await generator.generate(GenerateWork("a red circle", (1,), 2, 1.0, None))
+
+    run(main())
+    assert isinstance(captioner.model, Words)
+    assert isinstance(generator.model, Shapes)
+    assert [*captioner.model.threads, *generator.model.threads] == [thread for thread, _ in loaded]
+    assert [number for _, number in loaded] == [3, 3]
+    assert threading.get_ident() not in captioner.model.threads
