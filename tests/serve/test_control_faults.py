@@ -286,6 +286,8 @@ def holding(port: int) -> Iterator[int]:
 
     descriptor = os.open(control.lock_file(port), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # As a service does: one that ended at this port has left its number, of which a shorter one would keep the end.
+    os.truncate(descriptor, 0)
     try:
         yield descriptor
     finally:
