@@ -15,7 +15,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,13 +164,13 @@ class _BlockWorker:
         parts: str,
         num_threads: int | None,
     ) -> None:
+        from mmcore.device import compute_thread  # here, as the driver may do without PyTorch
+
         self.out, self.parts = out, parts
         self.worker, self.error = None, ""
-        # One thread for all that PyTorch does here. OpenMP keeps a team of threads for each thread that calls it, and
-        # where the teams together have more than there are cores, theirs go to sleep after each kernel: 16 images of a
-        # small U-Net then take half as long again on two cores (Ray calls an actor from other threads than the one
-        # that made it). The number is said there, too: Ray sets OMP_NUM_THREADS to the scheduler's number of CPUs.
-        self.computing = ThreadPoolExecutor(1, "compute", _set_num_threads, (num_threads or cpus(),))
+        # Ray calls an actor from other threads than the one that made it, and sets OMP_NUM_THREADS to the scheduler's
+        # number of CPUs.
+        self.computing = compute_thread(num_threads or cpus())
         start = time.perf_counter()
         try:
             worker = self.computing.submit(worker_type, **worker_kwargs).result()
@@ -196,12 +195,6 @@ class _BlockWorker:
         except Exception as error:
             return {**result, "error": _reason(error)}
         return {**result, "num_rows": len(table)}
-
-
-def _set_num_threads(num_threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(num_threads)
 
 
 def _reason(error: Exception) -> str:
@@ -358,8 +351,8 @@ def run_sweep(
         print(f"{what}: {len(done)} of {len(blocks.items)} blocks are done already, going on", flush=True)
     connect()
     possible_workers, num_gpus = num_workers_and_gpus(device)
-    # From one on, where nobody gave a number: an autoscaler starts machines as they are asked for.
     overlap = hasattr(worker_type, "write")
+    # From one on, where nobody gave a number: an autoscaler starts machines as they are asked for.
     least, most = (num_workers, num_workers) if num_workers else (1, possible_workers)
     actors = {
         "fn": _BlockWorker,

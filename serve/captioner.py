@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mmcore.device import compute_thread
 from mmcore.storage import Storage
 from serve import hardware
 from serve.batching import Batcher
@@ -55,7 +56,7 @@ class Captioner:
         """`load` is given the device."""
         configure_logging()
         self.name, self.limits = name, limits
-        thread = hardware.model_thread(limits)
+        thread = compute_thread(hardware.num_threads(limits))
         self.model = thread.submit(load, hardware.device()).result()
         default = _CPU_BATCH_SIZE if self.model.device == "cpu" else _GPU_BATCH_SIZE
         self.batcher: Batcher[np.ndarray, str] = Batcher(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mmcore.device import compute_thread
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 from serve import hardware
@@ -72,7 +73,6 @@ class _Trained:
         self._max_tokens: int = tokenizer.max_tokens
 
     def check(self, work: GenerateWork, max_tokens: int) -> None:
-        # In the thread of the requests, so without computing anything with PyTorch: see `hardware.model_thread`.
         from mmcore.generators.diffusion import check_timesteps
 
         most = min(max_tokens, self._max_tokens)
@@ -84,6 +84,7 @@ class _Trained:
         if work.guidance_scale != 1 and not self.guides:
             raise bad_value("guidance_scale", "this model was trained without guidance; only 1 (none) has a meaning")
         try:
+            # Computes nothing: this is the thread of the requests (see `compute_thread`).
             check_timesteps(self._sampler, work.num_inference_steps)
         except InputError as error:
             raise bad_value("num_inference_steps", str(error)) from None
@@ -162,7 +163,7 @@ class Generator:
         """`load` is given the device."""
         configure_logging()
         self.name, self.limits = name, limits
-        thread = hardware.model_thread(limits)
+        thread = compute_thread(hardware.num_threads(limits))
         self.model = thread.submit(load, hardware.device()).result()
         default = _CPU_BATCH_SIZE if self.model.device == "cpu" else _GPU_BATCH_SIZE
         self.batcher: Batcher[Sample, np.ndarray] = Batcher(

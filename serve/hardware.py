@@ -1,10 +1,8 @@
 """What a model's replica has of its machine."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import ray
-import torch
 
 from serve.limits import Limits
 
@@ -21,14 +19,3 @@ def device() -> str:
 def num_threads(limits: Limits) -> int:
     """CPU threads of a model."""
     return limits.model_threads or len(os.sched_getaffinity(0))
-
-
-def model_thread(limits: Limits) -> ThreadPoolExecutor:
-    """The one thread in which a model is loaded and works.
-
-    OpenMP keeps a team of threads for each thread that calls it, and where the teams together are more than the cores,
-    theirs go to sleep after each kernel: on two cores a small U-Net was 1.7 times as slow while the thread of the
-    requests had one, too. So nothing of PyTorch's is computed in any other.
-    """
-    # In the thread itself: torch keeps the number by thread.
-    return ThreadPoolExecutor(1, "model", torch.set_num_threads, (num_threads(limits),))

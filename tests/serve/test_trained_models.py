@@ -3,7 +3,6 @@
 import asyncio
 import io
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jobs.generate import GenerateSettings
 from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.device import compute_thread
 from mmcore.errors import InputError
 from mmcore.generators.text_encoder import TextSettings
 from mmcore.generators.trained import TrainedGenerator
@@ -121,7 +121,7 @@ def generator(generator_run: tuple[Storage, str | None]) -> Iterator[Generator]:
 
 async def in_threads_of(limits: Limits, make: Callable[[], np.ndarray]) -> np.ndarray:
     """What `make` gives with as many threads as a replica has: sums of another order have other last bits."""
-    with ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(hardware.num_threads(limits))) as thread:
+    with compute_thread(hardware.num_threads(limits)) as thread:
         return await asyncio.get_running_loop().run_in_executor(thread, make)
 
 
@@ -189,7 +189,7 @@ class _Operators(TorchDispatchMode):
 
 
 def test_a_request_is_checked_without_pytorch(generator: Generator) -> None:
-    """What it computes in the thread of the requests makes the model's thread 1.7 times as slow (`model_thread`)."""
+    """What it computes in the thread of the requests makes the model's thread 1.7 times as slow (`compute_thread`)."""
     with _Operators() as operators:
         torch.ones(2)
         generator.model.check(GenerateWork("a red circle", (1,), 4, 1.0, "a blue square"), 100)
