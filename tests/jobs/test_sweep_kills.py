@@ -13,9 +13,11 @@ import tiny_sweep
 
 from mmcore.storage import Storage
 
-BATCH = 25
+BATCH = 20
 # What a worker has in flight when it dies: the block that is generated and the one before, whose images are written.
 REDONE_PER_KILL = 2
+# Blocks that a worker commits beside those that a kill waits for: until it comes, and after it.
+PASSED_PER_KILL = 3
 
 
 def parts(out: Storage) -> dict[str, bytes]:
@@ -32,8 +34,17 @@ def actors_of(driver: int) -> Iterator[psutil.Process]:
             continue
 
 
-def wait_for_blocks(out: Storage, wanted: int, job) -> None:
+def wait_for_blocks(out: Storage, more: int, job) -> None:
+    """Until `job` has workers, and `more` blocks are committed than when it had them.
+
+    The blocks are counted from there, since a worker of a killed run may commit one after the next run began.
+    """
     deadline = time.monotonic() + 120
+    while not any(actors_of(job.pid)):
+        assert job.poll() is None, "the job ended before it had a worker"
+        assert time.monotonic() < deadline, "no worker came up: it hangs"
+        time.sleep(0.02)
+    wanted = len(parts(out)) + more
     while len((out / "manifest").list(".parquet")) < wanted:
         assert job.poll() is None, "the job ended before it was killed"
         assert time.monotonic() < deadline, "no block was committed: it hangs"
@@ -47,22 +58,23 @@ def kill_and_count(
     print(f"the moments of the kills are drawn from {seed}")
     moments = random.Random(seed)
     num_blocks = count // BATCH
-    run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a", seconds=0.15)
+    run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a", seconds=0.25)
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", count)
     command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", out]
     command += ["--count", str(count), "--batch-size", str(BATCH), "--num-workers", str(num_workers)]
     out = Storage(str(out))
     committed: dict[str, bytes] = {}
     kills = 0
-    blocks_a_kill = num_blocks // (driver_kills + actor_kills + 1)
+    blocks_a_kill = num_blocks // (driver_kills + actor_kills + 1) - PASSED_PER_KILL * num_workers
 
     for kill in range(driver_kills):
         generated_before = len(tiny_sweep.calls(run_folder))
         job = start_job(*command)
-        wait_for_blocks(out, len(committed) + moments.randint(1, blocks_a_kill), job)
+        wait_for_blocks(out, moments.randint(1, blocks_a_kill), job)
         time.sleep(moments.random() * 0.2)
+        # Either way its workers, each in a process group of its own, live on for a moment (2 s were seen), and
+        # may commit another block or two beside the next run.
         if kill % 2:
-            # Its workers live on for a moment, and may commit one more block beside the next run.
             os.kill(job.pid, signal.SIGKILL)
         else:
             os.killpg(job.pid, signal.SIGKILL)
@@ -77,7 +89,7 @@ def kill_and_count(
 
     job = start_job(*command)
     for _ in range(actor_kills):
-        wait_for_blocks(out, len(parts(out)) + moments.randint(1, blocks_a_kill), job)
+        wait_for_blocks(out, moments.randint(1, blocks_a_kill), job)
         killed = list(actors_of(job.pid))
         assert killed, "no worker was found"
         for actor in killed:
@@ -108,7 +120,7 @@ def test_killed_again_and_again_each_image_is_made_once(tmp_path, start_job, run
 
 @pytest.mark.soak
 def test_killed_very_often_each_image_is_made_once(tmp_path, start_job, run_job):
-    kill_and_count(tmp_path, start_job, run_job, tmp_path / "out", count=2000, driver_kills=15, actor_kills=10)
+    kill_and_count(tmp_path, start_job, run_job, tmp_path / "out", count=3000, driver_kills=15, actor_kills=10)
 
 
 @pytest.mark.soak
