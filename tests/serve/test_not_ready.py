@@ -53,7 +53,7 @@ def asked(served: Served, *requests: tuple[str, str, Any]) -> list[httpx.Respons
         async with served.client() as client:
             return [await client.request(method, path, json=body) for method, path, body in requests]
 
-    return run(main(), timeout_s=10)
+    return run(main())
 
 
 @pytest.mark.parametrize("replica", [Loading(), Dead()])
