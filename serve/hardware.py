@@ -3,6 +3,7 @@
 import os
 
 import ray
+from ray._private.utils import get_num_cpus
 
 from serve.limits import Limits
 
@@ -17,5 +18,8 @@ def device() -> str:
 
 
 def num_threads(limits: Limits) -> int:
-    """CPU threads of a model."""
-    return limits.model_threads or len(os.sched_getaffinity(0))
+    """CPU threads of a model: by default as many as its affinity and the quota of its container allow.
+
+    More than the quota would be throttled together whenever they have used it up.
+    """
+    return limits.model_threads or max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus())))
