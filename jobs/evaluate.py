@@ -131,6 +131,8 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
     check_settings(settings)
     # The place for the scores is looked at first: a mistyped run should not cost the scoring.
     scores_place = find_scores_place(settings.run) if settings.run is not None else None
+    if scores_place is not None:
+        check_no_other_scores(*scores_place, "predictions", settings.predictions)
     dataset = settings.dataset or DEFAULT_DATASET
 
     references = load_references(settings, dataset)
@@ -207,7 +209,7 @@ def evaluate_images(settings: ShapesScoreSettings | ColourScoreSettings) -> dict
         place, file_name = find_scores_place(settings.run)
         name = file_name if of_shapes else f"{file_name.removesuffix('.json')}-colours.json"
         check_made_by(settings.run, sweep, plan["settings"])
-        check_no_other_scores(place, name, sweep)
+        check_no_other_scores(place, name, "sweep", sweep.uri)
     images, prompts = read_images(sweep, manifest), manifest["prompt"].to_pylist()
     if isinstance(settings, ShapesScoreSettings):
         scores = score_shapes(images, prompts)
@@ -258,13 +260,13 @@ def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> Non
         )
 
 
-def check_no_other_scores(place: Storage, name: str, sweep: Storage) -> None:
-    """InputError where the scores of another sweep would be lost."""
-    scored = json.loads(place.read(name)).get("sweep") if place.exists(name) else sweep.uri
-    if scored != sweep.uri:
+def check_no_other_scores(place: Storage, name: str, key: str, source: str) -> None:
+    """InputError where the scores of another sweep, or of other predictions (`key`), would be lost."""
+    scored = json.loads(place.read(name)).get(key) if place.exists(name) else source
+    if scored != source:
         raise InputError(
-            f"{place}/{name}: holds the scores of {scored}, which those of {sweep} would replace; rename that file, or "
-            "leave --run out"
+            f"{place}/{name}: holds the scores of {scored}, which those of {source} would replace; rename that file, "
+            "or leave --run out"
         )
 
 

@@ -204,6 +204,26 @@ def test_run_writes_its_scores(predictions: str, references: str, storage: str, 
     assert result["predictions_sha256"] == hashlib.sha256(Path(predictions).read_bytes()).hexdigest()
 
 
+def test_scores_of_other_predictions_are_not_overwritten(predictions: str, references: str, storage: str) -> None:
+    run = Path(storage) / "runs" / "resnet_captioner" / "first"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    flags = ["--references", references, "--run", str(run)]
+    scored("--predictions", predictions, *flags)
+    scores = Path(storage) / "scores" / "resnet_captioner" / "first.json"
+    before = scores.read_bytes()
+    other = Path(predictions).with_name("other.csv")
+    other.write_bytes(Path(predictions).read_bytes())
+    settings = CaptionScoreSettings(str(other), references=references, run=str(run))
+    with pytest.raises(
+        InputError, match=f"first.json: holds the scores of {predictions}, which those of {other} would replace"
+    ):
+        evaluate_captions(settings)
+    assert scores.read_bytes() == before
+    # The same file again, as after a training that was repeated, is no other.
+    scored("--predictions", predictions, *flags)
+
+
 def test_run_named_from_within_its_storage(predictions: str, references: str, storage: str) -> None:
     run = Path(storage) / "runs" / "resnet_captioner" / "first"
     run.mkdir(parents=True)
