@@ -1,4 +1,4 @@
-"""Processes of a job that are found and killed, and how far its run is committed."""
+"""Processes of a job that are found and killed, and how far its run or its blocks are committed."""
 
 import contextlib
 import json
@@ -10,6 +10,8 @@ import psutil
 from mmcore.storage import Storage
 
 TIMEOUT_S = 400.0
+# What Ray calls those processes.
+TRAIN_WORKER, MAP_WORKER = "RayTrainWorker", "MapWorker"
 
 
 def committed_step(run: Storage) -> int:
@@ -30,12 +32,29 @@ def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -
     return now
 
 
-def workers(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """The processes in which Ray Train runs this job's workers."""
+def wait_for_blocks(parts: Storage, more: int, process: "subprocess.Popen[bytes]") -> None:
+    """Until the job has workers of Ray Data, and `parts` has `more` blocks than when it had them.
+
+    They are counted from there, since a worker of a killed run may commit one after the next run began.
+    """
+    deadline = time.monotonic() + 120
+    while not workers(process, MAP_WORKER):
+        assert process.poll() is None, "the job ended before it had a worker"
+        assert time.monotonic() < deadline, "no worker came up: it hangs"
+        time.sleep(0.02)
+    wanted = len(parts.list(".parquet")) + more
+    while len(parts.list(".parquet")) < wanted:
+        assert process.poll() is None, "the job ended before it was killed"
+        assert time.monotonic() < deadline, "no block was committed: it hangs"
+        time.sleep(0.002)
+
+
+def workers(process: "subprocess.Popen[bytes]", kind: str = TRAIN_WORKER) -> list[psutil.Process]:
+    """The processes in which Ray Train, or Ray Data (`MAP_WORKER`), runs this job's workers."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any("RayTrainWorker" in word for word in child.cmdline()[:1]):
+            if any(kind in word for word in child.cmdline()[:1]):
                 found.append(child)
     return found
 

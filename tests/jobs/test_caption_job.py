@@ -7,15 +7,14 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills import MAP_WORKER, wait_for_blocks, workers
 
 from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
@@ -78,15 +77,6 @@ def read_csv(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def find_actor(driver: psutil.Process) -> Iterator[psutil.Process]:
-    for process in driver.children(recursive=True):
-        try:
-            if "MapWorker" in " ".join(process.cmdline()):
-                yield process
-        except psutil.NoSuchProcess:
-            continue
-
-
 def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images, tmp_path, start_job, call_job):
     out = tmp_path / "out"
     command = ["--run", run_folder, "--images", images, "--out", out]
@@ -94,12 +84,8 @@ def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images,
     committed: dict[str, tuple[str, int]] = {}
     for kill in range(NUM_KILLS):
         job = start_job("jobs/caption.py", *command)
-        # A file more than before the start, and another kill each time further on.
-        wanted, deadline = len(committed) + 1 + kill, time.monotonic() + 120
-        while len(list((out / "parts").glob("*.parquet"))) < wanted:
-            assert job.poll() is None, "the job ended before it was killed"
-            assert time.monotonic() < deadline, "no block was committed"
-            time.sleep(0.005)
+        # A block more than before the start, and another kill each time further on.
+        wait_for_blocks(Storage(str(out / "parts")), 1 + kill, job)
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
         now = digests(out / "parts")
@@ -137,7 +123,7 @@ def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job):
         assert job.poll() is None, "the job ended before its actor was found"
         assert time.monotonic() < deadline
         if list((out / "parts").glob("*.parquet")):
-            for actor in find_actor(psutil.Process(job.pid)):
+            for actor in workers(job, MAP_WORKER):
                 actor.kill()
                 killed += 1
         time.sleep(0.005)

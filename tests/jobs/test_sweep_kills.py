@@ -4,12 +4,11 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import tiny_sweep
+from kills import MAP_WORKER, wait_for_blocks, workers
 
 from mmcore.storage import Storage
 
@@ -23,32 +22,6 @@ PASSED_PER_KILL = 3
 def parts(out: Storage) -> dict[str, bytes]:
     manifest = out / "manifest"
     return {name: manifest.read(name) for name in manifest.list(".parquet")}
-
-
-def actors_of(driver: int) -> Iterator[psutil.Process]:
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if "MapWorker" in " ".join(process.cmdline()):
-                yield process
-        except psutil.NoSuchProcess:
-            continue
-
-
-def wait_for_blocks(out: Storage, more: int, job) -> None:
-    """Until `job` has workers, and `more` blocks are committed than when it had them.
-
-    The blocks are counted from there, since a worker of a killed run may commit one after the next run began.
-    """
-    deadline = time.monotonic() + 120
-    while not any(actors_of(job.pid)):
-        assert job.poll() is None, "the job ended before it had a worker"
-        assert time.monotonic() < deadline, "no worker came up: it hangs"
-        time.sleep(0.02)
-    wanted = len(parts(out)) + more
-    while len((out / "manifest").list(".parquet")) < wanted:
-        assert job.poll() is None, "the job ended before it was killed"
-        assert time.monotonic() < deadline, "no block was committed: it hangs"
-        time.sleep(0.002)
 
 
 def kill_and_count(
@@ -70,7 +43,7 @@ def kill_and_count(
     for kill in range(driver_kills):
         generated_before = len(tiny_sweep.calls(run_folder))
         job = start_job(*command)
-        wait_for_blocks(out, moments.randint(1, blocks_a_kill), job)
+        wait_for_blocks(out / "manifest", moments.randint(1, blocks_a_kill), job)
         time.sleep(moments.random() * 0.2)
         # Either way its workers, each in a process group of its own, live on for a moment (2 s were seen), and
         # may commit another block or two beside the next run.
@@ -89,8 +62,8 @@ def kill_and_count(
 
     job = start_job(*command)
     for _ in range(actor_kills):
-        wait_for_blocks(out, moments.randint(1, blocks_a_kill), job)
-        killed = list(actors_of(job.pid))
+        wait_for_blocks(out / "manifest", moments.randint(1, blocks_a_kill), job)
+        killed = workers(job, MAP_WORKER)
         assert killed, "no worker was found"
         for actor in killed:
             actor.kill()
