@@ -79,9 +79,6 @@ def connect() -> None:
 
 def _start_local() -> None:
     """A Ray of our own: its own folder, free ports, the dashboard on loopback, a token on every port."""
-    # Ray's own count respects a container's CPU quota, which os.cpu_count() does not.
-    from ray._private.utils import get_num_cpus
-
     folder = _temp_dir()
     token_note = ""
     if "RAY_AUTH_MODE" not in os.environ:
@@ -106,7 +103,7 @@ def _start_local() -> None:
         context = ray.init(
             # Not None, which would join a Ray that somebody else started on this machine.
             address="local",
-            num_cpus=max(MIN_LOCAL_CPUS, int(get_num_cpus())),
+            num_cpus=max(MIN_LOCAL_CPUS, cpus()),
             # Without the dashboard Ray Train's controller logs an error every second.
             include_dashboard=True,
             dashboard_host="127.0.0.1",
