@@ -12,8 +12,8 @@ each batch's PNGs when it has made them, as one would: one after another, to a l
 from the first batch to the last file, so that starting, loading and warming up are left out of both; Ray is shut down
 while the loop runs.
 
-By default there is a thread on every core, and whenever Ray's own processes run, all threads of a kernel wait: on two
-cores the ratio is 0.83 so, and 0.985 with `--num-threads 1`.
+By default there is a thread on every core, and whenever Ray's own processes run, all threads of a kernel wait. With
+a thread less (`--num-threads`) a core is left for them. The README has the figures of both.
 
 `--part workers`: two workers of one thread each against one worker of one thread.
 """
