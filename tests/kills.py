@@ -10,7 +10,9 @@ import psutil
 from mmcore.storage import Storage
 
 TIMEOUT_S = 400.0
-# What Ray calls those processes.
+# A start of Ray and the first block of a sweep that takes no time; a training's steps take longer.
+BLOCKS_TIMEOUT_S = 120.0
+# What Ray calls the processes of its workers.
 TRAIN_WORKER, MAP_WORKER = "RayTrainWorker", "MapWorker"
 
 
@@ -37,7 +39,7 @@ def wait_for_blocks(parts: Storage, more: int, process: "subprocess.Popen[bytes]
 
     They are counted from there, since a worker of a killed run may commit one after the next run began.
     """
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + BLOCKS_TIMEOUT_S
     while not workers(process, MAP_WORKER):
         assert process.poll() is None, "the job ended before it had a worker"
         assert time.monotonic() < deadline, "no worker came up: it hangs"
