@@ -22,4 +22,6 @@ def num_threads(limits: Limits) -> int:
 
     More than the quota would be throttled together whenever they have used it up.
     """
-    return limits.model_threads or max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus())))
+    return limits.model_threads or max(
+        1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True)))
+    )

@@ -87,7 +87,8 @@ class Limits:
     """How long an idle model waits for company of the first image. While it works, images gather anyway; so every
     lone request would pay for a wait from which no busy service gains."""
     model_threads: int = 0
-    """CPU threads of each model's replica; 0 takes every core that it may use."""
+    """CPU threads of each model's replica; 0 takes as many as its affinity and the quota of its
+    container allow."""
 
     def __post_init__(self) -> None:
         """Raises InputError for limits by which nothing could ever be answered."""

@@ -29,12 +29,12 @@ def test_a_model_is_put_where_ray_gave_a_gpu(
     assert devices == [device, device]
 
 
-@pytest.mark.parametrize(("of_container", "expected"), [(64, 3), (2, 2), (0.5, 1)])
+@pytest.mark.parametrize(("of_container", "expected"), [(64, 3), (2, 2), (0, 1)])
 def test_threads_are_those_that_are_set_or_every_core_that_it_may_use(
-    of_container: float, expected: int, monkeypatch: pytest.MonkeyPatch
+    of_container: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 7})
-    monkeypatch.setattr(hardware, "get_num_cpus", lambda: of_container)
+    monkeypatch.setattr(hardware, "get_num_cpus", lambda **_: of_container)
     assert hardware.num_threads(Limits()) == expected
     assert hardware.num_threads(Limits(model_threads=5)) == 5
 
