@@ -69,7 +69,7 @@ class CaptionScoreSettings:
     """Prepared dataset in --storage; flickr8k where none is named."""
     run: str | None = None
     """Run that made the predictions, STORAGE/runs/RECIPE/NAME: the result is also written to
-    STORAGE/scores/RECIPE/NAME.json."""
+    STORAGE/scores/RECIPE/NAME.json, which holds one result at a time."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ShapesScoreSettings:
     """Images of prompts of the Shapes data, as jobs/generate.py leaves them in its --out."""
     run: str | None = None
     """Run that made the images, STORAGE/runs/RECIPE/NAME: the result is also written to
-    STORAGE/scores/RECIPE/NAME.json."""
+    STORAGE/scores/RECIPE/NAME.json, which holds one result at a time."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
     # The place for the scores is looked at first: a mistyped run should not cost the scoring.
     scores_place = find_scores_place(settings.run) if settings.run is not None else None
     if scores_place is not None:
-        check_no_other_scores(*scores_place, "predictions", settings.predictions)
+        check_no_other_scores(*scores_place, "predictions", Storage(settings.predictions))
     dataset = settings.dataset or DEFAULT_DATASET
 
     references = load_references(settings, dataset)
@@ -178,7 +178,8 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
         place, file_name = scores_place
         result |= {
             "run": settings.run,
-            "predictions": settings.predictions,
+            # Wherever the next scoring is asked for: the same file has the same name.
+            "predictions": Storage(settings.predictions).uri,
             "predictions_sha256": predictions.sha256,
         }
         place.write(file_name, (json.dumps(result, indent=2) + "\n").encode())
@@ -209,7 +210,7 @@ def evaluate_images(settings: ShapesScoreSettings | ColourScoreSettings) -> dict
         place, file_name = find_scores_place(settings.run)
         name = file_name if of_shapes else f"{file_name.removesuffix('.json')}-colours.json"
         check_made_by(settings.run, sweep, plan["settings"])
-        check_no_other_scores(place, name, "sweep", sweep.uri)
+        check_no_other_scores(place, name, "sweep", sweep)
     images, prompts = read_images(sweep, manifest), manifest["prompt"].to_pylist()
     if isinstance(settings, ShapesScoreSettings):
         scores = score_shapes(images, prompts)
@@ -260,13 +261,15 @@ def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> Non
         )
 
 
-def check_no_other_scores(place: Storage, name: str, key: str, source: str) -> None:
+def check_no_other_scores(place: Storage, name: str, key: str, source: Storage) -> None:
     """InputError where the scores of another sweep, or of other predictions (`key`), would be lost."""
-    scored = json.loads(place.read(name)).get(key) if place.exists(name) else source
-    if scored != source:
+    if not place.exists(name):
+        return
+    scored = json.loads(place.read(name)).get(key)
+    if scored is None or Storage(scored) != source:
         raise InputError(
-            f"{place}/{name}: holds the scores of {scored}, which those of {source} would replace; rename that file, "
-            "or leave --run out"
+            f"{place}/{name}: holds the scores of {scored or 'something else'}, which those of {source} would replace; "
+            "rename that file, or leave --run out"
         )
 
 

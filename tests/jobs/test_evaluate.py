@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,13 +216,30 @@ def test_scores_of_other_predictions_are_not_overwritten(predictions: str, refer
     other = Path(predictions).with_name("other.csv")
     other.write_bytes(Path(predictions).read_bytes())
     settings = CaptionScoreSettings(str(other), references=references, run=str(run))
-    with pytest.raises(
-        InputError, match=f"first.json: holds the scores of {predictions}, which those of {other} would replace"
-    ):
+    message = re.escape(f"first.json: holds the scores of {predictions}, which those of {other} would replace")
+    with pytest.raises(InputError, match=message):
         evaluate_captions(settings)
     assert scores.read_bytes() == before
-    # The same file again, as after a training that was repeated, is no other.
-    scored("--predictions", predictions, *flags)
+    # The same place again, as after a training that was repeated, is no other, however it is named.
+    text = Path(predictions).read_text()
+    Path(predictions).write_text(text.replace("dog", "cat"))
+    again = scored("--predictions", Path(predictions).name, *flags, cwd=Path(predictions).parent)
+    assert again["predictions"] == predictions
+    assert json.loads(scores.read_text()) == again != json.loads(before)
+
+
+def test_scores_of_a_sweep_are_not_overwritten_by_those_of_captions(
+    predictions: str, references: str, storage: str
+) -> None:
+    run = Path(storage) / "runs" / "resnet_captioner" / "first"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    scores = Path(storage) / "scores" / "resnet_captioner" / "first.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text('{"sweep": "/storage/sweep"}')
+    with pytest.raises(InputError, match="holds the scores of something else, which those of"):
+        evaluate_captions(CaptionScoreSettings(predictions, references=references, run=str(run)))
+    assert scores.read_text() == '{"sweep": "/storage/sweep"}'
 
 
 def test_run_named_from_within_its_storage(predictions: str, references: str, storage: str) -> None:
