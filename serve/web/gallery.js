@@ -93,23 +93,31 @@ async function load(line, signal) {
   while (line.length > 0 && !signal.aborted) await line.shift().load(signal);
 }
 
+// As high from the beginning as with its image, so that nothing moves when the image comes.
 function newTile({ image_id: id, prompt, seed }) {
   const frame = element("div", { className: "frame busy" });
-  const caption = element("figcaption", {}, element("p", {}, prompt), element("p", { className: "soft" }, `Seed ${seed}`));
-  const root = element("figure", {}, frame, caption);
+  const link = downloadLink("", prompt, seed);
+  link.classList.add("later");
   const again = element("button", { type: "button" }, "Use prompt");
   again.append(element("span", { className: "unseen" }, `: ${prompt}`));
   again.addEventListener("click", () => reuse(seed, prompt));
+  const root = element(
+    "figure", {}, frame,
+    element("figcaption", {}, element("p", {}, prompt), element("p", { className: "soft" }, `Seed ${seed}`), link, again),
+  );
   async function load(signal) {
     try {
       const blob = await patiently(() => galleryImage(id, signal), () => {}, signal);
-      const { image, url, release } = picture(blob, prompt);
+      const { image, url, ready, release } = picture(blob, prompt);
       releases.push(release);
+      await ready;
       frame.replaceWith(image);
-      caption.append(downloadLink(url, prompt, seed), again);
+      link.href = url;
+      link.classList.remove("later");
     } catch (thrown) {
       const problem = problemOf(thrown);
       if (problem.aborted) return;
+      link.remove();
       frame.className = "frame";
       frame.replaceChildren(element("p", { className: "error" }, problem.message));
     }

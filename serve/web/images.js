@@ -88,7 +88,7 @@ async function run() {
   let wait = null;
   try {
     const answer = await generate(request, progress, stopping.signal);
-    show(request, answer, progress.seconds());
+    await show(request, answer, progress.seconds());
   } catch (thrown) {
     const problem = problemOf(thrown);
     tell(problem);
@@ -151,7 +151,7 @@ function newProgress() {
   };
 }
 
-function show(request, answer, seconds) {
+async function show(request, answer, seconds) {
   const settings = [
     answer.model ?? request.model, `${request.num_inference_steps} steps`, `guidance ${request.guidance_scale}`,
     ...(request.negative_prompt ? [`without “${request.negative_prompt}”`] : []), `${seconds} s`,
@@ -164,6 +164,7 @@ function show(request, answer, seconds) {
     element("div", { className: "grid" }, ...figures.map((figure) => figure.root)),
   );
   result.addEventListener("release", () => figures.forEach((figure) => figure.release()));
+  await Promise.all(figures.map((figure) => figure.ready));
   made.prepend(result);
   while (made.childElementCount > MOST_RESULTS) {
     made.lastElementChild.dispatchEvent(new Event("release"));
@@ -177,12 +178,12 @@ function pngOf(encoded) {
 }
 
 function figureOf(blob, prompt, seed) {
-  const { image, url, release } = picture(blob, prompt);
+  const { image, url, ready, release } = picture(blob, prompt);
   const again = element("button", { type: "button" }, "Use seed", element("span", { className: "unseen" }, ` ${seed}`));
   again.addEventListener("click", () => reuse(seed));
   const root = element(
     "figure", {}, image,
     element("figcaption", {}, element("p", { className: "soft" }, `Seed ${seed}`), downloadLink(url, prompt, seed), again),
   );
-  return { root, release };
+  return { root, ready, release };
 }

@@ -108,15 +108,19 @@ export async function patiently(work, onWait, signal) {
   }
 }
 
-// An image from bytes, with `release()` for when it leaves the page.
+// An image from bytes, with `release()` for when it leaves the page. Before `ready` it has no height: shown sooner, it
+// would push away what a person is about to press. A broken one is ready too, and the browser shows it as broken.
 // Small ones are drawn as the squares that they are, instead of blurred.
 const SMALL = 256;
 export function picture(blob, alt) {
   const url = URL.createObjectURL(blob);
   const image = element("img", { alt });
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < SMALL));
+  const ready = new Promise((resolve) => {
+    for (const end of ["load", "error"]) image.addEventListener(end, resolve, { once: true });
+  });
   image.src = url;
-  return { image, url, release: () => URL.revokeObjectURL(url) };
+  return { image, url, ready, release: () => URL.revokeObjectURL(url) };
 }
 
 // A link that saves the very bytes that came: a PNG's text chunks hold its prompt and settings.

@@ -159,12 +159,21 @@ class Tab:
         self.wait(f"{_shown_text(selector)}.includes({json.dumps(part)})", timeout_s)
 
     def click(self, selector: str) -> None:
-        """With the mouse, in the middle of the element, wherever it is scrolled to."""
-        x, y = self.run(
-            f"""(() => {{ const found = document.querySelector({json.dumps(selector)});
+        """With the mouse, in the middle of the element, wherever it is scrolled to.
+
+        Like a person, it waits until the element stands still with nothing over it.
+        """
+        middle = f"""(() => {{ const found = document.querySelector({json.dumps(selector)});
             found.scrollIntoView({{block: "center", behavior: "instant"}});
-            const box = found.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; }})()"""
-        )
+            const box = found.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
+            return [x, y, found.contains(document.elementFromPoint(x, y))]; }})()"""
+        deadline = time.monotonic() + ANSWER_S
+        before, now = None, self.run(middle)
+        while now != before or not now[2]:
+            assert time.monotonic() < deadline, f"{selector} moves, or is under something: {now}"
+            self.browser.pump(0.03)
+            before, now = now, self.run(middle)
+        x, y, _ = now
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -118,7 +118,7 @@ class StandIn:
         self._go = threading.Event()
 
     def hold(self, *points: str) -> None:
-        """Wait at these points until `release`: "models", "captions", "generations", "step 3", "gallery"."""
+        """Wait at these points until `release`: "models", "captions", "generations", "step 3", "gallery", "swept"."""
         self._go.clear()
         self._held = set(points)
 
@@ -224,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             more = str(last) if last < len(stand_in.sweep) else None
             self._json(200, {"data": stand_in.sweep[first:last], "next": more})
         elif path.startswith("/v1/gallery/"):
+            self._wait("swept")
             assert stand_in.sweep is not None
             row = next(row for row in stand_in.sweep if row["image_id"] == path.removeprefix("/v1/gallery/"))
             self._send(200, shape_png(row["prompt"], row["seed"]), {"Content-Type": "image/png"})

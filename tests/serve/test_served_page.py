@@ -384,6 +384,40 @@ def test_gallery_by_pages(blank: Tab, service: StandIn) -> None:
     assert asked == [{"limit": ["24"]}, {"limit": ["24"], "cursor": ["24"]}, {"limit": ["24"]}]
 
 
+def test_nothing_moves_when_images_come(blank: Tab, service: StandIn, images: list[Path]) -> None:
+    service.sweep = sweep_rows(30)
+    service.hold("captions", "swept")
+    blank.goto(service.url)
+    blank.wait_text("#service", "Connected")
+    # What is made enters the page with its height: nobody sees an image that is not there yet.
+    blank.run(
+        "window.early = 0, new MutationObserver(() => { early += [...document.querySelectorAll('#made img')]"
+        ".filter((image) => image.naturalWidth === 0).length; })"
+        ".observe(document.getElementById('made'), {childList: true, subtree: true}), null"
+    )
+    generate(blank, number="3")
+    wait_made(blank, 3)
+    assert blank.run("early") == 0
+    blank.choose("#files", *images)
+    blank.wait("[...document.querySelectorAll('.card img')].filter((image) => image.naturalWidth > 0).length === 3")
+    shapes = blank.each(".preview", "[e.offsetWidth, e.offsetHeight]")
+    assert shapes == [[112, 112]] * 3, "a preview takes the same place whatever is in it: 7rem"
+    blank.run("document.getElementById('gallery').scrollIntoView()")
+    blank.wait("document.querySelectorAll('#swept figure').length === 24")
+    places = (
+        "[...document.querySelectorAll('#swept button, #swept a, #next')]"
+        ".map((e) => e.offsetTop - document.getElementById('gallery').offsetTop)"
+    )
+    before = blank.run(places)
+    assert len(before) == 24 + 24 + 1
+    service.release()
+    blank.wait("document.querySelectorAll('#swept img').length === 24")
+    blank.wait_text("#captions-news", "Captioned: 3 of 3.")
+    assert blank.run("[...document.querySelectorAll('#swept img')].every((image) => image.naturalWidth > 0)")
+    assert blank.each("#swept a", "e.checkVisibility({visibilityProperty: true})") == [True] * 24
+    assert blank.run(places) == before
+
+
 def test_a_gallery_that_fails_can_be_asked_again(blank: Tab, service: StandIn) -> None:
     service.sweep = sweep_rows(30)
     service.failures["/v1/gallery"] = [Failure(500, "no disk"), Failure(500, "no disk yet")]
