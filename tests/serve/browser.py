@@ -22,7 +22,8 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--remote-debugging-pipe",
 )  # fmt: skip
-ANSWER_S = 30.0
+# Whatever takes longer hangs; no test depends on how long anything takes.
+HANG_S = 120.0
 
 
 class Browser:
@@ -62,9 +63,9 @@ class Browser:
         unsent = json.dumps(command).encode() + b"\0"
         while unsent:
             unsent = unsent[os.write(self._to_browser, unsent) :]
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + HANG_S
         while self._count not in self._answers:
-            assert self.pump(deadline - time.monotonic()), f"no answer to {method} in {ANSWER_S:g} s"
+            assert self.pump(deadline - time.monotonic()), f"no answer to {method} in {HANG_S:g} s"
         answer = self._answers.pop(self._count)
         assert "error" not in answer, f"{method} {params}: {answer.get('error')}"
         return answer["result"]
@@ -93,6 +94,7 @@ class Browser:
         tab = Tab(self, session, context)
         for domain in ("Page", "Runtime", "Log"):
             tab.call(f"{domain}.enable")
+        tab.call("Page.setLifecycleEventsEnabled", enabled=True)
         tab.resize(width, height)
         if url is not None:
             tab.goto(url)
@@ -119,19 +121,31 @@ class Tab:
     def goto(self, url: str) -> None:
         """Until the page and all that it names is loaded; also where it is the page that is there already."""
         seen = len(self.browser.events)
-        self.call("Page.navigate", url=url)
-        loaded = {"method": "Page.loadEventFired", "sessionId": self.session}
-        deadline = time.monotonic() + ANSWER_S
-        while not any(event.items() >= loaded.items() for event in self.browser.events[seen:]):
-            assert self.browser.pump(deadline - time.monotonic()), f"{url} is not loaded in {ANSWER_S:g} s"
+        begun = self.call("Page.navigate", url=url)
+        assert "errorText" not in begun, f"{url}: {begun.get('errorText')}"
+        # Of this very document: what was there before may still tell of its own end.
+        loaded = {"name": "load", "loaderId": begun["loaderId"]}
+        deadline = time.monotonic() + HANG_S
+        while not any(event["params"].items() >= loaded.items() for event in self.browser.events[seen:]):
+            assert self.browser.pump(deadline - time.monotonic()), f"{url} is not loaded in {HANG_S:g} s"
 
     def resize(self, width: int, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.wait(f"innerWidth === {width} && innerHeight === {height}")  # the answer may come first
 
     def media(self, **features: str) -> None:
         """For example ``prefers_color_scheme="dark"``."""
         listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.call("Emulation.setEmulatedMedia", features=listed)
+
+    def network(self, *, offline: bool) -> None:
+        """Take the network away, or give it back."""
+        usual = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.enable")
+        self.call("Network.emulateNetworkConditions", offline=offline, **usual)
+        # The process that has the network is told apart from the page.
+        answered = "fetch(location, {cache: 'no-store'}).then(() => true, () => false)"
+        self.wait(f"{answered}.then((online) => online === {json.dumps(not offline)})")
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression; a promise is waited for."""
@@ -143,7 +157,7 @@ class Tab:
         """The value of an expression of `e` for each element `e`."""
         return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => {expression})")
 
-    def wait(self, expression: str, timeout_s: float = 10) -> Any:
+    def wait(self, expression: str, timeout_s: float = HANG_S) -> Any:
         """Until the expression is true."""
         deadline = time.monotonic() + timeout_s
         while not (value := self.run(expression)):
@@ -155,7 +169,7 @@ class Tab:
         """What a person reads there; nothing, where it is not shown."""
         return self.run(_shown_text(selector))
 
-    def wait_text(self, selector: str, part: str, timeout_s: float = 10) -> None:
+    def wait_text(self, selector: str, part: str, timeout_s: float = HANG_S) -> None:
         self.wait(f"{_shown_text(selector)}.includes({json.dumps(part)})", timeout_s)
 
     def click(self, selector: str) -> None:
@@ -167,7 +181,7 @@ class Tab:
             found.scrollIntoView({{block: "center", behavior: "instant"}});
             const box = found.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
             return [x, y, found.contains(document.elementFromPoint(x, y))]; }})()"""
-        deadline = time.monotonic() + ANSWER_S
+        deadline = time.monotonic() + HANG_S
         before, now = None, self.run(middle)
         while now != before or not now[2]:
             assert time.monotonic() < deadline, f"{selector} moves, or is under something: {now}"

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the page share: one Chromium and one stand-in, a fresh tab for each test."""
+"""Fixtures that the tests of the page share: one Chromium, and for each test a stand-in and a tab of its own."""
 
 import os
 from collections.abc import Iterator
@@ -26,17 +26,11 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[StandIn]:
+@pytest.fixture
+def service() -> Iterator[StandIn]:
+    """New for each test, which then hears nothing late of the one before."""
     with standing_in() as stand_in:
         yield stand_in
-
-
-@pytest.fixture
-def service(server: StandIn) -> Iterator[StandIn]:
-    server.reset()
-    yield server
-    server.release()
 
 
 @pytest.fixture

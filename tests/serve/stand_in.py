@@ -97,10 +97,6 @@ class StandIn:
         self.server = _Server(("127.0.0.1", port), type("Bound", (_Handler,), {"stand_in": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
         self.closed = False
-        self.reset()
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def reset(self) -> None:
         self.key: str | None = None
         self.models = [model("resnet", "captioner"), model("qformer", "captioner"), model("shapes64", "generator")]
         self.captions = {"resnet": "a dog runs over grass", "qformer": "a brown dog runs on a green lawn"}
@@ -116,6 +112,7 @@ class StandIn:
         self.line_end = "\n"
         self._held: set[str] = set()
         self._go = threading.Event()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def hold(self, *points: str) -> None:
         """Wait at these points until `release`: "models", "captions", "generations", "step 3", "gallery", "swept"."""
@@ -138,6 +135,7 @@ class StandIn:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of connections not yet accepted; one too many would be tried again seconds later
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A tab that closes resets its connections, which is no error; every other one is printed."""
@@ -196,7 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None, []
         whole = f"Content-Type: {kind}\r\n\r\n".encode() + body
         message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(whole)
-        return None, [(part.get_filename() or "", part.get_payload(decode=True)) for part in message.iter_parts()]
+        parts = message.iter_parts()
+        return None, [(part.get_filename() or "", part.get_payload(decode=True)) for part in parts]  # type: ignore[misc]
 
     def _api(self, path: str, query: dict[str, list[str]], asked: Any, files: list[tuple[str, bytes]]) -> None:
         stand_in = self.stand_in

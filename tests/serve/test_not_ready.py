@@ -127,7 +127,7 @@ def test_the_page_works_with_the_models_that_are_ready(blank: Tab, service: Stan
     blank.fill("#steps", "3")
     # It becomes ready while the page is used, and what was set stays.
     service.models = [resnet, qformer, shapes, {**shapes, "id": "late"}]
-    wait_until(lambda: len(blank.each("#model option", "e.value")) == 2, 20)
+    wait_until(lambda: len(blank.each("#model option", "e.value")) == 2)
     blank.wait_text("#service", "Connected: 2 captioners, 2 generators.")
     assert blank.run("document.getElementById('steps').value") == "3"
     generate(blank)

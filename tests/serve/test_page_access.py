@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from browser import Tab
-from page_moves import generate, wait_made
+from page_moves import generate, wait_made, wait_until
 from stand_in import Failure, StandIn, sweep_rows
 
 pytest_plugins = ("page_fixtures",)
@@ -60,6 +60,7 @@ def full(blank: Tab, service: StandIn, images: list[Path]) -> Tab:
     blank.click("#images-error button")
     blank.run("document.getElementById('gallery').scrollIntoView()")
     blank.wait("document.querySelectorAll('#swept img').length === 23")
+    blank.wait_text("#swept .error", LONG)
     service.failures["/v1/captions"] = [Failure(429, LONG, headers={"Retry-After": "1000"})]
     blank.choose("#files", images[0])
     blank.wait_text(".card", "this image goes again in")
@@ -100,7 +101,7 @@ def walk(page: Tab, *, shift: bool) -> list[dict[str, Any]]:
     """What has the focus, by Tab from the beginning until the page is left."""
     # Focus on the body and nothing else: the next Tab goes to the first control, or to the last.
     page.run("document.body.tabIndex = -1, document.body.focus(), document.body.removeAttribute('tabindex')")
-    found = []
+    found: list[dict[str, Any]] = []
     for _ in range(500):
         page.press("Tab", shift=shift)
         focused = page.run(FOCUSED)
@@ -147,6 +148,7 @@ def test_whole_use_by_keyboard_only(blank: Tab, service: StandIn) -> None:
     service.hold("step 1")
     to("generate")
     blank.press("Enter")
+    wait_until(lambda: len(service.asked(GENERATE)) == 2)
     to("cancel")
     blank.press(" ")
     blank.wait_text("#images-error", "Cancelled.")

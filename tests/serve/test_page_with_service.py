@@ -4,23 +4,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, Tab
+from browser import HANG_S, Browser, Tab
 from page_moves import generate, wait_made
 from serving import COLOURS, KEY, Served, colour_of, listening, picture, write_sweep
 
 from mmcore.storage import Storage
+from serve import security
 from serve.limits import Limits
 
 pytest_plugins = ("page_fixtures",)
 
 
 @pytest.fixture
-def connected(browser: Browser, tmp_path: Path) -> Iterator[Tab]:
+def connected(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tab]:
+    # However slowly a body comes, it is taken off the line.
+    monkeypatch.setattr(security, "_MAX_DRAIN_S", HANG_S)
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     write_sweep(sweep, {f"image {i}": picture(name) for i, name in enumerate([*COLOURS] * 8)})
     served = Served(
-        limits=Limits(max_body_bytes=2**20, max_image_bytes=2**20), step_s=0.02, gallery=Storage(str(sweep))
+        limits=Limits(max_body_bytes=2**20, max_image_bytes=2**20, body_timeout_s=HANG_S),
+        step_s=0.02,
+        gallery=Storage(str(sweep)),
     )
     with listening(served) as url:
         tab = browser.open(url)
