@@ -1,7 +1,8 @@
 """A real Ray Serve on loopback with models that cost nothing, as a process of its own.
 
 Command: python tests/serve/real_service.py PORT FOLDER
-A file FOLDER/redeploy makes it deploy another version of every process; then the file is gone.
+A file FOLDER/redeploy makes it deploy another version of every process; then the file is gone. While a file FOLDER/hold
+is there, the generator's work stands still behind its first step.
 """
 
 import dataclasses
@@ -13,24 +14,37 @@ from pathlib import Path
 
 from ray import serve
 from ray.serve import Application
-from serving import FakeCaptioner, FakeGenerator
+from serving import HANG_S, FakeCaptioner, FakeGenerator
 
 from serve import control
 from serve.app import application
 from serve.limits import Limits
 
-# Four images in 8 x 0.05 s: ten a second.
-BATCH_SIZE, STEPS, STEP_S = 4, 8, 0.05
+# Four images in 8 steps: ten a second.
+BATCH_SIZE, STEP_S = 4, 0.05
 LIMITS = Limits(
     max_queue=16,
     max_n=4,
     generator_batch_size=BATCH_SIZE,
     rate_burst=100_000,
     rate_per_minute=6_000_000,
-    drain_timeout_s=60,
+    drain_timeout_s=HANG_S,
+    body_timeout_s=HANG_S,
     max_body_bytes=5 * 2**20,
     max_image_bytes=4 * 2**20,
 )
+
+
+class FileGate:
+    """Closed while a file is there: for the generator's process, which no test shares an event with."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def wait(self, timeout: float) -> bool:
+        if self.file.exists():
+            time.sleep(timeout)
+        return not self.file.exists()
 
 
 def make_app(folder: Path, version: int = 1) -> Application:
@@ -38,7 +52,7 @@ def make_app(folder: Path, version: int = 1) -> Application:
     prefix = "a" if version == 1 else "the"
     return application(
         {"words": lambda device: FakeCaptioner(prefix, 0.02)},
-        {"shapes": lambda device: FakeGenerator(STEP_S)},
+        {"shapes": lambda device: FakeGenerator(STEP_S, gate=FileGate(folder / "hold"))},
         limits=limits,
         storage=str(folder / "kept"),
     )

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +41,29 @@ KEY = "a-key-for-the-tests-0123456789"
 GENERATIONS = "/v1/images/generations"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 SIZE = 16
+# What only ends a test that hangs: no event that comes is ever this late.
+HANG_S = 300.0
 TIMESTEPS = 240  # of the fake generator's training: more steps it cannot make, though the limits allow 250
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
 
+def opened() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
 class FakeGenerator:
-    """Images of one colour that prompt, seed and settings decide."""
+    """Images of one colour that prompt, seed and settings decide.
+
+    Its work stands still between two steps while `gate` is closed; work of a single step does not.
+    """
 
     device = "cpu"
 
-    def __init__(self, step_s: float = 0.0, resolution: int = SIZE) -> None:
+    def __init__(self, step_s: float = 0.0, resolution: int = SIZE, gate: Any = None) -> None:
         self.resolution, self.step_s = resolution, step_s
+        self.gate = gate or opened()
         self.defaults: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
         self.batches: list[list[tuple[str, str | None, int]]] = []
         self.num_steps = 0
@@ -71,6 +85,8 @@ class FakeGenerator:
         self.batches.append(list(samples))
         self.threads.add(threading.get_ident())
         for step in range(1, steps + 1):
+            if step > 1:
+                wait_at(self.gate, partial(on_step, step - 1, steps))
             time.sleep(self.step_s)
             self.num_steps += 1
             on_step(step, steps)
@@ -86,6 +102,15 @@ class FakeGenerator:
         return buffer.getvalue()
 
 
+def wait_at(gate: Any, still_here: Callable[[], None]) -> None:
+    """Until the gate is open. `still_here` is called all the time: it ends work that nobody waits for any more."""
+    # Later than those give up who wait for what is behind it: a gate that opens by itself would let them pass.
+    deadline = time.monotonic() + 2 * HANG_S
+    while not gate.wait(0.02):
+        assert time.monotonic() < deadline, "nobody opened the gate"
+        still_here()
+
+
 def colour_of(
     prompt: str, seed: int, steps: int = 4, guidance: float = 3.0, negative: str | None = None
 ) -> tuple[int, int, int]:
@@ -94,12 +119,13 @@ def colour_of(
 
 
 class FakeCaptioner:
-    """Names the colour of an image."""
+    """Names the colour of an image. A batch is not finished while `gate` is closed."""
 
     device = "cpu"
 
     def __init__(self, prefix: str = "a", batch_s: float = 0.0, resolution: int = SIZE) -> None:
         self.resolution, self.prefix, self.batch_s = resolution, prefix, batch_s
+        self.gate = opened()
         self.batches: list[int] = []
         self.num_beams: set[int] = set()
         self.num_threads: set[int] = set()
@@ -110,6 +136,7 @@ class FakeCaptioner:
         self.num_beams.add(num_beams)
         self.num_threads.add(torch.get_num_threads())
         time.sleep(self.batch_s)
+        wait_at(self.gate, lambda: None)
         means = pixels.reshape(len(pixels), -1, 3).mean(axis=1)
         names = [min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], mean)).sum()) for mean in means]
         return [" ".join(f"{self.prefix} {name} picture".split()[:max_words]) for name in names]
@@ -172,7 +199,6 @@ class Served:
         *,
         limits: Limits | None = None,
         step_s: float = 0.0,
-        batch_s: float = 0.0,
         storage: Storage | None = None,
         jobs_storage: Storage | None = None,
         gallery: Storage | None = None,
@@ -180,8 +206,9 @@ class Served:
         allowed_hosts: Sequence[str] = (),
         web: Path | None = None,
     ) -> None:
-        self.limits = limits or Limits()
-        self.fake_generator, self.fake_captioner = FakeGenerator(step_s), FakeCaptioner("a", batch_s)
+        # A test that asks again and again until something has come about does not count how often.
+        self.limits = limits or Limits(rate_burst=1_000_000)
+        self.fake_generator, self.fake_captioner = FakeGenerator(step_s), FakeCaptioner()
         self.other_captioner = FakeCaptioner("some", resolution=8)
         self.generator = Generator("shapes", lambda device: self.fake_generator, self.limits)
         self.captioner = Captioner("words", lambda device: self.fake_captioner, self.limits)
@@ -215,8 +242,14 @@ class Served:
             finally:
                 await self.close()
 
+    async def at_rest(self) -> None:
+        """Until the generator works at nothing."""
+        await until(lambda: self.generator.batcher._heard_at is None)
+
     async def close(self) -> None:
         """Leave nothing at work when the event loop ends: what is not finished stays pending, as at a process's end."""
+        self.fake_generator.gate.set()
+        self.fake_captioner.gate.set()
         tasks = [job.task for job in self.jobs._jobs.values() if job.task]
         for task in tasks:
             task.cancel()
@@ -231,7 +264,7 @@ def listening(served: Served) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(served.app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while not server.started:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -255,7 +288,23 @@ def log_records() -> Iterator[list[logging.LogRecord]]:
         logger.removeHandler(handler)
 
 
-def run(test: Coroutine[Any, Any, Any], timeout_s: float = 30.0) -> Any:
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.005)
+
+
+def tries(least: int = 10, patience_s: float = 60.0) -> Iterator[int]:
+    """For what is to be quick once, as others may take the processor from it the other times: many, and for long."""
+    deadline = time.monotonic() + patience_s
+    for number in itertools.count():
+        if number >= least and time.monotonic() > deadline:
+            return
+        yield number
+
+
+def run(test: Coroutine[Any, Any, Any], timeout_s: float = HANG_S) -> Any:
     """One test's coroutine in an event loop of its own."""
 
     async def bounded() -> Any:
@@ -264,7 +313,7 @@ def run(test: Coroutine[Any, Any, Any], timeout_s: float = 30.0) -> Any:
     return asyncio.run(bounded())
 
 
-def wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 300) -> None:
+def wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = HANG_S) -> None:
     """Until the service of a process of its own has loaded its models; fails when it ended, or when the time is up."""
     deadline = time.monotonic() + timeout_s
     while True:

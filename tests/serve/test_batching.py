@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import SIZE, Served, run
+from serving import HANG_S, SIZE, Served, run, until
 
 from mmcore.errors import InputError
 from serve import batching
-from serve.batching import Abandoned, Batched, Batcher
+from serve.batching import Abandoned, Batcher
 from serve.errors import bad_value
 from serve.limits import Limits
 from serve.schemas import GenerateWork
@@ -34,7 +35,7 @@ class Recorder:
         self.batches.append((group, list(payloads)))
         try:
             for step in (1, 2):
-                self.go.wait(10)
+                assert self.go.wait(HANG_S)
                 on_step(step, 2)
         except Abandoned:
             self.abandoned += 1
@@ -57,11 +58,12 @@ class Steps:
         self.told.append(("step", done))
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.005)
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Of the clock by which a batch is silent; it stands still until it is set."""
+    now = [100.0]
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+    return now
 
 
 def test_batches_have_one_group_and_a_largest_size_and_keep_the_order() -> None:
@@ -87,32 +89,48 @@ def test_batches_have_one_group_and_a_largest_size_and_keep_the_order() -> None:
     run(main())
 
 
-def test_an_idle_model_waits_only_as_long_as_it_is_told() -> None:
-    async def main(wait_s: float) -> list[int]:
+def test_an_idle_model_waits_for_nobody_where_it_is_not_told_to() -> None:
+    async def main() -> None:
         recorder = Recorder()
-        batcher: Batcher[int, int] = Batcher(recorder, batch_size=4, wait_s=wait_s)
-
-        async def later(n: int) -> Batched[int]:
-            await asyncio.sleep(0.05 * n)
-            return await batcher.submit("a", n)
-
-        await asyncio.gather(later(0), later(1))
+        batcher: Batcher[int, int] = Batcher(recorder, batch_size=4)
+        for n in range(2):
+            await batcher.submit("a", n)
+        assert recorder.batches == [("a", [0]), ("a", [1])]
         batcher.close()
-        return [len(payloads) for _, payloads in recorder.batches]
 
-    assert run(main(0.0)) == [1, 1]
-    assert run(main(0.5)) == [2]
+    run(main())
+
+
+def test_an_idle_model_waits_only_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No time passes for it until both are there, and then all there is.
+    now = [time.perf_counter()]
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: now[0]))
+
+    async def main() -> None:
+        recorder = Recorder()
+        batcher: Batcher[int, int] = Batcher(recorder, batch_size=4, wait_s=0.1)
+        first = asyncio.ensure_future(batcher.submit("a", 0))
+        await until(lambda: len(batcher._waiting) == 1)
+        batcher._waiting[0].queued_at = now[0]
+        await asyncio.sleep(0.3)
+        assert not recorder.batches
+        second = asyncio.ensure_future(batcher.submit("a", 1))
+        await until(lambda: len(batcher._waiting) == 2)
+        now[0] = math.inf
+        await asyncio.gather(first, second)
+        assert recorder.batches == [("a", [0, 1])]
+        batcher.close()
+
+    run(main())
 
 
 def test_a_full_batch_does_not_wait() -> None:
-    async def main() -> float:
-        batcher: Batcher[int, int] = Batcher(Recorder(), batch_size=2, wait_s=5.0)
-        began = time.perf_counter()
+    async def main() -> None:
+        batcher: Batcher[int, int] = Batcher(Recorder(), batch_size=2, wait_s=math.inf)
         await asyncio.gather(batcher.submit("a", 1), batcher.submit("a", 2))
         batcher.close()
-        return time.perf_counter() - began
 
-    assert run(main()) < 2.0
+    run(main())
 
 
 def test_who_is_cancelled_in_the_queue_is_never_worked_at() -> None:
@@ -216,16 +234,13 @@ def test_refusals_and_cancellations_say_nothing_about_the_model(refusal: Excepti
     run(main())
 
 
-def test_a_batch_that_hangs_is_not_healthy_and_a_long_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
-
+def test_a_batch_that_hangs_is_not_healthy_and_a_long_one_is(now: list[float]) -> None:
     async def main() -> None:
         step, listener = threading.Semaphore(0), Steps()
 
         def work(group: Any, payloads: list[int], on_step: Callable[[int, int], None]) -> list[int]:
             for done in (1, 2, 3):
-                assert step.acquire(timeout=10)
+                assert step.acquire(timeout=HANG_S)
                 on_step(done, 3)
             return payloads
 
@@ -311,7 +326,7 @@ def test_the_model_has_one_thread_of_its_own_and_the_loop_stays_free() -> None:
         def work(group: Any, payloads: list[int], on_step: Callable[[int, int], None]) -> list[int]:
             threads.add(threading.get_ident())
             working.extend(payloads)
-            held.append(go.wait(10))
+            held.append(go.wait(HANG_S))
             return payloads
 
         model = ThreadPoolExecutor(1, initializer=lambda: started.append(threading.get_ident()))
@@ -344,10 +359,14 @@ def test_results_that_do_not_fit_are_a_fault(number: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["generator", "captioner"])
-def test_a_replica_whose_model_hangs_for_a_request_s_time_is_not_healthy(kind: str) -> None:
-    served, go = Served(limits=Limits(request_timeout_s=0.2)), threading.Event()
-    served.fake_generator.generate = lambda *args: go.wait(10)  # type: ignore[assignment, method-assign, return-value]
-    served.fake_captioner.caption = lambda *args, **kwargs: go.wait(10)  # type: ignore[assignment, method-assign]
+def test_a_replica_whose_model_hangs_for_a_request_s_time_is_not_healthy(kind: str, now: list[float]) -> None:
+    served, begun, go = Served(limits=Limits(request_timeout_s=60)), threading.Event(), threading.Event()
+
+    def hang(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go.wait(HANG_S)
+
+    served.fake_generator.generate = served.fake_captioner.caption = hang  # type: ignore[method-assign]
 
     async def main() -> None:
         replica = getattr(served, kind)
@@ -355,10 +374,14 @@ def test_a_replica_whose_model_hangs_for_a_request_s_time_is_not_healthy(kind: s
             "generator": lambda: served.generator.generate(GenerateWork("x", (1,), 4, 3.0, None)),
             "captioner": lambda: served.captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "id"),
         }[kind]
+        asking = asyncio.ensure_future(ask())
+        await until(begun.is_set)
+        now[0] += 60
         replica.check_health()
-        with pytest.raises(TimeoutError):
-            # Whoever asked gives up after that time too; the thread stays where it is.
-            await asyncio.wait_for(ask(), 0.3)
+        now[0] += 1
+        # Whoever asked gives up after that time too; the thread stays where it is.
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
         with pytest.raises(RuntimeError, match="no sign for"):
             replica.check_health()
         go.set()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import free_port
 from ray.exceptions import RayActorError
+from serving import HANG_S
 
 from mmcore.errors import InputError
 from serve import control
@@ -41,6 +42,18 @@ class FakeHandle:
         return answer
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of control, which only its waiting moves on: the machine may be busy."""
+    now = [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    return now
+
+
 @pytest.mark.parametrize(
     ("answers", "left"),
     [
@@ -55,16 +68,8 @@ class FakeHandle:
         (([3], RayActorError()), None),
     ],
 )
-def test_the_end_waits_for_every_request(
-    answers: tuple[Any, ...], left: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handle, now = FakeHandle(*answers), [100.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    # A clock that only waiting moves on: the machine may be busy.
-    monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+def test_the_end_waits_for_every_request(answers: tuple[Any, ...], left: int | None, now: list[float]) -> None:
+    handle = FakeHandle(*answers)
     assert control.drain(handle, 60.0) == left
     if left == 0:
         assert handle.num_asked == len(answers)
@@ -186,7 +191,7 @@ def test_an_application_of_the_same_name_is_not_replaced(cluster: None, monkeypa
 
 @pytest.mark.parametrize(("answers", "code"), [(([1], [0]), 0), (([1],), 1)])
 def test_what_a_killed_process_left_on_a_cluster_is_ended(
-    answers: tuple[Any, ...], code: int, cluster: None, monkeypatch: pytest.MonkeyPatch
+    answers: tuple[Any, ...], code: int, cluster: None, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the command that `start` names; nothing else of that cluster is."""
     monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.4")
@@ -206,29 +211,27 @@ def test_what_a_killed_process_left_on_a_cluster_is_ended(
     ("answer", "words"), [([2], "2 requests were not finished in time"), ([], "no process told whether every request")]
 )
 def test_requests_that_are_dropped_are_told(
-    answer: list[int], words: str, no_cluster: None, monkeypatch: pytest.MonkeyPatch
+    answer: list[int], words: str, no_cluster: None, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.4")
     fake = FakeServe(monkeypatch, FakeHandle(answer))
-    began = time.monotonic()
     assert control.run(lambda: None, port=free_port()) == 1
-    assert time.monotonic() - began >= 0.4
+    assert now[0] >= 100.4
     assert words in fake.said[-1]
     assert fake.calls[-2:] == ["delete mmcore", "shutdown"]
 
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_an_end_that_finds_requests_left_takes_no_longer_than_it_says(
-    joined: bool, monkeypatch: pytest.MonkeyPatch
+    joined: bool, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their processes wait for them on; Ray's own wait for those would end in a traceback, and the verdict be lost."""
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379" if joined else "")
     monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.2")
     monkeypatch.setattr(control, "_DELETE_S", 0.3)
     fake = FakeServe(monkeypatch, FakeHandle([2]), ends=False)
-    began = time.monotonic()
     assert control.run(lambda: None, port=free_port()) == 1
-    assert 0.5 <= time.monotonic() - began < 10
+    assert 100.5 <= now[0] < 101
     assert fake.calls == ["start", "run", "delete mmcore"]
     assert "'mmcore' is still at work" in fake.said[-2]
     assert fake.said[-1] == "serve: ended; 2 requests were not finished in time"
@@ -327,21 +330,23 @@ def test_a_number_that_was_left_behind_is_gone_before_anything_else(
         control.lock_file(port).unlink()
 
 
-def test_stop_waits_for_a_service_that_is_just_beginning() -> None:
+def test_stop_waits_for_a_service_that_is_just_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     with waiting_process() as process, contextlib.ExitStack() as held:
         descriptor = held.enter_context(holding(port))
 
-        def begin_and_end() -> None:
-            time.sleep(0.3)
+        def begin_and_end() -> Iterator[None]:
+            """What comes about each time that `stop` waits."""
+            yield
             os.pwrite(descriptor, str(process.pid).encode(), 0)
-            process.wait()
+            yield
+            process.wait(HANG_S)
             held.close()
+            yield
 
-        thread = threading.Thread(target=begin_and_end)
-        thread.start()
+        waits = begin_and_end()
+        monkeypatch.setattr(control, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: next(waits)))
         assert control.stop([f"port={port}"]) == 0
-        thread.join()
         assert process.returncode == -signal.SIGTERM
 
 

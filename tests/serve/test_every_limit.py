@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from serving import GENERATIONS, KEY, Served, chat, data_uri, error, picture, run
+from serving import GENERATIONS, KEY, Served, chat, data_uri, error, picture, run, until
 
 from serve.limits import Limits
 from serve.security import Keys
@@ -80,10 +80,10 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-def served(step_s: float = 0.0, **values: str) -> Served:
+def served(**values: str) -> Served:
     """A service whose limits came from the environment."""
     environment = {f"SERVE_{name.upper()}": value for name, value in values.items()}
-    return Served(limits=Limits.from_environment(environment), step_s=step_s)
+    return Served(limits=Limits.from_environment(environment))
 
 
 def test_no_limit_is_forgotten() -> None:
@@ -118,13 +118,18 @@ async def at_once(client: httpx.AsyncClient, asked: Asked, number: int) -> list[
         ({"max_queue": "4", "max_n": "2", "max_images": "4"}, images(n=2), "queue_full"),
         ({"max_jobs": "2"}, job(), "jobs_full"),
         ({"max_jobs_per_key": "2"}, job(), "jobs_full"),
-        ({"rate_burst": "2", "rate_per_minute": "1"}, images(), "rate_limit_exceeded"),
+        ({"rate_burst": "2", "rate_per_minute": "0.01"}, images(), "rate_limit_exceeded"),
     ],
 )
 def test_the_third_is_one_too_many(values: dict[str, str], asked: Asked, code: str) -> None:
     async def main() -> None:
-        async with served(step_s=0.02, **values).client() as client:
-            answers = await at_once(client, asked, 3)
+        service, (path, body) = served(**values), asked
+        async with service.client() as client:
+            service.fake_generator.gate.clear()
+            asking = [asyncio.ensure_future(client.post(path, json=body)) for _ in range(3)]
+            await until(lambda: any(each.done() and each.result().status_code == 429 for each in asking))
+            service.fake_generator.gate.set()
+            answers = await asyncio.gather(*asking)
             (refused,) = [answer for answer in answers if answer.status_code not in (200, 202)]
             assert (refused.status_code, error(refused)["code"]) == (429, code)
             assert int(refused.headers["retry-after"]) >= 1
@@ -134,8 +139,10 @@ def test_the_third_is_one_too_many(values: dict[str, str], asked: Asked, code: s
 
 def test_an_answer_has_its_time() -> None:
     async def main() -> None:
-        async with served(step_s=0.1, request_timeout_s="0.2").client() as client:
-            path, body = images(num_inference_steps=20)
+        service = served(request_timeout_s="0.2")
+        async with service.client() as client:
+            service.fake_generator.gate.clear()
+            path, body = images()
             late = await client.post(path, json=body)
             assert (late.status_code, error(late)["code"]) == (503, "timeout")
 
@@ -144,14 +151,18 @@ def test_an_answer_has_its_time() -> None:
 
 def test_words_and_batches() -> None:
     async def main() -> None:
-        service = served(step_s=0.01, caption_words="2", captioner_batch_size="3", generator_batch_size="5")
+        service = served(caption_words="2", captioner_batch_size="3", generator_batch_size="5")
         async with service.client() as client:
             path, body = captions(8)
             # What comes while a batch is captioned waits for the next, which is then full.
-            service.fake_captioner.batch_s = 0.2
-            rows = (await client.post(path, json=body)).json()["data"]
+            batches, gate = service.fake_captioner.batches, service.fake_captioner.gate
+            gate.clear()
+            asking = asyncio.ensure_future(client.post(path, json=body))
+            await until(lambda: sum(batches) + len(service.captioner.batcher._waiting) == 8)
+            gate.set()
+            rows = (await asking).json()["data"]
             assert [row["captions"]["words"] for row in rows] == ["a red"] * 8
-            assert max(service.fake_captioner.batches) == 3
+            assert max(batches) == 3
             await at_once(client, images(n=2), 4)
             assert {len(batch) for batch in service.fake_generator.batches} == {5}
 
@@ -162,11 +173,12 @@ def test_jobs_are_counted_by_key() -> None:
     """One key's jobs leave places for those of the others."""
     others = f"{KEY}-other"
     limits = Limits.from_environment({"SERVE_MAX_JOBS": "3", "SERVE_MAX_JOBS_PER_KEY": "2"})
-    service = Served(limits=limits, step_s=0.05, keys=Keys({"SERVE_API_KEYS": f"{KEY},{others}"}))
+    service = Served(limits=limits, keys=Keys({"SERVE_API_KEYS": f"{KEY},{others}"}))
 
     async def main() -> None:
         async with service.client() as client:
-            path, body = job(num_inference_steps=100)
+            service.fake_generator.gate.clear()
+            path, body = job()
             other = {"authorization": f"Bearer {others}"}
             statuses = [(await client.post(path, json=body)).status_code for _ in range(3)]
             statuses += [(await client.post(path, json=body, headers=other)).status_code for _ in range(2)]
@@ -180,16 +192,20 @@ def test_one_key_leaves_room_for_the_others(share: str, statuses: list[int]) -> 
     """A queue of 8 takes four requests of 2; one key has two of them there at once, a second key the rest."""
     other = {"authorization": f"Bearer {KEY}-other"}
     environment = {"SERVE_MAX_QUEUE": "8", "SERVE_KEY_SHARE": share, "SERVE_MAX_IMAGES": "8"}
-    path, body = images(n=2, num_inference_steps=20)
+    path, body = images(n=2)
 
     async def main(keys: str, headers: dict[str, str]) -> tuple[list[int], int]:
-        service = Served(limits=Limits.from_environment(environment), step_s=0.02, keys=Keys({"SERVE_API_KEYS": keys}))
+        service = Served(limits=Limits.from_environment(environment), keys=Keys({"SERVE_API_KEYS": keys}))
+        held = service.service.front.admission.held
         async with service.client() as client:
-            first = asyncio.ensure_future(at_once(client, (path, body), 3))
-            while not service.fake_generator.num_steps:
-                await asyncio.sleep(0.005)
-            another = await client.post(path, json=body, headers=headers)
-            return sorted(answer.status_code for answer in await first), another.status_code
+            service.fake_generator.gate.clear()
+            first = [asyncio.ensure_future(client.post(path, json=body)) for _ in range(3)]
+            await until(lambda: held["shapes"] + 2 * sum(each.done() for each in first) == 6)
+            before = held["shapes"]
+            another = asyncio.ensure_future(client.post(path, json=body, headers=headers))
+            await until(lambda: held["shapes"] == before + 2 or another.done())
+            service.fake_generator.gate.set()
+            return sorted(answer.status_code for answer in await asyncio.gather(*first)), (await another).status_code
 
     assert run(main(f"{KEY},{KEY}-other", other)) == (statuses, 200)
     # One that shares with nobody has it all.
@@ -225,7 +241,7 @@ def test_a_lone_request_waits_for_nobody_by_default() -> None:
     assert Limits().batch_wait_s <= 0.001
 
 
-@pytest.mark.parametrize(("wait_s", "batches"), [("0", [1, 1]), ("30", [2])])
+@pytest.mark.parametrize(("wait_s", "batches"), [("0", [1, 1]), ("3600", [2])])
 def test_an_idle_model_waits_for_company(wait_s: str, batches: list[int]) -> None:
     service = served(batch_wait_s=wait_s, captioner_batch_size="2")
 

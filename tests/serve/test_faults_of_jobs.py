@@ -3,15 +3,16 @@
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Served, colour_of, log_records, run
+from serving import HANG_S, Served, colour_of, log_records, run, until
 from test_jobs_of_images import WORK
 
 from mmcore.storage import Storage
@@ -31,13 +32,13 @@ async def end_of(jobs: Jobs, job_id: str) -> dict[str, Any]:
 
 def test_a_job_that_its_process_drops_stays_to_be_done(tmp_path: Path) -> None:
     """A cancellation that no owner asked for is the end of the process, and not of the job."""
-    served = Served(jobs_storage=Storage(str(tmp_path)), step_s=0.05)
+    served = Served(jobs_storage=Storage(str(tmp_path)))
 
     async def main() -> None:
         job_id = new_id()
+        served.fake_generator.gate.clear()
         await served.jobs.submit(job_id, "me", "shapes", "b64_json", WORK)
-        while not served.fake_generator.num_steps:
-            await asyncio.sleep(0.01)
+        await until(lambda: served.fake_generator.num_steps > 0)
         task = served.jobs._jobs[job_id].task
         assert task is not None
         task.cancel()
@@ -162,12 +163,13 @@ def test_a_storage_that_fails_for_long_costs_no_job_and_no_image_twice(
 class _Moody:
     """A generator's process that raises what it is given, one after the other, before it works."""
 
-    def __init__(self, generator: Any, *errors: Exception) -> None:
-        self.generator, self.errors = generator, list(errors)
+    def __init__(self, generator: Any, errors: Iterable[Exception]) -> None:
+        self.generator, self.errors, self.num_raised = generator, iter(errors), 0
 
     async def stream(self, method: str, *args: Any) -> AsyncGenerator[Any, None]:
-        if self.errors:
-            raise self.errors.pop(0)
+        for error in self.errors:
+            self.num_raised += 1
+            raise error
         async for event in self.generator.stream(*args):
             yield event
 
@@ -177,9 +179,9 @@ def test_a_bad_moment_of_a_model_costs_no_job(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "_UNAVAILABLE_PAUSE_S", 0.02)
-    monkeypatch.setattr(tasks, "_FAULT_PAUSES_S", (0.02,) * 1000)
+    monkeypatch.setattr(tasks, "_FAULT_PAUSES_S", itertools.repeat(0.02))
     served = Served(jobs_storage=Storage(str(tmp_path)), limits=Limits(job_concurrency=1))
-    moody = _Moody(served.generator, *[error] * 1000)
+    moody = _Moody(served.generator, itertools.repeat(error))
     served.jobs._replicas["moody"] = moody  # type: ignore[assignment]
 
     async def main() -> None:
@@ -192,23 +194,25 @@ def test_a_bad_moment_of_a_model_costs_no_job(
         assert waiting is not None
         assert waiting["status"] in ("queued", "running")
         assert (tmp_path / "pending" / f"{first}.json").exists()
-        moody.errors.clear()
+        moody.errors = iter(())
         assert (await end_of(served.jobs, first))["status"] == "done"
         await served.close()
 
     run(main())
 
 
-def test_a_job_that_waits_for_its_model_can_be_cancelled_and_holds_up_no_end(tmp_path: Path) -> None:
+def test_a_job_that_waits_for_its_model_can_be_cancelled_and_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_UNAVAILABLE_PAUSE_S", 3600.0)
     served = Served(jobs_storage=Storage(str(tmp_path)))
-    moody = _Moody(None, *[model_unavailable()] * 9)
+    moody = _Moody(None, [model_unavailable()])
     served.jobs._replicas["shapes"] = moody  # type: ignore[assignment]
 
     async def main() -> None:
         job_id = new_id()
         await served.jobs.submit(job_id, "me", "shapes", "b64_json", WORK)
-        while len(moody.errors) == 9:
-            await asyncio.sleep(0.005)
+        await until(lambda: moody.num_raised == 1)
         assert await served.jobs.drain() == 0
         cancelled = await served.jobs.cancel("me", job_id)
         assert cancelled is not None
@@ -219,7 +223,7 @@ def test_a_job_that_waits_for_its_model_can_be_cancelled_and_holds_up_no_end(tmp
 
 @pytest.mark.parametrize(
     ("error", "ttl_s", "tried"),
-    [(bad_value("prompt", "no"), 60, 1), (model_unavailable(), 0.001, 1), (RuntimeError("CUDA error"), 60, 3)],
+    [(bad_value("prompt", "no"), 3600, 1), (model_unavailable(), 0.001, 1), (RuntimeError("CUDA error"), 3600, 3)],
     ids=["refused", "too old", "a fault each time"],
 )
 def test_what_another_attempt_does_not_help_fails(
@@ -227,7 +231,7 @@ def test_what_another_attempt_does_not_help_fails(
 ) -> None:
     monkeypatch.setattr(tasks, "_FAULT_PAUSES_S", (0.01, 0.01))
     served = Served(jobs_storage=Storage(str(tmp_path)), limits=Limits(job_ttl_s=ttl_s))
-    moody = _Moody(served.generator, *[error] * 9)
+    moody = _Moody(served.generator, itertools.repeat(error))
     served.jobs._replicas["shapes"] = moody  # type: ignore[assignment]
 
     async def main() -> None:
@@ -242,7 +246,7 @@ def test_what_another_attempt_does_not_help_fails(
         await served.close()
 
     run(main())
-    assert 9 - len(moody.errors) == tried
+    assert moody.num_raised == tried
 
 
 def test_a_storage_that_hangs_does_not_make_the_process_unhealthy(
@@ -253,18 +257,21 @@ def test_a_storage_that_hangs_does_not_make_the_process_unhealthy(
 
     def hang(self: Storage, suffix: str = "") -> list[str]:
         begun[0] += 1
-        assert go.wait(10)
+        assert go.wait(HANG_S)
         return listing(self, suffix)
 
     monkeypatch.setattr(Storage, "list", hang)
     served = Served(jobs_storage=Storage(str(tmp_path)))
 
     async def main() -> None:
-        for _ in range(3):
-            await asyncio.wait_for(served.jobs.check_health(), 1)
-            await asyncio.sleep(0.01)
+        await served.jobs.check_health()
+        await until(lambda: begun == [1])
+        recovery = served.jobs._recovery
+        for _ in range(2):
             # However long it takes, one thread waits for it.
             served.jobs._recovered_at = float("-inf")
+            await served.jobs.check_health()
+            assert served.jobs._recovery is recovery
         assert begun == [1]
         go.set()
         answer = await served.jobs.submit(new_id(), "me", "shapes", "b64_json", WORK)
@@ -281,7 +288,7 @@ def test_a_submission_that_is_cancelled_leaves_no_job(tmp_path: Path) -> None:
 
     def slow(name: str, data: bytes) -> None:
         begun.set()
-        assert go.wait(10)
+        assert go.wait(HANG_S)
         write(name, data)
 
     object.__setattr__(storage, "write", slow)
@@ -341,7 +348,7 @@ def test_a_job_whose_end_cannot_be_written_is_taken_up_again(
 def test_a_job_that_is_handed_in_twice_is_there_once(tmp_path: Path) -> None:
     """The front asks again where the process died before it answered; the next one has found the job pending."""
     storage = Storage(str(tmp_path))
-    first, second = (Served(jobs_storage=storage, step_s=0.02) for _ in range(2))
+    first, second = (Served(jobs_storage=storage) for _ in range(2))
     job_id = new_id()
 
     async def main() -> None:
@@ -349,9 +356,11 @@ def test_a_job_that_is_handed_in_twice_is_there_once(tmp_path: Path) -> None:
         task = first.jobs._jobs[job_id].task
         assert task is not None
         task.cancel()
+        second.fake_generator.gate.clear()
         answer = await second.jobs.submit(job_id, "me", "shapes", "b64_json", WORK)
         assert answer["id"] == job_id
         assert len(second.jobs._jobs) == 1
+        second.fake_generator.gate.set()
         assert (await end_of(second.jobs, job_id))["status"] == "done"
         # The next one may also have finished it by then.
         assert await second.jobs.submit(job_id, "me", "shapes", "b64_json", WORK) == {"id": job_id, "status": "done"}
@@ -371,7 +380,7 @@ def test_a_job_that_has_its_end_is_not_cancelled_any_more(tmp_path: Path) -> Non
 
     def slow(name: str, data: bytes) -> None:
         if name.endswith("result.json"):
-            assert asked.wait(10)
+            assert asked.wait(HANG_S)
         write(name, data)
 
     object.__setattr__(storage, "write", slow)

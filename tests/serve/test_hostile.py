@@ -18,14 +18,14 @@ from typing import Any
 
 import httpx
 import psutil
-from serving import AUTHORIZED, GENERATIONS, KEY, Served, chat, data_uri, picture, run
+from serving import AUTHORIZED, GENERATIONS, KEY, Served, chat, data_uri, picture, run, tries
 from test_incoming_images import ADDRESSES, HOSTILE, OF_MANY_PARTS_IN_BASE64
 from test_limits_and_schemas import BAD_CHATS, BAD_FIELDS, BAD_JSON
 
 # Of this process's own time: another program may have the processor meanwhile. On the wall, above what a refusal for
 # want of a key takes beside it, and without the time in which other programs had the processor: this shows whether a
-# refusal waits for something. It has so many tries: caches that others emptied make the same work twice as long.
-MAX_CPU_S, MAX_ABOVE_TRIVIAL_S, TRIES = 0.1, 0.1, 3
+# refusal waits for something. It has many tries: caches that others emptied make the same work twice as long.
+MAX_CPU_S, MAX_ABOVE_TRIVIAL_S = 0.1, 0.1
 MAX_MEMORY = 50 * 2**20
 MIB = 2**20
 CHAT, CAPTIONS, JOBS = "/v1/chat/completions", "/v1/captions", "/v1/jobs"
@@ -185,7 +185,7 @@ class Memory:
     """The most that this process holds while the block runs, looked at all the time: also within a request."""
 
     def __enter__(self) -> "Memory":
-        self._process, self._done = psutil.Process(), threading.Event()
+        self._process, self._done, self.num_looks = psutil.Process(), threading.Event(), 0
         gc.collect()
         self.mark()
         self._thread = threading.Thread(target=self._look)
@@ -199,6 +199,7 @@ class Memory:
     def _look(self) -> None:
         while not self._done.wait(0.005):
             self.most = max(self.most, self._process.memory_info().rss)
+            self.num_looks += 1
 
     def mark(self) -> None:
         """Begin anew: what is free is let go now, and not while somebody looks."""
@@ -242,7 +243,10 @@ class Processes:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._done.wait(0.05):
+        done = False
+        while not done:
+            # Once more when it is over, so that there is a look however long this thread had no processor.
+            done = self._done.wait(0.05)
             self.num_looks += 1
             for process in self._processes:
                 self._most[process] = max(self._most[process], process.memory_info().rss)
@@ -293,13 +297,13 @@ async def ask(client: httpx.AsyncClient, case: Case, but: int | None = None) -> 
 
 
 async def times_of_refusal(
-    client: httpx.AsyncClient, case: Case, but: int | None = None
+    client: httpx.AsyncClient, case: Case, but: int | None = None, at_most: Iterable[int] | None = None
 ) -> tuple[httpx.Response, float, float]:
     """The first answer; the seconds of this process, and those on the wall above what a refusal for want of a key takes
-    beside it: the best of the tries, of which there is one where it is quick enough."""
+    beside it: the best of the tries (`at_most`), of which there is one where it is quick enough."""
     trivial = "POST", GENERATIONS, {"content": b"{}"}
     first, cpu_s, above_s = None, float("inf"), float("inf")
-    for _ in range(TRIES):
+    for _ in tries() if at_most is None else at_most:
         response, its_cpu_s, its_wall_s = await ask(client, case, but)
         first = first or response
         cpu_s, above_s = min(cpu_s, its_cpu_s), min(above_s, its_wall_s - (await ask(client, trivial, but))[2])
@@ -332,7 +336,6 @@ def test_hostile_requests() -> None:
     # All of them come from one key, faster than one may: that is another test's matter.
     served.service.front.rate_limit.take = lambda caller: None  # type: ignore[method-assign]
     watch, memory = Watch(), Memory()
-    slow: dict[str, tuple[float, float]] = {}
     slowest, largest, kept = 0.0, 0, 0
     problems: list[str] = []
 
@@ -349,8 +352,9 @@ def test_hostile_requests() -> None:
                     response, cpu_s, above_s = await times_of_refusal(client, case, memory.thread_id)
                     slowest, largest = max(slowest, above_s), max(largest, memory.grown)
                     kept = max(kept, memory.now - before)
-                    if cpu_s > MAX_CPU_S or above_s > MAX_ABOVE_TRIVIAL_S:
-                        slow[name] = round(cpu_s, 3), round(above_s, 3)
+                    # At once: each that is slow has had its minute.
+                    assert cpu_s <= MAX_CPU_S, f"{name}: {cpu_s:.3f} s of the processor"
+                    assert above_s <= MAX_ABOVE_TRIVIAL_S, f"{name}: {above_s:.3f} s longer than a trivial refusal"
                     problems.extend(f"{name}: {problem}" for problem in problems_of(response))
                 watch.active = False
             # It still works, for those who ask for what there is.
@@ -363,7 +367,6 @@ def test_hostile_requests() -> None:
         f"{kept / MIB:.1f} MiB kept behind one"
     )
     assert not problems, "\n".join(problems)
-    assert not slow, slow
     assert largest < MAX_MEMORY, f"{largest / MIB:.0f} MiB more within a request"
     assert kept < MAX_MEMORY, f"{kept / MIB:.0f} MiB more behind a request than before all of them"
     assert not watch.seen, watch.seen
@@ -378,7 +381,10 @@ def test_the_memory_that_is_watched_is_that_within_a_request() -> None:
     with Memory() as memory:
         for _ in range(3):
             filled = bytearray(b"x") * (100 * MIB)
-            time.sleep(0.05)
+            # One look may have begun before.
+            enough = memory.num_looks + 2
+            while memory.num_looks < enough:
+                time.sleep(0.005)
             del filled
     assert memory.grown > 90 * MIB, f"{memory.before / MIB:.0f} MiB before, at most {memory.most / MIB:.0f}"
 
@@ -399,13 +405,18 @@ def test_the_watch_sees_connections() -> None:
 def test_a_refusal_that_waits_is_noticed() -> None:
     """Without this the check above could be blind."""
     served = Served()
-    # Long against what a busy machine adds to the trivial refusal beside it, which is taken off.
     served.service.front.rate_limit.take = lambda caller: time.sleep(1.0)  # type: ignore[method-assign]
 
     async def main() -> float:
+        above_s = 0.0
         async with served.client(headers={}) as client:
             case = "POST", GENERATIONS, {"headers": JSON, "content": b'{"prompt": 3}'}
-            return (await times_of_refusal(client, case))[2]
+            for _ in tries():
+                # Once each: where the machine stands still, the trivial refusal that is taken off lasts a second too.
+                above_s = (await times_of_refusal(client, case, at_most=[1]))[2]
+                if above_s > MAX_ABOVE_TRIVIAL_S:
+                    break
+        return above_s
 
     assert run(main()) > MAX_ABOVE_TRIVIAL_S
 

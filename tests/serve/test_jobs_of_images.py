@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import AUTHORIZED, KEY, TIMESTEPS, InProcess, Served, colour, colour_of, error, run
+from serving import AUTHORIZED, HANG_S, KEY, TIMESTEPS, InProcess, Served, colour, colour_of, error, run, until
 
 from mmcore.storage import Storage
 from serve import clients
@@ -21,7 +21,7 @@ from serve.tasks import Jobs, new_id
 JOBS = "/v1/jobs"
 
 
-async def finished(client: httpx.AsyncClient, job_id: str, timeout_s: float = 20) -> dict[str, Any]:
+async def finished(client: httpx.AsyncClient, job_id: str, timeout_s: float = HANG_S) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     while True:
         job = (await client.get(f"{JOBS}/{job_id}")).json()
@@ -33,10 +33,12 @@ async def finished(client: httpx.AsyncClient, job_id: str, timeout_s: float = 20
 
 
 def test_a_job_is_handed_in_and_fetched_later() -> None:
-    served = Served(step_s=0.01)
+    # Batches as large as a part of a job: its progress is that of all its images.
+    served = Served(limits=Limits(generator_batch_size=8, rate_burst=1_000_000))
 
     async def main() -> None:
         async with served.client() as client:
+            served.fake_generator.gate.clear()
             body = {"request": {"prompt": "x", "seed": 5, "n": 20}}
             response = await client.post(JOBS, json=body)
             assert response.status_code == 202
@@ -48,6 +50,8 @@ def test_a_job_is_handed_in_and_fetched_later() -> None:
             while (job := (await client.get(f"{JOBS}/{handed_in['id']}")).json())["status"] in ("queued", "running"):
                 assert job["result"] is None
                 seen.append((job["progress"] or {"step": 0})["step"])
+                if seen[-1]:
+                    served.fake_generator.gate.set()
                 await asyncio.sleep(0.01)
             assert job["status"] == "done"
             assert seen == sorted(seen)
@@ -123,22 +127,21 @@ def test_a_job_that_fails_says_why(gone: bool, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_cancelled_job_costs_nothing_more() -> None:
-    served = Served(step_s=0.05)
+    served = Served()
 
     async def main() -> None:
         async with served.client() as client:
+            served.fake_generator.gate.clear()
             body = {"request": {"prompt": "x", "num_inference_steps": 200}}
             jobs = [(await client.post(JOBS, json=body)).json()["id"] for _ in range(3)]
-            while served.fake_generator.num_steps < 3:
-                await asyncio.sleep(0.01)
+            await until(lambda: served.fake_generator.num_steps > 0)
             for job_id in jobs:
                 cancelled = (await client.delete(f"{JOBS}/{job_id}")).json()
                 assert (cancelled["id"], cancelled["status"]) == (job_id, "cancelled")
                 assert (await client.get(f"{JOBS}/{job_id}")).json()["status"] == "cancelled"
-            await asyncio.sleep(0.2)
-            steps = served.fake_generator.num_steps
-            await asyncio.sleep(0.2)
-            assert served.fake_generator.num_steps == steps < 100
+            served.fake_generator.gate.set()
+            await served.at_rest()
+            assert served.fake_generator.num_steps < 100, "the work goes on"
             # What is done stays as it is.
             job_id = (await client.post(JOBS, json={"request": {"prompt": "y", "num_inference_steps": 1}})).json()["id"]
             assert (await finished(client, job_id))["status"] == "done"
@@ -167,10 +170,11 @@ def test_a_job_belongs_to_the_key_that_it_came_with() -> None:
 
 
 def test_too_many_jobs_are_429() -> None:
-    served = Served(limits=Limits(max_jobs=3), step_s=0.05)
+    served = Served(limits=Limits(max_jobs=3))
 
     async def main() -> list[httpx.Response]:
         async with served.client() as client:
+            served.fake_generator.gate.clear()
             body = {"request": {"prompt": "x", "num_inference_steps": 100}}
             return await asyncio.gather(*(client.post(JOBS, json=body) for _ in range(6)))
 
@@ -182,18 +186,23 @@ def test_too_many_jobs_are_429() -> None:
 
 
 def test_whoever_waits_for_an_answer_does_not_wait_for_a_job() -> None:
-    served = Served(step_s=0.01)
+    served = Served()
+    batches = served.fake_generator.batches
 
     async def main() -> None:
         async with served.client() as client:
+            served.fake_generator.gate.clear()
             job_id = (await client.post(JOBS, json={"request": {"prompt": "long", "n": 64}})).json()["id"]
-            while not served.fake_generator.batches:
-                await asyncio.sleep(0.005)
-            assert (await client.post("/v1/images/generations", json={"prompt": "short"})).status_code == 200
-            assert (await client.get(f"{JOBS}/{job_id}")).json()["status"] == "running"
-            assert len(served.fake_generator.batches) < 8
+            await until(lambda: len(batches) == 1)
+            asking = asyncio.ensure_future(client.post("/v1/images/generations", json={"prompt": "short"}))
+            await until(lambda: "short" in [item.payload[0] for item in served.generator.batcher._waiting])
+            served.fake_generator.gate.set()
+            assert (await asking).status_code == 200
+            assert (await finished(client, job_id))["status"] == "done"
 
     run(main())
+    prompts = [{prompt for prompt, *_ in batch} for batch in batches]
+    assert next(number for number, of_batch in enumerate(prompts) if "short" in of_batch) < len(batches) / 2
 
 
 WORK = GenerateWork("x", tuple(range(3)), 4, 3.0, None)
@@ -204,15 +213,15 @@ def test_a_job_survives_its_process(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
 
     async def first() -> str:
-        served = Served(jobs_storage=storage, step_s=0.2)
+        served = Served(jobs_storage=storage)
+        served.fake_generator.gate.clear()
         answer = await served.jobs.submit(new_id(), "me", "shapes", "b64_json", WORK)
-        while not served.fake_generator.num_steps:
-            await asyncio.sleep(0.01)
+        await until(lambda: served.fake_generator.num_steps > 0)
         return answer["id"]
 
     # The event loop is thrown away, as if the process had died; nothing of it may be written afterwards.
     loop = asyncio.new_event_loop()
-    job_id = loop.run_until_complete(asyncio.wait_for(first(), 20))
+    job_id = loop.run_until_complete(asyncio.wait_for(first(), HANG_S))
     assert list((tmp_path / "pending").iterdir())
     assert not (tmp_path / "jobs").exists()
 
@@ -263,7 +272,7 @@ def test_links_of_a_job_are_made_when_it_is_fetched(s3_server: str) -> None:
             body = {"request": {"prompt": "x", "seed": 3, "response_format": "url"}}
             job = await finished(client, (await client.post(JOBS, json=body)).json()["id"])
             (row,) = job["result"]["data"]
-            answer = await asyncio.to_thread(httpx.get, row["url"])
+            answer = await asyncio.to_thread(httpx.get, row["url"], timeout=HANG_S)
             assert answer.headers["content-type"] == "image/png"
 
     run(main())
@@ -290,14 +299,15 @@ def test_old_jobs_are_deleted(tmp_path: Path) -> None:
 
 def test_the_end_waits_for_jobs_at_work_and_keeps_the_rest(tmp_path: Path) -> None:
     limits = Limits.from_environment({"SERVE_JOB_CONCURRENCY": "1"})
-    served = Served(limits=limits, step_s=0.03, jobs_storage=Storage(str(tmp_path)))
+    served = Served(limits=limits, jobs_storage=Storage(str(tmp_path)))
 
     async def main() -> None:
+        served.fake_generator.gate.clear()
         for _ in range(3):
             await served.jobs.submit(new_id(), "me", "shapes", "b64_json", WORK)
-        while not served.fake_generator.num_steps:
-            await asyncio.sleep(0.01)
+        await until(lambda: served.fake_generator.num_steps > 0)
         assert await served.jobs.drain() == 1
+        served.fake_generator.gate.set()
         while await served.jobs.drain():
             await asyncio.sleep(0.01)
         answer = await served.jobs.submit(new_id(), "me", "shapes", "b64_json", WORK)

@@ -5,12 +5,10 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
@@ -20,13 +18,28 @@ import httpx
 import psutil
 import pytest
 from conftest import ROOT, end_group, free_port
-from real_service import BATCH_SIZE, LIMITS, STEP_S, STEPS
-from serving import AUTHORIZED, GENERATIONS, KEY, chat, colour, colour_of, data_uri, events_of, picture, wait_ready
+from load import Load, overload
+from real_service import BATCH_SIZE, LIMITS
+from serving import (
+    AUTHORIZED,
+    GENERATIONS,
+    HANG_S,
+    KEY,
+    chat,
+    colour,
+    colour_of,
+    data_uri,
+    events_of,
+    picture,
+    run,
+    tries,
+    until,
+    wait_ready,
+)
 from test_hostile import (
     MAX_ABOVE_TRIVIAL_S,
     MAX_MEMORY,
     MIB,
-    TRIES,
     Case,
     Processes,
     cases,
@@ -38,11 +51,8 @@ from test_hostile import (
 from serve import security
 
 CHAT = "/v1/chat/completions"
-# Of a batch, measured while ten times too many ask from this machine's own cores: a second, where it is not busy.
-MAX_REFUSAL_BATCHES = 0.5
-# So many that the model is what cannot follow: two images a second. Of a faster one ten times as many requests as it
-# can do would be more than two busy cores can carry, whoever answers them.
-OVERLOAD_STEPS = 40
+# What a client finds that goes on writing while the connection is closed.
+CLOSED_ON = (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError)
 
 
 class Service:
@@ -53,7 +63,30 @@ class Service:
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers=AUTHORIZED, timeout=60, **options)
+        return httpx.Client(base_url=self.url, headers=AUTHORIZED, timeout=HANG_S, **options)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Path]:
+        """The generator's work stands still behind its first step, until the file that this gives is removed."""
+        hold = self.folder / "hold"
+        hold.touch()
+        try:
+            yield hold
+        finally:
+            hold.unlink(missing_ok=True)
+
+    def metric(self, name: str) -> float:
+        with self.client() as client:
+            text = client.get("/metrics").text
+        # A front that has not counted anything yet does not name it.
+        return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)), 0.0)
+
+    def wait_for(self, name: str, value: float) -> None:
+        """Until a metric has this value."""
+        deadline = time.monotonic() + HANG_S
+        while (found := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} {found}"
+            time.sleep(0.05)
 
     def processes(self, name: str) -> list[psutil.Process]:
         found = []
@@ -78,6 +111,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, short_tmp: Path) -> Iterat
         "SERVE_API_KEYS": KEY,
         # Of the proxy, which reads them itself.
         "SERVE_MAX_BODY_BYTES": str(LIMITS.max_body_bytes),
+        "SERVE_BODY_TIMEOUT_S": str(LIMITS.body_timeout_s),
     }
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -95,55 +129,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, short_tmp: Path) -> Iterat
         yield found
     finally:
         end_group(process)
-
-
-class Load:
-    """Clients that ask again and again; every answer is noted."""
-
-    def __init__(self, service: Service, num_clients: int, ask: Callable[[httpx.Client], httpx.Response]) -> None:
-        self.answers: list[tuple[float, float, int, str]] = []
-        """Of each request: when it was asked and when answered, status (0: no answer), and the answer's text."""
-        self._stop = threading.Event()
-
-        def work() -> None:
-            with service.client() as client:
-                while not self._stop.is_set():
-                    began = time.monotonic()
-                    try:
-                        response = ask(client)
-                        answer = response.status_code, response.text
-                    except httpx.HTTPError as error:
-                        answer = 0, f"{type(error).__name__}: {error}"
-                    self.answers.append((began, time.monotonic(), *answer))
-
-        self._threads = [threading.Thread(target=work) for _ in range(num_clients)]
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(90)
-
-    def wait_for(self, number: int, timeout_s: float = 60) -> None:
-        """Until so many more answers were good."""
-        wanted = self.statuses()[200] + number
-        deadline = time.monotonic() + timeout_s
-        while self.statuses()[200] < wanted:
-            assert time.monotonic() < deadline, self.statuses()
-            time.sleep(0.02)
-
-    def statuses(self) -> Counter[int]:
-        return Counter(status for _, _, status, _ in list(self.answers))
-
-    def told(self, what: str, killed_at: float) -> str:
-        """The figures of a kill: answers, and how long no request that was asked after it had its answer."""
-        gap = min(ended for began, ended, status, _ in self.answers if status == 200 and began > killed_at) - killed_at
-        longest = max(ended - began for began, ended, status, _ in self.answers if status == 200)
-        return f"{what}: {dict(self.statuses())}, answers again after {gap:.2f} s, the longest took {longest:.2f} s"
 
 
 def ask_caption(client: httpx.Client) -> httpx.Response:
@@ -170,26 +155,28 @@ def test_it_is_closed_and_it_answers(service: Service) -> None:
         assert ask_caption(client).headers.get_list("x-request-id") == ["mine-1"]
         assert client.post(GENERATIONS, json={"prompt": "x"}).headers.get_list("x-request-id") == ["mine-1"]
     # Of the front and of the models' processes. Ray brings their lines here, in its own time.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while not {"request", "captioned", "generated"} <= set(told_of("mine-1", service.log.read_text())):
         assert time.monotonic() < deadline, service.log.read_text()[-3000:]
         time.sleep(0.1)
 
 
 def test_a_stream_arrives_step_by_step(service: Service) -> None:
-    times = []
-    with service.client() as client:
-        body = {"prompt": "x", "stream": True, "num_inference_steps": STEPS}
+    with service.client() as client, service.held() as hold:
+        body = {"prompt": "x", "stream": True, "num_inference_steps": 8}
         with client.stream("POST", GENERATIONS, json=body) as response:
-            text = ""
-            for part in response.iter_text():
+            text, parts = "", response.iter_text()
+            # The model goes on when its first step has arrived: of a stream that comes at its end none ever does.
+            for part in parts:
                 text += part
-                times.append(time.monotonic())
+                if "event: progress" in text:
+                    break
+            assert "event: done" not in text
+            hold.unlink()
+            text += "".join(parts)
     names = [name for name, _ in events_of(text)]
     assert names[-1] == "done"
-    assert names.count("progress") >= STEPS / 2
-    # Not all at once at the end.
-    assert times[-1] - times[0] > STEPS * STEP_S / 2
+    assert names.count("progress") >= 4
 
 
 HOSTILE_HERE = (
@@ -214,7 +201,7 @@ def ask_hostile(service: Service, case: Case) -> tuple[httpx.Response | None, fl
     if parts:
         options = {"headers": options["headers"], "content": repeat(*parts)}
     at_work = [os.getpid(), *(process.pid for process in front_processes(service))]
-    with httpx.Client(base_url=service.url, timeout=60) as client:
+    with httpx.Client(base_url=service.url, timeout=HANG_S) as client:
         # The connection is there; what is asked first is not counted.
         client.get("/-/healthz")
         prepared = client.build_request(method, path, **options)
@@ -222,8 +209,7 @@ def ask_hostile(service: Service, case: Case) -> tuple[httpx.Response | None, fl
         response = None
         try:
             response = client.send(prepared)
-        except (httpx.WriteError, httpx.RemoteProtocolError):
-            # A client that goes on writing may find the connection closed before it reads the answer.
+        except CLOSED_ON:
             assert parts or len(options.get("content", b"")) > LIMITS.max_body_bytes
         wall_s = time.monotonic() - began
         return response, max(0.0, wall_s - seconds_held_up(held_up, delays_of_threads(at_work)))
@@ -251,7 +237,7 @@ def test_hostile_requests_through_the_proxy(service: Service) -> None:
                 if name in TOO_LONG_HERE:
                     # The answer is there at once, but this client reads it only when it has written everything.
                     most_s += security._MAX_DRAIN_S
-                for _ in range(TRIES):
+                for _ in tries():
                     response, wall_s = ask_hostile(service, hostile[name])
                     refused, trivial_s = ask_hostile(service, trivial)
                     assert refused is not None
@@ -259,8 +245,8 @@ def test_hostile_requests_through_the_proxy(service: Service) -> None:
                     above_s = min(above_s, wall_s - trivial_s)
                     if above_s <= most_s:
                         break
-                if above_s > most_s:
-                    problems.append(f"{name}: {above_s:.3f} s longer than a refusal for want of a key")
+                # At once: each that is slow has had its minute.
+                assert above_s <= most_s, f"{name}: {above_s:.3f} s longer than a refusal for want of a key"
                 if response is not None:
                     problems += [f"{name}: {problem}" for problem in problems_of(response)]
                     if len(response.headers.get_list("x-request-id")) != 1:
@@ -295,8 +281,7 @@ def test_a_body_without_end_stays_out_of_every_process(service: Service) -> None
 
     for headers in ({}, {"content-length": str(300 * MIB)}):
         headers = {**headers, "content-type": "application/json"}
-        with service.client() as client, contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):
-            # A client that goes on writing may find the connection closed before it reads the answer.
+        with service.client() as client, contextlib.suppress(*CLOSED_ON):
             response = client.post("/v1/captions", content=endless(), headers=headers)
             assert response.status_code == 413
             assert response.json()["error"]["code"] == "body_too_large"
@@ -305,103 +290,94 @@ def test_a_body_without_end_stays_out_of_every_process(service: Service) -> None
         assert grown < 50 * MIB, f"{' '.join(process.cmdline())[:80]}: {grown / MIB:.0f} MiB more"
 
 
-def hang_up_while_waiting(client: httpx.Client, body: dict[str, Any]) -> None:
-    with pytest.raises(httpx.ReadTimeout):
-        client.post(GENERATIONS, json=body, timeout=1.0)
+def hang_up_while_waiting(service: Service, body: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with httpx.AsyncClient(base_url=service.url, headers=AUTHORIZED, timeout=HANG_S) as client:
+            asking = asyncio.ensure_future(client.post(GENERATIONS, json=body))
+            await asyncio.to_thread(service.wait_for, 'mmcore_queue_images{model="shapes"}', BATCH_SIZE)
+            asking.cancel()
+
+    run(main())
 
 
-def hang_up_in_the_stream(client: httpx.Client, body: dict[str, Any]) -> None:
-    with client.stream("POST", GENERATIONS, json={**body, "stream": True}) as response:
+def hang_up_in_the_stream(service: Service, body: dict[str, Any]) -> None:
+    with service.client() as client, client.stream("POST", GENERATIONS, json={**body, "stream": True}) as response:
+        text = ""
         for part in response.iter_text():
             # Leaving the block closes the connection, with most of the stream still to come.
-            if "progress" in part:
+            text += part
+            if "event: progress" in text:
                 return
     pytest.fail("the stream ended before a step was told")
 
 
 @pytest.mark.parametrize("hang_up", [hang_up_while_waiting, hang_up_in_the_stream])
 def test_who_hangs_up_gives_the_model_free(service: Service, hang_up: Callable[..., None]) -> None:
-    with service.client() as client:
-        # What a step takes here and now: on a busy machine a sleep takes longer than it says.
-        began = time.monotonic()
-        assert client.post(GENERATIONS, json={"prompt": "z", "num_inference_steps": 20}).status_code == 200
-        full_s = 200 / 20 * (time.monotonic() - began)
-        hang_up(client, {"prompt": "x", "n": BATCH_SIZE, "num_inference_steps": 200})
-    with service.client() as client:
-        began = time.monotonic()
+    # Held, that work never ends; a single step is not held, and has its turn when nobody wants that work any more.
+    with service.held(), service.client() as client:
+        hang_up(service, {"prompt": "x", "n": BATCH_SIZE, "num_inference_steps": 200})
         assert client.post(GENERATIONS, json={"prompt": "y", "num_inference_steps": 1}).status_code == 200
-        assert time.monotonic() - began < full_s / 2, "it waited for work that nobody wanted any more"
-        metrics = client.get("/metrics").text
-        assert 'mmcore_queue_images{model="shapes"} 0.0' in metrics
+        service.wait_for('mmcore_queue_images{model="shapes"}', 0)
         # The other one is this request.
-        assert "mmcore_in_flight 1.0" in metrics
+        service.wait_for("mmcore_in_flight", 1)
 
 
-def batches_of(service: Service) -> tuple[float, float]:
-    """Seconds of the generator's model, summed over the images of all batches, and how many images."""
-    with service.client() as client:
-        text = client.get("/metrics").text
-    names = (f'mmcore_stage_seconds_{what}{{model="shapes",stage="model"}}' for what in ("sum", "count"))
-    total, count = (float(next(line.split()[-1] for line in text.splitlines() if line.startswith(n))) for n in names)
-    return total, count
+def test_a_full_queue_refuses_at_once_and_is_worked_off_in_full_batches(service: Service) -> None:
+    """The model is held until the refusals are there: they wait for nothing, and who is let in only for the queue."""
+    queued: list[int] = []
+
+    async def ask_in_queue(client: httpx.AsyncClient, seed: int) -> str:
+        body = {"prompt": "x", "seed": seed, "num_inference_steps": 8, "stream": True}
+        async with client.stream("POST", GENERATIONS, json=body) as response:
+            parts = response.aiter_text()
+            # Its place, which the model tells.
+            text = await anext(parts)
+            queued.append(seed)
+            return text + "".join([part async for part in parts])
+
+    async def main() -> tuple[list[httpx.Response], list[str]]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=service.url, headers=AUTHORIZED, limits=limits, timeout=HANG_S) as client:
+            with service.held():
+                inside = [asyncio.ensure_future(ask_in_queue(client, seed)) for seed in range(LIMITS.max_queue)]
+                await until(lambda: len(queued) == LIMITS.max_queue)
+                beyond = [client.post(GENERATIONS, json={"prompt": "x"}) for _ in range(50)]
+                refused = await asyncio.gather(*beyond)
+                assert not any(each.done() for each in inside)
+            return refused, await asyncio.gather(*inside)
+
+    num_batches = 'mmcore_batch_size_count{model="shapes"}'
+    before = service.metric(num_batches)
+    refused, answered = run(main())
+    for response in refused:
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+    assert [events_of(text)[-1][0] for text in answered] == ["done"] * LIMITS.max_queue
+    # Of what the first batch left, which began with whoever was there.
+    assert service.metric(num_batches) - before <= 1 + LIMITS.max_queue / BATCH_SIZE
 
 
 def test_ten_times_too_much(service: Service) -> None:
-    """An open stream of requests at ten times what the model can do: every refusal is 429, and who is let in is
-    answered within the time that the queue takes."""
-    capacity = BATCH_SIZE / (OVERLOAD_STEPS * STEP_S)
-    seconds, rate = 8.0, 10 * capacity
-    answers: list[tuple[int, float, Any]] = []
-
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
-        await asyncio.sleep(number / rate)
-        began = time.monotonic()
-        body = {"prompt": f"p{number}", "seed": number, "num_inference_steps": OVERLOAD_STEPS}
-        response = await client.post(GENERATIONS, json=body)
-        answers.append((response.status_code, time.monotonic() - began, response))
-
-    async def main() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=service.url, headers=AUTHORIZED, limits=limits, timeout=60) as client:
-            await asyncio.gather(*(ask(client, number) for number in range(int(rate * seconds))))
-
-    before = batches_of(service)
-    asyncio.run(main())
-    after = batches_of(service)
-    statuses = Counter(status for status, _, _ in answers)
-    assert set(statuses) == {200, 429}, statuses
-    for status, _, response in answers:
-        if status == 429:
-            assert response.json()["error"]["code"] == "queue_full"
-            assert int(response.headers["retry-after"]) >= 1
-    accepted = sorted(taken for status, taken, _ in answers if status == 200)
-    refused = sorted(taken for status, taken, _ in answers if status == 429)
-    batch_s = (after[0] - before[0]) / (after[1] - before[1])
-    # At least what the model can do, or it was idle beside a queue.
-    assert len(accepted) > BATCH_SIZE / batch_s * seconds * 0.7
-    # The whole queue before one, the batch that is at work, and the time of one for the way there and back.
-    p99, refusal_p99 = accepted[int(len(accepted) * 0.99)], refused[int(len(refused) * 0.99)]
-    bound = (LIMITS.max_queue / BATCH_SIZE + 2) * batch_s
-    print(
-        f"overload: {dict(statuses)}, accepted p50 {statistics.median(accepted):.2f} s, p99 {p99:.2f} s, "
-        f"refused p50 {statistics.median(refused):.3f} s, p99 {refusal_p99:.3f} s, batch {batch_s:.2f} s, {bound=:.2f}"
-    )
-    assert p99 < bound
-    # Who is refused is told so at once, and not when the queue is empty. A busy machine slows both down alike.
-    assert refusal_p99 < MAX_REFUSAL_BATCHES * batch_s
+    """Every refusal is 429 and comes at once, and who is let in is answered within the time that the queue takes."""
+    # A client that stands still for seconds measures itself: once of three times it does not.
+    too_slow: list[str] = []
+    for _ in range(3):
+        if not (found := overload(service)):
+            return
+        too_slow += found
+    pytest.fail("\n".join(too_slow))
 
 
 def test_a_killed_model_costs_nobody_his_answer(service: Service) -> None:
     """What it was at is asked again of the one that takes its place."""
     (replica,) = service.processes("ServeReplica:mmcore:captioner-words")
-    with Load(service, 4, ask_caption) as load:
+    with Load(service.client, 4, ask_caption) as load:
         load.wait_for(40)
         replica.send_signal(signal.SIGKILL)
         killed_at = time.monotonic()
         while not [
             each for each in service.processes("ServeReplica:mmcore:captioner-words") if each.pid != replica.pid
         ]:
-            assert time.monotonic() - killed_at < 60
+            assert time.monotonic() - killed_at < HANG_S
             time.sleep(0.05)
         load.wait_for(40)
     print(load.told("killed model", killed_at))
@@ -410,11 +386,11 @@ def test_a_killed_model_costs_nobody_his_answer(service: Service) -> None:
 
 def test_a_killed_front_is_replaced_and_every_loss_is_told(service: Service) -> None:
     (replica,) = service.processes("ServeReplica:mmcore:api")
-    with Load(service, 4, ask_caption) as load:
+    with Load(service.client, 4, ask_caption) as load:
         load.wait_for(40)
         replica.send_signal(signal.SIGKILL)
         killed_at = time.monotonic()
-        load.wait_for(40, timeout_s=120)
+        load.wait_for(40)
     lost = [(status, text) for *_, status, text in load.answers if status != 200]
     print(load.told("killed front", killed_at))
     # At most what was in flight, and in the form of every refusal: the official clients ask again.
@@ -427,10 +403,10 @@ def test_a_killed_front_is_replaced_and_every_loss_is_told(service: Service) -> 
 def test_a_new_version_under_load_loses_no_request(service: Service) -> None:
     service.wait_ready()
     before = {process.pid for process in service.processes("ServeReplica:mmcore")}
-    with Load(service, 4, ask_caption) as load:
+    with Load(service.client, 4, ask_caption) as load:
         load.wait_for(20)
         (service.folder / "redeploy").touch()
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while (service.folder / "redeploy").exists() or before & {
             process.pid for process in service.processes("ServeReplica:mmcore")
         }:
@@ -447,7 +423,6 @@ def test_a_new_version_under_load_loses_no_request(service: Service) -> None:
 
 def test_it_ends_when_what_it_began_is_finished(service: Service) -> None:
     body = {"prompt": "x", "num_inference_steps": 50, "n": BATCH_SIZE}
-    seconds = 50 * STEP_S
     answers: list[Any] = []
 
     def ask() -> None:
@@ -456,32 +431,28 @@ def test_it_ends_when_what_it_began_is_finished(service: Service) -> None:
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     below = psutil.Process(service.process.pid).children(recursive=True)
-    for thread in threads:
-        thread.start()
-    with service.client() as client:
-        deadline = time.monotonic() + 20
-        while f'mmcore_queue_images{{model="shapes"}} {3 * BATCH_SIZE}.0' not in client.get("/metrics").text:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    with service.client() as client, service.held():
+        for thread in threads:
+            thread.start()
+        service.wait_for('mmcore_queue_images{model="shapes"}', 3 * BATCH_SIZE)
         job = client.post("/v1/jobs", json={"request": body}).json()["id"]
         service.process.send_signal(signal.SIGTERM)
-        told_at = time.monotonic()
-        refused = None
-        while time.monotonic() - told_at < seconds and refused is None:
-            response = client.get("/v1/models")
-            refused = response if response.status_code == 503 else None
+        deadline = time.monotonic() + HANG_S / 2
+        while (refused := client.get("/v1/models")).status_code == 200:
+            assert time.monotonic() < deadline, "it took new requests while it ended"
             time.sleep(0.05)
-        assert refused is not None, "it took new requests while it ended"
+        assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "draining"
         assert "retry-after" in refused.headers
+        assert all(thread.is_alive() for thread in threads)
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_S)
     assert [answer.status_code for answer in answers] == [200] * 3
     assert len(answers[0].json()["data"]) == BATCH_SIZE
-    assert service.process.wait(90) == 0, service.log.read_text()[-3000:]
+    assert service.process.wait(HANG_S) == 0, service.log.read_text()[-3000:]
     # The job was at work, or stays to be done by the next service.
     kept = service.folder / "kept"
     assert (kept / "pending" / f"{job}.json").exists() != (kept / "jobs" / job / "result.json").exists()
-    _, alive = psutil.wait_procs(below, timeout=60)  # its agents look for their parent now and then
+    _, alive = psutil.wait_procs(below, timeout=HANG_S)  # its agents look for their parent now and then
     assert not alive, "processes of Ray are left"
     assert "every request answered" in service.log.read_text()

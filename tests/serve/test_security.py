@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,7 +205,7 @@ async def reader(scope: Any, receive: Any, send: Any) -> None:
 
 
 LIMITS = Limits.from_environment(
-    {"SERVE_MAX_BODY_BYTES": "1000", "SERVE_MAX_BODIES_BYTES": "1500", "SERVE_BODY_TIMEOUT_S": "0.2"}
+    {"SERVE_MAX_BODY_BYTES": "1000", "SERVE_MAX_BODIES_BYTES": "1500", "SERVE_BODY_TIMEOUT_S": "3600"}
 )
 
 
@@ -229,6 +230,7 @@ def test_what_is_left_of_a_refused_body_is_taken_and_thrown_away(
     length: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A browser reads the answer when it has sent everything; but nobody is listened to for ever."""
+    monkeypatch.setattr(security, "_MAX_DRAIN_S", 3600.0)
     few = Body([b"x" * 400] * 50, length=20_000)
     run(BodyLimit(reader, LIMITS)(few.scope, few.receive, few.send))
     assert (few.status, few.parts) == (413, [])
@@ -243,7 +245,7 @@ def test_what_is_left_of_a_refused_body_is_taken_and_thrown_away(
     began = time.monotonic()
     run(BodyLimit(reader, LIMITS)(silent.scope, silent.receive, silent.send))
     assert silent.status == 413
-    assert 0.4 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.4
 
 
 @pytest.mark.parametrize("length", ["-1", "1e3", "0x10", "9" * 30, " 5", ""])
@@ -263,16 +265,16 @@ def test_a_body_within_the_limit_passes() -> None:
 
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     body = Body([b"x"] * 100, pause_s=0.03)
-    began = time.monotonic()
-    run(BodyLimit(reader, LIMITS)(body.scope, body.receive, body.send))
+    limits = dataclasses.replace(LIMITS, body_timeout_s=0.2)
+    run(BodyLimit(reader, limits)(body.scope, body.receive, body.send))
     assert (body.status, body.error["code"]) == (408, "body_timeout")
-    assert time.monotonic() - began < 2
+    assert body.num_read < 10
 
 
 def test_all_bodies_together_are_bounded() -> None:
-    # Time enough for all of them on a machine that is busy.
-    limit = BodyLimit(reader, dataclasses.replace(LIMITS, body_timeout_s=20))
-    bodies = [Body([b"x" * 450, b"x" * 450], pause_s=0.02) for _ in range(4)]
+    limit = BodyLimit(reader, LIMITS)
+    # Without a pause they come part by part in turn.
+    bodies = [Body([b"x" * 450, b"x" * 450]) for _ in range(4)]
 
     async def main() -> None:
         await asyncio.gather(*(limit(body.scope, body.receive, body.send) for body in bodies))
@@ -295,9 +297,13 @@ def test_what_has_no_body_passes_however_full_it_is() -> None:
         assert body.status == status, parts
 
 
-def test_waiting_for_the_answer_has_no_time_limit_of_the_body() -> None:
+def test_waiting_for_the_answer_has_no_time_limit_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(security, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         await receive()
+        now[0] += LIMITS.body_timeout_s + 1
         with pytest.raises(TimeoutError):
             # A disconnect is looked for long after the body is there.
             await asyncio.wait_for(receive(), 0.4)

@@ -1,0 +1,130 @@
+"""Clients that keep a service busy while something happens to it, or that ask more of it than it can do."""
+
+import asyncio
+import math
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import httpx
+from real_service import BATCH_SIZE, LIMITS, STEP_S
+from serving import AUTHORIZED, GENERATIONS, HANG_S, run
+
+# So many that the model is what cannot follow: two images a second. Of a faster one ten times as many requests as it
+# can do would be more than two busy cores can carry, whoever answers them.
+OVERLOAD_STEPS = 40
+# Of a batch, measured while ten times too many ask from this machine's own cores: a second, where it is not busy.
+MAX_REFUSAL_BATCHES = 0.5
+
+
+class Load:
+    """Clients that ask again and again; every answer is noted."""
+
+    def __init__(
+        self, connect: Callable[[], httpx.Client], num_clients: int, ask: Callable[[httpx.Client], httpx.Response]
+    ) -> None:
+        self.answers: list[tuple[float, float, int, str]] = []
+        """Of each request: when it was asked and when answered, status (0: no answer), and the answer's text."""
+        self._stop = threading.Event()
+
+        def work() -> None:
+            with connect() as client:
+                while not self._stop.is_set():
+                    began = time.monotonic()
+                    try:
+                        response = ask(client)
+                        answer = response.status_code, response.text
+                    except httpx.HTTPError as error:
+                        answer = 0, f"{type(error).__name__}: {error}"
+                    self.answers.append((began, time.monotonic(), *answer))
+
+        self._threads = [threading.Thread(target=work) for _ in range(num_clients)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(HANG_S)
+
+    def wait_for(self, number: int) -> None:
+        """Until so many more answers were good."""
+        wanted = self.statuses()[200] + number
+        deadline = time.monotonic() + HANG_S
+        while self.statuses()[200] < wanted:
+            assert time.monotonic() < deadline, self.statuses()
+            time.sleep(0.02)
+
+    def statuses(self) -> Counter[int]:
+        return Counter(status for _, _, status, _ in list(self.answers))
+
+    def told(self, what: str, killed_at: float) -> str:
+        """The figures of a kill: answers, and how long no request that was asked after it had its answer."""
+        gap = min(ended for began, ended, status, _ in self.answers if status == 200 and began > killed_at) - killed_at
+        longest = max(ended - began for began, ended, status, _ in self.answers if status == 200)
+        return f"{what}: {dict(self.statuses())}, answers again after {gap:.2f} s, the longest took {longest:.2f} s"
+
+
+class Measured(Protocol):
+    """A service and its metrics."""
+
+    url: str
+
+    def metric(self, name: str) -> float: ...
+
+
+def model_seconds(service: Measured) -> tuple[float, float]:
+    """Of the generator's model: seconds, summed over the images of all batches, and how many images."""
+    total, count = (
+        service.metric(f'mmcore_stage_seconds_{what}{{model="shapes",stage="model"}}') for what in ("sum", "count")
+    )
+    return total, count
+
+
+def overload(service: Measured) -> list[str]:
+    """An open stream of requests at ten times what the model can do; what took longer than it should."""
+    seconds, rate = 8.0, 10 * BATCH_SIZE / (OVERLOAD_STEPS * STEP_S)
+    answers: list[tuple[int, float, Any]] = []
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        await asyncio.sleep(number / rate)
+        began = time.monotonic()
+        body = {"prompt": f"p{number}", "seed": number, "num_inference_steps": OVERLOAD_STEPS}
+        response = await client.post(GENERATIONS, json=body)
+        answers.append((response.status_code, time.monotonic() - began, response))
+
+    async def main() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=service.url, headers=AUTHORIZED, limits=limits, timeout=HANG_S) as client:
+            await asyncio.gather(*(ask(client, number) for number in range(int(rate * seconds))))
+
+    before = model_seconds(service)
+    run(main())
+    after = model_seconds(service)
+    statuses = Counter(status for status, _, _ in answers)
+    # Where this client is slow itself, nobody need be refused.
+    assert {200} <= set(statuses) <= {200, 429}, statuses
+    for status, _, response in answers:
+        if status == 429:
+            assert response.json()["error"]["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) >= 1
+    accepted = sorted(taken for status, taken, _ in answers if status == 200)
+    refused = sorted(taken for status, taken, _ in answers if status == 429) or [math.inf]
+    batch_s = (after[0] - before[0]) / (after[1] - before[1])
+    p99, refusal_p99 = accepted[int(len(accepted) * 0.99)], refused[int(len(refused) * 0.99)]
+    # The whole queue before one, the batch that is at work, and the time of one for the way there and back.
+    bound = (LIMITS.max_queue / BATCH_SIZE + 2) * batch_s
+    told = (
+        f"overload: {dict(statuses)}, accepted p50 {statistics.median(accepted):.2f} s, p99 {p99:.2f} s, "
+        f"refused p50 {statistics.median(refused):.3f} s, p99 {refusal_p99:.3f} s, batch {batch_s:.2f} s, {bound=:.2f}"
+    )
+    print(told)
+    # At least what the model can do, or it was idle beside a queue; and who is refused is told so at once.
+    is_busy = len(accepted) > BATCH_SIZE / batch_s * seconds * 0.7
+    return [] if is_busy and p99 < bound and refusal_p99 < MAX_REFUSAL_BATCHES * batch_s else [told]
