@@ -26,16 +26,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 JOB_TIMEOUT_S = 500.0
 HEALTH_CHECK_INTERVAL_S = "0.1"  # each checkpoint waits for one
+# What only ends a test that hangs: no event that comes is ever this late.
+HANG_S = 300.0
+# Below the ports that the kernel gives out unasked (from 32768 on), above those of `ray start` for its workers.
+PORTS = range(20_000, 32_768)
+
+_claims: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that neither the kernel nor another test gives away meanwhile."""
+    while True:
+        port = secrets.choice(PORTS)
+        # The UDP port of the same number, which no server here wants, is kept: no other test process draws it then.
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.bind(("", port))
+        except OSError:
+            claim.close()
+        else:
+            _claims.append(claim)
+            return port
 
 
-def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float = 60) -> None:
+def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float = HANG_S) -> None:
     """Until `url` answers anything at all; fails when `process` ends or the time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -98,11 +114,28 @@ def ray_local(short_tmp: Path) -> Iterator[None]:
             patch.delenv(name)
 
 
+# S3 lets one of several writers create an object. moto looks first and writes then, and is a thread for each of them.
+MOTO_SERVER = """
+import threading
+from moto import server
+from moto.s3.responses import S3Response
+
+put, lock = S3Response.put_object, threading.Lock()
+
+def one_at_a_time(response):
+    with lock:
+        return put(response)
+
+S3Response.put_object = one_at_a_time
+server.main()
+"""
+
+
 @pytest.fixture(scope="session")
 def _s3_endpoint() -> Iterator[str]:
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, "-c", MOTO_SERVER, "-H", "127.0.0.1", "-p", str(port)],
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -216,10 +249,12 @@ def call_job(ray_local: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     """`call_job(main, "--flag", ...)` -> CompletedProcess: as `run_job`, but in this process and its Ray.
 
     It spares the start of Python and of Ray, ten seconds a job. Jobs that are killed, that a stall ends or that need
-    another environment are run.
+    another environment are run. A line of a worker is waited for with `until`: Ray may bring it after the job's end.
     """
 
-    def call(main: Callable[[], None], *args: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    def call(
+        main: Callable[[], None], *args: object, check: bool = True, until: str = ""
+    ) -> "subprocess.CompletedProcess[str]":
         from jobs.commandline import run
 
         command = [f"jobs/{main.__module__.rpartition('.')[2]}.py", *map(str, args)]
@@ -231,8 +266,15 @@ def call_job(ray_local: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         out, err = capfd.readouterr()
+        shown = f"\n{' '.join(command)}\n--- stdout\n{out[-6000:]}\n--- stderr\n{err[-6000:]}"
         if check and code != 0:
-            pytest.fail(f"exit code {code}:\n{' '.join(command)}\n--- stdout\n{out[-6000:]}\n--- stderr\n{err[-6000:]}")
+            pytest.fail(f"exit code {code}:{shown}")
+        deadline = time.monotonic() + HANG_S
+        while until not in out:
+            if time.monotonic() > deadline:
+                pytest.fail(f"no line with {until!r}:{shown}")
+            time.sleep(0.1)
+            out += capfd.readouterr().out
         return subprocess.CompletedProcess(command, code, out, err)
 
     return call

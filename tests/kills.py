@@ -4,14 +4,14 @@ import contextlib
 import json
 import subprocess
 import time
+from collections.abc import Callable
 
 import psutil
 
 from mmcore.storage import Storage
 
+# No more than a guard against a job that hangs: a busy machine takes long to start Ray, and its workers to import.
 TIMEOUT_S = 400.0
-# A start of Ray and the first block of a sweep that takes no time; a training's steps take longer.
-BLOCKS_TIMEOUT_S = 120.0
 # What Ray calls the processes of its workers.
 TRAIN_WORKER, MAP_WORKER = "RayTrainWorker", "MapWorker"
 
@@ -25,30 +25,42 @@ def committed_step(run: Storage) -> int:
     return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
 
 
-def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -> int:
+def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -> None:
+    wait_until(lambda: committed_step(run) >= step, process, f"step {step}")
+
+
+def wait_for_workers(process: "subprocess.Popen[bytes]", kind: str, number: int = 1) -> list[psutil.Process]:
+    """The processes of the job's workers, once it has so many."""
+    wait_until(lambda: len(workers(process, kind)) >= number, process, f"{number} workers")
+    return workers(process, kind)
+
+
+def wait_for_blocks(parts: Storage, number: int, process: "subprocess.Popen[bytes]") -> None:
+    """Until as many are committed."""
+    wait_until(lambda: len(parts.list(".parquet")) >= number, process, f"{number} blocks")
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while (now := committed_step(run)) < step:
-        assert process.poll() is None, f"the job ended at step {now}, before it could be disturbed"
-        assert time.monotonic() < deadline, f"no step {step} in time; at {now}"
+    while not condition():
+        assert process.poll() is None, f"the job ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} in time: the job hangs"
+        time.sleep(0.01)
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    """Until none of them, which were killed or will end by themselves, does anything any more."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while left := [process for process in processes if _lives(process)]:
+        assert time.monotonic() < deadline, f"{left} are left"
         time.sleep(0.02)
-    return now
 
 
-def wait_for_blocks(parts: Storage, more: int, process: "subprocess.Popen[bytes]") -> None:
-    """Until the job has workers of Ray Data, and `parts` has `more` blocks than when it had them.
-
-    They are counted from there, since a worker of a killed run may commit one after the next run began.
-    """
-    deadline = time.monotonic() + BLOCKS_TIMEOUT_S
-    while not workers(process, MAP_WORKER):
-        assert process.poll() is None, "the job ended before it had a worker"
-        assert time.monotonic() < deadline, "no worker came up: it hangs"
-        time.sleep(0.02)
-    wanted = len(parts.list(".parquet")) + more
-    while len(parts.list(".parquet")) < wanted:
-        assert process.poll() is None, "the job ended before it was killed"
-        assert time.monotonic() < deadline, "no block was committed: it hangs"
-        time.sleep(0.002)
+def _lives(process: psutil.Process) -> bool:
+    # A dead one for which nobody has waited still has its number: perhaps for ever, where its parent was killed too.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def workers(process: "subprocess.Popen[bytes]", kind: str = TRAIN_WORKER) -> list[psutil.Process]:
@@ -70,4 +82,4 @@ def kill_with_all_it_started(process: "subprocess.Popen[bytes]") -> None:
     for survivor in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             survivor.kill()
-    psutil.wait_procs(alive, timeout=10)
+    wait_until_gone(alive)

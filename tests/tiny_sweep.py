@@ -4,8 +4,6 @@
 """
 
 import hashlib
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import ray._private.utils
 import torch
 import tyro
+from gate import Gate
 
 import jobs.cluster
 from jobs.commandline import run
@@ -37,51 +36,37 @@ def tiny_image(prompt: str, seed: int) -> np.ndarray:
 
 
 class TinyGenerator:
-    """`facts`: `seconds` that a batch takes, and `log`, a file that gets the number of images of each call."""
-
     vqvae = None
-
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.facts = facts
 
     def generate(self, prompts: list[str], seeds: list[int], **settings: Any) -> np.ndarray:
         assert set(settings) == {"num_inference_steps", "guidance_scale", "sampler", "negative_prompts"}
-        if prompts[0]:
-            time.sleep(self.facts["seconds"])
         return np.stack([tiny_image(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
 
 
 class TinyWorker(GenerateImages):
-    """Writes down each block that it generates, before it does."""
+    """Writes down each block before it generates it, and waits before that at the gate in the run's folder."""
 
     def load(self, run: Storage, text_encoder: str | None) -> TinyGenerator:
-        self.log = json.loads(run.read("model/recipe.json"))["log"]
-        return TinyGenerator(json.loads(run.read("model/recipe.json")))
+        self.gate = Gate(run.uri)
+        return TinyGenerator()
 
     def generate(self, prompts: Sequence[Prompt], steps: int) -> np.ndarray:
         if prompts[0].image_id:
-            with open(self.log, "a") as file:
-                file.write(f"{prompts[0].image_id} {len(prompts)}\n")
+            self.gate.begin(f"{prompts[0].image_id} {len(prompts)}")
         return super().generate(prompts, steps)
 
 
-def write_run(folder: Path, seconds: float = 0.0, recipe: PixelDiffusionRecipe | None = None) -> Path:
-    """A run of the tiny generator, which says that it was trained as `recipe`; its log is `folder`/calls.txt."""
-    facts = {
-        "recipe": "pixel_diffusion",
-        "settings": recipe_to_json(recipe or VARIANTS["smoke"]),
-        "resolution": SIZE,
-        "seconds": seconds,
-        "log": str(folder / "calls.txt"),
-    }
+def write_run(folder: Path, recipe: PixelDiffusionRecipe | None = None) -> Path:
+    """A run of the tiny generator, which says that it was trained as `recipe`."""
+    settings = recipe_to_json(recipe or VARIANTS["smoke"])
+    facts = {"recipe": "pixel_diffusion", "settings": settings, "resolution": SIZE}
     write_model(Storage(str(folder)), {"nothing": torch.zeros(1)}, facts)
-    (folder / "calls.txt").touch()
     return folder
 
 
 def calls(run_folder: Path) -> list[str]:
     """The first image of each block that was generated, in order."""
-    return [line.split()[0] for line in (run_folder / "calls.txt").read_text().splitlines()]
+    return [line.split()[0] for line in Gate(run_folder).begun()]
 
 
 def write_prompts(path: Path, count: int) -> Path:

@@ -20,6 +20,8 @@ from serve.captioner import load_captioner
 from serve.generator import load_generator
 from serve.proxy import VALUE, VARIABLE
 
+# Of one demo, and no more than a guard against one that hangs.
+TIMEOUT_S = 800.0
 # Far too little to learn from: its captions must not pass.
 TINY = [
     "--shapes.num-train", "64", "--shapes.num-validation", "12", "--shapes.num-test", "12",
@@ -64,6 +66,7 @@ def test_captions_are_no_markup() -> None:
     assert "&lt;script&gt;" in html
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     where: str,
@@ -74,7 +77,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
 ) -> None:
     """In S3 it shows that all the jobs that the demo calls work there."""
     storage = Storage(s3_server if where == "s3" else str(tmp_path)) / "a demo"
-    first = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False)
+    first = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False, timeout_s=TIMEOUT_S)
     assert first.returncode == 1, first.stderr
     # Not a crash: one line that says what is too low, after everything was made.
     assert re.search(
@@ -106,7 +109,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     made = kept_files(storage)
     assert len(made) > 20
 
-    second = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False)
+    second = run_job("jobs/demo.py", "--storage", storage, *TINY, check=False, timeout_s=TIMEOUT_S)
     assert second.returncode == 1, "low scores stay a failure when nothing is done anew"
     assert second.stdout.count("kept") == 4
     assert "Ray: started" not in second.stderr, "finished stages need no Ray"
@@ -122,14 +125,17 @@ def kept_files(storage: Storage) -> dict[str, Any]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_another_training_leaves_no_captions_of_the_old_one(
     run_job: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
     storage = tmp_path / "a demo"
-    run_job("jobs/demo.py", "--storage", storage, *TINY, check=False)
+    run_job("jobs/demo.py", "--storage", storage, *TINY, check=False, timeout_s=TIMEOUT_S)
     model = storage / "runs" / "resnet_captioner" / "default" / "model" / "model.safetensors"
     before = model.read_bytes()
-    again = run_job("jobs/demo.py", "--storage", storage, *TINY, "--captioner.train.seed", "7", check=False)
+    again = run_job(
+        "jobs/demo.py", "--storage", storage, *TINY, "--captioner.train.seed", "7", check=False, timeout_s=TIMEOUT_S
+    )
     assert again.stdout.count("trained anew") == 1, "data and generator stay"
     assert "12 images, 12 of them now" in again.stdout
     assert model.read_bytes() != before

@@ -12,20 +12,46 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kills import TIMEOUT_S
 
+import jobs.lease
 from jobs.lease import LEASE, Holder, Lease
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
 ROOT = Path(__file__).parents[2]
+# A lease that lasts so long does not expire because a test stands still for a while.
+HOUR_S = 3600.0
 HOLD = """
-import sys, time
+import sys
 from jobs.lease import Lease
 from mmcore.storage import Storage
-with Lease(Storage(sys.argv[1]), "the sweep", renew_s=float(sys.argv[2])):
+with Lease(Storage(sys.argv[1]), "the sweep", ttl_s=3600, renew_s=float(sys.argv[2])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
+
+
+class Clock:
+    """Time that passes where the lease sleeps, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+        self.on_sleep: Callable[[], object] = lambda: None
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.on_sleep()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(jobs.lease, "time", clock)
+    return clock
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -39,14 +65,14 @@ def held(place: Storage, number: int) -> dict:
 
 def put(place: Storage, number: int, **changes: object) -> Holder:
     """The file of a holder that is this process but for `changes`."""
-    holder = dataclasses.replace(Holder.this_process(60), **changes)  # type: ignore[arg-type]
+    holder = dataclasses.replace(Holder.this_process(HOUR_S), **changes)  # type: ignore[arg-type]
     place.write(f"lease/{number:06d}.json", json.dumps(dataclasses.asdict(holder)).encode())
     return holder
 
 
 def start_holder(place: Storage, renew_s: float = 15) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, place.uri, str(renew_s)], cwd=ROOT, text=True,
+        [sys.executable, "-c", HOLD, place.uri, str(renew_s)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout is not None
@@ -55,18 +81,19 @@ def start_holder(place: Storage, renew_s: float = 15) -> "subprocess.Popen[str]"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.01)
 
 
 def test_a_live_run_is_not_disturbed_and_gives_back(place: Storage) -> None:
-    with Lease(place, "the sweep"):
+    began = time.time()
+    with Lease(place, "the sweep", ttl_s=HOUR_S):
         with pytest.raises(InputError, match=rf"the sweep is being run by process {os.getpid()} on ") as refused:
             Lease(place, "the sweep").__enter__()
         assert "\n" not in str(refused.value)
-        assert held(place, 0)["expires_unix"] > time.time() + 30
+        assert held(place, 0)["expires_unix"] >= began + HOUR_S
     assert held(place, 0)["expires_unix"] == 0
     with Lease(place, "the sweep") as again:
         assert again.number == 1
@@ -103,30 +130,28 @@ def test_a_process_number_that_is_used_again_is_no_holder(place: Storage) -> Non
 
 @pytest.mark.parametrize("machine", ["another boot", None])
 def test_another_machine_holds_until_it_expires(
-    machine: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    machine: str | None, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Storage(str(tmp_path))
     # Its process numbers say nothing here, even where a container there has this host's name.
     elsewhere: dict = {"machine": machine} if machine else {"host": "elsewhere"}
-    put(place, 0, pid=2**22 + 1, expires_unix=time.time() + 1, **elsewhere)
-    started = time.time()
-    with Lease(place, "the sweep", ttl_s=1) as lease:
+    expires = put(place, 0, pid=2**22 + 1, expires_unix=clock.now + 20, **elsewhere).expires_unix
+    with Lease(place, "the sweep") as lease:
         assert lease.number == 1
-        assert time.time() - started > 0.9
+        assert expires <= clock.now <= expires + 1
     told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"the sweep is held by process \d+ on \S+: waiting 1 s for a sign of life", told[0])
+    assert re.fullmatch(r"the sweep is held by process \d+ on \S+: waiting 20 s for a sign of life", told[0])
     assert "taken over from" in told[1]
 
 
-def test_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_path: Path) -> None:
+def test_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_path: Path, clock: Clock) -> None:
     place = Storage(str(tmp_path))
-    put(place, 0, host="elsewhere", expires_unix=time.time() + 20)
-    renewal = threading.Timer(0.5, put, (place, 0), {"host": "elsewhere", "expires_unix": time.time() + 30})
-    renewal.start()
-    started = time.time()
+    began = clock.now
+    put(place, 0, host="elsewhere", expires_unix=began + 20)
+    clock.on_sleep = lambda: put(place, 0, host="elsewhere", expires_unix=began + 30)
     with pytest.raises(InputError, match=r"is being run by process \d+ on elsewhere: wait for it or stop it"):
-        Lease(place, "the sweep", ttl_s=1).__enter__()
-    assert time.time() - started < 5
+        Lease(place, "the sweep").__enter__()
+    assert clock.now <= began + 1, "it waited on after the sign of life"
 
 
 def test_old_files_do_not_pile_up(place: Storage) -> None:
@@ -138,9 +163,9 @@ def test_old_files_do_not_pile_up(place: Storage) -> None:
 
 def test_the_holder_renews(tmp_path: Path) -> None:
     place = Storage(str(tmp_path))
-    with Lease(place, "the sweep", ttl_s=1, renew_s=0.05):
+    with Lease(place, "the sweep", ttl_s=HOUR_S, renew_s=0.05):
         first = held(place, 0)["expires_unix"]
-        wait_until(lambda: held(place, 0)["expires_unix"] > first + 1.5)
+        wait_until(lambda: held(place, 0)["expires_unix"] > first)
         with pytest.raises(InputError, match="is being run"):
             Lease(place, "the sweep").__enter__()
 
@@ -161,8 +186,8 @@ def test_a_holder_that_was_replaced_ends(tmp_path: Path) -> None:
     place = Storage(str(tmp_path))
     process = start_holder(place, renew_s=0.05)
     put(place, 1, host="elsewhere")
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 1
+    assert process.wait(TIMEOUT_S) == 1
+    _, err = process.communicate()
     assert err.startswith("error: the sweep was taken over by process")
     assert len(err.splitlines()) == 1
 
@@ -173,7 +198,7 @@ def test_of_many_at_once_one_gets_it(place: Storage) -> None:
     barrier = threading.Barrier(6)
 
     def enter() -> None:
-        lease = Lease(place, "the sweep")
+        lease = Lease(place, "the sweep", ttl_s=HOUR_S)
         barrier.wait()
         try:
             won.append(lease.__enter__())
@@ -194,7 +219,7 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Storage(str(tmp_path))
-    with Lease(place, "the sweep", ttl_s=1, renew_s=0.05):
+    with Lease(place, "the sweep", renew_s=0.05):
         with monkeypatch.context() as patch:
             patch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error", "disk")))
             text = ""

@@ -1,9 +1,7 @@
 """The plan of a sweep: no block counts without it, whatever fails or is killed, and a stall of its blocks is named."""
 
 import json
-import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import tiny_sweep
+from kills import TIMEOUT_S
 from tiny_sweep import NUM
 
+import jobs.cluster
 import jobs.demo
 import jobs.sweep
 from jobs.cluster import Watchdog, cpus
@@ -97,36 +97,69 @@ def test_a_removal_that_is_killed_leaves_no_block_that_lies(sweep, tmp_path, mon
     assert not out.exists()
 
 
+class Clock(threading.Event):
+    """The clock of a sweep and the event that its watchdog waits at: seconds pass in `advance`, and nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.wakes_at = 0.0, -1.0
+        self.turn = threading.Condition()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self.turn:
+            self.wakes_at = self.now + (timeout or 0.0)
+            self.turn.notify_all()
+            self.turn.wait_for(lambda: self.is_set() or self.now >= self.wakes_at)
+        return self.is_set()
+
+    def set(self) -> None:
+        with self.turn:
+            super().set()
+            self.turn.notify_all()
+
+    def advance(self, seconds: float) -> None:
+        """Returns when the watchdog has seen the new time and waits again."""
+        with self.turn:
+            self.now += seconds
+            self.turn.notify_all()
+            assert self.turn.wait_for(lambda: self.wakes_at > self.now, timeout=TIMEOUT_S), "the watchdog hangs"
+
+
 def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
     """However long the blocks before took: three quarters of the limit, and then without an end until it is named."""
-    limit_s = 4.0
-    told: list[str] = []
+    limit_s, clock = 4.0, Clock()
 
-    class Soon(Watchdog):
+    class OnThatClock(Watchdog):
         def __init__(self, what: str, stall_timeout_s: float | None = None) -> None:
             super().__init__(what, stall_timeout_s, limit_s)
-
-    def look() -> list[str]:
-        told.extend(line for line in capsys.readouterr().err.splitlines() if "no progress" in line)
-        return told
+            self._stop = clock
 
     results = jobs.sweep._results
 
     def slow(*arguments: Any, **keywords: Any) -> Iterator[dict[str, Any]]:
         rows = results(*arguments, **keywords)
         yield next(rows)
-        time.sleep(0.75 * limit_s)
-        assert not look()
+        clock.advance(0.75 * limit_s)
         yield next(rows)
-        deadline = time.monotonic() + 60
-        while not look() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        clock.advance(0.75 * limit_s)
+        assert "no progress" not in capsys.readouterr().err
+        clock.advance(0.25 * limit_s)
         yield from rows
 
-    monkeypatch.setattr(jobs.sweep, "Watchdog", Soon)
+    for module in (jobs.cluster, jobs.sweep):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(jobs.cluster, "QUERY_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(jobs.cluster, "describe_waiting", lambda: "nothing is asked for")
+    monkeypatch.setattr(jobs.sweep, "Watchdog", OnThatClock)
     monkeypatch.setattr(jobs.sweep, "_results", slow)
     sweep()
-    assert re.match(r"waiting: generate: no progress for \d+ s \(up to \d+ s went well before\): ", look()[0])
+    told = [line for line in capsys.readouterr().err.splitlines() if "no progress" in line]
+    assert told == ["waiting: generate: no progress for 4 s (up to 3 s went well before): nothing is asked for"]
 
 
 def test_a_cluster_without_workers_yet_has_room_for_one(monkeypatch):

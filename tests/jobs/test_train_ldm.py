@@ -17,7 +17,7 @@ import pytest
 import tiny
 import tiny_diffusion
 import tiny_runs
-from job_output import own_lines
+from job_output import error_line, own_lines
 from kills import committed_step, wait_for_step
 from safetensors.torch import load_file
 
@@ -122,8 +122,7 @@ def test_a_bad_setting_is_refused_in_one_line(
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ")
+    line = error_line(capsys.readouterr().err)
     assert all(part in line for part in named), line
     assert sorted(Path(storage.uri).rglob("*")) == before
 
@@ -245,8 +244,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"
     stopped = committed_step(run_folder(storage, "interrupted"))
     assert 12 <= stopped < NUM_STEPS
-    again = call_job(main, *command)
-    assert f"resumed at step {stopped} of 40" in again.stdout
+    call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
     assert outcome(run_folder(storage, "interrupted")) == outcome(reference)
 
 
@@ -273,6 +271,6 @@ def test_a_vqvae_of_other_settings_is_not_taken_silently(
     monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "other"])
     with pytest.raises(SystemExit):
         run(main)
-    line = capfd.readouterr().err.splitlines()[-1]
+    line = error_line(capfd.readouterr().err)
     assert "is finished with other settings: num_codes: 64 (there: 7)" in line
     assert "--vqvae" in line

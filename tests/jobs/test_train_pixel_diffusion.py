@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from job_output import error_line
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
@@ -103,8 +104,7 @@ def test_a_bad_setting_is_refused_in_one_line(
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ")
+    line = error_line(capsys.readouterr().err)
     assert all(part in line for part in named), line
     assert sorted(Path(storage.uri).rglob("*")) == before
 

@@ -13,18 +13,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import tiny
 from conftest import free_port
-from kills import TIMEOUT_S, committed_step, kill_with_all_it_started, wait_for_step, workers
+from gate import Gate
+from kills import (
+    TIMEOUT_S,
+    TRAIN_WORKER,
+    committed_step,
+    kill_with_all_it_started,
+    wait_for_step,
+    wait_for_workers,
+    wait_until,
+    wait_until_gone,
+    workers,
+)
 
 from jobs.train_resnet_captioner import main
 from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
-JOB = "jobs/train_resnet_captioner.py"
+# Held at a gate before each report, in the folder that GATE names.
+JOB = ["tests/gated_job.py", "train"]
 # 40 steps of 8 epochs; dropout, so that a resume that forgot randomness would show.
 FLAGS = [
     "--variant",
@@ -52,6 +63,9 @@ FLAGS = [
 ]
 NUM_STEPS = 40
 NUM_WORKERS = 2
+# Steps that may be made beyond the one that a kill waits for: it meets a run at work, however soon it comes, and one
+# that is not over, however late.
+AHEAD = 4
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +103,25 @@ def run_folder(storage: Storage, name: str) -> Storage:
     return storage / "runs" / "resnet_captioner" / name
 
 
+def wait_for_resumes(log: Path, number: int, process: "subprocess.Popen[bytes]") -> None:
+    """Until the job has said so often that it went on; Ray brings a worker's words to the driver a while later."""
+    wait_until(lambda: log.read_text().count("resumed at step") >= number, process, f"resume {number}")
+
+
+@pytest.mark.timeout(1800)
 def test_killed_workers_and_a_killed_driver_change_nothing(
-    start_job: Callable[..., Any],
-    call_job: Callable[..., Any],
-    run_job: Callable[..., Any],
-    storage: Storage,
-    tmp_path: Path,
+    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, tmp_path: Path
 ) -> None:
     """Two workers: one of them is killed twice, then the driver with all that is left."""
     flags = [*FLAGS, "--storage", storage, "--num-workers", NUM_WORKERS]
     call_job(main, *flags, "--name", "two")
     name, run, log = "killed", run_folder(storage, "killed"), tmp_path / "job.log"
-    command = [JOB, *flags, "--name", name]
-    process = start_job(*command, log=log)
+    gate, again = Gate(tmp_path), [*flags, "--name", name]
+    gate.allow(0)
+    process = start_job(*JOB, *again, env={"GATE": str(tmp_path)}, log=log)
     killed: list[int] = []
     for step in (4, 12):
+        gate.allow(step + AHEAD)
         wait_for_step(run, step, process)
         time.sleep(random.uniform(0, 0.2))
         group = workers(process)
@@ -112,37 +130,38 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
         worker.kill()
         killed.append(worker.pid)
         # The next kill is for a worker of the next group.
-        psutil.wait_procs(group, timeout=10)
-    second = call_job(main, *flags, "--name", name, check=False)
+        wait_until_gone(group)
+    second = call_job(main, *again, check=False)
     assert f"the run {run} is being run by process {process.pid} on " in second.stderr
+    gate.allow(20 + AHEAD)
+    wait_for_resumes(log, 2, process)
     wait_for_step(run, 20, process)
     time.sleep(random.uniform(0, 0.2))
     kill_with_all_it_started(process)
     assert len(set(killed)) == 2
-    assert log.read_text().count("resumed at step") >= 2
     stopped = committed_step(run)
     assert 20 <= stopped < NUM_STEPS
     assert not run.exists("_SUCCESS")
-    again = run_job(*command, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    call_job(main, *again, until=f"resumed at step {stopped} of {NUM_STEPS}")
     assert outcome(storage, name) == outcome(storage, "two")
     tiny.no_pickles(run)
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
-    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage
+    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, tmp_path: Path
 ) -> None:
     """Five steps are an epoch: one that was interrupted is read anew, and no step is taken twice or left out."""
     run = run_folder(storage, "streamed")
-    command = [JOB, *FLAGS, "--stream", "--num-workers", NUM_WORKERS, "--storage", storage, "--name", "streamed"]
-    process = start_job(*command)
+    flags = [*FLAGS, "--stream", "--num-workers", NUM_WORKERS, "--storage", storage, "--name", "streamed"]
+    Gate(tmp_path).allow(12 + AHEAD)
+    process = start_job(*JOB, *flags, env={"GATE": str(tmp_path)})
     wait_for_step(run, 12, process)
     kill_with_all_it_started(process)
     stopped = committed_step(run)
     assert 12 <= stopped < NUM_STEPS
-    again = run_job(*command, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    call_job(main, *flags, until=f"resumed at step {stopped} of {NUM_STEPS}")
     rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     losses = [row["loss"] for row in rows if "validation_loss" not in row]
     assert [row["step"] for row in rows if "validation_loss" not in row] == list(range(1, NUM_STEPS + 1))
@@ -150,24 +169,23 @@ def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_worker_that_crashes_again_and_again_ends_the_run(
-    start_job: Callable[..., Any], run_job: Callable[..., Any], storage: Storage, tmp_path: Path
+    start_job: Callable[..., Any], storage: Storage, tmp_path: Path
 ) -> None:
     log = tmp_path / "job.log"
-    process = start_job(JOB, *FLAGS, "--storage", storage, "--name", "crashes", log=log)
-    killed: set[int] = set()
-    deadline = time.monotonic() + TIMEOUT_S
-    while process.poll() is None:
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        for worker in workers(process):
-            # Once it trains: Ray counts what dies before that otherwise.
-            if worker.pid not in killed and log.read_text().count("resumed at step") >= len(killed):
-                wait_for_step(run_folder(storage, "crashes"), 2, process)
-                worker.kill()
-                killed.add(worker.pid)
-        time.sleep(0.1)
-    assert process.returncode == 1
-    assert len(killed) == 4
+    Gate(tmp_path).allow(2 + AHEAD)
+    flags = [*FLAGS, "--storage", storage, "--name", "crashes"]
+    process = start_job(*JOB, *flags, env={"GATE": str(tmp_path)}, log=log)
+    for crashes in range(4):
+        # Once it trains: Ray counts what dies before that otherwise.
+        wait_for_step(run_folder(storage, "crashes"), 2, process)
+        wait_for_resumes(log, crashes, process)
+        group = wait_for_workers(process, TRAIN_WORKER)
+        for worker in group:
+            worker.kill()
+        wait_until_gone(group)
+    assert process.wait(TIMEOUT_S) == 1
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert line.startswith("error: training crashed 4 times, last: a worker was killed; the same command goes on")
 
@@ -195,7 +213,7 @@ def assert_only_good_checkpoints_load(run: Path) -> tuple[int, int]:
 @contextlib.contextmanager
 def disk_kept_full(folder: Path, free_bytes: int) -> Iterator[None]:
     """Until the end of the block hardly any room is left on the file system of `folder`."""
-    stop = threading.Event()
+    stop, is_full = threading.Event(), threading.Event()
 
     def fill() -> None:
         number = 0
@@ -205,10 +223,13 @@ def disk_kept_full(folder: Path, free_bytes: int) -> Iterator[None]:
                 number += 1
                 with contextlib.suppress(OSError), (folder / f"filler-{number}").open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, free)
+            else:
+                is_full.set()
             time.sleep(0.005)
 
     thread = threading.Thread(target=fill)
     thread.start()
+    is_full.wait()
     try:
         yield
     finally:
@@ -231,6 +252,7 @@ def small_disk(storage: Storage) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.timeout(1800)
 def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     start_job: Callable[..., Any],
     call_job: Callable[..., Any],
@@ -241,11 +263,16 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
 ) -> None:
     run = run_folder(storage, "disk-full")
     command = [*FLAGS, "--storage", storage, "--name", "disk-full"]
-    log = tmp_path / "job.log"
-    process = start_job(JOB, *command, log=log)
+    log, gate = tmp_path / "job.log", Gate(tmp_path)
+    gate.allow(10)
+    process = start_job(*JOB, *command, env={"GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 10, process)
+    # The room of a third one, which Ray removes after that step, would be enough for a whole one.
+    while len(list(small_disk.glob("checkpoint_2*"))) > 2:
+        time.sleep(0.02)
     # Room for a part of a checkpoint: a file of it is torn, others are whole.
     with disk_kept_full(small_disk, free_bytes=250_000):
+        gate.open()
         assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
@@ -256,12 +283,11 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     assert good >= 1
     assert refused >= 1, "the disk was to fill up in the middle of a checkpoint"
     assert not run.exists("_SUCCESS")
-    again = call_job(main, *command)
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
     assert outcome(storage, "disk-full") == reference
 
 
-class Gate:
+class Relay:
     """A TCP relay in front of a server, which can be shut: a network that fails and comes back."""
 
     def __init__(self, target_port: int) -> None:
@@ -301,9 +327,9 @@ class Gate:
 
 
 @pytest.mark.soak  # five minutes; a full disk tears checkpoints as well
+@pytest.mark.timeout(1800)
 def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     start_job: Callable[..., Any],
-    run_job: Callable[..., Any],
     storage: Storage,
     reference: dict[str, Any],
     s3_server: str,
@@ -314,16 +340,18 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     for path in sorted(Path(storage.uri).glob("data/**/*")) + sorted(Path(storage.uri).glob("features/**/*")):
         if path.is_file() and ".tmp" not in path.parts:
             there.upload(path, str(path.relative_to(storage.uri)))
-    gate = Gate(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
-    gate.open()
-    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}"}
-    run = run_folder(there, "cut-off")
-    command = [JOB, *FLAGS, "--storage", there, "--name", "cut-off"]
-    log = tmp_path / "job.log"
-    process = start_job(*command, env=env, log=log)
+    relay = Relay(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
+    relay.open()
+    env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}", "GATE": str(tmp_path)}
+    run, gate = run_folder(there, "cut-off"), Gate(tmp_path)
+    flags = [*FLAGS, "--storage", there, "--name", "cut-off"]
+    log, log_again = tmp_path / "job.log", tmp_path / "again.log"
+    gate.allow(10 + AHEAD)
+    process = start_job(*JOB, *flags, env=env, log=log)
     wait_for_step(run, 10, process)
     time.sleep(random.uniform(0, 0.2))
-    gate.shut()
+    relay.shut()
+    gate.open()
     assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
@@ -338,8 +366,12 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
     assert (tmp_path / latest).is_dir()
     assert_only_good_checkpoints_load(tmp_path)
+    relay.open()
+    gate.allow(stopped)
+    process = start_job(*JOB, *flags, env=env, log=log_again)
+    wait_for_resumes(log_again, 1, process)
     gate.open()
-    again = run_job(*command, env=env, timeout_s=TIMEOUT_S)
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    assert process.wait(TIMEOUT_S) == 0, log_again.read_text()[-4000:]
+    assert f"resumed at step {stopped} of {NUM_STEPS}" in log_again.read_text()
     assert outcome(there, "cut-off") == reference
-    gate.shut()
+    relay.shut()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from job_output import own_lines
+from job_output import driver_lines
 from kills import committed_step, kill_with_all_it_started, wait_for_step, workers
 from PIL import Image
 
@@ -98,7 +98,7 @@ def test_a_bad_setting_is_refused_in_one_line(
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 1
-    (line,) = own_lines(capsys.readouterr().err)
+    (line,) = driver_lines(capsys.readouterr().err)
     assert line.startswith("error: ")
     assert all(part in line for part in named), line
     assert not run_folder(storage, "refused").exists()
@@ -217,6 +217,5 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     assert "resumed at step" in log.read_text()
     stopped = committed_step(run)
     assert 14 <= stopped < NUM_STEPS
-    again = call_job(main, *command)
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in again.stdout
+    call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
     assert outcome(run) == reference
