@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from job_output import driver_lines
 
 from jobs.bench import decode_captions, inputs, ray_train_overhead, timing, train_captioner, train_ldm
 from jobs.bench.report_way import ReportCaptioner
@@ -62,11 +63,11 @@ def test_publish_prints_one_object_and_moves_other_output_away(capsys):
         return {"ratio": 2}
 
     timing.publish("x", {"pairs": 1, "smoke": True}, measure)
-    out, err = capsys.readouterr()
-    result = json.loads(out)
+    out, err = map(driver_lines, capsys.readouterr())
+    result = json.loads("\n".join(out))
     assert (result["bench"], result["ratio"], result["threads"]) == ("x", 2, torch.get_num_threads())
     assert result["commit"]
-    assert err == "a line of a library\n"
+    assert err == ["a line of a library"]
 
 
 def test_lengths_are_flickr8ks():
@@ -159,7 +160,7 @@ def test_train_ldm(monkeypatch, capsys):
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", command)
     train_ldm.main()
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads("\n".join(driver_lines(capsys.readouterr().out)))
     assert result["target_met"] is None
     assert result["settings"].keys() == dataclasses.asdict(LDM).keys()
     for variant in ("best", "report"):

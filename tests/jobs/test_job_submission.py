@@ -12,12 +12,14 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, end_group, free_port, run_command, wait_for_http
+from conftest import HANG_S, ROOT, end_group, free_port, run_command, wait_for_http
 
 # Installed by the test into the checkout. Asks the node with the resource `other_node` which code it runs.
 PROBE_JOB = """#!/usr/bin/env python
@@ -104,7 +106,7 @@ class Cluster:
 
     def submit(self, *args: str, check: bool = True, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         command = ["ray", "job", "submit", *args]
-        return run_command(command, env=self.env, check=check, timeout_s=300, cwd=cwd or self.checkout)
+        return run_command(command, env=self.env, check=check, timeout_s=HANG_S, cwd=cwd or self.checkout)
 
 
 def copy_code(target: Path, probe: str) -> Path:
@@ -116,6 +118,21 @@ def copy_code(target: Path, probe: str) -> Path:
     (target / "jobs" / "probe.py").write_text(probe)
     (target / "jobs" / "probe.py").chmod(0o755)
     return target
+
+
+def wait_for_first_job(dashboard: str, token: str, head: "subprocess.Popen[bytes]") -> None:
+    """Until the head has taken a job: it refuses them while the agent that starts them is 10 s later than it is."""
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{dashboard}/api/jobs/", json.dumps({"entrypoint": "true"}).encode(), headers)
+    deadline = time.monotonic() + HANG_S
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=HANG_S).close()
+            return
+        except OSError as error:
+            if head.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the head takes no job: {error}; its exit code: {head.poll()}")
+            time.sleep(0.1)
 
 
 def programs(folder: Path) -> str:
@@ -173,6 +190,7 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
             "other", old, f"--address={gcs_address}", "--num-cpus=1", '--resources={"other_node": 1}',
             f"--dashboard-agent-listen-port={free_port()}",
         )  # fmt: skip
+        wait_for_first_job(dashboard, base["RAY_AUTH_TOKEN"], head)
         user = base | {"RAY_API_SERVER_ADDRESS": dashboard, "PYTHONPATH": str(checkout)}
         yield Cluster(checkout, user, gcs_address, {})
     finally:
@@ -238,7 +256,7 @@ def test_workers_on_another_node_run_the_drivers_code(cluster, short_tmp):
     # The second node has another version: with a plain ray.init() that one runs there.
     env = cluster.env | {"RAY_ADDRESS": cluster.gcs_address}
     command = ["python", "jobs/probe.py", "--plain-init"]
-    control = result_of(run_command(command, env=env, check=True, timeout_s=120, cwd=cluster.checkout).stdout)
+    control = result_of(run_command(command, env=env, check=True, timeout_s=HANG_S, cwd=cluster.checkout).stdout)
     assert control["here"] != control["there"]
 
     # Submitted without a working directory: connect() ships the checkout.
@@ -251,8 +269,9 @@ def test_plain_python_joins_the_cluster_of_ray_address(cluster):
     def run(address: str, check: bool = True, **more: str) -> "subprocess.CompletedProcess[str]":
         env = cluster.env | {"RAY_ADDRESS": address, **more}
         command = ["python", "jobs/probe.py", "--flag", "plain"]
-        return run_command(command, env=env, check=check, timeout_s=300, cwd=cluster.checkout)
+        return run_command(command, env=env, check=check, timeout_s=HANG_S, cwd=cluster.checkout)
 
+    cluster.output_of("jobs/probe.py")  # which ran on the second node: it has joined
     done = run(cluster.gcs_address)
     result = result_of(done.stdout)
     assert result["flag"] == "plain"
