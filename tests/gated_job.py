@@ -1,10 +1,12 @@
-"""A job behind the gate in the folder that the variable GATE names: `python tests/gated_job.py caption|train FLAGS`.
+"""A job behind the gate in the folder that the variable GATE names: `python tests/gated_job.py JOB FLAGS`.
 
-Captions wait before each block of images, and the training of a captioner before each report of a step.
+Captions (the job `caption`) wait before each block of images, and trainings before each report of a step.
 """
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -12,10 +14,8 @@ import ray.train
 from gate import Gate
 
 import jobs.caption
-import jobs.train_resnet_captioner
 from jobs.caption import CaptionImages
 from jobs.commandline import run
-from jobs.train_resnet_captioner import setup
 from jobs.train_worker import Doing, Setup
 from jobs.trainer import Job
 
@@ -26,25 +26,28 @@ class GatedCaptions(CaptionImages):
         return super().__call__(rows)
 
 
-def gated_setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
-    """Called on each worker, before it trains."""
-    gate, report = Gate(os.environ["GATE"]), ray.train.report
+def gated(setup: Callable[..., Setup]) -> Callable[..., Setup]:
+    def gated_setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+        """Called on each worker, before it trains."""
+        gate, report = Gate(os.environ["GATE"]), ray.train.report
 
-    def report_once_allowed(metrics: dict[str, Any], **checkpoint: Any) -> None:
-        gate.wait(metrics["step"])
-        report(metrics, **checkpoint)
+        def report_once_allowed(metrics: dict[str, Any], **checkpoint: Any) -> None:
+            gate.wait(metrics["step"])
+            report(metrics, **checkpoint)
 
-    ray.train.report = report_once_allowed
-    return setup(job, facts, doing)
+        ray.train.report = report_once_allowed
+        return setup(job, facts, doing)
+
+    return gated_setup
 
 
 def main() -> None:
-    if sys.argv.pop(1) == "caption":
-        jobs.caption.CaptionImages = GatedCaptions  # type: ignore[misc]
-        jobs.caption.main()
+    module: Any = importlib.import_module(f"jobs.{sys.argv.pop(1)}")
+    if module is jobs.caption:
+        module.CaptionImages = GatedCaptions
     else:
-        jobs.train_resnet_captioner.setup = gated_setup
-        jobs.train_resnet_captioner.main()
+        module.setup = gated(module.setup)
+    module.main()
 
 
 if __name__ == "__main__":

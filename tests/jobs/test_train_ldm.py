@@ -17,8 +17,9 @@ import pytest
 import tiny
 import tiny_diffusion
 import tiny_runs
+from gate import Gate
 from job_output import error_line, own_lines
-from kills import committed_step, wait_for_step
+from kills import TIMEOUT_S, committed_step, wait_for_step
 from safetensors.torch import load_file
 
 from jobs.commandline import run
@@ -234,11 +235,13 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
 ) -> None:
     command = [*FLAGS, "--storage", storage, "--name", "interrupted", "--vqvae", storage / "runs" / "vqvae" / "first"]
     log = tmp_path / "job.log"
-    process = start_job(JOB, *command, log=log)
+    # A few steps more may be made than are waited for: the run is at work, and not over.
+    Gate(tmp_path).allow(12 + 4)
+    process = start_job("tests/gated_job.py", "train_ldm", *command, env={"GATE": str(tmp_path)}, log=log)
     wait_for_step(run_folder(storage, "interrupted"), 12, process)
     time.sleep(random.uniform(0, 0.2))
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(TIMEOUT_S) == 130
     assert "interrupted: run the same command again to go on from what is committed" in log.read_text()
     assert not any("Traceback" in line for line in own_lines(log.read_text())), log.read_text()
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"

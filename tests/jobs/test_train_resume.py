@@ -35,7 +35,7 @@ from mmcore.errors import InputError
 from mmcore.storage import Storage
 
 # Held at a gate before each report, in the folder that GATE names.
-JOB = ["tests/gated_job.py", "train"]
+JOB = ["tests/gated_job.py", "train_resnet_captioner"]
 # 40 steps of 8 epochs; dropout, so that a resume that forgot randomness would show.
 FLAGS = [
     "--variant",

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from gate import Gate
 from job_output import driver_lines
-from kills import committed_step, kill_with_all_it_started, wait_for_step, workers
+from kills import committed_step, kill_with_all_it_started, wait_for_step, wait_until, wait_until_gone, workers
 from PIL import Image
 
 from jobs.commandline import run
@@ -206,15 +207,19 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     """SIGKILL to the worker while only the generator trains; then to the driver, once its opponent does."""
     run = run_folder(storage, "killed")
     command = [*FLAGS, "--storage", storage, "--name", "killed"]
-    log = tmp_path / "job.log"
-    process = start_job(JOB, *command, log=log)
+    log, gate = tmp_path / "job.log", Gate(tmp_path)
+    # A few steps more may be made than a kill waits for: it meets a run at work, and one that is not over.
+    gate.allow(4 + 4)
+    process = start_job("tests/gated_job.py", "train_vqvae", *command, env={"GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 4, process)
     (worker,) = workers(process)
     worker.kill()
+    wait_until_gone([worker])
+    gate.allow(14 + 4)
+    wait_until(lambda: "resumed at step" in log.read_text(), process, "resume")
     wait_for_step(run, 14, process)
     time.sleep(random.uniform(0, 0.2))
     kill_with_all_it_started(process)
-    assert "resumed at step" in log.read_text()
     stopped = committed_step(run)
     assert 14 <= stopped < NUM_STEPS
     call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
