@@ -8,6 +8,10 @@ import fcntl
 import time
 from pathlib import Path
 
+# Steps of a training that may be made beyond the one that a kill waits for: it meets a run at work, however soon it
+# comes, and one that is not over, however late.
+AHEAD = 4
+
 
 class Gate:
     """The gate in `folder`, and what was begun behind it."""

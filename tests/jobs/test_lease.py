@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kills import TIMEOUT_S
+from kills import TIMEOUT_S, wait_until
 
 import jobs.lease
 from jobs.lease import LEASE, Holder, Lease
@@ -78,13 +78,6 @@ def start_holder(place: Storage, renew_s: float = 15) -> "subprocess.Popen[str]"
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.01)
 
 
 def test_a_live_run_is_not_disturbed_and_gives_back(place: Storage) -> None:
@@ -165,7 +158,7 @@ def test_the_holder_renews(tmp_path: Path) -> None:
     place = Storage(str(tmp_path))
     with Lease(place, "the sweep", ttl_s=HOUR_S, renew_s=0.05):
         first = held(place, 0)["expires_unix"]
-        wait_until(lambda: held(place, 0)["expires_unix"] > first)
+        wait_until(lambda: held(place, 0)["expires_unix"] > first, None, "renewal")
         with pytest.raises(InputError, match="is being run"):
             Lease(place, "the sweep").__enter__()
 
@@ -175,7 +168,7 @@ def test_a_holder_that_was_replaced_is_told_and_leaves_its_successor_alone(tmp_p
     lines: list[str] = []
     with Lease(place, "the sweep", renew_s=0.05, on_lost=lines.append):
         successor = put(place, 1, host="elsewhere")
-        wait_until(lambda: bool(lines))
+        wait_until(lambda: bool(lines), None, "line")
     assert lines == [
         f"the sweep was taken over by process {os.getpid()} on elsewhere; this run ends, what it committed stays"
     ]
@@ -229,9 +222,9 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
                 text += capsys.readouterr().err
                 return "the lease could not be renewed (disk: Input/output error" in text
 
-            wait_until(told)
+            wait_until(told, None, "word of the failure")
         now = held(place, 0)["expires_unix"]
-        wait_until(lambda: held(place, 0)["expires_unix"] > now)
+        wait_until(lambda: held(place, 0)["expires_unix"] > now, None, "renewal")
 
 
 def test_a_storage_that_fails_at_the_end_hides_nothing(

@@ -44,7 +44,7 @@ def kill_and_count(
     killed: list[psutil.Process] = []
 
     def work_for_a_moment() -> list[psutil.Process]:
-        """The workers of `job`, once they have begun, and committed, some blocks since the last kill's were gone."""
+        """The workers of `job`, once they have begun some blocks since the last kill's were gone."""
         actors = wait_for_workers(job, MAP_WORKER, num_workers)
         wait_until_gone(killed)
         wanted = len(gate.begun()) + moments.randint(in_flight + 1, blocks_a_kill - 1)

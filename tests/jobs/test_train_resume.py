@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tiny
 from conftest import free_port
-from gate import Gate
+from gate import AHEAD, Gate
 from kills import (
     TIMEOUT_S,
     TRAIN_WORKER,
@@ -63,9 +63,6 @@ FLAGS = [
 ]
 NUM_STEPS = 40
 NUM_WORKERS = 2
-# Steps that may be made beyond the one that a kill waits for: it meets a run at work, however soon it comes, and one
-# that is not over, however late.
-AHEAD = 4
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +265,7 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     process = start_job(*JOB, *command, env={"GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 10, process)
     # The room of a third one, which Ray removes after that step, would be enough for a whole one.
-    while len(list(small_disk.glob("checkpoint_2*"))) > 2:
-        time.sleep(0.02)
+    wait_until(lambda: len(list(small_disk.glob("checkpoint_2*"))) <= 2, process, "removal of a checkpoint")
     # Room for a part of a checkpoint: a file of it is torn, others are whole.
     with disk_kept_full(small_disk, free_bytes=250_000):
         gate.open()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from gate import Gate
+from gate import AHEAD, Gate
 from job_output import driver_lines
 from kills import committed_step, kill_with_all_it_started, wait_for_step, wait_until, wait_until_gone, workers
 from PIL import Image
@@ -208,14 +208,13 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     run = run_folder(storage, "killed")
     command = [*FLAGS, "--storage", storage, "--name", "killed"]
     log, gate = tmp_path / "job.log", Gate(tmp_path)
-    # A few steps more may be made than a kill waits for: it meets a run at work, and one that is not over.
-    gate.allow(4 + 4)
+    gate.allow(4 + AHEAD)
     process = start_job("tests/gated_job.py", "train_vqvae", *command, env={"GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 4, process)
     (worker,) = workers(process)
     worker.kill()
     wait_until_gone([worker])
-    gate.allow(14 + 4)
+    gate.allow(14 + AHEAD)
     wait_until(lambda: "resumed at step" in log.read_text(), process, "resume")
     wait_for_step(run, 14, process)
     time.sleep(random.uniform(0, 0.2))
