@@ -16,14 +16,14 @@ import pyarrow as pa
 import torch
 import tyro
 
-from jobs.commandline import run as run_job
-from jobs.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
-from mmcore.captioners.trained import TrainedCaptioner
+from jobs.runtime.commandline import run as run_job
+from jobs.runtime.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
 from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
-from mmcore.finished import read_facts
-from mmcore.pretrained import absolute_folder
+from mmcore.frozen.pretrained import absolute_folder
+from mmcore.run_files import read_facts
 from mmcore.storage import Storage
+from mmcore.trained.captioner import TrainedCaptioner
 
 CAPTIONS_FILE = "captions.csv"
 

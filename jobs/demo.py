@@ -25,16 +25,18 @@ from typing import Any
 import pyarrow.compute as pc
 import tyro
 
-from jobs import demo_page, train_ldm, train_resnet_captioner, train_vqvae
+from jobs import train_ldm, train_resnet_captioner, train_vqvae
 from jobs.caption import CAPTIONS_FILE, CaptionSettings, caption
-from jobs.commandline import run as run_job
 from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_captions, evaluate_images
 from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.sweep import PARTS, read_parts, read_plan, remove_sweep
-from jobs.trainer import Job, RunOptions, recipe_name, source_commit
-from mmcore.captioners import resnet
-from mmcore.captioners.resnet import ResNetCaptionerRecipe
+from jobs.runtime import demo_page
+from jobs.runtime.commandline import run as run_job
+from jobs.runtime.job import Job, RunOptions, recipe_name
+from jobs.runtime.source import source_commit
+from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
+from mmcore.captioners import cross_attention as resnet
+from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.data.manifest import MANIFEST, read_manifest
 from mmcore.data.prompts import SHAPES_TEST
 from mmcore.data.shapes import ShapesSettings
@@ -50,6 +52,7 @@ from mmcore.metrics.shapes import score_captions
 from mmcore.page import Html, page, paragraph, section, table
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
 
 PAGE = "index.html"
 # Where serve.control listens if it is told nothing else.
@@ -93,7 +96,7 @@ class DemoSettings:
     """Classifier-free guidance scale of the generated images."""
     shapes: ShapesSettings = field(default_factory=ShapesSettings)
     """The built-in data."""
-    captioner: ResNetCaptionerRecipe = _CAPTIONER
+    captioner: CrossAttentionCaptionerRecipe = _CAPTIONER
     """The captioner and its training."""
     vqvae: VQVAERecipe = _VQVAE
     """The VQ-VAE and its training."""
@@ -321,7 +324,7 @@ def _remove_other(out: Storage, wanted: dict[str, Any], parts: str = PARTS) -> N
 def train_autoencoder(demo: Demo) -> str:
     job = demo.vqvae
     said = _trained(demo, job, train_vqvae.train, demo.sweep, MANIFEST)
-    demo.facts["vqvae_fingerprint"] = vqvae.TrainedVQVAE(job.run).fingerprint()
+    demo.facts["vqvae_fingerprint"] = TrainedVQVAE(job.run).fingerprint()
     return said
 
 

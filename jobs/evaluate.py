@@ -22,11 +22,11 @@ import nltk
 import pyarrow.parquet as pq
 import tyro
 
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from mmcore.data.manifest import read_images, read_manifest
 from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
-from mmcore.metrics.captions import BLEU_WEIGHTS, BleuCounts, tokenize
+from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
 from mmcore.metrics.images import score_colours, score_shapes, words_of
 from mmcore.metrics.predictions import (
     References,

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from jobs.commandline import run as run_job
-from mmcore.data.generation import NO_TEXT
+from jobs.runtime.commandline import run as run_job
 from mmcore.errors import InputError
+from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.diffusion import make_sampler
-from mmcore.generators.trained import TrainedGenerator
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 # diffusers' pipeline pads prompts to this many tokens, and divides the image's side by this to get that of its latents.
 PIPELINE_TOKENS = 77

@@ -27,10 +27,11 @@ import ray
 import torch
 import tyro
 
-from jobs.cluster import Watchdog, connect
-from jobs.commandline import run as run_job
-from jobs.lease import Lease
-from jobs.sweep import (
+from jobs.runtime.cluster import connect
+from jobs.runtime.commandline import run as run_job
+from jobs.runtime.lease import Lease
+from jobs.runtime.source import source_commit
+from jobs.runtime.sweep import (
     MAX_BLOCKS,
     SWEEP,
     Blocks,
@@ -43,21 +44,21 @@ from jobs.sweep import (
     read_plan,
     run_sweep,
 )
-from jobs.trainer import source_commit
+from jobs.runtime.watchdog import Watchdog
 from mmcore.catalogue import GENERATORS
 from mmcore.data.manifest import BLOCK, IMAGES, MANIFEST, read_manifest
 from mmcore.data.parquet import NUM_IO_THREADS
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.device import device_name
 from mmcore.errors import InputError
-from mmcore.finished import read_facts
+from mmcore.frozen.pretrained import absolute_folder
 from mmcore.generators.diffusion import SamplerName, check_timesteps, make_sampler
-from mmcore.generators.text_encoder import SCRATCH
-from mmcore.generators.trained import TrainedGenerator
+from mmcore.generators.text_context import SCRATCH
 from mmcore.images import decode_image, png_bytes, read_png_text
-from mmcore.pretrained import absolute_folder
 from mmcore.recipe import recipe_from_json
+from mmcore.run_files import read_facts
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 SUMMARY = "summary.json"
 # The text chunks of an image that say what it is of; `commit` stands beside them and may change between resumes.

@@ -25,22 +25,32 @@ from typing import Any
 
 from torch import Tensor
 
-from jobs.commandline import run
-from jobs.dataset import cached_latent_column, ensure_dataset
-from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts, with_absolute_folders
+from jobs.runtime.commandline import run
+from jobs.runtime.diffusion_training import (
+    check,
+    describe,
+    diffusion_setup,
+    dry_run,
+    open_text,
+    text_facts,
+    with_absolute_folders,
+)
+from jobs.runtime.features import cached_latent_column, ensure_dataset
+from jobs.runtime.job import Job, parse_job
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import run_training
 from jobs.train_vqvae import default_job
 from jobs.train_vqvae import train as train_vqvae
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job, parse_job, run_training
-from mmcore.data.captions import TRAIN, read_captions
 from mmcore.data.columns import default_cache, open_column
-from mmcore.data.generation import scaling_factor
+from mmcore.data.prepared import TRAIN, read_captions
 from mmcore.errors import InputError
+from mmcore.generators.diffusion_rows import scaling_factor
 from mmcore.generators.latent_diffusion import VARIANTS
-from mmcore.generators.trained import VQVAE_ASSET
-from mmcore.generators.vqvae import VQVAE, TrainedVQVAE, VQVAERecipe
+from mmcore.generators.vqvae import VQVAE, VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.generator import VQVAE_ASSET
 
 # Images whose latents say by what all are scaled: a million numbers at the smallest size.
 _SCALE_IMAGES = 1024

@@ -18,13 +18,22 @@ follow the prompt ("a girl in pink / black / green dress") and that no girl can 
 
 from typing import Any
 
-from jobs.commandline import run
-from jobs.dataset import cached_image_column, ensure_dataset
-from jobs.diffusion import check, describe, diffusion_setup, dry_run, open_text, text_facts, with_absolute_folders
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job, parse_job, run_training
-from mmcore.captioners.vision import SCRATCH
-from mmcore.data.captions import TRAIN, read_captions
+from jobs.runtime.commandline import run
+from jobs.runtime.diffusion_training import (
+    check,
+    describe,
+    diffusion_setup,
+    dry_run,
+    open_text,
+    text_facts,
+    with_absolute_folders,
+)
+from jobs.runtime.features import cached_image_column, ensure_dataset
+from jobs.runtime.job import Job, parse_job
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import run_training
+from mmcore.data.prepared import TRAIN, read_captions
+from mmcore.frozen.vision import SCRATCH
 from mmcore.generators.pixel_diffusion import VARIANTS
 
 

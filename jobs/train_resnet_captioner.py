@@ -15,18 +15,21 @@ import numpy as np
 import ray.train
 import torch
 
-from jobs.cluster import connect
-from jobs.commandline import run
-from jobs.dataset import StreamedCaptionRows, cached_image_column, ensure_dataset, streamed_column
 from jobs.prepare import SHAPES
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job, check_new_run, parse_job, run_training
-from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
-from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder
-from mmcore.data.captions import CaptionRows, CaptionTable, read_captions, shapes_table
+from jobs.runtime.cluster import connect
+from jobs.runtime.commandline import run
+from jobs.runtime.features import StreamedCaptionRows, cached_image_column, ensure_dataset, streamed_column
+from jobs.runtime.job import Job, parse_job
+from jobs.runtime.run_folder import check_new_run
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import run_training
+from mmcore.captioners.caption_rows import CaptionRows
+from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
 from mmcore.data.columns import default_cache, open_column
+from mmcore.data.prepared import CaptionTable, read_captions, shapes_table
 from mmcore.data.shapes import ShapesSettings
 from mmcore.errors import InputError
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.text import WordVocabulary
@@ -36,7 +39,7 @@ from mmcore.training import num_steps
 TABLE_1 = (34.2, 21.5)
 
 
-def build_vocabulary(recipe: ResNetCaptionerRecipe, table: CaptionTable) -> WordVocabulary:
+def build_vocabulary(recipe: CrossAttentionCaptionerRecipe, table: CaptionTable) -> WordVocabulary:
     """The words of the recipe's source captions."""
     if recipe.vocabulary_source == "first_captions":
         captions = [captions[0] for captions in table.captions]
@@ -47,7 +50,7 @@ def build_vocabulary(recipe: ResNetCaptionerRecipe, table: CaptionTable) -> Word
 
 def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     """Model and rows, on a worker."""
-    recipe: ResNetCaptionerRecipe = job.recipe
+    recipe: CrossAttentionCaptionerRecipe = job.recipe
     vocabulary = WordVocabulary.from_json(facts["vocabulary"])
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     folders = [job.storage / "features" / key for key in facts["columns"]]
@@ -70,7 +73,7 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     model = recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
 
     def samples(model: torch.nn.Module, step: int) -> dict[str, Any]:
-        assert isinstance(model, ResNetCaptioner)
+        assert isinstance(model, CrossAttentionCaptioner)
         chosen = rows.validation[: recipe.train.num_samples]
         parameter = next(model.parameters())
         images = rows.images(chosen, None).to(parameter.device)
@@ -82,7 +85,7 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
 
 def describe(job: Job, vocabulary: WordVocabulary, encoder_shape: tuple[int, int], num_train: int) -> None:
     """Print sizes beside the report's Table 1, and the steps."""
-    recipe: ResNetCaptionerRecipe = job.recipe
+    recipe: CrossAttentionCaptionerRecipe = job.recipe
     model = recipe.build(vocabulary, encoder_shape)
     trainable = sum(parameter.numel() for parameter in model.parameters())
     frozen = 0

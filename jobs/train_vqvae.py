@@ -28,20 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.commandline import run
-from jobs.dataset import cached_image_column, ensure_dataset
 from jobs.prepare import SHAPES
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job, RunOptions, check_new_run, parse_job, recipe_name, run_training
-from mmcore.captioners.vision import SCRATCH
-from mmcore.data.captions import TRAIN, read_captions
+from jobs.runtime.commandline import run
+from jobs.runtime.features import cached_image_column, ensure_dataset
+from jobs.runtime.job import Job, RunOptions, parse_job, recipe_name
+from jobs.runtime.run_folder import check_new_run
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import run_training
 from mmcore.data.columns import default_cache, open_column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
+from mmcore.data.prepared import TRAIN, read_captions
 from mmcore.errors import InputError
+from mmcore.frozen.pretrained import absolute_folder, sha256_of
+from mmcore.frozen.vision import SCRATCH
 from mmcore.generators.perceptual import PerceptualDistance
 from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining, bicubic_psnr
 from mmcore.images import image_grid
-from mmcore.pretrained import absolute_folder, sha256_of
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from mmcore.captioners.resnet import ResNetCaptionerRecipe
+from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 
 CAPTIONERS: dict[str, Any] = {
-    "resnet_captioner": ResNetCaptionerRecipe,
+    "resnet_captioner": CrossAttentionCaptionerRecipe,
 }
 GENERATORS: dict[str, Any] = {
     "pixel_diffusion": PixelDiffusionRecipe,

@@ -7,12 +7,8 @@ Credentials, region and endpoint come from the usual ``AWS_*`` environment varia
 
 import builtins
 import errno
-import functools
-import io
-import logging
 import mimetypes
 import os
-import random
 import shutil
 import time
 import uuid
@@ -27,105 +23,13 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmcore.errors import InputError
+from mmcore.s3 import S3, S3_BACKOFF_S, S3_MAX_ATTEMPTS, S3File, s3_backoff, s3_client
 
-_S3 = "s3://"
-_S3_MAX_ATTEMPTS = 10
-# A request that has failed this often is told of: until then it is soon repaired, afterwards it takes long.
-_S3_TELL_AFTER = 3
-# Before attempt n + 1 of a request: a random part of 2^(n - 1) times the base, and of no more than the last of these.
-_S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
-_S3_CONNECT_TIMEOUT_S = 10
 # Before a conditional write that met another one is tried again.
 _CONFLICT_PAUSE_S = 0.1
-_S3_READ_TIMEOUT_S = 60
-# Connections that are kept open for the threads of one process; each further one would be opened anew.
-_S3_CONNECTIONS = 32
 
 # What file systems without hard links answer (FAT and exFAT, some network and user-space ones).
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-@functools.cache
-def _s3_client(process_id: int) -> Any:
-    """One client a process: boto3 clients are safe across threads, not across forks."""
-    import boto3
-    from botocore.config import Config
-
-    # A session of its own: threads that come here together must not share one while a client is made of it.
-    client = boto3.session.Session().client(
-        "s3",
-        config=Config(
-            # Links as well: by itself boto3 signs them by the old scheme, which newer regions refuse.
-            signature_version="s3v4",
-            # Not boto3's own attempts: in its standard mode all of them share one allowance, which a storage that
-            # fails one request in five uses up after about a thousand, and the next failure is then final.
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            connect_timeout=_S3_CONNECT_TIMEOUT_S,
-            read_timeout=_S3_READ_TIMEOUT_S,
-            max_pool_connections=_S3_CONNECTIONS,
-        ),
-    )
-    client.meta.events.register("needs-retry.s3", _s3_retry_delay)
-    return client
-
-
-def _s3_retry_delay(
-    response: tuple[Any, dict[str, Any]] | None, attempts: int, caught_exception: Exception | None, **_: Any
-) -> float | None:
-    """Seconds until a request's next attempt; None to leave it at that. botocore asks after each attempt."""
-    from botocore.exceptions import ConnectionError, HTTPClientError
-
-    if attempts >= _S3_MAX_ATTEMPTS:
-        return None
-    base = _S3_BACKOFF_S
-    if response is None:
-        if not isinstance(caught_exception, ConnectionError | HTTPClientError):
-            return None
-    else:
-        status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
-        if status in (429, 503):
-            base = _S3_THROTTLED_BACKOFF_S
-        elif status not in (500, 502, 504) and code != "RequestTimeout":
-            return None
-    if attempts == _S3_TELL_AFTER:
-        reason = (
-            f"answers {response[0].status_code}" if response is not None else f"does not answer: {caught_exception}"
-        )
-        logging.getLogger(__name__).warning("S3 %s; attempt %d of %d", reason, attempts + 1, _S3_MAX_ATTEMPTS)
-    return _s3_backoff(base, attempts)
-
-
-def _s3_backoff(base: float, attempts: int) -> float:
-    return random.random() * min(_S3_MAX_BACKOFF_S, base * 2 ** (attempts - 1))
-
-
-class _S3File(io.RawIOBase):
-    """An object of which parts are read, each by a request that is tried again as that of `Storage.read` is."""
-
-    def __init__(self, storage: "Storage", name: str, size: int) -> None:
-        self.storage, self.name, self.size, self.at = storage, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self.size, self.at + len(buffer))
-        if self.at >= end:
-            return 0
-        data = self.storage._get(self.name, Range=f"bytes={self.at}-{end - 1}")
-        buffer[: len(data)] = data
-        self.at += len(data)
-        return len(data)
 
 
 class _WholeFile:
@@ -186,7 +90,7 @@ class Storage:
 
     def __post_init__(self) -> None:
         uri = str(self.uri)
-        if uri.startswith(_S3):
+        if uri.startswith(S3):
             parts = urlsplit(uri)
             if not parts.netloc or "@" in parts.netloc or parts.query:
                 safe = uri.split("@")[-1]
@@ -209,7 +113,7 @@ class Storage:
 
     @property
     def is_s3(self) -> bool:
-        return self.uri.startswith(_S3)
+        return self.uri.startswith(S3)
 
     @property
     def name(self) -> str:
@@ -222,7 +126,7 @@ class Storage:
 
     def _key(self, name: str = "") -> tuple[str, str]:
         """Bucket and key of `name`."""
-        bucket, _, prefix = self.uri[len(_S3) :].partition("/")
+        bucket, _, prefix = self.uri[len(S3) :].partition("/")
         return bucket, "/".join(part for part in (prefix, name) if part)
 
     def _path(self, name: str = "") -> Path:
@@ -234,7 +138,7 @@ class Storage:
             return self._path(name).exists()
         bucket, key = self._key(name)
         if not name:
-            listing = _s3_client(os.getpid()).list_objects_v2(Bucket=bucket, Prefix=key and key + "/", MaxKeys=1)
+            listing = s3_client(os.getpid()).list_objects_v2(Bucket=bucket, Prefix=key and key + "/", MaxKeys=1)
             return bool(listing.get("KeyCount"))
         return self._head(bucket, key) is not None
 
@@ -242,7 +146,7 @@ class Storage:
         from botocore.exceptions import ClientError
 
         try:
-            return _s3_client(os.getpid()).head_object(Bucket=bucket, Key=key)
+            return s3_client(os.getpid()).head_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
                 return None
@@ -259,32 +163,32 @@ class Storage:
         head = self._head(*self._key(name))
         if head is None:
             raise FileNotFoundError(f"{self.uri}/{name}")
-        return cast(BinaryIO, _S3File(self, name, head["ContentLength"]))
+        return cast(BinaryIO, S3File(self, name, head["ContentLength"]))
 
     def _get(self, name: str, **part: str) -> bytes:
         """The object `name`, or the `part` of it that boto3's arguments name."""
         from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 
         bucket, key = self._key(name)
-        for attempt in range(1, _S3_MAX_ATTEMPTS + 1):
+        for attempt in range(1, S3_MAX_ATTEMPTS + 1):
             try:
-                return _s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, **part)["Body"].read()
+                return s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, **part)["Body"].read()
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
                     raise FileNotFoundError(f"{self.uri}/{name}") from None
                 raise
             except (IncompleteReadError, ResponseStreamingError):
                 # A request is tried again until its answer begins; this one broke off in the middle.
-                if attempt == _S3_MAX_ATTEMPTS:
+                if attempt == S3_MAX_ATTEMPTS:
                     raise
-                time.sleep(_s3_backoff(_S3_BACKOFF_S, attempt))
+                time.sleep(s3_backoff(S3_BACKOFF_S, attempt))
         raise AssertionError("the last attempt returned or raised")
 
     def write(self, name: str, data: bytes) -> None:
         """Write `name` whole or not at all, over what was there."""
         if self.is_s3:
             bucket, key = self._key(name)
-            _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data)
+            s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data)
             return
         temporary = self._write_temporary(name, data)
         os.replace(temporary, self._path(name))
@@ -301,7 +205,7 @@ class Storage:
             retried = False
             while True:
                 try:
-                    _s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                    s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
                     return True
                 except ClientError as error:
                     code = error.response["Error"]["Code"]
@@ -357,7 +261,7 @@ class Storage:
         prefix = key and key + "/"
         names: list[str] = []
         for page in (
-            _s3_client(os.getpid())
+            s3_client(os.getpid())
             .get_paginator("list_objects_v2")
             .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
         ):
@@ -374,7 +278,7 @@ class Storage:
         prefix = key and key + "/"
         names: builtins.list[str] = []
         for page in (
-            _s3_client(os.getpid())
+            s3_client(os.getpid())
             .get_paginator("list_objects_v2")
             .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
         ):
@@ -389,7 +293,7 @@ class Storage:
         # Browsers show a file by this type, and not as a download.
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
         params = {"Bucket": bucket, "Key": key, "ResponseContentType": content_type}
-        return _s3_client(os.getpid()).generate_presigned_url("get_object", Params=params, ExpiresIn=int(expires_s))
+        return s3_client(os.getpid()).generate_presigned_url("get_object", Params=params, ExpiresIn=int(expires_s))
 
     def delete(self, name: str) -> None:
         """Remove the file `name`; nothing happens where it is absent."""
@@ -397,7 +301,7 @@ class Storage:
             self._path(name).unlink(missing_ok=True)
             return
         bucket, key = self._key(name)
-        _s3_client(os.getpid()).delete_object(Bucket=bucket, Key=key)
+        s3_client(os.getpid()).delete_object(Bucket=bucket, Key=key)
 
     def delete_tree(self, first: Sequence[str] = ()) -> None:
         """Remove this folder and all that is in it, before the rest the files `first`, in this order.
@@ -413,7 +317,7 @@ class Storage:
         bucket, key = self._key()
         if not key:
             raise InputError(f"storage {self.uri!r}: refusing to empty a whole bucket; name a prefix in it")
-        client = _s3_client(os.getpid())
+        client = s3_client(os.getpid())
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + "/"):
             keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
             if keys:
@@ -431,7 +335,7 @@ class Storage:
         """Copy a local file to `name`, whole or not at all."""
         if self.is_s3:
             bucket, key = self._key(name)
-            _s3_client(os.getpid()).upload_file(str(local_path), bucket, key)
+            s3_client(os.getpid()).upload_file(str(local_path), bucket, key)
         else:
             self.write(name, Path(local_path).read_bytes())
 
@@ -444,7 +348,7 @@ class Storage:
         bucket, key = self._key(name)
         if self._head(bucket, key) is None:
             raise FileNotFoundError(f"{self.uri}/{name}")
-        _s3_client(os.getpid()).download_file(bucket, key, str(local_path))
+        s3_client(os.getpid()).download_file(bucket, key, str(local_path))
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """This folder as pyarrow and Ray see it: ``read_parquet(path, filesystem=filesystem)``."""
@@ -456,7 +360,7 @@ class Storage:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if region:
             options["region"] = region
-        return pyarrow.fs.S3FileSystem(**options), self.uri[len(_S3) :]
+        return pyarrow.fs.S3FileSystem(**options), self.uri[len(S3) :]
 
     def arrow_whole_files(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """As `arrow`, for a writer whose files must appear whole or not at all (on S3 they do anyway)."""

@@ -27,12 +27,12 @@ from serve.captioner import Captioner, load_captioner
 from serve.clients import Deployed, Model
 from serve.errors import ApiError
 from serve.generator import Generator, load_generator
+from serve.image_jobs import Jobs
 from serve.limits import Limits
 from serve.metrics import configure_logging
 from serve.proxy import check_guarded
 from serve.routes import Service
 from serve.security import Keys
-from serve.tasks import Jobs
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What a model's replica takes of the CPUs that Ray counts. It uses SERVE_MODEL_THREADS; this only has to leave room
@@ -224,7 +224,7 @@ def build(args: Args) -> Application:
 def check_runs(args: Args) -> None:
     """Raises InputError where a URI holds no finished run of its kind: in one line, before anything is started."""
     from mmcore.catalogue import CAPTIONERS, GENERATORS
-    from mmcore.finished import read_facts
+    from mmcore.run_files import read_facts
 
     for what, text, known in (("captioner", args.captioner, CAPTIONERS), ("generator", args.generator, GENERATORS)):
         for name, uri in named(text, what).items():

@@ -30,7 +30,7 @@ class _Trained:
     """A finished run of a captioner."""
 
     def __init__(self, run: Storage, encoder: str | None, device: str) -> None:
-        from mmcore.captioners.trained import TrainedCaptioner
+        from mmcore.trained.captioner import TrainedCaptioner
 
         self.device = device
         self._captioner: Any = TrainedCaptioner(run, device=device, encoder=encoder)

@@ -51,7 +51,7 @@ class _Trained:
 
     def __init__(self, run: Storage, text_encoder: str | None, device: str) -> None:
         from mmcore.generators.diffusion import make_sampler
-        from mmcore.generators.trained import TrainedGenerator
+        from mmcore.trained.generator import TrainedGenerator
 
         self.device = device
         self._generator = TrainedGenerator(run, device=device, text_encoder=text_encoder)
@@ -92,7 +92,7 @@ class _Trained:
     def generate(
         self, samples: Sequence[Sample], steps: int, guidance: float, on_step: Callable[[int, int], None]
     ) -> np.ndarray:
-        from mmcore.data.generation import NO_TEXT
+        from mmcore.frozen.text import NO_TEXT
 
         negatives = [negative for _, negative, _ in samples]
         return self._generator.generate(

@@ -16,11 +16,11 @@ from serve import schemas
 from serve.clients import Model, Replica
 from serve.errors import ApiError, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
-from serve.images import to_base64
+from serve.image_jobs import new_id
+from serve.incoming_images import to_base64
 from serve.metrics import logger
 from serve.schemas import GenerateWork
 from serve.security import Receive, Scope, Send
-from serve.tasks import new_id
 
 # Sent while a stream has nothing to say, so that nothing between here and the client closes it.
 _KEEP_ALIVE_S = 15.0

@@ -99,7 +99,7 @@ def ray_local(short_tmp: Path) -> Iterator[None]:
     """
     import ray
 
-    from jobs.cluster import connect
+    from jobs.runtime.cluster import connect
 
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
@@ -255,7 +255,7 @@ def call_job(ray_local: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     def call(
         main: Callable[[], None], *args: object, check: bool = True, until: str = ""
     ) -> "subprocess.CompletedProcess[str]":
-        from jobs.commandline import run
+        from jobs.runtime.commandline import run
 
         command = [f"jobs/{main.__module__.rpartition('.')[2]}.py", *map(str, args)]
         monkeypatch.setattr(sys, "argv", command)

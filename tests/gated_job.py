@@ -15,9 +15,9 @@ from gate import Gate
 
 import jobs.caption
 from jobs.caption import CaptionImages
-from jobs.commandline import run
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job
+from jobs.runtime.commandline import run
+from jobs.runtime.job import Job
+from jobs.runtime.train_worker import Doing, Setup
 
 
 class GatedCaptions(CaptionImages):

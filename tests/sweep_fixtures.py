@@ -12,7 +12,7 @@ import tiny_sweep
 import torch
 
 import jobs.generate
-import jobs.sweep
+import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, generate
 from mmcore.storage import Storage
 
@@ -25,7 +25,7 @@ def run_folder(tmp_path: Path) -> Path:
 def work_here(
     source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
 ) -> Iterator[dict[str, Any]]:
-    """What `jobs.sweep._results` does, by one worker on two threads of this process."""
+    """What `jobs.runtime.sweep._results` does, by one worker on two threads of this process."""
     worker = actors["fn"](**actors["fn_constructor_kwargs"])
     with ThreadPoolExecutor(2) as threads:
         yield from threads.map(worker, [{"block": item["block"], "item": json.dumps(item)} for item in todo])
@@ -45,11 +45,11 @@ def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     What Ray does with them is tested by the jobs that are run, killed and interrupted.
     """
-    for module in (jobs.generate, jobs.sweep):
+    for module in (jobs.generate, jobs.runtime.sweep):
         monkeypatch.setattr(module, "connect", lambda: None)
         monkeypatch.setattr(module, "num_workers_and_gpus", lambda device=None: (1, 0.0))
     monkeypatch.setattr(jobs.generate, "machine_cpus", lambda device: [2])
-    monkeypatch.setattr(jobs.sweep, "_results", work_here)
+    monkeypatch.setattr(jobs.runtime.sweep, "_results", work_here)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_there_are_sources_to_check():
         ("mmcore/data/x.py", "import torchvision.ops"),
         ("jobs/x.py", "from serve.app import build"),
         ("jobs/bench/x.py", "import serve"),
-        ("serve/x.py", "from jobs.dataset import rows"),
+        ("serve/x.py", "from jobs.runtime.features import rows"),
     ],
 )
 def test_the_check_of_imports_finds(path, source):

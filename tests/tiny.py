@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
-from mmcore.data.captions import CaptionRows, CaptionTable
+from mmcore.captioners.caption_rows import CaptionRows
+from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
 from mmcore.data.columns import Column
+from mmcore.data.prepared import CaptionTable
 from mmcore.recipe import TrainSettings
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -45,7 +46,7 @@ def table(num_train: int, num_validation: int) -> CaptionTable:
     )
 
 
-def recipe(**train: Any) -> ResNetCaptionerRecipe:
+def recipe(**train: Any) -> CrossAttentionCaptionerRecipe:
     """Frozen tokens of width 16 into a decoder of width 32; `train` overrides the settings of the training."""
     settings = TrainSettings(
         num_epochs=4,
@@ -75,7 +76,7 @@ def recipe(**train: Any) -> ResNetCaptionerRecipe:
     )
 
 
-def rows_of(recipe: ResNetCaptionerRecipe, num_train: int = 40, num_validation: int = 12) -> CaptionRows:
+def rows_of(recipe: CrossAttentionCaptionerRecipe, num_train: int = 40, num_validation: int = 12) -> CaptionRows:
     """Random frozen tokens; with `flip`, other ones for the mirrored view."""
     facts = table(num_train, num_validation)
     shape = (num_train + num_validation, NUM_TOKENS, ENCODER_WIDTH)
@@ -93,12 +94,12 @@ def rows_of(recipe: ResNetCaptionerRecipe, num_train: int = 40, num_validation: 
     )
 
 
-def vocabulary(recipe: ResNetCaptionerRecipe, facts: CaptionTable | None = None) -> WordVocabulary:
+def vocabulary(recipe: CrossAttentionCaptionerRecipe, facts: CaptionTable | None = None) -> WordVocabulary:
     captions = [text for captions in (facts or table(40, 12)).captions for text in captions]
     return WordVocabulary.build(captions, min_count=recipe.min_word_count, lowercase=recipe.lowercase)
 
 
-def model_of(recipe: ResNetCaptionerRecipe, seed: int = 0) -> ResNetCaptioner:
+def model_of(recipe: CrossAttentionCaptionerRecipe, seed: int = 0) -> CrossAttentionCaptioner:
     torch.manual_seed(seed)
     return recipe.build(vocabulary(recipe), (NUM_TOKENS, ENCODER_WIDTH))
 
@@ -113,11 +114,11 @@ class Run:
 
 
 def train(
-    recipe: ResNetCaptionerRecipe,
+    recipe: CrossAttentionCaptionerRecipe,
     folder: Path,
     *,
     resume_from: Path | None = None,
-    model: ResNetCaptioner | None = None,
+    model: CrossAttentionCaptioner | None = None,
     **rows: int,
 ) -> Run:
     """Train in this process, keeping every checkpoint under `folder`."""

@@ -10,20 +10,21 @@ import tiny
 import torch
 
 from mmcore import checkpoint
-from mmcore.data.captions import CaptionTable
 from mmcore.data.columns import Column
-from mmcore.data.generation import GenerationRows, PromptIds, scaling_factor
-from mmcore.finished import write_model
+from mmcore.data.prepared import CaptionTable
+from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.diffusion_rows import GenerationRows, PromptIds, scaling_factor
 from mmcore.generators.latent_diffusion import VARIANTS as LDM_VARIANTS
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_VARIANTS
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
-from mmcore.generators.text_encoder import PromptTokenizer
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
-from mmcore.generators.vqvae import TrainedVQVAE, VQVAETraining
+from mmcore.generators.vqvae import VQVAETraining
 from mmcore.recipe import TrainSettings, recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
 from mmcore.training import RunHooks, Training
 
 SIDE = 8

@@ -9,10 +9,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForI
 
 from mmcore import checkpoint
 from mmcore.data.shapes import ShapesSettings, shapes_rows
-from mmcore.finished import write_model
+from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
-from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs, TextSettings
+from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
 
 SCALING_FACTOR = 0.7

@@ -15,13 +15,13 @@ import torch
 import tyro
 from gate import Gate
 
-import jobs.cluster
-from jobs.commandline import run
+import jobs.runtime.cluster
 from jobs.generate import GenerateImages, GenerateSettings, generate
+from jobs.runtime.commandline import run
 from mmcore.data.prompts import Prompt
-from mmcore.finished import write_model
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.recipe import recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
 
 SIZE = 16
@@ -106,7 +106,7 @@ def check_image(data: bytes, prompt: str, seed: int) -> None:
 
 
 def main() -> None:
-    jobs.cluster.MIN_LOCAL_CPUS = 2
+    jobs.runtime.cluster.MIN_LOCAL_CPUS = 2
     ray._private.utils.get_num_cpus = lambda *_, **__: 2
     generate(tyro.cli(GenerateSettings), TinyWorker)
 

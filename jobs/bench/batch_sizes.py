@@ -19,12 +19,12 @@ import torch
 import tyro
 
 from jobs.bench.timing import publish, say
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.errors import InputError
 from mmcore.generators.diffusion import SamplerName
-from mmcore.generators.trained import TrainedGenerator
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 
 @dataclass(frozen=True)

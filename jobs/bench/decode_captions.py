@@ -29,15 +29,15 @@ from torch import Tensor
 from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
-from jobs.commandline import run
+from jobs.runtime.commandline import run
+from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
 from mmcore.captioners.decoder import CaptionDecoder
 from mmcore.captioners.decoding import greedy
-from mmcore.captioners.resnet import VARIANTS, ResNetCaptioner, ResNetCaptionerRecipe
-from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.errors import InputError
 from mmcore.seeding import derive_seed, generator
 from mmcore.storage import Storage
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mmcore.trained.captioner import TrainedCaptioner
 
 TARGET = 20.0
 # How much the end mark's logit rises a word (the other words' best logit varies by some tenths), and how near to
@@ -102,7 +102,9 @@ def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor) 
     decoder.output.bias[EOS_ID] = row_D[-1].to(decoder.output.weight.dtype)
 
 
-def synthetic_model(bench: DecodeBench, recipe: ResNetCaptionerRecipe, device: str) -> tuple[ResNetCaptioner, Tensor]:
+def synthetic_model(
+    bench: DecodeBench, recipe: CrossAttentionCaptionerRecipe, device: str
+) -> tuple[CrossAttentionCaptioner, Tensor]:
     """The report's sizes with random weights, and image tokens (B, L, D) that say how long a caption is wanted."""
     seed = recipe.train.seed
     torch.manual_seed(derive_seed(seed, "weights"))
@@ -119,7 +121,7 @@ def synthetic_model(bench: DecodeBench, recipe: ResNetCaptionerRecipe, device: s
     return model, memory_BLD
 
 
-def trained_model(bench: DecodeBench, run: str, storage: str, device: str) -> tuple[ResNetCaptioner, Tensor]:
+def trained_model(bench: DecodeBench, run: str, storage: str, device: str) -> tuple[CrossAttentionCaptioner, Tensor]:
     """A run's weights, and the projected tokens of the first images of its dataset."""
     captioner = TrainedCaptioner(Storage(run), device=device, encoder=bench.encoder)
     model = captioner.model

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from mmcore.captioners.resnet import ResNetCaptioner, ResNetCaptionerRecipe
-from mmcore.captioners.vision import pixels_from_bytes
-from mmcore.data.captions import TRAIN, VALIDATION, CaptionRows, CaptionTable
+from mmcore.captioners.caption_rows import CaptionRows
+from mmcore.captioners.cross_attention import CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
 from mmcore.data.columns import Column
+from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable
+from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -36,7 +37,7 @@ NUM_VOCABULARY = {"report": 2366, "best": 2764}
 ENCODER_WIDTH, IMAGE_TOKENS = 512, 49
 
 
-def tiny(recipe: ResNetCaptionerRecipe) -> ResNetCaptionerRecipe:
+def tiny(recipe: CrossAttentionCaptionerRecipe) -> CrossAttentionCaptionerRecipe:
     """The same recipe at a size that shows only that a measurement runs."""
     return dataclasses.replace(recipe, width=32, num_layers=2, num_heads=2, ffn_width=64, image_size=64)
 
@@ -113,7 +114,7 @@ def encode(encoder: Callable[[Any], torch.Tensor], values: Any, batch_size: int 
 
 
 def caption_rows(
-    recipe: ResNetCaptionerRecipe, vocabulary: WordVocabulary, table: CaptionTable, features: np.ndarray
+    recipe: CrossAttentionCaptionerRecipe, vocabulary: WordVocabulary, table: CaptionTable, features: np.ndarray
 ) -> CaptionRows:
     """Training rows over `features` in memory. The mirrored view is the same array: looking it up costs the same."""
     column = Column(tuple(table.image_ids), features)
@@ -127,7 +128,9 @@ def caption_rows(
     )
 
 
-def synthetic_training(recipe: ResNetCaptionerRecipe, num_train: int) -> tuple[ResNetCaptioner, CaptionRows]:
+def synthetic_training(
+    recipe: CrossAttentionCaptionerRecipe, num_train: int
+) -> tuple[CrossAttentionCaptioner, CaptionRows]:
     """A model and rows in memory, equal on every worker: random tokens of ResNet-18's shape, random captions."""
     seed = recipe.train.seed
     vocabulary = synthetic_vocabulary(NUM_VOCABULARY["best"], recipe.lowercase)

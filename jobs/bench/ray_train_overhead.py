@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What Ray Train adds to a training step: the same loop through jobs/trainer.py and under plain torchrun.
+"""What Ray Train adds to a training step: the same loop through jobs/runtime/trainer.py and under plain torchrun.
 
 Command: python jobs/bench/ray_train_overhead.py           (quiet machine; 2 CPU cores: about 4 minutes)
          python jobs/bench/ray_train_overhead.py --num-workers 2
@@ -36,11 +36,13 @@ import tyro
 
 from jobs.bench.inputs import synthetic_training, tiny
 from jobs.bench.timing import interleaved, publish, say, verdict
-from jobs.cluster import ROOT, cpus
-from jobs.commandline import run
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job, RunOptions, run_training
-from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
+from jobs.runtime.cluster import cpus
+from jobs.runtime.commandline import run
+from jobs.runtime.job import Job, RunOptions
+from jobs.runtime.source import ROOT
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import run_training
+from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
 from mmcore.errors import InputError
 from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
@@ -76,7 +78,7 @@ class OverheadBench:
     def threads(self) -> int:
         return self.num_threads or max(1, (cpus() - 1) // self.num_workers)
 
-    def recipe(self) -> ResNetCaptionerRecipe:
+    def recipe(self) -> CrossAttentionCaptionerRecipe:
         best = tiny(VARIANTS["best"]) if self.smoke else VARIANTS["best"]
         total = self.warmup_steps + self.steps
         train = dataclasses.replace(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.captioners.decoder import CaptionDecoder, DecoderLayer, sinusoidal_positions
-from mmcore.captioners.resnet import ResNetCaptionerRecipe
 from mmcore.text import BOS_ID, PAD_ID, UNK_ID
 
 MAX_LENGTH = 50
@@ -20,7 +20,7 @@ MAX_LENGTH = 50
 class ReportCaptioner(nn.Module):
     """Linear image projection and `torch.nn.TransformerDecoder`, of the sizes that `recipe` names."""
 
-    def __init__(self, recipe: ResNetCaptionerRecipe, num_vocabulary: int, encoder_width: int) -> None:
+    def __init__(self, recipe: CrossAttentionCaptionerRecipe, num_vocabulary: int, encoder_width: int) -> None:
         super().__init__()
         width = recipe.width
         self.image_projection = nn.Linear(encoder_width, width)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.trainer import source_commit
+from jobs.runtime.source import source_commit
 from mmcore.device import device_name
 from mmcore.errors import InputError
 from mmcore.recipe import TrainSettings
-from mmcore.training import Rows, RunHooks, Training
+from mmcore.rows import Rows
+from mmcore.training import RunHooks, Training
 
 MIN_PAIRS = 5
 

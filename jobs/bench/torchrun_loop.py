@@ -14,8 +14,8 @@ import torch
 import tyro
 
 from jobs.bench.inputs import synthetic_training
-from jobs.commandline import run
-from mmcore.captioners.resnet import ResNetCaptionerRecipe
+from jobs.runtime.commandline import run
+from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.recipe import recipe_from_json
 from mmcore.training import RunHooks, Training, write_history
 
@@ -37,7 +37,7 @@ class Loop:
 def main() -> None:
     loop = tyro.cli(Loop, description=__doc__, prog="torchrun jobs/bench/torchrun_loop.py")
     torch.set_num_threads(loop.num_threads)
-    recipe = recipe_from_json(ResNetCaptionerRecipe, json.loads(loop.recipe.read_text()), str(loop.recipe))
+    recipe = recipe_from_json(CrossAttentionCaptionerRecipe, json.loads(loop.recipe.read_text()), str(loop.recipe))
     model, rows = synthetic_training(recipe, loop.num_train)
     with tempfile.TemporaryDirectory() as folder:
         training = Training(model, rows, recipe.train, RunHooks(), workdir=Path(folder))

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcore.data.captions import TRAIN, CaptionTable
 from mmcore.data.columns import Column
+from mmcore.data.prepared import TRAIN, CaptionTable
+from mmcore.rows import Batch
 from mmcore.seeding import uniform
-from mmcore.training import Batch
 
 
 def to_network(pixels_BPP3: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

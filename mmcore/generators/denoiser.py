@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
+from mmcore.frozen.text import TextInputs
 from mmcore.generators.diffusion import NoiseSchedule, SamplerName, guided, make_sampler, sample
-from mmcore.generators.text_encoder import TextContext, TextInputs, TextSettings
+from mmcore.generators.text_context import TextContext, TextSettings
 
 # Groups of every GroupNorm, diffusers' default.
 _NORM_GROUPS = 32

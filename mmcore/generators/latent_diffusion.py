@@ -7,10 +7,11 @@ The report's own U-Net has a middle of (768, 512) channels; diffusers' stays at 
 import dataclasses
 from dataclasses import dataclass, field
 
+from mmcore.frozen.text import TextInputs
 from mmcore.generators.denoiser import Denoiser, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
 from mmcore.generators.pixel_diffusion import check_diffusion
-from mmcore.generators.text_encoder import TextInputs, TextSettings
+from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import TrainSettings
 
 

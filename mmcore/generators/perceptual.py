@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmcore.captioners.vision import FrozenVisionEncoder
 from mmcore.errors import InputError
+from mmcore.frozen.vision import FrozenVisionEncoder
 
 # torchvision's vgg16: places of its convolutions in `features`, and after which ones LPIPS looks (relu1_2 ... relu5_3).
 _VGG16_CHANNELS = {

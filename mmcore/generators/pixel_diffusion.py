@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmcore.errors import InputError
+from mmcore.frozen.text import TextInputs
 from mmcore.generators.denoiser import Denoiser, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
-from mmcore.generators.text_encoder import TextInputs, TextSettings
+from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import TrainSettings
 
 

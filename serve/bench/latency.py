@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import tyro
 
-from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.storage import Storage
+from mmcore.trained.captioner import TrainedCaptioner
 from serve.bench.measuring import ask_all, photographs, publish, request, say, service, spread, write_captioner
 
 

@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 
 from mmcore import checkpoint
-from mmcore.captioners.resnet import VARIANTS
-from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder
-from mmcore.finished import write_model
+from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.recipe import recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 

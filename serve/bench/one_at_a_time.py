@@ -12,8 +12,8 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.storage import Storage
+from mmcore.trained.captioner import TrainedCaptioner
 
 
 def make_app(run: str, num_beams: int, num_words: int, num_threads: int) -> FastAPI:

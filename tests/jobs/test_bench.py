@@ -12,11 +12,13 @@ import pytest
 import torch
 from job_output import driver_lines
 
-from jobs.bench import decode_captions, inputs, ray_train_overhead, timing, train_captioner, train_ldm
+from jobs.bench import captioner_step as train_captioner
+from jobs.bench import decode_captions, inputs, ray_train_overhead, timing
+from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
-from jobs.cluster import cpus
+from jobs.runtime.cluster import cpus
+from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.decoder import Packing
-from mmcore.captioners.resnet import VARIANTS
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion
 from mmcore.recipe import recipe_to_json

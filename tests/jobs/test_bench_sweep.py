@@ -1,4 +1,4 @@
-"""jobs/bench/sweep.py and batch_sizes.py at a tiny size: that they run and give their figures. No time is checked."""
+"""jobs/bench/sweep_overhead.py and batch_sizes.py at a tiny size: they run and give their figures."""
 
 import json
 import subprocess
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.bench import batch_sizes, sweep
-from mmcore.generators.trained import TrainedGenerator
+from jobs.bench import batch_sizes
+from jobs.bench import sweep_overhead as sweep
+from mmcore.trained.generator import TrainedGenerator
 
 ROOT = Path(__file__).parents[2]
 BENCH = sweep.SweepBench(smoke=True, pairs=1, count=6, batch_size=4, item_seconds=0.001, num_threads=1)
@@ -30,7 +31,7 @@ def test_the_loop_makes_every_image(tmp_path):
 @pytest.mark.parametrize("part", ["loop", "workers"])
 def test_figures(part, job_environment):
     settings = {"part": part, "pairs": 1, "count": 6, "batch-size": 4, "item-seconds": 0.001}
-    command = [sys.executable, "jobs/bench/sweep.py", "--smoke"]
+    command = [sys.executable, "jobs/bench/sweep_overhead.py", "--smoke"]
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, cwd=ROOT, env=job_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,14 +18,14 @@ from kills import MAP_WORKER, TIMEOUT_S, wait_for_blocks, wait_until_gone, worke
 
 from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
-from mmcore.captioners.resnet import VARIANTS
-from mmcore.captioners.trained import TrainedCaptioner
+from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
-from mmcore.finished import write_model
 from mmcore.recipe import recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
+from mmcore.trained.captioner import TrainedCaptioner
 
 NUM_IMAGES = 48
 ROWS_PER_BLOCK = 4

@@ -15,14 +15,14 @@ import pytest
 from conftest import HANG_S
 from job_output import PATIENT_WATCHDOG
 
-from jobs import cluster
+from jobs.runtime import cluster
 from mmcore.errors import InputError
 
 STATUS_JOB = """
 import os, sys
 from pathlib import Path
-from jobs import cluster
-from jobs.cluster import connect
+from jobs.runtime import cluster
+from jobs.runtime.cluster import connect
 cluster.REMOVE_TIMEOUT_S = 300.0  # however long Ray's processes take to end
 if "--default-interval" in sys.argv:
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
@@ -290,7 +290,7 @@ def command_lines() -> list[str]:
 
 STALLED_JOB = """
 import ray
-from jobs.cluster import Watchdog, connect
+from jobs.runtime.cluster import Watchdog, connect
 connect()
 
 @ray.remote(num_gpus=1)

@@ -7,7 +7,7 @@ import sys
 import pyarrow.fs
 from conftest import ROOT
 
-from jobs.commandline import one_line
+from jobs.runtime.commandline import one_line
 
 
 def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:

@@ -13,17 +13,17 @@ import tiny_diffusion
 import torch
 from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Model
 
-from jobs.dataset import EncodeImages, cached_image_column, cached_latent_column, cached_text_column, read_null
 from jobs.prepare import PrepareSettings, prepare
-from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
-from mmcore.data.captions import read_captions
+from jobs.runtime.features import EncodeImages, cached_image_column, cached_latent_column, cached_text_column, read_null
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network
+from mmcore.data.prepared import read_captions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
-from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer
-from mmcore.generators.vqvae import TrainedVQVAE
+from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
 
 SHAPES = ShapesSettings(num_train=70, num_validation=10, num_test=12, image_size=32)
 NUM_IMAGES = 92
@@ -66,7 +66,7 @@ def test_the_encoder_runs_once(
     def num_encoded() -> int:
         return sum(map(int, log.read_text().split()))
 
-    monkeypatch.setattr("jobs.dataset.EncodeImages", CountedEncoder)
+    monkeypatch.setattr("jobs.runtime.features.EncodeImages", CountedEncoder)
     first = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
     assert first.encoded_now == NUM_IMAGES == num_encoded()
     times = part_times(first.folder)

@@ -13,7 +13,7 @@ from job_output import own_lines
 from pyarrow.fs import FileSelector
 
 from jobs.demo import MIN_CORRECT, STAGES, failures
-from jobs.demo_page import captioned_pictures
+from jobs.runtime.demo_page import captioned_pictures
 from mmcore.storage import Storage
 from serve.app import Args, build
 from serve.captioner import load_captioner

@@ -9,10 +9,10 @@ import torch
 
 from jobs.export import TOLERANCE, ExportSettings, export
 from mmcore.errors import InputError
-from mmcore.generators.text_encoder import TextSettings
-from mmcore.generators.trained import TrainedGenerator
+from mmcore.generators.text_context import TextSettings
 from mmcore.generators.vqvae import VQVAE
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 
 # A VQ-VAE that makes 8 pixels of a latent, as diffusers' pipeline has it, and one that makes 4.

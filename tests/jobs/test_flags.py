@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jobs import train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
-from jobs.trainer import Job, parse_job
+from jobs.runtime.job import Job, parse_job
 from mmcore.errors import InputError
 
 JOBS = {

@@ -23,16 +23,16 @@ from PIL import Image
 from tiny_sweep import BATCH, NUM
 
 import jobs.generate
-import jobs.sweep
+import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
-from jobs.lease import Lease
+from jobs.runtime.lease import Lease
 from mmcore.data.prompts import read_prompts
 from mmcore.errors import InputError
-from mmcore.finished import read_facts
 from mmcore.generators import pixel_diffusion
-from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image, png_bytes, read_png_text
+from mmcore.run_files import read_facts
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 pytest_plugins = ("sweep_fixtures",)
 COLUMNS = {
@@ -83,7 +83,7 @@ def test_what_a_sweep_writes(sweep, run_folder, tmp_path, capsys):
 def test_a_finished_sweep_needs_no_ray_and_generates_nothing(sweep, run_folder, tmp_path, monkeypatch, capsys):
     first = sweep()
     calls, before = tiny_sweep.calls(run_folder), (tmp_path / "out" / "summary.json").read_bytes()
-    monkeypatch.setattr(jobs.sweep, "connect", lambda: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr(jobs.runtime.sweep, "connect", lambda: pytest.fail("Ray was asked for"))
     assert sweep() == first
     # What was left open is what the sweep began with.
     assert sweep(batch_size="auto", num_threads=None) == first

@@ -28,17 +28,17 @@ from pathlib import Path
 
 import ray
 
-from jobs.cluster import connect
-from jobs.commandline import run
+from jobs.runtime.cluster import connect
+from jobs.runtime.commandline import run
 from mmcore.errors import InputError
 
 
 def code():
-    import jobs.cluster
+    import jobs.runtime.cluster
     import mmcore.errors
 
     digest = hashlib.sha256()
-    for module in (jobs.cluster, mmcore.errors):
+    for module in (jobs.runtime.cluster, mmcore.errors):
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()
 

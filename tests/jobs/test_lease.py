@@ -1,4 +1,4 @@
-"""jobs/lease.py: one live run at a time, and a dead one in nobody's way."""
+"""jobs/runtime/lease.py: one live run at a time, and a dead one in nobody's way."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from kills import TIMEOUT_S, wait_until
 
-import jobs.lease
-from jobs.lease import LEASE, Holder, Lease
+import jobs.runtime.lease
+from jobs.runtime.lease import LEASE, Holder, Lease
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 HOUR_S = 3600.0
 HOLD = """
 import sys
-from jobs.lease import Lease
+from jobs.runtime.lease import Lease
 from mmcore.storage import Storage
 with Lease(Storage(sys.argv[1]), "the sweep", ttl_s=3600, renew_s=float(sys.argv[2])):
     print("held", flush=True)
@@ -50,7 +50,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(jobs.lease, "time", clock)
+    monkeypatch.setattr(jobs.runtime.lease, "time", clock)
     return clock
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jobs import train_ldm
-from jobs.trainer import Job, open_run, parse_job
+from jobs.runtime.job import Job, parse_job
+from jobs.runtime.run_folder import open_run
 from mmcore.errors import InputError
 
 FACTS: dict[str, Any] = {"columns": ["latents"], "scaling_factor": 0.5}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jobs import train_worker
-from jobs.train_worker import Publisher
+from jobs.runtime import train_worker
+from jobs.runtime.train_worker import Publisher
 from mmcore.images import decode_image, png_bytes
 from mmcore.storage import Storage
 

@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from jobs.run_monitor import MAX_CRASHES, RestartBudget, RunMonitor
+from jobs.runtime.run_monitor import MAX_CRASHES, RestartBudget, RunMonitor
 
 
 def test_the_first_start_is_no_crash_and_each_further_one_is() -> None:

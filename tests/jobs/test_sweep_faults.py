@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_sweep
 
-from jobs.sweep import plan_blocks, read_block
-from mmcore import storage as module
+from jobs.runtime.sweep import plan_blocks, read_block
+from mmcore import s3 as module
 from mmcore.metrics.predictions import read_prepared
 from mmcore.storage import Storage
 
@@ -178,13 +178,13 @@ def test_a_storage_that_fails_one_time_in_five_never_wears_out(s3_server, monkey
     count = 1500
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.2) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        module._s3_client.cache_clear()
+        module.s3_client.cache_clear()
         try:
             storage = Storage(s3_server)
             with ThreadPoolExecutor(16) as threads:
                 created = list(threads.map(lambda n: storage.create(f"{n}.bin", bytes([n % 256])), range(count)))
         finally:
-            module._s3_client.cache_clear()
+            module.s3_client.cache_clear()
     assert all(created), "an object of ours, whose answer was lost, was taken for somebody else's"
     assert sum(proxy.faults.values()) > 0.15 * count
 
@@ -208,20 +208,20 @@ def test_what_conflicts_with_its_own_lost_answer_is_still_ours(faults, stored_be
         storage.write("a.bin", stored_before)
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        module._s3_client.cache_clear()
+        module.s3_client.cache_clear()
         script = iter(faults)
         monkeypatch.setattr(proxy, "draw", lambda method: next(script, ""))
         try:
             assert storage.create("a.bin", b"ours") == ours
         finally:
-            module._s3_client.cache_clear()
+            module.s3_client.cache_clear()
     assert next(script, None) is None, "a fault did not happen"
 
 
 def test_an_error_that_stays_is_not_waited_for(s3_server, monkeypatch):
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        module._s3_client.cache_clear()
+        module.s3_client.cache_clear()
         try:
             with pytest.raises(FileNotFoundError):
                 Storage(s3_server).read("nowhere.bin")
@@ -229,12 +229,12 @@ def test_an_error_that_stays_is_not_waited_for(s3_server, monkeypatch):
             with pytest.raises(botocore.exceptions.ClientError, match="NoSuchBucket"):
                 Storage("s3://no-such-bucket-here/a").write("a.bin", b"a")
             assert proxy.num_requests == 2
-            monkeypatch.setattr(module, "_S3_BACKOFF_S", 0.0)
+            monkeypatch.setattr(module, "S3_BACKOFF_S", 0.0)
             monkeypatch.setattr(proxy, "draw", lambda method: "500")
             with pytest.raises(botocore.exceptions.ClientError, match="InternalError"):
                 Storage(s3_server).write("a.bin", b"a")
         finally:
-            module._s3_client.cache_clear()
+            module.s3_client.cache_clear()
 
 
 def test_half_an_answer_is_read_again(s3_server, monkeypatch):
@@ -242,14 +242,14 @@ def test_half_an_answer_is_read_again(s3_server, monkeypatch):
     storage.write("a.bin", bytes(range(256)) * 40)
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        module._s3_client.cache_clear()
+        module.s3_client.cache_clear()
         faults = iter(["truncated", "truncated", "", "truncated", "reset before", "503"])
         monkeypatch.setattr(proxy, "draw", lambda method: next(faults, ""))
         try:
             assert storage.read("a.bin") == bytes(range(256)) * 40
             assert storage.read("a.bin") == bytes(range(256)) * 40
         finally:
-            module._s3_client.cache_clear()
+            module.s3_client.cache_clear()
 
 
 def test_prepared_data_is_read_through_many_faults(s3_server, monkeypatch):
@@ -258,14 +258,14 @@ def test_prepared_data_is_read_through_many_faults(s3_server, monkeypatch):
     monkeypatch.setattr(module, "_S3_MAX_BACKOFF_S", 0.05)
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-        module._s3_client.cache_clear()
+        module.s3_client.cache_clear()
         faults = itertools.cycle(["reset before", "503", "500", "503", "reset after", "500", ""])
         monkeypatch.setattr(proxy, "draw", lambda method: next(faults))
         try:
             table = read_prepared(s3_server, "shapes", ["image_id", "captions", "split"])
             blocks = plan_blocks_of_images(Storage(s3_server))
         finally:
-            module._s3_client.cache_clear()
+            module.s3_client.cache_clear()
     assert sorted(table["image_id"].to_pylist()) == [f"{n:06d}" for n in range(8)]
     assert blocks == [f"{n:06d}" for n in range(8)]
 

@@ -12,10 +12,11 @@ import tiny_sweep
 from kills import TIMEOUT_S
 from tiny_sweep import NUM
 
-import jobs.cluster
 import jobs.demo
-import jobs.sweep
-from jobs.cluster import Watchdog, cpus
+import jobs.runtime.cluster
+import jobs.runtime.sweep
+from jobs.runtime.cluster import cpus
+from jobs.runtime.watchdog import Watchdog
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
@@ -44,7 +45,7 @@ def test_a_worker_that_outlives_a_failure_commits_to_a_plan(sweep, run_folder, t
         yield {"block": 0, "num_rows": 0, "load_s": 0.0, "error": "the other worker's disk is full"}
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.sweep, "_results", one_fails)
+        patch.setattr(jobs.runtime.sweep, "_results", one_fails)
         with pytest.raises(InputError, match="disk is full"):
             sweep()
     ((worker, item),) = workers
@@ -139,7 +140,7 @@ def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
             super().__init__(what, stall_timeout_s, limit_s)
             self._stop = clock
 
-    results = jobs.sweep._results
+    results = jobs.runtime.sweep._results
 
     def slow(*arguments: Any, **keywords: Any) -> Iterator[dict[str, Any]]:
         rows = results(*arguments, **keywords)
@@ -151,12 +152,12 @@ def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
         clock.advance(0.25 * limit_s)
         yield from rows
 
-    for module in (jobs.cluster, jobs.sweep):
+    for module in (jobs.runtime.cluster, jobs.runtime.sweep):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(jobs.cluster, "QUERY_TIMEOUT_S", TIMEOUT_S)
-    monkeypatch.setattr(jobs.cluster, "describe_waiting", lambda: "nothing is asked for")
-    monkeypatch.setattr(jobs.sweep, "Watchdog", OnThatClock)
-    monkeypatch.setattr(jobs.sweep, "_results", slow)
+    monkeypatch.setattr(jobs.runtime.cluster, "QUERY_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(jobs.runtime.cluster, "describe_waiting", lambda: "nothing is asked for")
+    monkeypatch.setattr(jobs.runtime.sweep, "Watchdog", OnThatClock)
+    monkeypatch.setattr(jobs.runtime.sweep, "_results", slow)
     sweep()
     told = [line for line in capsys.readouterr().err.splitlines() if "no progress" in line]
     assert told == ["waiting: generate: no progress for 4 s (up to 3 s went well before): nothing is asked for"]
@@ -169,16 +170,16 @@ def test_a_cluster_without_workers_yet_has_room_for_one(monkeypatch):
         {"NodeID": "b", "Alive": False, "Resources": {"CPU": 8.0}},
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(jobs.sweep, "max_gpus", lambda: 0)
+    monkeypatch.setattr(jobs.runtime.sweep, "max_gpus", lambda: 0)
     monkeypatch.setattr(ray, "get", lambda tasks: tasks)
-    assert jobs.sweep.num_workers_and_gpus("cpu") == (1, 0.0)
-    assert jobs.sweep.num_workers_and_gpus() == (1, 0.0)
-    assert jobs.sweep.machine_cpus("cpu") == [cpus()]
+    assert jobs.runtime.sweep.num_workers_and_gpus("cpu") == (1, 0.0)
+    assert jobs.runtime.sweep.num_workers_and_gpus() == (1, 0.0)
+    assert jobs.runtime.sweep.machine_cpus("cpu") == [cpus()]
 
 
 def test_each_machine_tells_its_own_cpus(ray_local):
-    assert jobs.sweep.machine_cpus("cpu") == [cpus()]
-    assert jobs.sweep.num_workers_and_gpus("cpu") == (1, 0.0)
+    assert jobs.runtime.sweep.machine_cpus("cpu") == [cpus()]
+    assert jobs.runtime.sweep.num_workers_and_gpus("cpu") == (1, 0.0)
 
 
 def test_all_of_a_worker_s_computing_is_on_one_thread(sweep, monkeypatch):

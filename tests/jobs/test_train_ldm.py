@@ -22,15 +22,15 @@ from job_output import error_line, own_lines
 from kills import TIMEOUT_S, committed_step, wait_for_step
 from safetensors.torch import load_file
 
-from jobs.commandline import run
+from jobs.runtime.commandline import run
+from jobs.runtime.job import Job, RunOptions
 from jobs.train_ldm import main, setup
-from jobs.trainer import Job, RunOptions
 from mmcore.errors import InputError
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
-from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import decode_image
 from mmcore.recipe import recipe_from_json
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 JOB = "jobs/train_ldm.py"
 FLAGS = [

@@ -14,13 +14,13 @@ from job_output import error_line
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from jobs.train_pixel_diffusion import main
 from mmcore.errors import InputError
-from mmcore.generators.text_encoder import PromptTokenizer
-from mmcore.generators.trained import TrainedGenerator
+from mmcore.frozen.text import PromptTokenizer
 from mmcore.images import decode_image
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 JOB = "jobs/train_pixel_diffusion.py"
 # `report` in all but its sizes: the frozen encoder, the projection, no dropped texts.

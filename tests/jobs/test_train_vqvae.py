@@ -19,13 +19,14 @@ from job_output import driver_lines
 from kills import committed_step, kill_with_all_it_started, wait_for_step, wait_until, wait_until_gone, workers
 from PIL import Image
 
-from jobs.commandline import run
+from jobs.runtime.commandline import run
+from jobs.runtime.job import RunOptions
 from jobs.train_vqvae import default_job, main, with_absolute_paths
-from jobs.trainer import RunOptions
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network, to_pixels
-from mmcore.generators.vqvae import VARIANTS, TrainedVQVAE, psnr
+from mmcore.generators.vqvae import VARIANTS, psnr
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
 
 JOB = "jobs/train_vqvae.py"
 # The smoke variant: averages, revival and a discriminator from step 10 on, on 16x16 pixels.

@@ -16,8 +16,8 @@ import tiny
 from job_output import PATIENT_WATCHDOG, error_line
 from kills import TRAIN_WORKER
 
-from jobs import trainer
-from jobs.commandline import run
+from jobs.runtime import trainer
+from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import main
 from mmcore.storage import Storage
 
@@ -45,7 +45,7 @@ FLAGS = [
     "fp32",
 ]
 THE_JOB = """
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import main
 run(main)
 """
@@ -53,7 +53,7 @@ run(main)
 ONE_SIDED_MISTAKE = """
 import ray.train
 import jobs.train_resnet_captioner as job
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from mmcore.errors import InputError
 
 original = job.setup

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 
-from mmcore.metrics.captions import BleuCounts, tokenize
+from mmcore.metrics.bleu import BleuCounts, tokenize
 
 SHARED_CAPTIONS = Path(__file__).parents[3] / "shared" / "data" / "flickr8k" / "captions.txt"
 # Written out again, not imported: a change of the module's weights has to fail here.

@@ -9,9 +9,9 @@ import tiny_diffusion
 import torch
 
 from mmcore.data.columns import Column
-from mmcore.data.generation import GenerationRows, PromptEmbeddings, scaling_factor
 from mmcore.errors import InputError
 from mmcore.generators.diffusion import NoiseSchedule
+from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, scaling_factor
 
 
 def rows_of(**settings: Any) -> GenerationRows:

@@ -10,8 +10,8 @@ import torch
 
 from mmcore.catalogue import AUTOENCODERS, GENERATORS
 from mmcore.errors import InputError
+from mmcore.frozen.text import TextInputs
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
-from mmcore.generators.text_encoder import TextInputs
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
 from mmcore.recipe import recipe_from_json, recipe_to_json
 

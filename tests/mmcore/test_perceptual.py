@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTModel
 
 from mmcore.errors import InputError
+from mmcore.frozen.pretrained import sha256_of
 from mmcore.generators.perceptual import LPIPS, FeatureDistance
-from mmcore.pretrained import sha256_of
 
 # torchvision's vgg16, configuration D: channels of its convolutions, M for a pooling.
 VGG16 = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]

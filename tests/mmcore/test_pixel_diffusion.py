@@ -16,9 +16,9 @@ import torch.multiprocessing
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
+from mmcore.frozen.text import TextInputs
 from mmcore.generators.denoiser import UNetSettings
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
-from mmcore.generators.text_encoder import TextInputs
 from mmcore.recipe import recipe_from_json, recipe_to_json
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mmcore.errors import InputError
-from mmcore.generators.text_encoder import PromptTokenizer
-from mmcore.pretrained import load_frozen
+from mmcore.frozen.pretrained import load_frozen
+from mmcore.frozen.text import PromptTokenizer
 from mmcore.storage import Storage
 
 

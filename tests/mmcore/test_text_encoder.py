@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from mmcore.errors import InputError
-from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextContext, TextInputs, TextSettings
+from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
+from mmcore.generators.text_context import TextContext, TextSettings
 from mmcore.storage import Storage
 
 CAPTIONS = ["a red circle, which is small", "a red square", "two shapes: a Circle and a square", "rare"]

@@ -21,7 +21,8 @@ from mmcore.errors import InputError
 from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_DIFFUSION
 from mmcore.optimization import lr_factor
 from mmcore.recipe import TrainSettings
-from mmcore.training import RunHooks, Training, check_batch, num_steps, prefetched
+from mmcore.rows import prefetched
+from mmcore.training import RunHooks, Training, check_batch, num_steps
 
 
 @pytest.fixture(autouse=True)
@@ -443,7 +444,7 @@ def test_batches_put_together_ahead_come_in_order_with_their_errors(monkeypatch:
     import threading
 
     before = set(threading.enumerate())
-    monkeypatch.setattr("mmcore.training._JOIN_S", 300.0)
+    monkeypatch.setattr("mmcore.rows._JOIN_S", 300.0)
     endless = prefetched(iter(lambda: [], None))
     next(endless)
     endless.close()

@@ -20,8 +20,8 @@ from transformers import (
     ViTModel,
 )
 
-from mmcore.captioners.vision import FrozenVisionEncoder
 from mmcore.errors import InputError
+from mmcore.frozen.vision import FrozenVisionEncoder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
 

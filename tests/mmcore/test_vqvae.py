@@ -17,10 +17,11 @@ from mmcore import checkpoint
 from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
-from mmcore.finished import write_model
-from mmcore.generators.vqvae import VARIANTS, VQVAE, TrainedVQVAE, VQVAERecipe, VQVAETraining, bicubic_psnr, psnr
+from mmcore.generators.vqvae import VARIANTS, VQVAE, VQVAERecipe, VQVAETraining, bicubic_psnr, psnr
 from mmcore.recipe import recipe_from_json, recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +270,7 @@ def test_a_codebook_by_gradient_trains_too(tmp_path: Path) -> None:
 
 
 def finished_run(folder: Path, model: VQVAETraining, recipe_name: str = "vqvae") -> Storage:
-    """A run folder as jobs/trainer.py leaves it."""
+    """A run folder as jobs/runtime/trainer.py leaves it."""
     run = Storage(str(folder))
     facts = {"recipe": recipe_name, "variant": "smoke", "settings": recipe_to_json(model.recipe), "commit": "x"}
     write_model(run, checkpoint.trainable_state(model), facts)
@@ -301,7 +302,7 @@ def test_a_field_of_a_later_version_leaves_the_fingerprint(tmp_path: Path, monke
     run = finished_run(tmp_path, tiny_vqvae.model_of(tiny_vqvae.recipe()))
     fingerprint = TrainedVQVAE(run).fingerprint()
     later = dataclasses.make_dataclass("Later", [("new", int, 3)], bases=(VQVAERecipe,), frozen=True)
-    monkeypatch.setattr("mmcore.generators.vqvae.VQVAERecipe", later)
+    monkeypatch.setattr("mmcore.trained.autoencoder.VQVAERecipe", later)
     trained = TrainedVQVAE(run)
     assert trained.recipe.new == 3
     assert trained.fingerprint() == fingerprint

@@ -31,11 +31,11 @@ from serve.captioner import Captioner
 from serve.clients import Model
 from serve.errors import bad_value
 from serve.generator import Generator
+from serve.image_jobs import Jobs
 from serve.limits import Limits
 from serve.routes import Service
 from serve.schemas import GenerateWork
 from serve.security import Keys, logger
-from serve.tasks import Jobs
 
 KEY = "a-key-for-the-tests-0123456789"
 GENERATIONS = "/v1/images/generations"

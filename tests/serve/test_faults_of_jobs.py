@@ -16,11 +16,11 @@ from serving import HANG_S, Served, colour_of, log_records, run, until
 from test_jobs_of_images import WORK
 
 from mmcore.storage import Storage
-from serve import tasks
+from serve import image_jobs as tasks
 from serve.clients import model_unavailable
 from serve.errors import bad_value
+from serve.image_jobs import Jobs, new_id
 from serve.limits import Limits
-from serve.tasks import Jobs, new_id
 
 
 async def end_of(jobs: Jobs, job_id: str) -> dict[str, Any]:

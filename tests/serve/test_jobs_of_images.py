@@ -13,10 +13,10 @@ from serving import AUTHORIZED, HANG_S, KEY, TIMESTEPS, InProcess, Served, colou
 from mmcore.storage import Storage
 from serve import clients
 from serve.clients import model_unavailable
+from serve.image_jobs import Jobs, new_id
 from serve.limits import Limits
 from serve.schemas import GenerateWork
 from serve.security import Keys
-from serve.tasks import Jobs, new_id
 
 JOBS = "/v1/jobs"
 

@@ -16,13 +16,13 @@ from tiny_runs import write_clip, write_latent_run, write_pixel_run, write_resne
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.generate import GenerateSettings
-from mmcore.captioners.trained import TrainedCaptioner
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.device import compute_thread
 from mmcore.errors import InputError
-from mmcore.generators.text_encoder import TextSettings
-from mmcore.generators.trained import TrainedGenerator
+from mmcore.generators.text_context import TextSettings
 from mmcore.storage import Storage
+from mmcore.trained.captioner import TrainedCaptioner
+from mmcore.trained.generator import TrainedGenerator
 from serve import hardware
 from serve.bench.measuring import write_captioner
 from serve.captioner import Captioner, load_captioner

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Captions trained per second: our way against the report's way of training the same decoder.
 
-Command: python jobs/bench/train_captioner.py              (quiet machine; 2 CPU cores: about 3 minutes)
+Command: python jobs/bench/captioner_step.py              (quiet machine; 2 CPU cores: about 3 minutes)
 Target: ratio of at least 10 at the report's own size. Also measured: both ways at the size of `best`.
 
 Ours: jobs/train_resnet_captioner.py's loop, `mmcore.training.Training`, as it is: image tokens from the cache of the
@@ -31,12 +31,13 @@ import tyro
 from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
 from jobs.bench.timing import clock, publish, ratio_with_encoding, training_in_turn, verdict
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import build_vocabulary
-from mmcore.captioners.resnet import VARIANTS, ResNetCaptionerRecipe
-from mmcore.captioners.vision import FrozenVisionEncoder
-from mmcore.data.captions import CaptionRows, read_captions
+from mmcore.captioners.caption_rows import CaptionRows
+from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
+from mmcore.data.prepared import read_captions
 from mmcore.errors import InputError
+from mmcore.frozen.vision import FrozenVisionEncoder
 from mmcore.seeding import permutation
 from mmcore.storage import Storage
 from mmcore.text import PAD_ID, WordVocabulary
@@ -84,7 +85,9 @@ class Data:
     encode_seconds: float  # of one image
 
 
-def load_data(bench: TrainBench, recipe: ResNetCaptionerRecipe, num_words: int, encoder: FrozenVisionEncoder) -> Data:
+def load_data(
+    bench: TrainBench, recipe: CrossAttentionCaptionerRecipe, num_words: int, encoder: FrozenVisionEncoder
+) -> Data:
     seed = recipe.train.seed
     if bench.storage is None:
         vocabulary = inputs.synthetic_vocabulary(num_words, recipe.lowercase)
@@ -104,7 +107,9 @@ def load_data(bench: TrainBench, recipe: ResNetCaptionerRecipe, num_words: int, 
 class ReportTraining:
     """The report's loop: a step encodes, pads, and updates with Adam as PyTorch has it by default."""
 
-    def __init__(self, recipe: ResNetCaptionerRecipe, data: Data, encoder: FrozenVisionEncoder, batch: int) -> None:
+    def __init__(
+        self, recipe: CrossAttentionCaptionerRecipe, data: Data, encoder: FrozenVisionEncoder, batch: int
+    ) -> None:
         self.data, self.encoder, self.batch, self.device = data, encoder, batch, encoder.device
         torch.manual_seed(recipe.train.seed)
         model = ReportCaptioner(recipe, len(data.vocabulary), data.features.shape[-1])
@@ -186,7 +191,7 @@ def measure(bench: TrainBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(TrainBench, description=__doc__, prog="python jobs/bench/train_captioner.py")
+    bench = tyro.cli(TrainBench, description=__doc__, prog="python jobs/bench/captioner_step.py")
     if bench.storage is not None and bench.encoder is None:
         raise InputError("--storage takes real images; name their encoder too with --encoder FOLDER")
     if bench.num_images < 2 * bench.our_batch:

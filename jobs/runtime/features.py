@@ -18,18 +18,18 @@ import torch
 from ray.data import Dataset
 
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.sweep import READERS_PER_WORKER, ROWS_PER_BLOCK, Blocks, blocks_of_rows, plan_blocks, run_sweep
-from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
-from mmcore.data.captions import CaptionRows, CaptionTable, read_dataset_facts
+from jobs.runtime.sweep import READERS_PER_WORKER, ROWS_PER_BLOCK, Blocks, blocks_of_rows, plan_blocks, run_sweep
+from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.data.columns import SUCCESS
-from mmcore.data.generation import NO_TEXT
 from mmcore.data.pixels import to_network
-from mmcore.generators.text_encoder import FrozenTextEncoder
-from mmcore.generators.vqvae import TrainedVQVAE
-from mmcore.pretrained import absolute_folder
+from mmcore.data.prepared import CaptionTable, read_dataset_facts
+from mmcore.frozen.pretrained import absolute_folder
+from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.training import Batch
+from mmcore.trained.autoencoder import TrainedVQVAE
 
 # Stands for an encoder's fingerprint where the recipe trains its own.
 PIXELS = "pixels"

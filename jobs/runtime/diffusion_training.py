@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.dataset import cached_text_column, read_null
 from jobs.prepare import SHAPES
-from jobs.train_worker import Doing, Setup
-from jobs.trainer import Job, check_new_run
-from mmcore.data.captions import TRAIN, CaptionTable, read_captions
+from jobs.runtime.features import cached_text_column, read_null
+from jobs.runtime.job import Job
+from jobs.runtime.run_folder import check_new_run
+from jobs.runtime.train_worker import Doing, Setup
 from mmcore.data.columns import SUCCESS, default_cache, open_column
-from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, Prompts
 from mmcore.data.pixels import to_pixels
+from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.errors import InputError
+from mmcore.frozen.pretrained import absolute_folder
+from mmcore.frozen.text import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.diffusion import check_timesteps, make_sampler
-from mmcore.generators.text_encoder import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
-from mmcore.generators.trained import TOKENIZER_ASSET
+from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
-from mmcore.pretrained import absolute_folder
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
+from mmcore.trained.generator import TOKENIZER_ASSET
 from mmcore.training import num_steps, resolve_precision
 
 Text = PromptTokenizer | FrozenTextEncoder

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from mmcore import checkpoint
 from mmcore.catalogue import GENERATORS
-from mmcore.data.generation import NO_TEXT
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import InputError
-from mmcore.finished import read_facts, read_weights
+from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.diffusion import SamplerName
-from mmcore.generators.text_encoder import FrozenTextEncoder, PromptTokenizer, TextInputs
-from mmcore.generators.vqvae import VQVAE, TrainedVQVAE
+from mmcore.generators.vqvae import VQVAE
 from mmcore.recipe import recipe_from_json
+from mmcore.run_files import read_facts, read_weights
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
 
 # Folders under model/ of what a run needs beside its weights.
 TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from jobs.cluster import end_process
-from jobs.commandline import one_line
+from jobs.runtime.commandline import one_line
+from jobs.runtime.watchdog import end_process
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 

@@ -11,10 +11,10 @@ import tiny_diffusion
 import torch
 
 from mmcore.errors import InputError
-from mmcore.generators.trained import TrainedGenerator
-from mmcore.generators.vqvae import TrainedVQVAE
 from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.generator import TrainedGenerator
 
 PROMPTS = ["a red square", "there is a blue square at the left of it", "a green square", "a yellow square"]
 SEEDS = [3, MAX_IMAGE_SEED, 5, 6]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Images per second of training a latent diffusion: our way against the report's way with the same U-Net.
 
-Command: python jobs/bench/train_ldm.py                    (quiet machine; 2 CPU cores: about 6 minutes, 12 GB)
-         python jobs/bench/train_ldm.py --variants best    (about 3 minutes)
+Command: python jobs/bench/ldm_step.py                    (quiet machine; 2 CPU cores: about 6 minutes, 12 GB)
+         python jobs/bench/ldm_step.py --variants best    (about 3 minutes)
 Target: ratio of at least 5 with the U-Net of `best`. Also measured: both ways with the report's of 298 M parameters.
 
 Ours: jobs/train_ldm.py's loop, `mmcore.training.Training`, as it is: latents from the cache of the frozen VQ-VAE,
@@ -42,15 +42,15 @@ from torch import Tensor, nn
 
 from jobs.bench import inputs
 from jobs.bench.timing import clock, publish, ratio_with_encoding, training_in_turn, verdict
-from jobs.commandline import run
+from jobs.runtime.commandline import run
 from mmcore.data.columns import Column
-from mmcore.data.generation import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
+from mmcore.frozen.text import PromptTokenizer, TextInputs
 from mmcore.generators import vqvae
 from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
-from mmcore.generators.text_encoder import PromptTokenizer, TextInputs
 from mmcore.seeding import derive_seed, generator, permutation
 
 TARGET = 5.0
@@ -325,7 +325,7 @@ def measure(bench: LDMBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(LDMBench, description=__doc__, prog="python jobs/bench/train_ldm.py")
+    bench = tyro.cli(LDMBench, description=__doc__, prog="python jobs/bench/ldm_step.py")
     largest = max(bench.batch_of(variant) for variant in bench.variants)
     if bench.num_images <= largest:
         raise InputError(f"--num-images {bench.num_images}: more than the {largest} images of a step are needed")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Images per second of a sweep through Ray Data: against a plain loop that also writes PNGs, and with two workers.
 
-Command: python jobs/bench/sweep.py                  (quiet machine; 2 CPU cores: about 20 minutes)
-         python jobs/bench/sweep.py --part workers   (about 15 minutes)
+Command: python jobs/bench/sweep_overhead.py                  (quiet machine; 2 CPU cores: about 20 minutes)
+         python jobs/bench/sweep_overhead.py --part workers   (about 15 minutes)
 Target: the sweep at least 0.97 of the loop's speed, at 1,000 images of at least 100 ms each and equal threads.
 
 Both make the same images in the same batches with one generator: the pixel diffusion of `--variant`, of random weights,
@@ -31,18 +31,18 @@ import torch
 import tyro
 
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
-from jobs.cluster import cpus
-from jobs.commandline import run
 from jobs.generate import GenerateSettings, generate
+from jobs.runtime.cluster import cpus
+from jobs.runtime.commandline import run
 from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
-from mmcore.finished import write_model
+from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.pixel_diffusion import VARIANTS
-from mmcore.generators.text_encoder import PromptTokenizer
-from mmcore.generators.trained import TrainedGenerator
 from mmcore.images import png_bytes
 from mmcore.recipe import recipe_to_json
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedGenerator
 
 TARGET = 0.97
 _SAMPLER: Literal["dpmsolver++"] = "dpmsolver++"
@@ -185,7 +185,7 @@ def measure(bench: SweepBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(SweepBench, description=__doc__, prog="python jobs/bench/sweep.py")
+    bench = tyro.cli(SweepBench, description=__doc__, prog="python jobs/bench/sweep_overhead.py")
     publish("sweep", dataclasses.asdict(bench), lambda: measure(bench))
 
 

@@ -20,12 +20,13 @@ import ray.train
 from ray.train import Checkpoint
 from torch import nn
 
-from jobs.cluster import cpus
+from jobs.runtime.cluster import cpus
 from mmcore.errors import InputError
-from mmcore.finished import write_model
 from mmcore.images import decode_image, png_bytes
+from mmcore.rows import Rows
+from mmcore.run_files import write_model
 from mmcore.storage import Storage
-from mmcore.training import Rows, RunHooks, Training, write_history
+from mmcore.training import RunHooks, Training, write_history
 
 # Seconds between words to the driver.
 _UPDATE_S = 0.25

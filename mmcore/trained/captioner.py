@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from mmcore import checkpoint
-from mmcore.captioners.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
-from mmcore.finished import read_facts, read_weights
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.recipe import recipe_from_json
+from mmcore.run_files import read_facts, read_weights
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 

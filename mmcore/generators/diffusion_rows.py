@@ -14,16 +14,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from mmcore.data.captions import TRAIN, CaptionTable
 from mmcore.data.columns import Column
 from mmcore.data.pixels import to_network
+from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.errors import InputError
+from mmcore.frozen.text import NO_TEXT, PromptTokenizer
 from mmcore.generators.diffusion import NoiseSchedule
-from mmcore.generators.text_encoder import PromptTokenizer
+from mmcore.rows import Batch
 from mmcore.seeding import generator
-from mmcore.training import Batch
-
-NO_TEXT = ""
 
 
 class Prompts(Protocol):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mmcore.captioners.decoder import CaptionDecoder, Packing, dropout
 from mmcore.captioners.decoding import beam_search, greedy
-from mmcore.captioners.vision import SCRATCH, ScratchEncoder
 from mmcore.errors import InputError
+from mmcore.frozen.vision import SCRATCH, ScratchEncoder
 from mmcore.recipe import TrainSettings
 from mmcore.text import WordVocabulary
 
@@ -24,7 +24,7 @@ def _flag(field: str) -> str:
 
 
 @dataclass(frozen=True)
-class ResNetCaptionerRecipe:
+class CrossAttentionCaptionerRecipe:
     """ResNet-18 (frozen), cross-attention, Transformer decoder; the defaults are the report's settings."""
 
     dataset: str = "flickr8k"
@@ -104,16 +104,16 @@ class ResNetCaptionerRecipe:
                 f"{self.width} and image_size {self.image_size}; mend it with --width and --image-size"
             )
 
-    def build(self, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]) -> "ResNetCaptioner":
+    def build(self, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]) -> "CrossAttentionCaptioner":
         """The trainable half. `encoder_shape`: (L, E) of the frozen encoder's tokens (`scratch` knows its own)."""
-        return ResNetCaptioner(self, vocabulary, encoder_shape)
+        return CrossAttentionCaptioner(self, vocabulary, encoder_shape)
 
 
-class ResNetCaptioner(nn.Module):
+class CrossAttentionCaptioner(nn.Module):
     """Projected image tokens, then the decoder; the frozen encoder itself stays outside and runs once."""
 
     def __init__(
-        self, recipe: ResNetCaptionerRecipe, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]
+        self, recipe: CrossAttentionCaptionerRecipe, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]
     ) -> None:
         super().__init__()
         self.recipe, self.vocabulary = recipe, vocabulary
@@ -185,7 +185,7 @@ class ResNetCaptioner(nn.Module):
         return [self.vocabulary.decode(row) for row in ids]
 
 
-_REPORT = ResNetCaptionerRecipe()
+_REPORT = CrossAttentionCaptionerRecipe()
 _BEST = dataclasses.replace(
     _REPORT,
     captions_per_image=5,
@@ -246,4 +246,9 @@ _SMOKE = dataclasses.replace(
     ffn_width=64,
     train=dataclasses.replace(_SHAPES.train, num_epochs=1, max_steps=20, batch_size=8, warmup_steps=5),
 )
-VARIANTS: dict[str, ResNetCaptionerRecipe] = {"report": _REPORT, "best": _BEST, "shapes": _SHAPES, "smoke": _SMOKE}
+VARIANTS: dict[str, CrossAttentionCaptionerRecipe] = {
+    "report": _REPORT,
+    "best": _BEST,
+    "shapes": _SHAPES,
+    "smoke": _SMOKE,
+}

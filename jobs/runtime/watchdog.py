@@ -1,22 +1,12 @@
-"""Everything between a job and a Ray cluster: which one it joins, and what it says when nothing moves."""
+"""What a job says when nothing moves: what it waits for, and its end after a time that the user gave."""
 
-import atexit
 import contextlib
-import json
-import logging
 import os
-import secrets
-import shlex
-import shutil
-import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -25,225 +15,14 @@ from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
 from ray.util.placement_group import placement_group_table
 
+from jobs.runtime.commandline import in_one_line, say
 from mmcore.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[1]
-"""The folder that holds `jobs/` and `mmcore/`: the code that this driver runs."""
-
-MIN_LOCAL_CPUS = 4
-"""Ray's CPUs are a number for its scheduler. With 2 of them two Train workers, or a map actor beside the
-filter of a resumed sweep, wait for ever for a third; 4 is the least with which every job runs."""
-
-HEALTH_CHECK_INTERVAL_S = 0.5
-"""How often Ray Train's controller polls its workers. A report is seen at the next poll: Ray's 2 s make each
-report of a short epoch cost 2 s."""
 
 FIRST_REPORT_S = 45.0
 """A stall is named after this time without progress; with `QUERY_TIMEOUT_S` on top it stays below 60 s."""
-
 REPORT_INTERVAL_S = 60.0
 QUERY_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 10.0
-REMOVE_TIMEOUT_S = 3.0
-
 _T = TypeVar("_T")
-
-
-# --- Joining -----------------------------------------------------------------------------------------------
-
-
-def connect() -> None:
-    """Join the cluster this job was sent to, or start Ray on this machine; a second call does nothing.
-
-    Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job that came without a
-    working directory ships its repository root, so that workers on other nodes run the driver's code and not
-    what happens to be installed there. Prints one line to stderr. Sets, where they are unset,
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
-    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER.
-
-    Raises:
-        InputError: the address is of the wrong kind, nothing answers there, or the token is refused.
-    """
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_INTERVAL_S))
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
-        # Nobody takes this machine away, and one process less is to be started.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        _start_local()
-    else:
-        _join(address)
-    _quieten_ray_data()
-
-
-def _start_local() -> None:
-    """A Ray of our own: its own folder, free ports, the dashboard on loopback, a token on every port."""
-    folder = _temp_dir()
-    token_note = ""
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Ray listens on every interface and turns tokens on by itself, but then leaves one in the home
-        # folder, and from that day on a plain `ray start --head` refuses a plain `ray job submit`. A token
-        # that lives as long as this process closes the ports and leaves no trace; one that is there already
-        # (`ray get-auth-token` shows it) is used.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        if not _token_exists():
-            token_file = folder / "auth_token"
-            token_file.touch(mode=0o600)
-            token_file.write_text(secrets.token_hex(32))
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
-    _reload_auth_mode()
-    if os.environ["RAY_AUTH_MODE"] == "token":
-        token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-        token_note = "" if "RAY_AUTH_TOKEN" in os.environ else f" (it asks for the token in {token_file})"
-    # Ray starts a worker that has a runtime environment (Ray Train's all do) through a shell, and does not quote
-    # this path: in a clone whose path has a space no worker would ever start.
-    python = shlex.quote(sys.executable)
-    try:
-        context = ray.init(
-            # Not None, which would join a Ray that somebody else started on this machine.
-            address="local",
-            num_cpus=max(MIN_LOCAL_CPUS, cpus()),
-            # Without the dashboard Ray Train's controller logs an error every second.
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            runtime_env=None if python == sys.executable else {"py_executable": python},
-            _temp_dir=str(folder),
-        )
-    except Exception as error:  # where it takes too long, Ray raises this very class
-        said = " ".join(str(error).split())
-        raise InputError(f"Ray does not start on this machine, its files in {folder} (RAY_TMPDIR): {said}") from error
-    _say(f"Ray: started on this machine, {_totals()}, dashboard http://{context.dashboard_url}{token_note}")
-
-
-def _join(address: str) -> None:
-    from ray._private.services import canonicalize_bootstrap_address
-
-    if "://" in address:
-        raise InputError(
-            f"RAY_ADDRESS={address}: a job needs a cluster's HOST:PORT (6379 by default) or `auto`; "
-            "to send a job through an http:// address use `ray job submit`"
-        )
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    working_dir = (submitted.get("runtime_env") or {}).get("working_dir")
-    runtime_env: dict[str, Any] = {}
-    if working_dir is None:
-        if not (ROOT / "pyproject.toml").is_file():
-            raise InputError(
-                f"{ROOT} is not the repository: this copy was installed without its sources, which other nodes "
-                "need; install with `pip install -e .` or submit with `ray job submit --working-dir .`"
-            )
-        runtime_env["working_dir"] = str(ROOT)
-    # With an address Ray does not look for a token by itself; a cluster without tokens ignores one.
-    if "RAY_AUTH_MODE" not in os.environ and _token_exists():
-        os.environ["RAY_AUTH_MODE"] = "token"
-    _reload_auth_mode()
-    try:
-        gcs_address = canonicalize_bootstrap_address(address)
-        assert gcs_address is not None, "only None and `local` stand for a new cluster"
-        gcs_host, _, gcs_port = gcs_address.rpartition(":")
-        # Ray itself goes on trying a dead address for several minutes.
-        socket.create_connection((gcs_host.strip("[]"), int(gcs_port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({_one_line(error)})") from error
-    # Ray announces there, at each start, that it leaves out .git and .venv, which .rayignore does anyway.
-    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
-    try:
-        context = ray.init(address=address, runtime_env=runtime_env or None, logging_level=logging.WARNING)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise InputError(
-            f"RAY_ADDRESS={address}: something answers there but does not let this job in; export "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the cluster's own token, or "
-            f"RAY_AUTH_MODE=disabled where it has none ({_one_line(error)[:200]})"
-        ) from error
-    code = f"code from {ROOT}" if working_dir is None else "code from the job's working directory"
-    dashboard = f"dashboard http://{context.dashboard_url}" if context.dashboard_url else "no dashboard"
-    _say(f"Ray: joined {address}, {_totals()}, {code}, {dashboard}")
-
-
-@cache
-def _temp_dir() -> Path:
-    """This process's own Ray folder, removed at exit so that a later Ray cannot find it.
-
-    Below /tmp where there is one: Ray puts Unix sockets in it, whose path must stay under 107 bytes.
-    """
-    parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else None)
-    folder = Path(tempfile.mkdtemp(prefix="mmcore-ray-", dir=parent))
-
-    def remove() -> None:
-        # Ray's own exit hook runs after this one; its processes must be gone before their folder is.
-        ray.shutdown()
-        _remove(folder)
-
-    atexit.register(remove)
-    return folder
-
-
-def _remove(folder: Path) -> None:
-    # The last of Ray's processes may still write a log line into it.
-    deadline = time.monotonic() + REMOVE_TIMEOUT_S
-    while folder.exists() and time.monotonic() < deadline:
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
-
-
-def _token_exists() -> bool:
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
-    return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
-
-
-def _reload_auth_mode() -> None:
-    """Ray reads RAY_AUTH_MODE once, when it is imported; `ray.init` itself reloads it by this call."""
-    from ray._raylet import Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-
-
-def _quieten_ray_data() -> None:
-    """Ray Data's bars and its lines about plans and dataset ids: every job shows its own progress, in images.
-
-    Warnings stay, and all of it still goes to the log file of the session.
-    """
-    from ray.data import DataContext
-    from ray.util.debug import log_once
-
-    DataContext.get_current().enable_progress_bars = False
-    log_once("ray_data_progress_manager_disabled")  # spends the warning that they are off
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.WARNING)
-
-
-def _totals() -> str:
-    total = ray.cluster_resources()
-    return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-
-
-def _say(line: str) -> None:
-    # stderr: a job's stdout may be its result.
-    print(line, file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-# --- Waiting -----------------------------------------------------------------------------------------------
-
-
-def cpus() -> int:
-    """CPUs that this process may use: those of its container, where os.cpu_count() tells the machine's."""
-    from ray._private.utils import get_num_cpus
-
-    return max(1, int(get_num_cpus()))
-
-
-def max_gpus() -> int:
-    """GPUs that the cluster has, or that its autoscaler can start."""
-    could = ray._private.state.state.get_max_resources_from_cluster_config() or {}  # type: ignore[attr-defined]
-    return int(max(ray.cluster_resources().get("GPU", 0), could.get("GPU", 0)))
 
 
 class Watchdog:
@@ -310,7 +89,7 @@ class Watchdog:
             line = f"{self.what}: no progress for {idle_s:.0f} s{before}: {waiting}"
             if self.stall_timeout_s is not None and idle_s >= self.stall_timeout_s:
                 end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
-            _say(f"{'waiting' if is_usual else 'stalled'}: {line}")
+            say(f"{'waiting' if is_usual else 'stalled'}: {line}")
             next_report_s = idle_s + REPORT_INTERVAL_S
 
 
@@ -318,7 +97,7 @@ def _describe_or_error() -> str:
     try:
         return describe_waiting()
     except Exception as error:  # whatever it is, the report and the time-out must come
-        return f"the cluster's state cannot be read ({type(error).__name__}: {_one_line(error)})"
+        return f"the cluster's state cannot be read ({type(error).__name__}: {in_one_line(error)})"
 
 
 def describe_waiting() -> str:
@@ -445,7 +224,7 @@ def end_process(line: str) -> None:
     would have succeeded. Ray frees what the job holds when its driver is gone, and a local Ray's reaper ends
     its processes; only the folder with their logs stays.
     """
-    _say(line)
+    say(line)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job alive
             stream.flush()

@@ -36,6 +36,16 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
+def say(line: str) -> None:
+    """Print a line to stderr: a job's stdout may be its result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The text of `error` without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def _nobody_reads_stdout() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)

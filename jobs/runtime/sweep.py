@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.cluster import Watchdog, connect, cpus, max_gpus
-from jobs.commandline import one_line
-from jobs.progress import progress
+from jobs.runtime.cluster import connect, cpus, max_gpus
+from jobs.runtime.commandline import one_line
+from jobs.runtime.progress import progress
+from jobs.runtime.watchdog import Watchdog
 from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError
 from mmcore.images import IMAGE_SUFFIXES

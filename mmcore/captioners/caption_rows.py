@@ -1,81 +1,18 @@
-"""Captioned images as training rows: what of a prepared dataset a captioner learns from.
+"""Captioned images as rows that a captioner trains on.
 
-Shapes: B images, C captions an image, T words.
-"""
+Shapes: B images, C captions an image, T words."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from mmcore.data.columns import Column
-from mmcore.data.shapes import SPLITS, ShapesSettings, make_scene, scene_captions
-from mmcore.errors import InputError, not_prepared
+from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable
+from mmcore.errors import InputError
+from mmcore.rows import Batch
 from mmcore.seeding import uniform
-from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
-from mmcore.training import Batch
-
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-
-
-@dataclass(frozen=True)
-class CaptionTable:
-    """Ids, captions and one split column of a prepared dataset, in its order."""
-
-    image_ids: list[str]
-    file_names: list[str]
-    captions: list[list[str]]
-    splits: list[str]
-    facts: dict
-
-    def rows(self, split: str) -> list[int]:
-        return [row for row, name in enumerate(self.splits) if name == split]
-
-    def validation_rows(self) -> list[int]:
-        """The rows of `validation`, or of `test` in a split without any (Flickr8k's for generators)."""
-        return self.rows(VALIDATION) or self.rows(TEST)
-
-
-def read_dataset_facts(storage: Storage, dataset: str) -> dict:
-    """What ``_SUCCESS`` of a prepared dataset says. Raises InputError where it was not prepared."""
-    folder = storage / "data" / dataset
-    try:
-        return json.loads(folder.read("_SUCCESS"))
-    except FileNotFoundError:
-        raise not_prepared(folder, dataset, storage) from None
-
-
-def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
-    """Read all but the images. Raises InputError for an unprepared dataset or an unknown split column."""
-    facts = read_dataset_facts(storage, dataset)
-    folder = storage / "data" / dataset
-    filesystem, path = folder.arrow()
-    schema = pq.read_schema(f"{path}/{folder.list('.parquet')[0]}", filesystem=filesystem)
-    columns = [name for name in schema.names if name.startswith("split")]
-    if split not in columns:
-        raise InputError(f"--split {split!r}: {folder} has {', '.join(columns)}")
-    table = pq.read_table(path, filesystem=filesystem, columns=["image_id", "file_name", "captions", split])
-    return CaptionTable(
-        table["image_id"].to_pylist(),
-        table["file_name"].to_pylist(),
-        table["captions"].to_pylist(),
-        table[split].to_pylist(),
-        facts,
-    )
-
-
-def shapes_table(settings: ShapesSettings) -> CaptionTable:
-    """The table that the Shapes data of these settings will have; no image is drawn."""
-    indices = [(split, index) for split in SPLITS for index in range(settings.num_images(split))]
-    ids = [f"shapes-{split}-{index:06d}" for split, index in indices]
-    captions = [
-        scene_captions(settings.seed, split, index, make_scene(settings.seed, split, index)) for split, index in indices
-    ]
-    return CaptionTable(ids, [f"{image_id}.png" for image_id in ids], captions, [split for split, _ in indices], {})
 
 
 class CaptionRows:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
+from mmcore.frozen.pretrained import load_frozen, sha256_of
 from mmcore.images import decode_image, resize_image
-from mmcore.pretrained import load_frozen, sha256_of
 
 SCRATCH = "scratch"
 # Of a configuration: where it came from and how it was stored, not what the model computes.

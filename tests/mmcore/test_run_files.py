@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmcore.errors import InputError
-from mmcore.finished import read_facts, read_weights, write_model
+from mmcore.run_files import read_facts, read_weights, write_model
 from mmcore.storage import Storage
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5])}

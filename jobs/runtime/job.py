@@ -1,0 +1,126 @@
+"""The command line of a training job: its flags, its variant, and what they resolve to."""
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mmcore.errors import InputError
+from mmcore.recipe import check_effect
+from mmcore.storage import Storage
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The flags that every training job has."""
+
+    storage: str = "./out"
+    """Where data, features and runs lie: a folder or s3://bucket/prefix."""
+    name: str = "default"
+    """Name of the run."""
+    num_workers: int = 1
+    """Training workers."""
+    use_gpu: bool | None = None
+    """A GPU for each worker; by default where the cluster has GPUs or its autoscaler can start some."""
+    fresh: bool = False
+    """Start anew even if a run of this name is there."""
+    dry_run: bool = False
+    """Print the resolved recipe, sizes, steps and what would be read and written, and stop."""
+    stream: bool = False
+    """Captioners only: feed the workers through Ray Data, not a copy on their disk, where data are larger. A restart
+    then goes on at the right step but reads the interrupted epoch from its beginning."""
+    stall_timeout: float | None = None
+    """Seconds without progress after which the job ends; by default it waits (an autoscaler may take minutes)."""
+    num_threads: int | None = None
+    """CPU threads of a worker; by default the machine's cores over the workers on it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job's command line, resolved. Raises InputError for options that no run can have."""
+
+    recipe_name: str
+    variant: str
+    recipe: Any
+    options: RunOptions
+
+    def __post_init__(self) -> None:
+        if not _RUN_NAME.fullmatch(self.options.name):
+            raise InputError(
+                f"--name {self.options.name!r}: use letters, digits, '.', '_' and '-', a letter or digit first"
+            )
+        if self.options.num_threads is not None and self.options.num_threads < 1:
+            raise InputError(f"--num-threads {self.options.num_threads}: must be at least 1")
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.options.storage)
+
+    @property
+    def run(self) -> Storage:
+        return self.storage / "runs" / self.recipe_name / self.options.name
+
+
+def recipe_name(job_file: str) -> str:
+    """The recipe of ``jobs/train_x.py`` is ``x``."""
+    return Path(job_file).stem.removeprefix("train_")
+
+
+def parse_job(
+    job_file: str, variants: dict[str, Any], description: str, argv: list[str] | None = None, report_needs: str = ""
+) -> Job:
+    """Read ``--variant`` first; its fields are then the defaults of the flags, and what ``--help`` shows.
+
+    Raises InputError for a flag that has no effect beside the others.
+
+    `report_needs`: the flags without which `report` does not run.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    variant, source = "shapes", "no --variant"
+    for index, word in enumerate(argv):
+        if word == "--variant" and index + 1 < len(argv):
+            variant, source = argv[index + 1], "--variant"
+        elif word.startswith("--variant="):
+            variant, source = word.partition("=")[2], "--variant"
+    if variant not in variants:
+        raise InputError(f"--variant {variant!r}: choose one of {', '.join(variants)}")
+    name = recipe_name(job_file)
+    command = f"python jobs/{Path(job_file).name}"
+    Variant = Literal[tuple(variants)]  # type: ignore[valid-type]
+
+    def collect(
+        variant: Variant,  # type: ignore[valid-type]
+        recipe: Annotated[Any, tyro.conf.arg(name="")],
+        options: Annotated[RunOptions, tyro.conf.arg(name="")],
+    ) -> Job:
+        return Job(name, variant, recipe, options)
+
+    collect.__annotations__["recipe"] = Annotated[type(variants[variant]), tyro.conf.arg(name="")]
+    collect.__defaults__ = (variant, variants[variant], RunOptions())
+    variant_help = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
+    collect.__doc__ = f"{description.strip()}\n\n{variant_help}"
+    parsed: Job = tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
+    check_effect(parsed.recipe, variants[variant])
+    # Absolute: the workers' working directory is not the driver's.
+    options = dataclasses.replace(parsed.options, storage=Storage(parsed.options.storage).uri)
+    job = dataclasses.replace(parsed, options=options)
+    if "/runtime_resources/working_dir_files/" in options.storage:
+        print(
+            f"warning: {options.storage} lies in Ray's copy of the working directory, which changes with the code and "
+            "is removed with the cluster; give --storage an absolute folder or s3://bucket/prefix",
+            file=sys.stderr,
+            flush=True,
+        )
+    if source == "no --variant":
+        print(
+            f"no --variant given: running `shapes`, self-contained on built-in data; "
+            f"the report's recipe is `{command} --variant report{report_needs} --storage URI`",
+            flush=True,
+        )
+    return job

@@ -1,0 +1,105 @@
+"""S3 as a storage: its client, its attempts, and files of which parts are read."""
+
+import functools
+import io
+import logging
+import os
+import random
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmcore.storage import Storage
+
+S3 = "s3://"
+S3_MAX_ATTEMPTS = 10
+# A request that has failed this often is told of: until then it is soon repaired, afterwards it takes long.
+_S3_TELL_AFTER = 3
+# Before attempt n + 1 of a request: a random part of 2^(n - 1) times the base, and of no more than the last of these.
+S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
+_S3_CONNECT_TIMEOUT_S = 10
+_S3_READ_TIMEOUT_S = 60
+# Connections that are kept open for the threads of one process; each further one would be opened anew.
+_S3_CONNECTIONS = 32
+
+
+@functools.cache
+def s3_client(process_id: int) -> Any:
+    """One client a process: boto3 clients are safe across threads, not across forks."""
+    import boto3
+    from botocore.config import Config
+
+    # A session of its own: threads that come here together must not share one while a client is made of it.
+    client = boto3.session.Session().client(
+        "s3",
+        config=Config(
+            # Links as well: by itself boto3 signs them by the old scheme, which newer regions refuse.
+            signature_version="s3v4",
+            # Not boto3's own attempts: in its standard mode all of them share one allowance, which a storage that
+            # fails one request in five uses up after about a thousand, and the next failure is then final.
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            connect_timeout=_S3_CONNECT_TIMEOUT_S,
+            read_timeout=_S3_READ_TIMEOUT_S,
+            max_pool_connections=_S3_CONNECTIONS,
+        ),
+    )
+    client.meta.events.register("needs-retry.s3", _s3_retry_delay)
+    return client
+
+
+def _s3_retry_delay(
+    response: tuple[Any, dict[str, Any]] | None, attempts: int, caught_exception: Exception | None, **_: Any
+) -> float | None:
+    """Seconds until a request's next attempt; None to leave it at that. botocore asks after each attempt."""
+    from botocore.exceptions import ConnectionError, HTTPClientError
+
+    if attempts >= S3_MAX_ATTEMPTS:
+        return None
+    base = S3_BACKOFF_S
+    if response is None:
+        if not isinstance(caught_exception, ConnectionError | HTTPClientError):
+            return None
+    else:
+        status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
+        if status in (429, 503):
+            base = _S3_THROTTLED_BACKOFF_S
+        elif status not in (500, 502, 504) and code != "RequestTimeout":
+            return None
+    if attempts == _S3_TELL_AFTER:
+        reason = (
+            f"answers {response[0].status_code}" if response is not None else f"does not answer: {caught_exception}"
+        )
+        logging.getLogger(__name__).warning("S3 %s; attempt %d of %d", reason, attempts + 1, S3_MAX_ATTEMPTS)
+    return s3_backoff(base, attempts)
+
+
+def s3_backoff(base: float, attempts: int) -> float:
+    return random.random() * min(_S3_MAX_BACKOFF_S, base * 2 ** (attempts - 1))
+
+
+class S3File(io.RawIOBase):
+    """An object of which parts are read, each by a request that is tried again as that of `Storage.read` is."""
+
+    def __init__(self, storage: "Storage", name: str, size: int) -> None:
+        self.storage, self.name, self.size, self.at = storage, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.size, self.at + len(buffer))
+        if self.at >= end:
+            return 0
+        data = self.storage._get(self.name, Range=f"bytes={self.at}-{end - 1}")
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
