@@ -1,13 +1,113 @@
-"""What every recipe shares: the settings of the optimisation, and how a recipe is written to JSON and read back."""
+"""The contracts: what a recipe, a captioner, a generator and an autoencoder are to jobs and to the service.
+
+A recipe is what a training is told. What it trained is opened by ``open_captioner``, ``open_generator`` or
+``open_autoencoder`` (``mmcore.trained``), the one door for all that uses it. Opening reads facts alone, so that a
+driver or a service can check a request; ``load`` then reads the weights.
+
+Shapes: B images, H rows, W columns, C channels of a latent with h rows and w columns.
+"""
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, Protocol, Self, TypeVar, get_type_hints
+
+import numpy as np
+from torch import Tensor
 
 from mmcore.errors import InputError
 
 T = TypeVar("T")
+Identity = dict[str, str]
+"""What a model is made of: names to URIs, digests and revisions. Equal identities give equal outputs."""
+
+
+class Recipe(Protocol):
+    """Everything about one model: data, sizes, optimisation. A frozen dataclass beside its model."""
+
+    dataset: str
+    split: str
+    train: "TrainSettings"
+
+
+class Captioner(Protocol):
+    """Images to captions."""
+
+    image_size: int
+    """Pixels a side that images are squashed to."""
+    options: Any
+    """The default search: a frozen dataclass whose fields become flags and fields of a request."""
+    takes_prompt: bool
+    """Whether words beside an image change its caption."""
+
+    def identity(self) -> Identity: ...
+
+    def check(self, options: Any) -> None:
+        """Raise InputError, naming the field, for a search that this captioner cannot do."""
+
+    def load(self) -> Self:
+        """Read the weights; returns itself."""
+
+    def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
+        """uint8 (B, P, P, 3) with P `image_size` -> B captions."""
+
+
+class Generator(Protocol):
+    """Prompts and seeds to images."""
+
+    size: tuple[int, int]
+    """Height and width of an image where nobody asks for another size."""
+    options: Any
+    """The default sampling: a frozen dataclass whose fields become flags, columns, text chunks and request fields."""
+    max_tokens: int
+    """Tokens of a prompt, with begin and end, beyond which its tail is lost."""
+    decides_by_code: bool
+    """Whether images come from discrete codes, where the last bit of a sum can change a whole patch."""
+
+    def identity(self) -> Identity: ...
+
+    def check(self, options: Any, size: tuple[int, int]) -> None:
+        """Raise InputError, naming the field, for options or a (height, width) that this generator cannot do."""
+
+    def load(self) -> Self:
+        """Read the weights; returns itself."""
+
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, with begin and end, before any is cut. Safe beside `generate` on another thread."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """An image of each prompt and seed, uint8 (B, H, W, 3); none depends on its batch-mates.
+
+        `on_step(done, total)` is called as the work goes on, and what it raises ends the work.
+        """
+
+
+class Autoencoder(Protocol):
+    """Images to latents and back."""
+
+    image_size: int
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of an image of `image_size`."""
+
+    def identity(self) -> Identity: ...
+
+    def load(self) -> Self:
+        """Read the weights; returns itself."""
+
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (B, P, P, 3) -> latents (B, C, h, w), before any quantisation."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, P, P) in [-1, 1]."""
 
 
 @dataclass(frozen=True)
