@@ -11,9 +11,9 @@ _RAY = re.compile(
 # Put before a script whose watchdog is to name a demand: however late the head hears of it, or answers.
 PATIENT_WATCHDOG = """
 import contextlib
-from jobs import cluster
+from jobs.runtime import watchdog
 
-describe = cluster.describe_waiting
+describe = watchdog.describe_waiting
 
 def once_named():
     while True:
@@ -21,7 +21,7 @@ def once_named():
             if "waiting for " in (described := describe()):
                 return described
 
-cluster.describe_waiting, cluster.QUERY_TIMEOUT_S = once_named, 300.0
+watchdog.describe_waiting, watchdog.QUERY_TIMEOUT_S = once_named, 300.0
 """
 
 

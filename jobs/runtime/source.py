@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds `jobs/` and `mmcore/`: the code that this driver runs."""
 
 # Ray's name of a working directory that it unpacked, before the hash of its files.

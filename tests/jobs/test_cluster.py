@@ -15,7 +15,7 @@ import pytest
 from conftest import HANG_S
 from job_output import PATIENT_WATCHDOG
 
-from jobs.runtime import cluster
+from jobs.runtime import cluster, watchdog
 from mmcore.errors import InputError
 
 STATUS_JOB = """
@@ -109,7 +109,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
 def wait_until_named(text: str) -> str:
     """`describe_waiting()` once it holds `text`: the head hears of a demand, or of its end, with a heartbeat."""
     deadline = time.monotonic() + HANG_S
-    while text not in (described := cluster.describe_waiting()):
+    while text not in (described := watchdog.describe_waiting()):
         assert time.monotonic() < deadline, described
         time.sleep(0.2)
     return described
@@ -166,8 +166,8 @@ def test_what_waits_is_named_with_what_is_missing(ray_local, tmp_path):
     assert "missing" not in described
 
     # Enough in total but on no single node.
-    assert cluster._lacking([cluster.Counter(CPU=6)], [cluster.Counter(CPU=4)] * 2) == {"CPU"}
-    assert cluster._lacking([cluster.Counter(CPU=4)] * 2, [cluster.Counter(CPU=4)] * 2) == set()
+    assert watchdog._lacking([watchdog.Counter(CPU=6)], [watchdog.Counter(CPU=4)] * 2) == {"CPU"}
+    assert watchdog._lacking([watchdog.Counter(CPU=4)] * 2, [watchdog.Counter(CPU=4)] * 2) == set()
 
 
 def test_demands_inside_a_placement_group_are_told_apart(ray_local, tmp_path):
@@ -209,8 +209,8 @@ class FakeTime(threading.Event):
 @pytest.fixture
 def watched(monkeypatch):
     """`watched(watchdog settings, usual_s=..., beats=..., until=...)`: what the watchdog said, by the second."""
-    monkeypatch.setattr(cluster, "QUERY_TIMEOUT_S", HANG_S)
-    monkeypatch.setattr(cluster, "describe_waiting", lambda: "waiting for Godot")
+    monkeypatch.setattr(watchdog, "QUERY_TIMEOUT_S", HANG_S)
+    monkeypatch.setattr(watchdog, "describe_waiting", lambda: "waiting for Godot")
 
     def watched(what, *, beats=(), until, usual_s=0.0, **settings):
         fake, said = FakeTime(), []
@@ -219,14 +219,14 @@ def watched(monkeypatch):
             said.append((fake.now, line))
             raise SystemExit
 
-        monkeypatch.setattr(cluster, "time", fake)
-        monkeypatch.setattr(cluster, "_say", lambda line: said.append((fake.now, line)))
-        monkeypatch.setattr(cluster, "end_process", end)
-        watchdog = cluster.Watchdog(what, **settings)
-        watchdog._stop, watchdog.usual_s = fake, usual_s
-        fake.moments = dict.fromkeys(beats, watchdog.beat) | {until: fake.set}
+        monkeypatch.setattr(watchdog, "time", fake)
+        monkeypatch.setattr(watchdog, "say", lambda line: said.append((fake.now, line)))
+        monkeypatch.setattr(watchdog, "end_process", end)
+        dog = watchdog.Watchdog(what, **settings)
+        dog._stop, dog.usual_s = fake, usual_s
+        fake.moments = dict.fromkeys(beats, dog.beat) | {until: fake.set}
         with contextlib.suppress(SystemExit):
-            watchdog._watch()
+            dog._watch()
         return said
 
     return watched
@@ -247,10 +247,10 @@ def test_watchdog_ends_what_stalls_for_too_long(watched):
 
 
 def test_watchdog_ends_with_its_block():
-    with cluster.Watchdog("training") as watchdog:
-        assert watchdog._thread.is_alive()
-    watchdog._thread.join(HANG_S)
-    assert not watchdog._thread.is_alive()
+    with watchdog.Watchdog("training") as dog:
+        assert dog._thread.is_alive()
+    dog._thread.join(HANG_S)
+    assert not dog._thread.is_alive()
 
 
 def test_a_long_wait_that_is_usual_is_reported_calmly(watched):
@@ -266,22 +266,22 @@ def test_watchdog_reports_a_head_that_does_not_answer(watched, monkeypatch):
     def gone():
         raise ConnectionError("the head\nis gone")
 
-    monkeypatch.setattr(cluster, "describe_waiting", gone)
+    monkeypatch.setattr(watchdog, "describe_waiting", gone)
     ((_, line),) = watched("sweep", report_after_s=15, until=20)
     assert line.endswith("no progress for 15 s: the cluster's state cannot be read (ConnectionError: the head is gone)")
 
     answer = threading.Event()
-    monkeypatch.setattr(cluster, "describe_waiting", answer.wait)
-    monkeypatch.setattr(cluster, "QUERY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(watchdog, "describe_waiting", answer.wait)
+    monkeypatch.setattr(watchdog, "QUERY_TIMEOUT_S", 0.1)
     ((_, line),) = watched("sweep", report_after_s=15, until=20)
     answer.set()
     assert line == "stalled: sweep: no progress for 15 s: the cluster's head does not answer"
 
 
 def test_a_stall_is_named_within_a_minute_by_default():
-    assert cluster.Watchdog("training").report_after_s + cluster.QUERY_TIMEOUT_S < 60
+    assert watchdog.Watchdog("training").report_after_s + watchdog.QUERY_TIMEOUT_S < 60
     with pytest.raises(InputError, match="--stall-timeout -1"):
-        cluster.Watchdog("training", stall_timeout_s=-1)
+        watchdog.Watchdog("training", stall_timeout_s=-1)
 
 
 def command_lines() -> list[str]:
@@ -290,7 +290,8 @@ def command_lines() -> list[str]:
 
 STALLED_JOB = """
 import ray
-from jobs.runtime.cluster import Watchdog, connect
+from jobs.runtime.cluster import connect
+from jobs.runtime.watchdog import Watchdog
 connect()
 
 @ray.remote(num_gpus=1)
