@@ -38,6 +38,7 @@ from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
 from mmcore.captioners import cross_attention as resnet
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.data.manifest import MANIFEST, read_manifest
+from mmcore.data.prepared import read_prepared
 from mmcore.data.prompts import SHAPES_TEST
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_oracle import score_prompt
@@ -47,7 +48,6 @@ from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.images import decode_image
-from mmcore.metrics.predictions import read_prepared
 from mmcore.metrics.shapes import score_captions
 from mmcore.page import Html, page, paragraph, section, table
 from mmcore.recipe import difference, recipe_to_json

@@ -24,6 +24,7 @@ import tyro
 
 from jobs.runtime.commandline import run
 from mmcore.data.manifest import read_images, read_manifest
+from mmcore.data.prepared import read_prepared
 from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
@@ -33,7 +34,6 @@ from mmcore.metrics.predictions import (
     match_predictions,
     prepared_references,
     read_predictions,
-    read_prepared,
     read_references,
     split_images,
 )

@@ -6,6 +6,7 @@ Shapes: B images, C captions an image, T words.
 import json
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmcore.data.shapes import SPLITS, ShapesSettings, make_scene, scene_captions
@@ -59,6 +60,27 @@ def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
         table[split].to_pylist(),
         facts,
     )
+
+
+def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Table:
+    """These columns of a prepared dataset, STORAGE/data/{dataset}/*.parquet, rows in the dataset's order.
+
+    Raises:
+        InputError: the dataset is not there or was not finished, or has no such column.
+    """
+    folder = Storage(storage_uri) / "data" / dataset
+    names = folder.list(".parquet") if folder.exists("_SUCCESS") else []
+    if not names:
+        raise not_prepared(folder, dataset, storage_uri)
+    tables = []
+    for name in names:
+        with folder.open(name) as file, pq.ParquetFile(file) as part:
+            there = part.schema_arrow.names
+            for column in columns:
+                if column not in there:
+                    raise InputError(f"{folder.uri}: no column {column!r}; columns there: {', '.join(there)}")
+            tables.append(part.read(columns=columns))
+    return pa.concat_tables(tables)
 
 
 def shapes_table(settings: ShapesSettings) -> CaptionTable:

@@ -5,20 +5,15 @@ A file holds one prompt a line (``.txt``) or a column ``prompt``, and where they
 first captions of the 1,091 images that the report's generators never saw, and ``shapes-test``.
 """
 
-import csv
-import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from mmcore.data.prepared import read_prepared
 from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.data.tables import ENDINGS, read_rows
 from mmcore.errors import InputError
-from mmcore.metrics.predictions import decode_lines, read_bytes, read_prepared
 from mmcore.seeding import MAX_IMAGE_SEED, derive_seed
 from mmcore.storage import Storage
 
@@ -88,17 +83,31 @@ def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
     # Half a surrogate pair, which JSON can spell, is no character and cannot be written down.
     if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt or not _is_encodable(prompt):
         raise InputError(f"{row.place}: prompt is {prompt!r}; give some text")
-    image_id = default_id if image_id is None else image_id
+    image_id = default_id if _is_absent(image_id) else image_id
+    # COCO's ids are whole numbers, which CSV has as text already.
+    if isinstance(image_id, int) and not isinstance(image_id, bool):
+        image_id = str(image_id)
     if not isinstance(image_id, str) or not IMAGE_ID.fullmatch(image_id):
         raise InputError(
-            f"{row.place}: image_id is {image_id!r}, and it names the image's file: give up to 200 of the letters "
-            "a-z A-Z 0-9 . _ - = + @ that begin with a letter, a digit or _"
+            f"{row.place}: image_id is {image_id!r}, and it names the image's file: give a whole number, or up to 200 "
+            "of the letters a-z A-Z 0-9 . _ - = + @ that begin with a letter, a digit or _"
         )
-    if seed is None:
-        seed = derive_seed(sweep_seed, image_id) & MAX_IMAGE_SEED
+    seed = derive_seed(sweep_seed, image_id) & MAX_IMAGE_SEED if _is_absent(seed) else _whole_number(seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_IMAGE_SEED:
         raise InputError(f"{row.place}: seed is {seed!r}; give a whole number from 0 to {MAX_IMAGE_SEED}")
     return Prompt(image_id, prompt, seed)
+
+
+def _is_absent(value: Any) -> bool:
+    """None, and NaN, by which pandas writes it."""
+    return value is None or value != value
+
+
+def _whole_number(value: Any) -> Any:
+    """`value`, as a whole number where it is one: text of CSV, and 7.0, as pandas has it beside missing values."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}(\.0+)?", value):
+        return int(value.partition(".")[0])
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_encodable(text: str) -> bool:
@@ -121,14 +130,12 @@ def _rows(source: str, storage: str | None, count: int | None) -> Iterator[_Row]
         return
     if storage is not None:
         raise InputError(f"--storage {storage}: is read for --prompts {FLICKR8K_TEST} and {SHAPES_TEST} only")
-    readers = {".txt": _txt_rows, ".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    for ending, reader in readers.items():
-        if source.lower().endswith(ending):
-            yield from reader(source)
-            return
-    raise InputError(
-        f"--prompts {source}: expected a file ending in {', '.join(readers)}, or {FLICKR8K_TEST} or {SHAPES_TEST}"
-    )
+    if not source.lower().endswith(tuple(ENDINGS)):
+        raise InputError(
+            f"--prompts {source}: expected a file ending in {', '.join(ENDINGS)}, or {FLICKR8K_TEST} or {SHAPES_TEST}"
+        )
+    for row in read_rows(source, known=COLUMNS, text="prompt", check_names=_check_names):
+        yield _Row(row.place, **row.values)
 
 
 def _prepared_rows(storage: str, dataset: str, split: str) -> Iterator[_Row]:
@@ -140,71 +147,9 @@ def _prepared_rows(storage: str, dataset: str, split: str) -> Iterator[_Row]:
             yield _Row(place, row["captions"][0], row["image_id"])
 
 
-def _txt_rows(source: str) -> Iterator[_Row]:
-    lines = decode_lines(read_bytes(source), source)
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        yield _Row(f"{source}:{number}", line.strip())
-
-
-def _csv_rows(source: str) -> Iterator[_Row]:
-    lines = decode_lines(read_bytes(source), source)
-    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
-    # The reader's count at the end of a row is where the next one begins, as a quoted prompt may hold line ends.
-    header: list[str] | None = None
-    start = 1
-    try:
-        for fields in reader:
-            place, start = f"{source}:{start}", reader.line_num + 1
-            if not fields:
-                continue
-            if header is None:
-                header = [name.strip() for name in fields]
-                _check_names(header, place)
-                continue
-            if len(fields) != len(header):
-                raise InputError(
-                    f"{place}: {len(fields)} fields where the header has {len(header)} ({','.join(header)}); put a "
-                    "prompt with a comma in it into double quotes"
-                )
-            row: dict[str, Any] = {name: field or None for name, field in zip(header, fields, strict=True)}
-            if row.get("seed") is not None and re.fullmatch(r"[0-9]+", row["seed"]):
-                row["seed"] = int(row["seed"])
-            yield _Row(place, **row)
-    except csv.Error as error:
-        raise InputError(f"{source}:{reader.line_num}: broken CSV: {error}") from None
-
-
-def _jsonl_rows(source: str) -> Iterator[_Row]:
-    for number, line in enumerate(decode_lines(read_bytes(source), source), start=1):
-        if not line.strip():
-            continue
-        place = f"{source}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{place}: broken JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{place}: expected an object such as {{"prompt": "a dog"}}, got {line[:60]!r}')
-        _check_names(list(row), place)
-        yield _Row(place, **row)
-
-
-def _parquet_rows(source: str) -> Iterator[_Row]:
-    try:
-        table = pq.read_table(io.BytesIO(read_bytes(source)))
-    except pa.ArrowException as error:
-        raise InputError(f"{source}: broken Parquet: {str(error).splitlines()[0]}") from None
-    _check_names(table.column_names, source)
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield _Row(f"{source}: row {number}", **row)
-
-
 def _check_names(names: list[str], place: str) -> None:
-    """InputError for a missing, repeated or unknown column: a mistyped `image_id` must not be passed over."""
-    unknown = [name for name in names if name not in COLUMNS]
-    if "prompt" not in names or unknown or len(set(names)) != len(names):
+    """InputError for a missing or unknown column: a mistyped `image_id` must not be passed over."""
+    if "prompt" not in names or not set(names).issubset(COLUMNS):
         raise InputError(
             f"{place}: columns {', '.join(map(repr, names))}; expected prompt, and if wanted image_id, seed"
         )

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmcore.data.flickr8k import split_caption_row
-from mmcore.errors import InputError, not_prepared
+from mmcore.data.prepared import read_prepared
+from mmcore.data.tables import decode_lines, read_bytes, split_location
+from mmcore.errors import InputError
 from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
@@ -76,39 +78,6 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names[:NUM_LISTED]) + more
 
 
-def split_location(location: str) -> tuple[Storage, str]:
-    """A file's URI as storage and name inside: s3://bucket/a/b.csv -> s3://bucket/a, b.csv."""
-    parent, _, name = location.rstrip("/").rpartition("/")
-    return Storage(parent), name
-
-
-def read_bytes(location: str) -> bytes:
-    """The content of a local file or of an object (any URI with ://); InputError when it cannot be read."""
-    try:
-        if "://" in location:
-            storage, name = split_location(location)
-            return storage.read(name)
-        return Path(location).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{location}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{location}: cannot be read: {error.strerror or error}") from None
-
-
-def decode_lines(data: bytes, location: str) -> list[str]:
-    """Lines of UTF-8 text without their line ends (LF or CR LF); a byte order mark is left out.
-
-    Only LF ends a line: `str.splitlines` would also cut captions at U+2028 and its like.
-    """
-    try:
-        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{location}:{line}: byte 0x{bad:02x} is not UTF-8; save the file as UTF-8") from None
-    return [line.removesuffix("\r") for line in text.split("\n")]
-
-
 def unquote(text: str) -> str:
     """A CSV field's content: without the quotes around it where it is quoted as a whole, "" as one quote.
 
@@ -142,27 +111,6 @@ def read_references(location: str) -> References:
     if not references.captions:
         raise InputError(f"{location}: holds no captions; expected lines `image,caption`")
     return references
-
-
-def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Table:
-    """These columns of a prepared dataset, STORAGE/data/{dataset}/*.parquet, rows in the dataset's order.
-
-    Raises:
-        InputError: the dataset is not there or was not finished, or has no such column.
-    """
-    folder = Storage(storage_uri) / "data" / dataset
-    names = folder.list(".parquet") if folder.exists("_SUCCESS") else []
-    if not names:
-        raise not_prepared(folder, dataset, storage_uri)
-    tables = []
-    for name in names:
-        with folder.open(name) as file, pq.ParquetFile(file) as part:
-            there = part.schema_arrow.names
-            for column in columns:
-                if column not in there:
-                    raise InputError(f"{folder.uri}: no column {column!r}; columns there: {', '.join(there)}")
-            tables.append(part.read(columns=columns))
-    return pa.concat_tables(tables)
 
 
 def prepared_references(storage_uri: str, dataset: str) -> References:

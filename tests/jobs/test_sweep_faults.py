@@ -23,7 +23,7 @@ import tiny_sweep
 
 from jobs.runtime.sweep import plan_blocks, read_block
 from mmcore import s3 as module
-from mmcore.metrics.predictions import read_prepared
+from mmcore.data.prepared import read_prepared
 from mmcore.storage import Storage
 
 ERRORS = {

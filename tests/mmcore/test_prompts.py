@@ -46,6 +46,20 @@ def test_all_forms_give_the_same_prompts(tmp_path: Path) -> None:
         assert read_prompts(file, seed=3) == wanted, file
 
 
+def test_numbers_are_read_alike_in_every_form(tmp_path: Path) -> None:
+    # As pandas writes whole numbers, and seeds of which some are missing.
+    files = [
+        write(tmp_path / "p.csv", "prompt,image_id,seed\na,139,5.0\nb,285,\n"),
+        write(
+            tmp_path / "p.jsonl",
+            '{"prompt": "a", "image_id": 139, "seed": 5.0}\n{"prompt": "b", "image_id": 285, "seed": null}\n',
+        ),
+        write_parquet(tmp_path / "p.parquet", prompt=["a", "b"], image_id=[139, 285], seed=[5.0, float("nan")]),
+    ]
+    for file in files:
+        assert read_prompts(file) == [Prompt("139", "a", 5), Prompt("285", "b", derive_seed(0, "285") & MAX_IMAGE_SEED)]
+
+
 def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> None:
     file = write(tmp_path / "p.txt", "\ufeffa dog\r\na cat, black\n  a bird \n\n\n")
     prompts = read_prompts(file, seed=7)
@@ -103,6 +117,8 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a dog", "seed": true}\n', r"p.jsonl:1: seed is True"),
         ("p.jsonl", '{"prompt": "a dog", "seed": 4294967296}\n', r"p.jsonl:1: seed is 4294967296"),
         ("p.jsonl", '{"prompt": "a dog"\n', r"p.jsonl:1: broken JSON"),
+        ("p.jsonl", '{"prompt": "a dog", "seed": 1.5}\n', r"p.jsonl:1: seed is 1.5"),
+        ("p.jsonl", '{"prompt": "a dog", "image_id": 1.0}\n', r"p.jsonl:1: image_id is 1.0"),
         ("p.jsonl", '["a dog"]\n', r"p.jsonl:1: expected an object"),
         ("p.jsonl", '{"text": "a dog"}\n', r"p.jsonl:1: columns 'text'; expected prompt"),
         ("p.parquet", "no parquet", r"p.parquet: broken Parquet"),

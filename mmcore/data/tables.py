@@ -1,0 +1,261 @@
+"""Rows of a table that somebody wrote: text, CSV, JSON lines or Parquet, each row with its place in the file.
+
+The format is found by the content first and by the ending where the content may be either. Rows are read as they are
+asked for, so that a file of any length takes little memory.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmcore.errors import InputError
+from mmcore.storage import Storage
+
+TXT, CSV, JSONL, PARQUET = "txt", "csv", "jsonl", "parquet"
+ENDINGS = {".txt": TXT, ".csv": CSV, ".jsonl": JSONL, ".parquet": PARQUET}
+"""Endings, in lower case, and the format that each stands for where the content may be of several."""
+
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_MAGIC = b"PAR1"
+_HEAD_BYTES = 2**16
+# Of an object in S3, read at a time.
+_S3_PART_BYTES = 2**20
+_ROWS_PER_BATCH = 4096
+# Arrow's names of a pandas index without a name of its own; some writers keep the column and drop pandas' metadata.
+_UNNAMED_INDEX = re.compile(r"__index_level_[0-9]+__")
+# to_csv() heads the index with nothing, and read_csv() calls such a column this.
+_UNNAMED_FIRST = ("", "Unnamed: 0")
+
+CheckNames = Callable[[list[str], str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its place (``file:line``, in Parquet ``file: row N``) and its values by name.
+
+    CSV's values are strings, an empty field is None. Those of JSON and Parquet are as they stand there.
+    """
+
+    place: str
+    values: dict[str, Any]
+
+
+def split_location(location: str) -> tuple[Storage, str]:
+    """A file's URI as storage and name inside: s3://bucket/a/b.csv -> s3://bucket/a, b.csv."""
+    parent, _, name = location.rstrip("/").rpartition("/")
+    return Storage(parent), name
+
+
+def open_bytes(location: str) -> BinaryIO:
+    """A local file or an object (any URI with ://), to be read in parts; InputError when it cannot be read."""
+    try:
+        if "://" in location:
+            storage, name = split_location(location)
+            return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, storage.open(name)), _S3_PART_BYTES))
+        return Path(location).open("rb")
+    except FileNotFoundError:
+        raise InputError(f"{location}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{location}: cannot be read: {error.strerror or error}") from None
+
+
+def read_bytes(location: str) -> bytes:
+    """The content of a local file or of an object (any URI with ://); InputError when it cannot be read."""
+    try:
+        if "://" in location:
+            storage, name = split_location(location)
+            return storage.read(name)
+        return Path(location).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{location}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{location}: cannot be read: {error.strerror or error}") from None
+
+
+def decode_lines(data: bytes, location: str) -> list[str]:
+    """Lines of UTF-8 text without their line ends (LF or CR LF); a byte order mark is left out.
+
+    Only LF ends a line: `str.splitlines` would also cut captions at U+2028 and its like.
+    """
+    lines = data.removeprefix(_BOM).split(b"\n")
+    return [_decoded(line, location, number) for number, line in enumerate(lines, start=1)]
+
+
+def read_lines(location: str) -> Iterator[tuple[str, str]]:
+    """Place (``file:line``) and text of each line, as `decode_lines` has them."""
+    with open_bytes(location) as file:
+        for number, line in enumerate(_raw_lines(file, location), start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            yield f"{location}:{number}", _decoded(line.removesuffix(b"\n"), location, number)
+
+
+def _raw_lines(file: BinaryIO, location: str) -> Iterator[bytes]:
+    try:
+        yield from file
+    except OSError as error:
+        raise InputError(f"{location}: cannot be read: {error.strerror or error}") from None
+
+
+def _decoded(line: bytes, location: str, number: int) -> str:
+    try:
+        return line.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise InputError(f"{location}:{number}: byte 0x{bad:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def table_format(location: str) -> str | None:
+    """The format of `location`; None where neither content nor ending tells it. Raises InputError: it is not there."""
+    with open_bytes(location) as file:
+        head = file.read(_HEAD_BYTES) or b""
+    if head.startswith(_PARQUET_MAGIC):
+        return PARQUET
+    first_line, end, _ = head.removeprefix(_BOM).lstrip().partition(b"\n")
+    if first_line.startswith(b"{"):
+        try:
+            # Of a line that is longer than the head no more is known than that.
+            if (not end and len(head) == _HEAD_BYTES) or isinstance(json.loads(first_line), dict):
+                return JSONL
+        except ValueError:
+            pass
+    return ENDINGS.get(Path(location).suffix.lower())
+
+
+def read_rows(
+    location: str, *, known: Collection[str] | None = None, text: str = "text", check_names: CheckNames | None = None
+) -> Iterator[Row]:
+    """The rows of a table, one by one.
+
+    Args:
+        location: a local path or a URI.
+        known: the columns that the caller has a use for; None where it has for any. See `user_columns`.
+        text: name of the only value of a row of plain text, where each line is one, empty lines at the end are none.
+        check_names: called with the columns and their place, for JSON lines with those of each row that has others
+            than the row before; it may raise InputError.
+
+    Raises InputError that names file and line for what cannot be read.
+    """
+    form = table_format(location)
+    if form == TXT:
+        yield from _txt_rows(location, text)
+    elif form == CSV:
+        yield from _csv_rows(location, check_names)
+    elif form == JSONL:
+        yield from _jsonl_rows(location, check_names)
+    elif form == PARQUET:
+        yield from _parquet_rows(location, known, check_names)
+    else:
+        raise InputError(f"{location}: expected a file ending in {', '.join(ENDINGS)}")
+
+
+def _txt_rows(location: str, name: str) -> Iterator[Row]:
+    empty: list[str] = []
+    for place, line in read_lines(location):
+        if not line.strip():
+            empty.append(place)
+            continue
+        yield from (Row(each, {name: ""}) for each in empty)
+        empty.clear()
+        yield Row(place, {name: line.strip()})
+
+
+def _csv_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
+    lines = (f"{line}\n" for _, line in read_lines(location))
+    reader = csv.reader(lines, strict=True)
+    # The reader's count at the end of a row is where the next one begins, as a quoted field may hold line ends.
+    header: list[str] | None = None
+    first, start = 0, 1
+    try:
+        for fields in reader:
+            place, start = f"{location}:{start}", reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = [name.strip() for name in fields]
+                first = int(len(header) > 1 and header[0] in _UNNAMED_FIRST)
+                _check(header[first:], place, check_names)
+                continue
+            if len(fields) != len(header):
+                raise InputError(
+                    f"{place}: {len(fields)} fields where the header has {len(header)} ({','.join(header)}); put a "
+                    "text with a comma in it into double quotes"
+                )
+            if first and not re.fullmatch(r"[0-9]*", fields[0]):
+                raise InputError(f"{place}: {fields[0]!r} stands in a column without a name; give the column one")
+            yield Row(place, {name: each or None for name, each in zip(header[first:], fields[first:], strict=True)})
+    except csv.Error as error:
+        raise InputError(f"{location}:{reader.line_num}: broken CSV: {error}") from None
+
+
+def _jsonl_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
+    before: list[str] = []
+    for place, line in read_lines(location):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place}: broken JSON: {error}") from None
+        except RecursionError:
+            raise InputError(f"{place}: broken JSON: nested too deeply") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{place}: expected an object such as {{"prompt": "a dog"}}, got {line[:60]!r}')
+        if (names := list(row)) != before:
+            _check(names, place, check_names)
+            before = names
+        yield Row(place, row)
+
+
+def _parquet_rows(location: str, known: Collection[str] | None, check_names: CheckNames | None) -> Iterator[Row]:
+    number = 0
+    try:
+        with open_bytes(location) as opened, pq.ParquetFile(opened) as file:
+            names, ranges = user_columns(file.schema_arrow, known), _range_indices(file.schema_arrow, known)
+            _check([*names, *ranges], location, check_names)
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=names):
+                for row in batch.to_pylist():
+                    counted = {name: values[number] for name, values in ranges.items()}
+                    number += 1
+                    yield Row(f"{location}: row {number}", {**row, **counted})
+    except pa.ArrowException as error:
+        raise InputError(f"{location}: broken Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _check(names: list[str], place: str, check_names: CheckNames | None) -> None:
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise InputError(f"{place}: two columns have the name {twice!r}; give each its own")
+    if check_names is not None:
+        check_names(names, place)
+
+
+def user_columns(schema: pa.Schema, known: Collection[str] | None = None) -> list[str]:
+    """The columns of a Parquet file without the index that pandas wrote.
+
+    An index with a name stays where `known` holds the name or is None; one without a name is no column of anybody's.
+    """
+    marked = {each for each in _indices(schema) if isinstance(each, str)}
+    passed_over = set() if known is None else marked.difference(known)
+    return [name for name in schema.names if name not in passed_over and not _UNNAMED_INDEX.fullmatch(name)]
+
+
+def _range_indices(schema: pa.Schema, known: Collection[str] | None) -> dict[str, range]:
+    """An index with a name and evenly spaced numbers, which pandas writes down in its metadata and in no column."""
+    return {
+        each["name"]: range(each["start"], each["stop"], each["step"])
+        for each in _indices(schema)
+        if isinstance(each, dict) and each.get("name") and (known is None or each["name"] in known)
+    }
+
+
+def _indices(schema: pa.Schema) -> list[str | dict[str, Any]]:
+    return (schema.pandas_metadata or {}).get("index_columns", [])
