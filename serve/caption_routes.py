@@ -20,6 +20,7 @@ from serve.clients import Model, model_unavailable
 from serve.errors import ApiError, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
 from serve.metrics import logger
+from serve.parsing import parse
 
 # An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
 _DECODE_THREADS = 2
@@ -49,7 +50,7 @@ class CaptionRoutes:
         front = self._front
         # One image, and what else a request may say.
         most = images.longest_data_uri(front.limits) + front.limits.max_json_bytes
-        asked = schemas.parse(schemas.ChatRequest, await front.json(request, min(most, front.limits.max_body_bytes)))
+        asked = parse(schemas.ChatRequest, await front.json(request, min(most, front.limits.max_body_bytes)))
         model = front.named(asked.model, "captioner")
         uri, param, ignored = schemas.image_of_chat(asked)
         data = images.from_data_uri(uri, front.limits, param)
@@ -105,7 +106,7 @@ class CaptionRoutes:
     async def _data_uris(self, request: Request) -> tuple[list[tuple[str | None, bytes]], list[str] | None]:
         """Images, without names, and the models that are asked for."""
         limits = self._front.limits
-        asked = schemas.parse(schemas.CaptionsRequest, await self._front.json(request, limits.max_body_bytes))
+        asked = parse(schemas.CaptionsRequest, await self._front.json(request, limits.max_body_bytes))
         self._check_count(len(asked.images))
         files: list[tuple[str | None, bytes]] = [
             (None, images.from_data_uri(uri, limits, f"images.{index}")) for index, uri in enumerate(asked.images)

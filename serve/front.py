@@ -11,11 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from serve import schemas
 from serve.clients import Model
 from serve.errors import ApiError, quoted
 from serve.limits import Limits
 from serve.metrics import Metrics
+from serve.parsing import parse_json
 from serve.queueing import CALLER, Admission
 from serve.security import App, Keys, RateLimit, Receive, Scope, Send
 
@@ -139,7 +139,7 @@ class Front:
                 body += part
         if too_large:
             raise ApiError(413, f"the body may have {max_bytes} bytes", code="body_too_large")
-        return schemas.parse_json(body)
+        return parse_json(body)
 
     def named(self, name: str | None, kind: str, param: str = "model") -> Model:
         """The model of that name, by default the first of its kind. Raises ApiError."""

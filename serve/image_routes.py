@@ -19,6 +19,7 @@ from serve.front import Front, facts_of_request
 from serve.image_jobs import new_id
 from serve.incoming_images import to_base64
 from serve.metrics import logger
+from serve.parsing import parse
 from serve.schemas import GenerateWork
 from serve.security import Receive, Scope, Send
 
@@ -54,22 +55,20 @@ class ImageRoutes:
         with contextlib.ExitStack() as held:
             held.enter_context(front.admission.enter({model.name: len(work.seeds)}))
             if asked.stream:
-                return _EventStream(self._events(model, work, links, asked.size), held.pop_all())
+                return _EventStream(self._events(model, work, links), held.pop_all())
             done = await model.replica.call("generate", work)
             return JSONResponse(await self._answer(model, work, done, links))
 
     async def _work(
         self, request: Request, fields: Any, max_n: int
     ) -> tuple[schemas.GenerationRequest, Model, GenerateWork, Storage | None]:
-        """What is asked for, with its size, of which model, in full, and where it is put to be linked to. Raises
-        ApiError."""
-        asked = schemas.parse(schemas.GenerationRequest, fields)
+        """What is asked for, of which model, in full, and where it is put to be linked to. Raises ApiError."""
+        asked = parse(schemas.GenerationRequest, fields)
         model, links = self._front.named(asked.model, "generator"), self._links(asked.response_format)
         info = await model.info()
         facts = facts_of_request(request)
         work = schemas.generate_work(asked, info, self._front.limits, max_n, facts["request_id"])
         facts.update(model=model.name, n=len(work.seeds))
-        asked.size = info["defaults"]["size"]
         return asked, model, work, links
 
     def _links(self, response_format: str) -> Storage | None:
@@ -111,9 +110,7 @@ class ImageRoutes:
         # Computed here, but the first one reads boto3's files, and any may have to ask for new credentials.
         return await asyncio.to_thread(lambda: [{"url": links.presigned_url(key, expires_s)} for key in keys])
 
-    async def _events(
-        self, model: Model, work: GenerateWork, links: Storage | None, size: str | None
-    ) -> AsyncGenerator[bytes, None]:
+    async def _events(self, model: Model, work: GenerateWork, links: Storage | None) -> AsyncGenerator[bytes, None]:
         """The generator's events as server-sent ones, and before the last of them those of OpenAI's own type."""
         source = model.replica.stream("stream", work)
         waiting: asyncio.Future[Any] | None = None
@@ -133,7 +130,7 @@ class ImageRoutes:
                 name = event.pop("event")
                 if name in ("done", "refused"):
                     answer = await self._answer(model, work, {"event": name, **event}, links)
-                    for completed in schemas.completed_events(answer, size):
+                    for completed in schemas.completed_events(answer):
                         yield _sse(completed["type"], completed)
                     yield _sse("done", {"type": "image_generation.done", **answer})
                     return
@@ -164,7 +161,7 @@ class ImageRoutes:
     async def submit_job(self, request: Request) -> Response:
         front, jobs = self._front, self._need_jobs()
         fields = await front.json(request, front.limits.max_json_bytes)
-        asked = schemas.parse(schemas.JobRequest, fields).request
+        asked = parse(schemas.JobRequest, fields).request
         if asked.stream:
             raise bad_value("request.stream", "a job is fetched, not streamed")
         _, model, work, _ = await self._work(request, fields["request"], front.limits.max_job_n)
@@ -174,7 +171,8 @@ class ImageRoutes:
         answer = await jobs.call("submit", new_id(), caller, model.name, asked.response_format, work)
         if "refused" in answer:
             raise ApiError.from_dict(answer["refused"])
-        return JSONResponse(answer, status_code=202, headers={"location": f"/v1/jobs/{answer['id']}"})
+        told = {"ignored": list(work.ignored)} if work.ignored else {}
+        return JSONResponse({**answer, **told}, status_code=202, headers={"location": f"/v1/jobs/{answer['id']}"})
 
     async def get_job(self, request: Request) -> Response:
         return await self._job(request, "get")

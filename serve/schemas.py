@@ -1,44 +1,39 @@
-"""What the routes take and what they answer. A field that is unknown, or not supported here, is refused by its name."""
+"""What the routes take and what they answer.
 
-import json
+Clients send much that changes nothing here, often because it is OpenAI's default. A value that asks for what is done
+anyway is taken. A field that nobody reads is taken too, and the answer names it under `ignored`. Whatever would change
+the answer and cannot be done is refused by its name.
+"""
+
 import math
 import re
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field
 
 from mmcore.seeding import MAX_IMAGE_SEED
-from serve.errors import ApiError, bad_value, quoted
+from serve.errors import bad_value, quoted
 from serve.limits import Limits
+from serve.parsing import MAX_REASON, UNREAD, Strict, only, unread_fields
 
-# A body that means more values than this is an attack on the parser: images are few and long.
-_MAX_JSON_VALUES = 2000
 # Control characters but tab and line breaks, and halves of surrogate pairs, which no tokenizer can be given.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
-# Of what pydantic says, which repeats some values whole.
-_MAX_REASON = 300
-
-_T = TypeVar("_T", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unset_nulls(cls, value: Any) -> Any:
-        """A null asks for nothing, as in OpenAI's schema, where most of what may be left out may be null too."""
-        if not isinstance(value, dict):
-            return value
-        required = {name for name, field in cls.model_fields.items() if field.is_required()}
-        return {name: each for name, each in value.items() if each is not None or name in required}
+_UnreadText = Annotated[str | None, UNREAD]
+_UnreadObject = Annotated[dict[str, Any] | None, UNREAD]
+# Of a choice among words: the search for a caption draws none.
+_UnreadNumber = Annotated[float | None, Field(ge=0), UNREAD]
+_NoTools = only([], why="a captioner calls no tools; leave it out")
+_NoToolChoice = only("none", "auto", why="a captioner calls no tools; leave it out")
+_TEXT_ONLY = "a caption is text; leave it out"
+_NO_LOGPROBS = "captions come without probabilities; leave it out"
+_NO_PENALTY = "the search for a caption has no penalties; leave it out"
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """POST /v1/images/generations."""
 
     prompt: str
@@ -51,58 +46,101 @@ class GenerationRequest(_Strict):
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     stream: bool = False
+    quality: Annotated[str | None, only("auto", "standard", why="images have one quality; leave it out")] = None
+    background: Annotated[str | None, only("auto", "opaque", why="images have no transparency; leave it out")] = None
+    output_format: Annotated[str | None, only("png", why="images are PNG; leave it out")] = None
+    output_compression: Annotated[int | None, only(100, why="a PNG loses nothing; leave it out"), UNREAD] = None
+    partial_images: Annotated[int | None, only(0, why="no image comes before it is finished; leave it out")] = None
+    style: Annotated[str | None, only("vivid", why="images have one style; leave it out"), UNREAD] = None
+    moderation: Annotated[Literal["auto", "low"] | None, UNREAD] = None
+    user: _UnreadText = None
+    safety_identifier: _UnreadText = None
 
 
-class JobRequest(_Strict):
+class JobRequest(Strict):
     """POST /v1/jobs."""
 
     request: GenerationRequest
 
 
-class _ImageUrl(_Strict):
+class _ImageUrl(Strict):
     url: str
+    detail: Annotated[str | None, only("auto", why="a captioner sees every image at one size; leave it out")] = None
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: _ImageUrl
+    prompt_cache_breakpoint: _UnreadObject = None
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Annotated[str, UNREAD]
+    prompt_cache_breakpoint: _UnreadObject = None
 
 
 def _with_short_type(part: Any) -> Any:
     """pydantic repeats an unknown type whole in its error, in several copies; of megabytes that is slow."""
     if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str | list | dict):
         return part
-    return {**part, "type": kind[:_MAX_REASON] if isinstance(kind, str) else f"a {type(kind).__name__}"}
+    return {**part, "type": kind[:MAX_REASON] if isinstance(kind, str) else f"a {type(kind).__name__}"}
 
 
 _Part = Annotated[ImagePart | TextPart, Field(discriminator="type"), BeforeValidator(_with_short_type)]
 
 
-class Message(_Strict):
-    role: Literal["user"]
+class Message(Strict):
+    role: Literal["user", "system", "developer"]
     content: str | list[_Part]
+    name: _UnreadText = None
 
 
-class ChatRequest(_Strict):
-    """POST /v1/chat/completions: one message with one image.
+class ChatRequest(Strict):
+    """POST /v1/chat/completions: a message of the user with one image, and what programs send along.
 
-    Text may stand beside the image, as in the requests of most programs. No captioner reads it: the answer is the
-    caption that the image has without it, and names the text under `ignored`.
+    Text may stand beside the image, and messages of the system before it. No captioner reads them: the answer is the
+    caption that the image has without them.
     """
 
     messages: list[Message]
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stream: Literal[False] = False
+    stream: Annotated[bool | None, only(False, why="a caption comes at once; leave it out")] = None
+    stream_options: _UnreadObject = None
+    n: Annotated[int | None, only(1, why="an image has one caption; give 1")] = None
+    temperature: _UnreadNumber = None
+    top_p: _UnreadNumber = None
+    top_k: Annotated[int | None, UNREAD] = None
+    seed: Annotated[int | None, UNREAD] = None
+    presence_penalty: Annotated[float | None, only(0, why=_NO_PENALTY)] = None
+    frequency_penalty: Annotated[float | None, only(0, why=_NO_PENALTY)] = None
+    stop: Annotated[str | list[str] | None, only([], why="a caption ends by itself; leave it out")] = None
+    logit_bias: Annotated[dict[str, float] | None, only({}, why="words have no weights; leave it out")] = None
+    logprobs: Annotated[bool | None, only(False, why=_NO_LOGPROBS)] = None
+    top_logprobs: Annotated[int | None, only(0, why=_NO_LOGPROBS)] = None
+    response_format: Annotated[dict[str, Any] | None, only({"type": "text"}, why=_TEXT_ONLY)] = None
+    modalities: Annotated[list[str] | None, only(["text"], why=_TEXT_ONLY)] = None
+    tools: Annotated[list[Any] | None, _NoTools] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, _NoToolChoice] = None
+    parallel_tool_calls: Annotated[bool | None, UNREAD] = None
+    functions: Annotated[list[Any] | None, _NoTools] = None
+    function_call: Annotated[str | dict[str, Any] | None, _NoToolChoice] = None
+    verbosity: Annotated[str | None, only("medium", why="a captioner has one manner; leave it out")] = None
+    store: Annotated[bool | None, only(False, why="no answer is kept; leave it out")] = None
+    reasoning_effort: _UnreadText = None
+    metadata: _UnreadObject = None
+    service_tier: _UnreadText = None
+    prediction: _UnreadObject = None
+    prompt_cache_key: _UnreadText = None
+    prompt_cache_options: _UnreadObject = None
+    prompt_cache_retention: _UnreadText = None
+    safety_identifier: _UnreadText = None
+    user: _UnreadText = None
 
 
-class CaptionsRequest(_Strict):
+class CaptionsRequest(Strict):
     """POST /v1/captions as JSON."""
 
     images: list[str]
@@ -120,82 +158,10 @@ class GenerateWork:
     negative_prompt: str | None
     request_id: str = ""
     """Of the request that asked for it, for the logs."""
-
-
-def _has_more_marks(body: bytes | bytearray, most: int) -> bool:
-    """Whether more than `most` values can be in a body. `find` leaps over an image in base64 ten times as fast as
-    `count` goes through it."""
-    found = 0
-    for mark in (b",", b"[", b"{", b":"):
-        place = body.find(mark)
-        while place >= 0 and found <= most:
-            found, place = found + 1, body.find(mark, place + 1)
-    return found > most
-
-
-def parse_json(body: bytes | bytearray) -> Any:
-    """The value of a JSON body, with no number that JSON does not have and no key twice. Raises ApiError.
-
-    A bytearray is emptied: beside a body of megabytes its text and its values take as much again.
-    """
-
-    def refuse_constant(name: str) -> Any:
-        raise ApiError(400, f"{name} is no number of JSON", code="invalid_json")
-
-    def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise ApiError(400, f"the field {quoted(twice)} stands there twice", param=twice[:64], code="invalid_json")
-        return fields
-
-    # Parsing holds the interpreter, and a body of nothing but commas would hold it for seconds.
-    if _has_more_marks(body, _MAX_JSON_VALUES):
-        raise ApiError(400, f"more than {_MAX_JSON_VALUES} values in the body", code="invalid_json")
-    try:
-        text = body.decode()
-        if isinstance(body, bytearray):
-            body.clear()
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
-    except UnicodeDecodeError:
-        raise ApiError(400, "the body is no UTF-8", code="invalid_json") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is no JSON: {str(error)[:200]}", code="invalid_json") from None
-
-
-def parse(kind: type[_T], value: Any) -> _T:
-    """Build a request. Raises ApiError that names the first field that is wrong."""
-    if not isinstance(value, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        # An unknown field first: it is often the cause of what else is wrong. Then the deepest: of the branches of a
-        # union it is the one that was meant.
-        detail = min(
-            error.errors(include_url=False),
-            key=lambda each: (each["type"] != "extra_forbidden", -len(each["loc"])),
-        )
-        # A union's branch is no part of the path that the client knows.
-        tags = {"image_url", "text"}
-        path = [str(part) for i, part in enumerate(detail["loc"]) if not (part in tags and _is_tag(detail["loc"], i))]
-        path = [part for part in path if part != "str" and not part.startswith("list[")]
-        param = ".".join(path)[:200]
-        if detail["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            message = f"unknown or unsupported field {quoted(param)}; {kind.__name__} has {known}"
-            raise ApiError(400, message, param=param, code="unknown_field") from None
-        message = f"{param}: {detail['msg'][:1].lower()}{detail['msg'][1:_MAX_REASON]}"
-        if isinstance(detail["input"], str | int | float | bool | None):
-            message += f", got {quoted(detail['input'])}"
-        raise ApiError(400, message, param=param, code="invalid_value") from None
-
-
-def _is_tag(path: tuple[int | str, ...], index: int) -> bool:
-    """Whether part `index` of an error's path is the branch of a union: it follows the number of a list's element."""
-    return index > 0 and isinstance(path[index - 1], int)
+    size: str | None = None
+    """WIDTHxHEIGHT, as the answer says it."""
+    ignored: tuple[str, ...] = ()
+    """Fields of the request that have no part in it, as the answer says them."""
 
 
 def check_prompt(text: str, limits: Limits, param: str) -> None:
@@ -218,7 +184,7 @@ def generate_work(
         raise bad_value("prompt", "is empty")
     if not 1 <= request.n <= max_n:
         raise bad_value("n", f"{quoted(request.n)} images; from 1 to {max_n}")
-    if request.size is not None and request.size != defaults["size"]:
+    if request.size not in (None, "auto", defaults["size"]):
         message = f"{quoted(request.size)}; the model {info['id']!r} makes images of {resolution}x{resolution}"
         raise bad_value("size", message)
     steps = defaults["num_inference_steps"] if request.num_inference_steps is None else request.num_inference_steps
@@ -238,25 +204,44 @@ def generate_work(
     if not 0 <= seed <= MAX_IMAGE_SEED - request.n:
         raise bad_value("seed", f"{quoted(seed)}; from 0 to {MAX_IMAGE_SEED - request.n}")
     seeds = tuple(range(seed, seed + request.n))
-    return GenerateWork(request.prompt, seeds, steps, float(guidance), request.negative_prompt, request_id)
+    return GenerateWork(
+        request.prompt,
+        seeds,
+        steps,
+        float(guidance),
+        request.negative_prompt,
+        request_id,
+        defaults["size"],
+        tuple(unread_fields(request)),
+    )
 
 
 def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
-    """The one image of a chat, as a data URI; where it stands; and where the texts stand that nobody reads.
+    """The one image of a chat, as a data URI; where it stands; and what stands in the request that nobody reads.
 
-    Raises ApiError for a chat without an image, or with several.
+    Raises ApiError for a chat without an image, with several, or with several messages of the user.
     """
-    if len(request.messages) != 1:
-        raise bad_value("messages", f"{len(request.messages)} messages; a captioner takes one, with one image")
-    content = request.messages[0].content
-    if isinstance(content, str):
-        raise bad_value("messages.0.content", "text alone; a captioner takes an image (a part of type image_url)")
-    places = [f"messages.0.content.{index}" for index in range(len(content))]
-    pairs = list(zip(places, content, strict=True))
-    images = [(part.image_url.url, f"{place}.image_url.url") for place, part in pairs if isinstance(part, ImagePart)]
+    users = [index for index, message in enumerate(request.messages) if message.role == "user"]
+    if len(users) != 1:
+        raise bad_value("messages", f"{len(users)} messages of the user; a captioner takes one, with one image")
+    param = f"messages.{users[0]}.content"
+    if isinstance(request.messages[users[0]].content, str):
+        raise bad_value(param, "text alone; a captioner takes an image (a part of type image_url)")
+    images: list[tuple[str, str]] = []
+    ignored = unread_fields(request)
+    for number, message in enumerate(request.messages):
+        parts = [] if isinstance(message.content, str) else message.content
+        places = [(index, part) for index, part in enumerate(parts) if isinstance(part, ImagePart)]
+        if message.role == "user":
+            images = [(part.image_url.url, f"{param}.{index}.image_url.url") for index, part in places]
+        elif places:
+            where = f"messages.{number}.content.{places[0][0]}"
+            raise bad_value(where, f"an image of the {message.role}; give it in the user's message")
+        else:
+            ignored = [*(each for each in ignored if not each.startswith(f"messages.{number}.")), f"messages.{number}"]
     if len(images) != 1:
-        raise bad_value("messages.0.content", f"{len(images)} images; a captioner takes one (POST /v1/captions many)")
-    return *images[0], [f"{place}.text" for place, part in pairs if isinstance(part, TextPart)]
+        raise bad_value(param, f"{len(images)} images; a captioner takes one (POST /v1/captions many)")
+    return *images[0], ignored
 
 
 def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignored: list[str]) -> dict[str, Any]:
@@ -286,11 +271,12 @@ def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignor
 def generation_answer(work: GenerateWork, model: str, created: int, images: list[dict[str, str]]) -> dict[str, Any]:
     """`images`: ``{"b64_json": ...}`` or ``{"url": ...}`` for each seed."""
     data = [{**image, "seed": seed, "revised_prompt": None} for image, seed in zip(images, work.seeds, strict=True)]
-    return {"created": created, "data": data, "model": model}
+    about = {"created": created, "model": model, "size": work.size, "background": "opaque", "output_format": "png"}
+    return {**about, "data": data, **({"ignored": list(work.ignored)} if work.ignored else {})}
 
 
-def completed_events(answer: dict[str, Any], size: str | None) -> list[dict[str, Any]]:
+def completed_events(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """The events by which OpenAI's clients know that an image is there, of an answer; one for each image."""
-    about = {"created_at": answer["created"], "size": size}
-    fixed = {"background": "opaque", "output_format": "png", "quality": "auto"}
-    return [{"type": "image_generation.completed", **about, **fixed, **image} for image in answer["data"]]
+    about = {name: answer[name] for name in ("size", "background", "output_format")}
+    about |= {"type": "image_generation.completed", "created_at": answer["created"], "quality": "auto"}
+    return [{**about, **image} for image in answer["data"]]

@@ -11,7 +11,7 @@ import pytest
 from serving import chat, data_uri
 
 from mmcore.errors import InputError
-from serve import limits, schemas
+from serve import limits, parsing, schemas
 from serve.errors import ApiError, quoted
 from serve.limits import Limits
 from serve.queueing import Admission
@@ -69,13 +69,13 @@ def test_limits_that_exclude_each_other() -> None:
 
 
 def generation(**fields: Any) -> schemas.GenerateWork:
-    asked = schemas.parse(schemas.GenerationRequest, {"prompt": "a red square", **fields})
+    asked = parsing.parse(schemas.GenerationRequest, {"prompt": "a red square", **fields})
     return schemas.generate_work(asked, INFO, Limits(), 8)
 
 
 def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
     work = generation(n=3, seed=41)
-    assert work == schemas.GenerateWork("a red square", (41, 42, 43), 50, 3.0, None)
+    assert work == schemas.GenerateWork("a red square", (41, 42, 43), 50, 3.0, None, size="64x64")
     drawn = generation(n=2)
     assert drawn.seeds[1] == drawn.seeds[0] + 1
     assert generation().seeds != generation().seeds
@@ -84,8 +84,16 @@ def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
-    ({"quality": "hd"}, "quality", "unknown or unsupported field 'quality'"),
-    ({"user": "me", "n": 99}, "user", "unknown"),
+    ({"steps": 3}, "steps", "unknown or unsupported field 'steps'; the body has prompt, model, n, size, seed,"),
+    ({"sampler": "me", "n": 99}, "sampler", "unknown"),
+    ({"quality": "hd"}, "quality", "images have one quality; leave it out, got 'hd'"),
+    ({"background": "transparent"}, "background", "no transparency"),
+    ({"output_format": "webp"}, "output_format", "PNG"),
+    ({"output_compression": 50}, "output_compression", "PNG loses nothing"),
+    ({"partial_images": 2}, "partial_images", "before it is finished"),
+    ({"partial_images": False}, "partial_images", "integer"),
+    ({"style": "natural"}, "style", "one style"),
+    ({"user": 3}, "user", "string"),
     ({"prompt": 3}, "prompt", "valid string, got 3"),
     ({"prompt": ""}, "prompt", "empty"),
     ({"prompt": " \n "}, "prompt", "empty"),
@@ -131,6 +139,26 @@ def test_fields_that_are_wrong(fields: dict[str, Any], param: str, words: str) -
     assert len(error.message) < 400
 
 
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"size": "auto", "quality": "auto", "background": "auto", "output_format": "png", "partial_images": 0}, ()),
+        ({"size": "64x64", "quality": "standard", "background": "opaque"}, ()),
+        (
+            {"safety_identifier": "x", "user": "me", "moderation": "auto", "style": "vivid", "output_compression": 100},
+            ("output_compression", "style", "moderation", "user", "safety_identifier"),
+        ),
+        (dict.fromkeys(("size", "quality", "n", "user", "style", "unheard_of")), ()),
+    ],
+)
+def test_what_clients_send_and_changes_nothing(fields: dict[str, Any], ignored: tuple[str, ...]) -> None:
+    work = generation(seed=1, **fields)
+    assert work == schemas.GenerateWork("a red square", (1,), 50, 3.0, None, size="64x64", ignored=ignored)
+    answer = schemas.generation_answer(work, "shapes", 5, [{"b64_json": "x"}])
+    assert answer.get("ignored", []) == list(ignored)
+    assert (answer["size"], answer["output_format"], answer["background"]) == ("64x64", "png", "opaque")
+
+
 def test_a_whole_number_is_a_guidance_scale() -> None:
     assert generation(guidance_scale=5).guidance_scale == 5.0
 
@@ -154,7 +182,7 @@ BAD_JSON: dict[str, tuple[bytes, str]] = {
 def test_bodies_that_are_no_json(name: str) -> None:
     body, words = BAD_JSON[name]
     with pytest.raises(ApiError) as caught:
-        schemas.parse_json(body)
+        parsing.parse_json(body)
     assert caught.value.status == 400
     assert words in caught.value.message
 
@@ -162,12 +190,12 @@ def test_bodies_that_are_no_json(name: str) -> None:
 @pytest.mark.parametrize("body", [b"[]", b"3", b'"x"', b"null", b"true"])
 def test_a_body_is_an_object(body: bytes) -> None:
     with pytest.raises(ApiError, match="must be a JSON object"):
-        schemas.parse(schemas.GenerationRequest, schemas.parse_json(body))
+        parsing.parse(schemas.GenerationRequest, parsing.parse_json(body))
 
 
 def test_infinity_by_exponent_is_refused() -> None:
     with pytest.raises(ApiError, match="guidance_scale: inf"):
-        generation(**schemas.parse_json(b'{"guidance_scale": 1e999}'))
+        generation(**parsing.parse_json(b'{"guidance_scale": 1e999}'))
 
 
 URI = data_uri(b"x")
@@ -178,32 +206,59 @@ def said(*content: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(content)}]}
 
 
+WORDS = {"type": "text", "text": "What is in this image?"}
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+MESSAGES = chat(URI)["messages"]
+
 BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
-    (chat(URI, temperature=0.7), "temperature", "unknown or unsupported field 'temperature'"),
-    (chat(URI, stream=True), "stream", "False"),
+    (chat(URI, beams=3), "beams", "unknown or unsupported field 'beams'; the body has messages, model, max_tokens,"),
     (chat(URI, max_tokens=0), "max_tokens", "greater than or equal to 1"),
     ({"messages": []}, "messages", "0 messages"),
-    ({"messages": chat(URI)["messages"] * 2}, "messages", "2 messages"),
-    ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role", "user"),
+    ({"messages": MESSAGES * 2}, "messages", "2 messages"),
+    ({"messages": [SYSTEM]}, "messages", "0 messages of the user"),
+    ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, "messages.1.role", "got 'assistant'"),
     ({"messages": [{"role": "user", "content": "what is it?"}]}, "messages.0.content", "takes an image"),
+    ({"messages": [{**SYSTEM, "content": [WORDS, PART]}, *MESSAGES]}, "messages.0.content.1", "image of the system"),
+    ({"messages": [{**MESSAGES[0], "tool_calls": []}]}, "messages.0.tool_calls", "messages.0 has role, content,"),
     (said(), "messages.0.content", "0 images"),
-    (said({"type": "text", "text": "?"}), "messages.0.content", "0 images"),
+    (said(WORDS), "messages.0.content", "0 images"),
     (said(PART, {"type": "text"}), "messages.0.content.1.text", "required"),
+    (said(PART, {**WORDS, "size": 3}), "messages.0.content.1.size", "; messages.0.content.1 has type, text, "),
     (said(PART, PART), "messages.0.content", "2 images"),
     (
         said({"type": "image_url", "image_url": {"url": URI, "detail": "low"}}),
         "messages.0.content.0.image_url.detail",
-        "unknown or unsupported field",
+        "one size; leave it out, got 'low'",
+    ),
+    (
+        said({"type": "image_url", "image_url": {"url": URI, "crop": 1}}),
+        "messages.0.content.0.image_url.crop",
+        "; messages.0.content.0.image_url has url, detail",
     ),
     (said({"type": "input_audio"}), "messages.0.content.0", "input_audio"),
     ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+    *(
+        (chat(URI, **{name: value}), name, words)
+        for name, value, words in (
+            ("stream", True, "at once"), ("n", 2, "one caption"), ("n", True, "integer"), ("n", "1", "integer"),
+            ("temperature", -1, "greater"), ("temperature", "hot", "number"), ("top_p", True, "number"),
+            ("presence_penalty", 0.5, "no penalties"), ("frequency_penalty", -1, "no penalties"),
+            ("stop", "\n", "ends by itself"), ("stop", ["."], "ends by itself"), ("logit_bias", {"5": -100}, "weights"),
+            ("logprobs", True, "probabilities"), ("top_logprobs", 2, "probabilities"),
+            ("response_format", {"type": "json_object"}, "is text"), ("modalities", ["text", "audio"], "is text"),
+            ("tools", [{"type": "function"}], "no tools"), ("tool_choice", "required", "no tools"),
+            ("functions", [{}], "no tools"), ("function_call", {"name": "f"}, "no tools"),
+            ("verbosity", "low", "one manner"), ("store", True, "kept"), ("user", 3, "string"),
+            ("audio", {"voice": "x"}, "unknown"), ("web_search_options", {}, "unknown"),
+        )
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "param", "words"), BAD_CHATS)
 def test_chats_that_are_wrong(body: dict[str, Any], param: str, words: str) -> None:
     with pytest.raises(ApiError) as caught:
-        schemas.image_of_chat(schemas.parse(schemas.ChatRequest, body))
+        schemas.image_of_chat(parsing.parse(schemas.ChatRequest, body))
     error = caught.value
     assert error.status == 400
     assert error.param == param
@@ -211,13 +266,30 @@ def test_chats_that_are_wrong(body: dict[str, Any], param: str, words: str) -> N
 
 
 def test_a_chat_has_one_image() -> None:
-    asked = schemas.parse(schemas.ChatRequest, chat(URI, max_completion_tokens=5))
+    asked = parsing.parse(schemas.ChatRequest, chat(URI, max_completion_tokens=5))
     assert schemas.image_of_chat(asked) == (URI, "messages.0.content.0.image_url.url", [])
-    # Text is none of the image's business, and where it stands is told.
-    words = {"type": "text", "text": "What is in this image?"}
-    asked = schemas.parse(schemas.ChatRequest, said(words, PART, words))
-    texts = ["messages.0.content.0.text", "messages.0.content.2.text"]
-    assert schemas.image_of_chat(asked) == (URI, "messages.0.content.1.image_url.url", texts)
+
+
+def test_what_programs_send_along_is_named() -> None:
+    done_anyway: dict[str, Any] = {
+        "n": 1, "stream": False, "stop": [], "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0,
+        "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "logit_bias": {},
+        "stream_options": None, "store": False, "modalities": ["text"], "top_logprobs": 0, "verbosity": "medium",
+    }  # fmt: skip
+    unread: dict[str, Any] = {
+        "stream_options": {"include_usage": True}, "temperature": 0.7, "top_p": 1, "top_k": 40, "seed": 5,
+        "parallel_tool_calls": True, "reasoning_effort": "none", "metadata": {"a": "b"}, "service_tier": "auto",
+        "prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k", "safety_identifier": "x",
+        "user": "me",
+    }  # fmt: skip
+    auto = {"type": "image_url", "image_url": {"url": URI, "detail": "auto"}}
+    asker = {"role": "user", "content": [WORDS, auto, WORDS], "name": "x"}
+    developer = {"role": "developer", "content": [WORDS], "name": "y"}
+    texts = ["messages.1.content.0.text", "messages.1.content.2.text", "messages.1.name"]
+    body = {"messages": [SYSTEM, asker, developer], **done_anyway, **unread}
+    uri, param, ignored = schemas.image_of_chat(parsing.parse(schemas.ChatRequest, body))
+    assert (uri, param) == (URI, "messages.1.content.1.image_url.url")
+    assert ignored == [*texts, *unread, "messages.0", "messages.2"]
 
 
 LONG = "http://" + "x" * 15_000_000
@@ -244,7 +316,7 @@ def test_what_is_repeated_is_cut_before_it_is_quoted() -> None:
 )  # fmt: skip
 def test_no_refusal_is_longer_than_a_person_reads(body: dict[str, Any]) -> None:
     with pytest.raises(ApiError) as caught:
-        schemas.image_of_chat(schemas.parse(schemas.ChatRequest, body))
+        schemas.image_of_chat(parsing.parse(schemas.ChatRequest, body))
     assert len(json.dumps(caught.value.body())) < 1000
 
 

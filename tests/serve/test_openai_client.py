@@ -115,12 +115,27 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_chat_as_most_programs_ask(client: openai.OpenAI) -> None:
-    """With words beside the image, which no captioner reads: the answer is the caption, and says so."""
-    picture_part = {"type": "image_url", "image_url": {"url": data_uri(picture("blue"))}}
-    content = [{"type": "text", "text": "What is in this image?"}, picture_part]
-    answer = client.chat.completions.create(model="words", messages=[{"role": "user", "content": content}])
+    """With words beside the image and OpenAI's settings, which no captioner reads: the answer says so."""
+    picture_part = {"type": "image_url", "image_url": {"url": data_uri(picture("blue")), "detail": "auto"}}
+    content: Any = [{"type": "text", "text": "What is in this image?"}, picture_part]
+    answer = client.chat.completions.create(
+        model="words",
+        messages=[{"role": "system", "content": "You are helpful."}, {"role": "user", "content": content}],
+        n=1,
+        temperature=0.2,
+        user="me",
+    )
     assert answer.choices[0].message.content == "a blue picture"
-    assert answer.ignored == ["messages.0.content.0.text"]  # type: ignore[attr-defined]
+    ignored = ["messages.1.content.0.text", "temperature", "user", "messages.0"]
+    assert answer.ignored == ignored  # type: ignore[attr-defined]
+
+
+def test_images_as_most_programs_ask(client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        model="shapes", prompt="x", size="auto", quality="auto", background="auto", output_format="png", user="me"
+    )
+    assert (answer.size, answer.output_format, answer.background) == (f"{SIZE}x{SIZE}", "png", "opaque")
+    assert answer.ignored == ["user"]  # type: ignore[attr-defined]
 
 
 def test_the_lines_of_the_readme(
@@ -145,7 +160,7 @@ def test_refusals_are_the_clients_own_errors(client: openai.OpenAI, url: str) ->
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(model="shapes", prompt="x", quality="hd")
     assert caught.value.param == "quality"
-    assert caught.value.code == "unknown_field"
+    assert caught.value.code == "invalid_value"
     with pytest.raises(openai.NotFoundError):
         client.images.generate(model="dall-e-3", prompt="x")
     with pytest.raises(openai.AuthenticationError):
