@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import nltk
-import pyarrow.parquet as pq
 import tyro
 
 from jobs.runtime.commandline import run
 from mmcore.data.manifest import read_images, read_manifest
-from mmcore.data.prepared import read_prepared
+from mmcore.data.prepared import prepared_images, read_prepared, split_image_ids
 from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
@@ -35,7 +34,6 @@ from mmcore.metrics.predictions import (
     prepared_references,
     read_predictions,
     read_references,
-    split_images,
 )
 from mmcore.storage import Storage
 
@@ -236,16 +234,11 @@ def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
         beside = {settings.word} if settings.word is not None else set()
         if len(named) == 1 and any(each >= named | beside for each in words):
             colour_of[row["image_id"]] = named.pop()
-    folder = Storage(settings.storage) / "data" / settings.dataset
     images, prompts = [], []
-    for name in folder.list(".parquet"):
-        # File by file: the photos of all of them together would fill the memory.
-        with folder.open(name) as file:
-            part = pq.read_table(file, columns=["image_id", "image"])
-        for image_id, image in zip(part["image_id"].to_pylist(), part["image"].to_pylist(), strict=True):
-            if image_id in colour_of:
-                images.append(resize_image(decode_image(image, name=image_id), settings.image_size))
-                prompts.append(colour_of[image_id])
+    for image_id, image in prepared_images(settings.storage, settings.dataset):
+        if image_id in colour_of:
+            images.append(resize_image(decode_image(image, name=image_id), settings.image_size))
+            prompts.append(colour_of[image_id])
     return score_colours(images, prompts, settings.colours) | dataclasses.asdict(settings)
 
 
@@ -301,7 +294,7 @@ def load_split(settings: CaptionScoreSettings, dataset: str, references: Referen
     column, colon, name = settings.split.partition(":")
     if not (column and colon and name):
         raise InputError(f"--split {settings.split}: expected COLUMN:NAME, such as split_report:validation")
-    images = split_images(settings.storage, dataset, column, name)
+    images = split_image_ids(settings.storage, dataset, column, name)
     without = [image_id for image_id in images if image_id not in references.captions]
     if without:
         raise InputError(

@@ -1,9 +1,7 @@
-"""Captioned images as training rows: what of a prepared dataset a captioner learns from.
-
-Shapes: B images, C captions an image, T words.
-"""
+"""What jobs/prepare.py left under STORAGE/data/DATASET: its facts, its columns, and its captions as training rows."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -43,16 +41,39 @@ def read_dataset_facts(storage: Storage, dataset: str) -> dict:
         raise not_prepared(folder, dataset, storage) from None
 
 
+def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Table:
+    """These columns of a prepared dataset, STORAGE/data/{dataset}/*.parquet, rows in the dataset's order.
+
+    Raises:
+        InputError: the dataset is not there or was not finished, or has no such column.
+    """
+    storage = Storage(storage_uri)
+    read_dataset_facts(storage, dataset)
+    folder = storage / "data" / dataset
+    tables = []
+    for name in folder.list(".parquet"):
+        with folder.open(name) as file, pq.ParquetFile(file) as part:
+            there = part.schema_arrow.names
+            for column in columns:
+                if column not in there:
+                    raise InputError(f"{folder.uri}: no column {column!r}; columns there: {', '.join(there)}")
+            tables.append(part.read(columns=columns))
+    if not tables:
+        raise not_prepared(folder, dataset, storage_uri)
+    return pa.concat_tables(tables)
+
+
 def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
     """Read all but the images. Raises InputError for an unprepared dataset or an unknown split column."""
     facts = read_dataset_facts(storage, dataset)
     folder = storage / "data" / dataset
-    filesystem, path = folder.arrow()
-    schema = pq.read_schema(f"{path}/{folder.list('.parquet')[0]}", filesystem=filesystem)
-    columns = [name for name in schema.names if name.startswith("split")]
-    if split not in columns:
-        raise InputError(f"--split {split!r}: {folder} has {', '.join(columns)}")
-    table = pq.read_table(path, filesystem=filesystem, columns=["image_id", "file_name", "captions", split])
+    names = folder.list(".parquet")
+    if names:
+        with folder.open(names[0]) as file, pq.ParquetFile(file) as part:
+            columns = [name for name in part.schema_arrow.names if name.startswith("split")]
+        if split not in columns:
+            raise InputError(f"--split {split!r}: {folder} has {', '.join(columns)}")
+    table = read_prepared(storage.uri, dataset, ["image_id", "file_name", "captions", split])
     return CaptionTable(
         table["image_id"].to_pylist(),
         table["file_name"].to_pylist(),
@@ -62,25 +83,24 @@ def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
     )
 
 
-def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Table:
-    """These columns of a prepared dataset, STORAGE/data/{dataset}/*.parquet, rows in the dataset's order.
+def split_image_ids(storage_uri: str, dataset: str, column: str, name: str) -> list[str]:
+    """The image_ids of the rows whose `column` is `name`, in the dataset's order. Raises InputError where none is."""
+    table = read_prepared(storage_uri, dataset, ["image_id", column])
+    values = table[column].to_pylist()
+    chosen = [image_id for image_id, value in zip(table["image_id"].to_pylist(), values, strict=True) if value == name]
+    if not chosen:
+        there = ", ".join(repr(value) for value in sorted(set(map(str, values))))
+        raise InputError(f"{dataset}: no image has {column} {name!r}; values there: {there}")
+    return chosen
 
-    Raises:
-        InputError: the dataset is not there or was not finished, or has no such column.
-    """
+
+def prepared_images(storage_uri: str, dataset: str) -> Iterator[tuple[str, bytes]]:
+    """image_id and encoded image of every row in order; one file at a time, as all of them would fill the memory."""
     folder = Storage(storage_uri) / "data" / dataset
-    names = folder.list(".parquet") if folder.exists("_SUCCESS") else []
-    if not names:
-        raise not_prepared(folder, dataset, storage_uri)
-    tables = []
-    for name in names:
-        with folder.open(name) as file, pq.ParquetFile(file) as part:
-            there = part.schema_arrow.names
-            for column in columns:
-                if column not in there:
-                    raise InputError(f"{folder.uri}: no column {column!r}; columns there: {', '.join(there)}")
-            tables.append(part.read(columns=columns))
-    return pa.concat_tables(tables)
+    for name in folder.list(".parquet"):
+        with folder.open(name) as file:
+            part = pq.read_table(file, columns=["image_id", "image"])
+        yield from zip(part["image_id"].to_pylist(), part["image"].to_pylist(), strict=True)
 
 
 def shapes_table(settings: ShapesSettings) -> CaptionTable:

@@ -123,17 +123,6 @@ def prepared_references(storage_uri: str, dataset: str) -> References:
     return references
 
 
-def split_images(storage_uri: str, dataset: str, column: str, name: str) -> list[str]:
-    """The image_ids of the rows whose `column` is `name`, in the dataset's order."""
-    table = read_prepared(storage_uri, dataset, ["image_id", "file_name", column])
-    values = table[column].to_pylist()
-    chosen = [image_id for image_id, value in zip(table["image_id"].to_pylist(), values, strict=True) if value == name]
-    if not chosen:
-        there = sorted({str(value) for value in values})
-        raise InputError(f"{dataset}: no image has {column} {name!r}; values there: {listed(there)}")
-    return chosen
-
-
 def read_predictions(location: str, references: References) -> Predictions:
     """A file's or a Parquet folder's predictions; the ending says the form, any but two means CSV.
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmcore.data.prepared import split_image_ids
 from mmcore.errors import InputError
 from mmcore.metrics.predictions import (
     References,
@@ -16,7 +17,6 @@ from mmcore.metrics.predictions import (
     prepared_references,
     read_predictions,
     read_references,
-    split_images,
     unquote,
 )
 
@@ -379,14 +379,14 @@ def test_prepared_references_and_split(prepared: str) -> None:
     references = prepared_references(prepared, "shapes")
     assert references.captions == {i: [f"{i} one", f"{i} two"] for i in ("s1", "s2", "s3")}
     assert references.image_ids["s3.png"] == "s3"
-    assert split_images(prepared, "shapes", "split", "test") == ["s2", "s3"]
+    assert split_image_ids(prepared, "shapes", "split", "test") == ["s2", "s3"]
 
 
 def test_bad_prepared_datasets(prepared: str) -> None:
     with pytest.raises(InputError, match=r"no column 'splt'; columns there: .*captions, split"):
-        split_images(prepared, "shapes", "splt", "test")
+        split_image_ids(prepared, "shapes", "splt", "test")
     with pytest.raises(InputError, match="no image has split 'tst'; values there: 'test', 'train'"):
-        split_images(prepared, "shapes", "split", "tst")
+        split_image_ids(prepared, "shapes", "split", "tst")
     with pytest.raises(InputError, match=r"data/flickr8k: no prepared dataset"):
         prepared_references(prepared, "flickr8k")
     (Path(prepared) / "data" / "shapes" / "_SUCCESS").unlink()
