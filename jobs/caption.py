@@ -16,8 +16,10 @@ import pyarrow as pa
 import torch
 import tyro
 
+from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.commandline import run as run_job
-from jobs.runtime.sweep import ROWS_PER_BLOCK, plan_blocks, read_parts, run_sweep
+from jobs.runtime.image_blocks import plan_blocks
+from jobs.runtime.sweep import read_parts, run_sweep
 from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder

@@ -27,15 +27,13 @@ import ray
 import torch
 import tyro
 
+from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.lease import Lease
 from jobs.runtime.source import source_commit
 from jobs.runtime.sweep import (
-    MAX_BLOCKS,
     SWEEP,
-    Blocks,
-    blocks_of_rows,
     check_plan,
     committed_blocks,
     machine_cpus,

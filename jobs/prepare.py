@@ -32,10 +32,10 @@ import ray
 import ray.data
 import tyro
 
+from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.cluster import connect, cpus
 from jobs.runtime.commandline import run
 from jobs.runtime.progress import Report, progress
-from jobs.runtime.sweep import ROWS_PER_BLOCK
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.archive import unpack_zip
 from mmcore.data.flickr8k import SPLIT_COLUMNS, Flickr8k, photo_row, read_flickr8k

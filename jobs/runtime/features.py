@@ -18,7 +18,9 @@ import torch
 from ray.data import Dataset
 
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.runtime.sweep import READERS_PER_WORKER, ROWS_PER_BLOCK, Blocks, blocks_of_rows, plan_blocks, run_sweep
+from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
+from jobs.runtime.image_blocks import plan_blocks
+from jobs.runtime.sweep import READERS_PER_WORKER, run_sweep
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.data.columns import SUCCESS
 from mmcore.data.pixels import to_network

@@ -9,13 +9,10 @@ disagree with them. (Ray Data's own checkpointing would be one, and waits for ev
 """
 
 import contextlib
-import hashlib
 import io
 import json
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,18 +20,16 @@ import pyarrow.parquet as pq
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.runtime.blocks import Blocks
 from jobs.runtime.cluster import connect, cpus, max_gpus
 from jobs.runtime.commandline import one_line
+from jobs.runtime.image_blocks import read_block
 from jobs.runtime.progress import progress
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError
-from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
-# More files than this make listing and reading a finished sweep slow.
-MAX_BLOCKS = 10_000
-ROWS_PER_BLOCK = 64
 # Of an autoscaler without a limit.
 _MAX_ACTORS = 1000
 # Tasks that read ahead for each actor: one block is worked on, one waits, and as many are being read.
@@ -45,111 +40,8 @@ PARTS = "parts"
 SWEEP = "sweep.json"
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The rows of a sweep in order, cut into blocks.
-
-    An item names the rows of its block in `source`, or holds them itself under ``columns`` (then there is no source).
-    """
-
-    source: Storage | None
-    items: list[dict[str, Any]]
-    num_rows: int
-    ids_sha256: str
-
-
 def part_name(block: int) -> str:
     return f"part-{block:06d}.parquet"
-
-
-def plan_blocks(source: Storage, split: str | None = None, rows_per_block: int = ROWS_PER_BLOCK) -> Blocks:
-    """Blocks over Parquet shards (``image_id``, ``image``) or over a folder of image files.
-
-    `split`: ``COLUMN:NAME`` keeps the rows of one split. Raises InputError for an empty source, a missing column, a
-    split that no row is of, or an image_id that stands there twice.
-    """
-    shards = source.list(".parquet")
-    if shards:
-        items, ids = _parquet_blocks(source, shards, split, rows_per_block)
-    else:
-        if split is not None:
-            raise InputError(f"--split {split}: {source} holds no Parquet shards with a split column")
-        files = [name for name in source.list() if name.lower().endswith(IMAGE_SUFFIXES)]
-        ids = [os.path.splitext(name)[0] for name in files]
-        step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
-        items = [{"files": files[i : i + step]} for i in range(0, len(files), step)]
-    if not ids and shards:
-        raise InputError(f"{source}: its Parquet shards hold no rows")
-    if not ids:
-        raise InputError(f"{source}: neither Parquet shards nor image files ({' '.join(IMAGE_SUFFIXES)}) there")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(image_id for image_id in ids if image_id in seen or seen.add(image_id))  # type: ignore[func-returns-value]
-        raise InputError(f"{source}: image_id {twice!r} stands there twice; each image must have its own")
-    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    return Blocks(source, [{"block": k, **item} for k, item in enumerate(items)], len(ids), digest)
-
-
-def blocks_of_rows(columns: dict[str, list[Any]], rows_per_block: int) -> Blocks:
-    """Blocks that hold their rows themselves: equally long lists of JSON values under each name.
-
-    The digest of the plan is of every value, not only of the ids.
-    """
-    num_rows = len(next(iter(columns.values())))
-    items = [
-        {"block": k, "columns": {name: values[start : start + rows_per_block] for name, values in columns.items()}}
-        for k, start in enumerate(range(0, num_rows, rows_per_block))
-    ]
-    if len(items) > MAX_BLOCKS:
-        raise ValueError(f"{len(items)} blocks of {rows_per_block} rows; at most {MAX_BLOCKS} are listed quickly")
-    return Blocks(None, items, num_rows, hashlib.sha256(json.dumps(columns).encode()).hexdigest())
-
-
-def _parquet_blocks(
-    source: Storage, shards: list[str], split: str | None, rows_per_block: int
-) -> tuple[list[dict[str, Any]], list[str]]:
-    column, _, name = (split or "").partition(":")
-    if split is not None and not name:
-        raise InputError(f"--split {split!r}: write COLUMN:NAME, such as split_karpathy:test")
-    files = [pq.ParquetFile(source.open(shard)) for shard in shards]
-    rows_per_block = max(rows_per_block, -(-sum(file.metadata.num_rows for file in files) // MAX_BLOCKS))
-    items: list[dict[str, Any]] = []
-    ids: list[str] = []
-    there: set[str] = set()
-    for shard, file in zip(shards, files, strict=True):
-        names = file.schema_arrow.names
-        for needed in ["image_id", "image", *([column] if split else [])]:
-            if needed not in names:
-                raise InputError(f"{source}/{shard}: no column {needed!r}; it has {', '.join(names)}")
-        for group in range(file.metadata.num_row_groups):
-            table = file.read_row_group(group, columns=["image_id", *([column] if split else [])])
-            values = table[column].to_pylist() if split else [name] * len(table)
-            there.update(values)
-            rows = [row for row, value in enumerate(values) if value == name]
-            chosen = table["image_id"].take(pa.array(rows, pa.int64())).to_pylist()
-            ids += chosen
-            items += [
-                {"shard": shard, "row_group": group, "rows": rows[i : i + rows_per_block]}
-                for i in range(0, len(rows), rows_per_block)
-            ]
-    if split and there and not ids:
-        raise InputError(f"--split {split}: no row of {source} is of it; the column holds {', '.join(sorted(there))}")
-    return items, ids
-
-
-def read_block(source: Storage, item: dict[str, Any]) -> dict[str, Any]:
-    """The rows of one block: lists under ``image_id``, ``file_name`` and ``image`` (encoded bytes)."""
-    if "files" in item:
-        return {
-            "image_id": [os.path.splitext(name)[0] for name in item["files"]],
-            "file_name": list(item["files"]),
-            "image": [source.read(name) for name in item["files"]],
-        }
-    with source.open(item["shard"]) as opened, pq.ParquetFile(opened) as file:
-        names = [name for name in ("image_id", "file_name", "image") if name in file.schema_arrow.names]
-        table = file.read_row_group(item["row_group"], columns=names)
-    rows = table.take(pa.array(item["rows"], pa.int64())).to_pydict()
-    return {**rows, "file_name": rows.get("file_name", rows["image_id"])}
 
 
 class _BlockWorker:
@@ -324,7 +216,7 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Bring every block through ``worker_type(**worker_kwargs)`` once; returns what was done and how fast.
 
-    The worker is called with the rows of a block (see `read_block`, `blocks_of_rows`) and returns one Arrow table; one
+    The worker is called with the rows of a block (`read_block`, `blocks_of_rows`) and returns one Arrow table; one
     that has a method ``write`` returns what that makes the table of, while the next block is worked on.
 
     Args:

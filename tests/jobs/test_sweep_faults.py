@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_sweep
 
-from jobs.runtime.sweep import plan_blocks, read_block
+from jobs.runtime.image_blocks import plan_blocks, read_block
 from mmcore import s3 as module
 from mmcore.data.prepared import read_prepared
 from mmcore.storage import Storage
