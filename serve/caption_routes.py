@@ -14,8 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve import incoming_images as images
-from serve import schemas
+from serve import images, schemas
 from serve.clients import Model, model_unavailable
 from serve.errors import ApiError, bad_value, fault, quoted
 from serve.front import Front, facts_of_request

@@ -17,7 +17,7 @@ from serve.clients import Model, Replica
 from serve.errors import ApiError, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
 from serve.image_jobs import new_id
-from serve.incoming_images import to_base64
+from serve.images import to_base64
 from serve.metrics import logger
 from serve.parsing import parse
 from serve.schemas import GenerateWork

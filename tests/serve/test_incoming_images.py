@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from serving import COLOURS, data_uri, picture, tries
 
 from mmcore.images import decode_image, resize_image
-from serve import incoming_images as images
+from serve import images
 from serve.errors import ApiError
 from serve.limits import Limits
 
