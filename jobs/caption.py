@@ -19,6 +19,7 @@ import tyro
 from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.image_blocks import plan_blocks
+from jobs.runtime.source import output_storage
 from jobs.runtime.sweep import read_parts, run_sweep
 from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
@@ -76,7 +77,7 @@ def caption(settings: CaptionSettings) -> dict[str, Any]:
     for name in ("num_beams", "max_length", "rows_per_block"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be at least 1")
-    run, images, out = Storage(settings.run), Storage(settings.images), Storage(settings.out)
+    run, images, out = Storage(settings.run), Storage(settings.images), output_storage(settings.out, "--out")
     if not math.isfinite(settings.length_penalty):
         raise InputError(f"--length-penalty {settings.length_penalty}: must be a finite number")
     if settings.length_penalty != 1 and settings.num_beams == 1:

@@ -33,7 +33,7 @@ from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime import demo_page
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.job import Job, RunOptions, recipe_name
-from jobs.runtime.source import source_commit
+from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
 from mmcore.captioners import cross_attention as resnet
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
@@ -118,7 +118,7 @@ class Demo:
 
     @property
     def storage(self) -> Storage:
-        return Storage(self.settings.storage)
+        return output_storage(self.settings.storage, "--storage")
 
     def job(self, file: Any, recipe: Any) -> Job:
         """The training job of the module `file`."""

@@ -22,6 +22,7 @@ import nltk
 import tyro
 
 from jobs.runtime.commandline import run
+from jobs.runtime.source import output_storage
 from mmcore.data.manifest import read_images, read_manifest
 from mmcore.data.prepared import prepared_images, read_prepared, split_image_ids
 from mmcore.errors import InputError
@@ -307,7 +308,7 @@ def load_split(settings: CaptionScoreSettings, dataset: str, references: Referen
 def find_scores_place(run_uri: str) -> tuple[Storage, str]:
     """STORAGE/runs/RECIPE/NAME -> (STORAGE/scores/RECIPE, NAME.json); InputError where that is no run."""
     # Storage makes a relative path absolute, so `runs/recipe/name` has a storage before it as well.
-    run_storage = Storage(run_uri.rstrip("/"))
+    run_storage = output_storage(run_uri.rstrip("/"), "--run")
     match = RUN_URI.fullmatch(run_storage.uri)
     if match is None:
         raise InputError(f"--run {run_uri}: expected STORAGE/runs/RECIPE/NAME")

@@ -21,6 +21,7 @@ import torch
 import tyro
 
 from jobs.runtime.commandline import run as run_job
+from jobs.runtime.source import output_storage
 from mmcore.errors import InputError
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.diffusion import make_sampler
@@ -132,7 +133,7 @@ def export(settings: ExportSettings) -> float:
 
     if "://" in settings.out:
         raise InputError(f"--out {settings.out}: diffusers reads folders; name one on this machine")
-    out = Path(settings.out).expanduser().absolute()
+    out = Path(output_storage(settings.out, "--out").uri)
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a new folder")
     generator = TrainedGenerator(Storage(settings.run), text_encoder=settings.text_encoder)

@@ -31,7 +31,7 @@ from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.lease import Lease
-from jobs.runtime.source import source_commit
+from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import (
     SWEEP,
     check_plan,
@@ -335,7 +335,7 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
     Raises InputError for settings other than those that OUT was begun with, and while another run works on OUT.
     """
     _check(settings)
-    run, out = Storage(settings.run), Storage(settings.out)
+    run, out = Storage(settings.run), output_storage(settings.out, "--out")
     facts = read_facts(run)
     if facts["recipe"] not in GENERATORS:
         raise InputError(f"--run {run}: recipe {facts['recipe']!r} makes no images; name the run of a generator")

@@ -36,6 +36,7 @@ from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.cluster import connect, cpus
 from jobs.runtime.commandline import run
 from jobs.runtime.progress import Report, progress
+from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.archive import unpack_zip
 from mmcore.data.flickr8k import SPLIT_COLUMNS, Flickr8k, photo_row, read_flickr8k
@@ -137,7 +138,7 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
     fingerprint (sha256 over image_id, captions and image bytes of all rows in order). Raises InputError.
     """
     settings.check()
-    target = Storage(settings.storage) / "data" / settings.dataset
+    target = output_storage(settings.storage, "--storage") / "data" / settings.dataset
     finished = json.loads(target.read(SUCCESS)) if target.exists(SUCCESS) else None
     if finished is not None and not settings.fresh:
         if finished["settings"] != settings.identity():

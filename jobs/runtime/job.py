@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jobs.runtime.source import output_storage
 from mmcore.errors import InputError
 from mmcore.recipe import check_effect
 from mmcore.storage import Storage
@@ -108,15 +109,8 @@ def parse_job(
     parsed: Job = tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
     check_effect(parsed.recipe, variants[variant])
     # Absolute: the workers' working directory is not the driver's.
-    options = dataclasses.replace(parsed.options, storage=Storage(parsed.options.storage).uri)
+    options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)
     job = dataclasses.replace(parsed, options=options)
-    if "/runtime_resources/working_dir_files/" in options.storage:
-        print(
-            f"warning: {options.storage} lies in Ray's copy of the working directory, which changes with the code and "
-            "is removed with the cluster; give --storage an absolute folder or s3://bucket/prefix",
-            file=sys.stderr,
-            flush=True,
-        )
     if source == "no --variant":
         print(
             f"no --variant given: running `shapes`, self-contained on built-in data; "

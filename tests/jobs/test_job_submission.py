@@ -72,15 +72,18 @@ if __name__ == "__main__":
 
 # (script, what its output holds): sent as `ray job submit SCRIPT`
 BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
+# Outside the working directory, which the cluster has a copy of.
+OUTSIDE = "{storage}"
+SMOKE = ["--variant", "smoke", "--storage"]
 # (script, flags, what its output holds): sent as `ray job submit --working-dir . -- python SCRIPT FLAGS`
 JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
     # What both ways of submitting share is seen of the probe; these take minutes, most of it starts of workers.
     pytest.param(
-        "jobs/train_resnet_captioner.py", ["--variant", "smoke"], "finished: ", id="train", marks=pytest.mark.soak
+        "jobs/train_resnet_captioner.py", [*SMOKE, OUTSIDE], "finished: ", id="train", marks=pytest.mark.soak
     ),
     pytest.param(
-        "jobs/train_ldm.py", ["--variant", "smoke"], "runs/ldm/default/model", id="train_ldm", marks=pytest.mark.soak
+        "jobs/train_ldm.py", [*SMOKE, OUTSIDE], "runs/ldm/default/model", id="train_ldm", marks=pytest.mark.soak
     ),
 ]
 TRAIN_JOB = "jobs/train_resnet_captioner.py"
@@ -216,11 +219,18 @@ def test_submitted_as_a_file(cluster, script, expected):
 
 
 @pytest.mark.parametrize(("script", "flags", "expected"), JOBS_WITH_FLAGS)
-def test_submitted_with_a_working_directory(cluster, script, flags, expected):
+def test_submitted_with_a_working_directory(cluster, script, flags, expected, tmp_path):
+    flags = [flag.format(storage=tmp_path) if flag == OUTSIDE else flag for flag in flags]
     done = cluster.submit("--working-dir", ".", "--", "python", script, *flags)
     assert expected in done.stdout
     assert "succeeded" in done.stdout
     assert "code from the job's working directory" in done.stdout
+
+
+def test_results_are_not_left_in_rays_copy_of_the_working_directory(cluster):
+    done = cluster.submit("--working-dir", ".", "--", "python", TRAIN_JOB, *SMOKE, "out", check=False)
+    assert done.returncode == 1
+    assert "error: --storage out: would lie in Ray's copy of the working directory" in done.stdout + done.stderr
 
 
 def test_a_training_job_as_a_file_trains(cluster):
