@@ -1,13 +1,14 @@
 """One live run at a time for a place in the storage: a lease of numbered files that is renewed while the run lives.
 
-``PLACE/lease/000000.json`` says who holds the place (host, process, the moment at which the lease ends). Each file is
-created once, so of two runs that want the place at the same moment one gets it; only its holder writes it again, to
-renew it. A run takes the place over by creating the next number, when the newest file was given back, has expired, or
-belongs to a process of this machine that is dead. A holder that finds a newer number than its own has been taken
-over and ends. A run that was killed elsewhere holds the place for `TTL_S` at most.
+``PLACE/lease/000000.json`` says who holds the place (host, process, a moment that changes with each renewal). Each
+file is created once, so of two runs that want the place at the same moment one gets it; only its holder writes it
+again, to renew it. A run takes the place over by creating the next number, when the newest file was given back, belongs
+to a process of this machine that is dead, or to one of another machine and does not change for `TTL_S`. Clocks of two
+machines differ: that time is measured by the clock of who waits, and what the file says of the hour is not looked at.
+A holder that finds a newer number than its own has been taken over and ends.
 
-The lease saves work and is no lock: clocks may differ, and a process that was stopped for long may go on for a
-moment beside its successor. What must happen once is created once in the storage.
+The lease saves work and is no lock: a process that was stopped for long may go on for a moment beside its successor.
+What must happen once is created once in the storage.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ class Holder:
     start: str
     """When the process started, as its kernel counts: a process number is used again."""
     expires_unix: float
-    """0 once it was given back."""
+    """By the holder's own clock, which others do not trust; 0 once it was given back."""
 
     @classmethod
     def this_process(cls, ttl_s: float) -> "Holder":
@@ -94,8 +95,8 @@ def _start_of(pid: int) -> str | None:
 class Lease:
     """Holds the lease of `place` while a ``with`` block runs; a thread renews it.
 
-    Entering raises InputError while another live run holds it; it waits for the silent one of another machine, which
-    may be dead, until it renews its lease or the lease expires. `on_lost` is called, from that thread, with one line
+    Entering raises InputError while another live run holds it; of another machine's it waits until that one renews its
+    lease or has been silent for `ttl_s`. `on_lost` is called, from that thread, with one line
     when another run has taken the place over; by default it ends the process with that line and exit code 1.
     """
 
@@ -145,8 +146,8 @@ class Lease:
         """Create the file after `newest` if that one does not stand in the way; False if another run was faster."""
         if newest >= 0:
             holder = self._holder(newest)
-            alive = holder.expires_unix > time.time() and not holder.is_dead()
-            if alive and (holder.is_of_this_machine() or self._is_renewed(newest, holder)):
+            held = holder.expires_unix > 0 and not holder.is_dead()
+            if held and (holder.is_of_this_machine() or self._is_renewed(newest, holder)):
                 raise InputError(f"{self.what} is being run by {holder}: wait for it or stop it")
         self.number = newest + 1
         taken = self.place.create(_name(self.number), self._encoded(Holder.this_process(self.ttl_s)))
@@ -161,17 +162,19 @@ class Lease:
         return Holder(**json.loads(self.place.read(_name(number))))
 
     def _is_renewed(self, number: int, holder: Holder) -> bool:
-        """Wait until the lease of `holder` expires; True as soon as somebody turns out to hold the place."""
-        left_s = holder.expires_unix - time.time()
+        """Wait for as long as a live holder is silent at most; True as soon as somebody turns out to hold the place."""
         print(
-            f"{self.what} is held by {holder}: waiting {left_s:.0f} s for a sign of life", file=sys.stderr, flush=True
+            f"{self.what} is held by {holder}: waiting {self.ttl_s:.0f} s for a sign of life",
+            file=sys.stderr,
+            flush=True,
         )
-        while time.time() < holder.expires_unix:
+        silent_since = time.monotonic()
+        while time.monotonic() < silent_since + self.ttl_s:
             time.sleep(min(1.0, self.ttl_s / 10))
             if self._newest() != number:
                 return True
             if (now := self._holder(number)) != holder:
-                return now.expires_unix > time.time()
+                return now.expires_unix > 0
         return False
 
     def _encoded(self, holder: Holder) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from kills import TIMEOUT_S, wait_until
 
 import jobs.runtime.lease
-from jobs.runtime.lease import LEASE, Holder, Lease
+from jobs.runtime.lease import LEASE, RENEW_S, TTL_S, Holder, Lease
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
@@ -41,6 +41,9 @@ class Clock:
 
     def time(self) -> float:
         return self.now
+
+    def monotonic(self) -> float:
+        return self.now - 1_600_000_000
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -121,30 +124,49 @@ def test_a_process_number_that_is_used_again_is_no_holder(place: Storage) -> Non
         assert lease.number == 1
 
 
+# How far the clock of the holder's machine is before that of who wants the place.
+SKEWS_S = [600, 0, -600, -86_400]
+
+
+@pytest.mark.parametrize("skew_s", SKEWS_S)
 @pytest.mark.parametrize("machine", ["another boot", None])
-def test_another_machine_holds_until_it_expires(
-    machine: str | None, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+def test_another_machine_holds_until_it_was_silent_for_long(
+    machine: str | None, skew_s: float, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Storage(str(tmp_path))
     # Its process numbers say nothing here, even where a container there has this host's name.
     elsewhere: dict = {"machine": machine} if machine else {"host": "elsewhere"}
-    expires = put(place, 0, pid=2**22 + 1, expires_unix=clock.now + 20, **elsewhere).expires_unix
+    began = clock.now
+    put(place, 0, pid=2**22 + 1, expires_unix=began + skew_s + TTL_S, **elsewhere)
     with Lease(place, "the sweep") as lease:
         assert lease.number == 1
-        assert expires <= clock.now <= expires + 1
+        assert TTL_S <= clock.now - began <= TTL_S + 1
     told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"the sweep is held by process \d+ on \S+: waiting 20 s for a sign of life", told[0])
+    assert re.fullmatch(r"the sweep is held by process \d+ on \S+: waiting 60 s for a sign of life", told[0])
     assert "taken over from" in told[1]
 
 
-def test_another_machine_that_gives_a_sign_of_life_is_left_alone(tmp_path: Path, clock: Clock) -> None:
+@pytest.mark.parametrize("skew_s", SKEWS_S)
+def test_another_machine_that_gives_a_sign_of_life_is_left_alone(skew_s: float, tmp_path: Path, clock: Clock) -> None:
     place = Storage(str(tmp_path))
     began = clock.now
-    put(place, 0, host="elsewhere", expires_unix=began + 20)
-    clock.on_sleep = lambda: put(place, 0, host="elsewhere", expires_unix=began + 30)
+
+    def renew() -> None:
+        renewals = (clock.now - began) // RENEW_S
+        put(place, 0, host="elsewhere", expires_unix=began + skew_s + renewals * RENEW_S + TTL_S)
+
+    renew()
+    clock.on_sleep = renew
     with pytest.raises(InputError, match=r"is being run by process \d+ on elsewhere: wait for it or stop it"):
         Lease(place, "the sweep").__enter__()
-    assert clock.now <= began + 1, "it waited on after the sign of life"
+    assert clock.now <= began + RENEW_S, "it waited on after the sign of life"
+    assert (place / LEASE).list() == ["000000.json"]
+
+
+def test_a_live_process_of_this_machine_holds_whatever_its_clock_has_become(place: Storage, clock: Clock) -> None:
+    put(place, 0, expires_unix=clock.now - 86_400)
+    with pytest.raises(InputError, match=rf"is being run by process {os.getpid()} on "):
+        Lease(place, "the sweep").__enter__()
 
 
 def test_old_files_do_not_pile_up(place: Storage) -> None:
