@@ -20,8 +20,8 @@ help:
 	@echo 'make setup      make .venv ready (PYTHON=python3.12 chooses another Python)'
 	@echo 'make demo       train a captioner and a generator on built-in data, score them, write runs/demo/index.html'
 	@echo '                (ARGS=--fresh starts anew, ARGS=--help lists its flags)'
-	@echo 'make test       checks and tests (TEST_WORKERS=1: one after another)'
-	@echo 'make test-all   the same with the long soak tests'
+	@echo 'make test       checks and the tests of every change (TEST_WORKERS=1: one after another)'
+	@echo 'make test-all   the same with the nightly and the soak tests'
 	@echo 'make check      ruff and mypy'
 	@echo 'make clean      remove .venv, caches and runs/demo'
 
@@ -46,7 +46,7 @@ check: $(STAMP)
 	$(PY) -m mypy
 
 test: check
-	$(PYTEST) -m 'not soak'
+	$(PYTEST) -m 'not (nightly or soak)'
 
 test-all: check
 	$(PYTEST)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from marks import pytest_collection_modifyitems, pytest_runtest_setup, pytest_runtest_teardown  # noqa: F401
 
 # Threads of OpenMP that wait for each other sleep: otherwise they hold the processor for what the tests beside them,
 # each with processes and threads of its own, could do (three times the same tests at once: 95 s, so 25 s).

@@ -193,6 +193,7 @@ def import_all(root: Path, modules: list[str], cwd: Path) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.process
 def test_importing_every_module_does_nothing(tmp_path):
     modules = []
     for path in SOURCES:
@@ -203,6 +204,7 @@ def test_importing_every_module_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_the_check_of_importing_finds(tmp_path):
     module = tmp_path / "loud.py"
     module.write_text(

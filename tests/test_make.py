@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -113,10 +115,10 @@ def test_an_install_that_broke_off_is_not_taken_for_one(clone: Path, tmp_path: P
 TESTS = "called: -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 
 
-def test_checks_come_before_tests_and_soak_tests_only_where_asked(clone: Path) -> None:
+def test_checks_come_before_tests_and_long_tests_only_where_asked(clone: Path) -> None:
     fake_install(clone)
     lines = [line for line in make(clone, "test").stdout.splitlines() if line.startswith("called")]
-    assert lines == ["called: -m ruff check .", "called: -m mypy", f"{TESTS} -m not soak"]
+    assert lines == ["called: -m ruff check .", "called: -m mypy", f"{TESTS} -m not (nightly or soak)"]
     assert make(clone, "test-all").stdout.splitlines()[-1] == TESTS
 
 
@@ -124,7 +126,7 @@ def test_ci_runs_make_test_from_anywhere(clone: Path, tmp_path: Path) -> None:
     fake_install(clone)
     command = [clone / ".ci" / "run"]
     done = subprocess.run(command, cwd=tmp_path, env=outside_make(), capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"{TESTS} -m not soak"
+    assert done.stdout.splitlines()[-1] == f"{TESTS} -m not (nightly or soak)"
 
 
 def test_clean_leaves_what_make_did_not_make(clone: Path) -> None:

@@ -221,6 +221,7 @@ def test_step_seconds_leaves_the_warm_up_out():
     assert medians == [0.5]
 
 
+@pytest.mark.process
 def test_torchrun_loop_times_every_step(tmp_path):
     history = ray_train_overhead.with_torchrun(OVERHEAD, tmp_path)
     rows = [json.loads(line) for line in history.splitlines()]

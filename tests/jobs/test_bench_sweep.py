@@ -60,6 +60,7 @@ def test_differences_are_counted():
     }
 
 
+@pytest.mark.process
 def test_one_batch_size_is_refused(tmp_path):
     command = [sys.executable, "jobs/bench/batch_sizes.py", "--run", str(tmp_path), "--batch-sizes", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pyarrow.fs
+import pytest
 from conftest import ROOT
 
 from jobs.runtime.commandline import one_line
@@ -23,6 +24,7 @@ def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
     assert one_line(OSError("of another origin")) is None
 
 
+@pytest.mark.process
 def test_a_reader_that_is_gone_ends_a_job_silently() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -2,11 +2,12 @@
 
 import csv
 import hashlib
+import io
 import json
-import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 
-from jobs.evaluate import CaptionScoreSettings, evaluate_captions
+from jobs.evaluate import CaptionScoreSettings, evaluate_captions, main
+from jobs.runtime.commandline import run
 from mmcore.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -29,14 +31,17 @@ PREDICTIONS = {"a1.jpg": "a dog runs on the grass .", "b2.jpg": "Two men play fo
 
 
 def evaluate(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "captions", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    """The job in this process; test_commandline.py runs it as a program."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["evaluate.py", "captions", *arguments])
+        patch.chdir(cwd)
+        try:
+            run(main)
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(["evaluate.py", *arguments], code, out.getvalue(), err.getvalue())
 
 
 def scored(*arguments: str, cwd: Path = ROOT) -> dict:
@@ -307,6 +312,7 @@ def test_wrong_flag_gets_a_suggestion_on_stderr(predictions: str, references: st
     assert "--predictions" in done.stderr
 
 
+@pytest.mark.process
 def test_evaluate_imports_neither_torch_nor_ray() -> None:
     heavy = "torch", "ray", "transformers", "boto3", "pandas"
     code = f"import sys, jobs.evaluate; print([name for name in {heavy!r} if name in sys.modules])"

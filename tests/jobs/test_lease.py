@@ -102,6 +102,7 @@ def test_a_failing_run_gives_back_too(place: Storage) -> None:
         pass
 
 
+@pytest.mark.process
 def test_a_killed_run_of_this_machine_is_replaced_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Storage(str(tmp_path))
     process = start_holder(place)
@@ -197,6 +198,7 @@ def test_a_holder_that_was_replaced_is_told_and_leaves_its_successor_alone(tmp_p
     assert held(place, 1) == dataclasses.asdict(successor)
 
 
+@pytest.mark.process
 def test_a_holder_that_was_replaced_ends(tmp_path: Path) -> None:
     place = Storage(str(tmp_path))
     process = start_holder(place, renew_s=0.05)

@@ -112,6 +112,7 @@ def train_as_worker(rank: int, world_size: int, port: int, folder: Path) -> None
     torch.save(state_tensors(trainings[0])["weights"], folder / f"weights-{rank}.pt")
 
 
+@pytest.mark.process
 def test_two_workers_agree_with_one_in_fp64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The averages and the revival see sums of the whole batch, so which code dies, and its heir, is the same."""
     from conftest import free_port

@@ -298,6 +298,7 @@ def losses_of(run: tiny.Run) -> list[float]:
     return [row.get("validation_loss", row["loss"]) for row in history]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize(
     ("precision", "num_steps", "largest"),

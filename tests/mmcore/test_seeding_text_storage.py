@@ -199,6 +199,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("writer", ["write", "create", "arrow"])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str) -> None:
     """The kernel refuses to write on after 1,000 bytes, as on a full disk."""
@@ -212,6 +213,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str) -
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "file"], "temporary files are gone"
 
 
+@pytest.mark.process
 def test_a_killed_write_leaves_what_was_there(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     storage.write("file", b"old")

@@ -171,6 +171,7 @@ def largest_difference(mine: list[dict[str, Any]], theirs: list[dict[str, Any]],
     return max(abs(a - b) for a, b in pairs)
 
 
+@pytest.mark.process
 def test_two_workers_agree_with_one_in_fp32(tmp_path: Path) -> None:
     """Losses are sums over the global token count, so unequal caption lengths do not tip the scales."""
     alone, both = histories(tmp_path, max_steps=20, gradient_accumulation=2, ema_decay=0.9)
@@ -179,6 +180,7 @@ def test_two_workers_agree_with_one_in_fp32(tmp_path: Path) -> None:
     assert largest_difference(alone, both, "correct") == 0
 
 
+@pytest.mark.process
 def test_two_workers_agree_with_one_in_fp64(tmp_path: Path) -> None:
     alone, both = histories(tmp_path, num_epochs=40, precision="fp64", validate_every_epochs=40)
     assert max(row["step"] for row in both) == 200
@@ -186,6 +188,7 @@ def test_two_workers_agree_with_one_in_fp64(tmp_path: Path) -> None:
     assert alone[-1]["loss"] < 0.2 * alone[0]["loss"]
 
 
+@pytest.mark.process
 def test_three_workers_resumed_end_bit_identical(tmp_path: Path) -> None:
     """Three summands add up in the order that the layout of the gradients gives, which must not change on resume."""
     from conftest import free_port
@@ -200,6 +203,7 @@ def test_three_workers_resumed_end_bit_identical(tmp_path: Path) -> None:
     assert not (again / "rank-0" / "step-00000003").exists()
 
 
+@pytest.mark.process
 def test_another_number_of_workers_goes_on_at_the_same_place(tmp_path: Path) -> None:
     """Not to the bit, since sums are taken in another order, but with the very rows that one worker would have read."""
     from conftest import free_port

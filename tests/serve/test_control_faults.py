@@ -308,6 +308,7 @@ def waiting_process() -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
+@pytest.mark.process
 def test_a_number_that_was_left_behind_is_gone_before_anything_else(
     no_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +331,7 @@ def test_a_number_that_was_left_behind_is_gone_before_anything_else(
         control.lock_file(port).unlink()
 
 
+@pytest.mark.process
 def test_stop_waits_for_a_service_that_is_just_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     with waiting_process() as process, contextlib.ExitStack() as held:
@@ -357,6 +359,7 @@ def test_stop_says_when_no_number_comes(monkeypatch: pytest.MonkeyPatch) -> None
         control.stop([f"port={port}"])
 
 
+@pytest.mark.process
 def test_stop_of_a_process_that_has_just_ended() -> None:
     port = free_port()
     with waiting_process() as process:
@@ -368,6 +371,7 @@ def test_stop_of_a_process_that_has_just_ended() -> None:
             assert control.stop([f"port={port}"]) == 0
 
 
+@pytest.mark.process
 def test_stop_ends_nothing_where_a_limit_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "soon")
     port = free_port()

@@ -1,0 +1,54 @@
+"""What the marks of the tests promise: a process is named as one, and a flaky test says why it is."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from marks import check_flaky, unmarked_process
+
+
+def test_a_process_of_a_test_that_is_not_marked_is_refused() -> None:
+    """Here, by the hook that watches every test."""
+    with pytest.raises(RuntimeError, match=r"_is_refused starts python.*: mark it `process`"):
+        subprocess.run([sys.executable, "-c", ""], check=True)
+    # What a library asks of the machine is no process of the test's.
+    subprocess.run(["uname"], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.process
+def test_a_process_of_a_test_that_is_marked_starts() -> None:
+    subprocess.run([sys.executable, "-c", ""], check=True)
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments", "is_marked", "found"),
+    [
+        ("subprocess.Popen", ("/bin/python", ["/bin/python", "-c", ""], None, None), False, "python"),
+        ("subprocess.Popen", ("/bin/python", ["/bin/python", "-c", ""], None, None), True, None),
+        ("subprocess.Popen", ("git", ["git", "log"], None, None), False, None),
+        ("subprocess.Popen", (None, "sleep 3", None, None), False, "sleep"),
+        ("os.posix_spawn", (b"/bin/chromium", [b"/bin/chromium"], {}), False, "chromium"),
+        ("os.fork", (), False, "a"),
+        ("open", ("/bin/python",), False, None),
+    ],
+)
+def test_what_starts_a_process_is_known(event: str, arguments: Any, is_marked: bool, found: str | None) -> None:
+    item: Any = SimpleNamespace(get_closest_marker=lambda name: name if is_marked else None)
+    assert unmarked_process(event, arguments, item) == found
+
+
+def test_fixtures_that_start_processes_mark_their_tests(request: pytest.FixtureRequest) -> None:
+    marked = {item.name for item in request.session.items if item.get_closest_marker("process")}
+    assert marked, "of what runs with this test at least the one above"
+    for item in request.session.items:
+        if {"run_job", "start_job", "call_job", "s3_server", "browser"} & set(getattr(item, "fixturenames", ())):
+            assert item.name in marked, item.nodeid
+
+
+@pytest.mark.parametrize("arguments", [(), ("since yesterday",), ("", "2026-11-28"), (1, 2)])
+def test_a_flaky_test_says_why_and_since_when(arguments: tuple[Any, ...]) -> None:
+    check_flaky("test", pytest.mark.flaky("the head answered late", "2026-11-28").mark)
+    with pytest.raises(pytest.UsageError, match="REASON, DATE"):
+        check_flaky("test", pytest.mark.flaky(*arguments).mark)
