@@ -16,7 +16,7 @@ import tiny
 from job_output import PATIENT_WATCHDOG, error_line
 from kills import TRAIN_WORKER
 
-from jobs.runtime import trainer
+from jobs.runtime import source
 from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import main
 from mmcore.storage import Storage
@@ -347,8 +347,8 @@ def test_the_code_of_a_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """By its commit; of code that was sent to a cluster without .git, by Ray's hash of it."""
     for folder, name in (("_ray_pkg_0123456789abcdef", "_ray_pkg_0123456789abcdef"), ("elsewhere", "unknown")):
         (tmp_path / folder).mkdir()
-        monkeypatch.setattr(trainer, "ROOT", tmp_path / folder)
-        assert trainer.source_commit() == name
+        monkeypatch.setattr(source, "ROOT", tmp_path / folder)
+        assert source.source_commit() == name
 
 
 @pytest.mark.soak
