@@ -37,6 +37,7 @@ from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
 from mmcore.captioners import cross_attention as resnet
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
+from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.manifest import MANIFEST, read_manifest
 from mmcore.data.prepared import read_prepared
 from mmcore.data.prompts import SHAPES_TEST
@@ -52,7 +53,7 @@ from mmcore.metrics.shapes import score_captions
 from mmcore.page import Html, page, paragraph, section, table
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import open_autoencoder
 
 PAGE = "index.html"
 # Where serve.control listens if it is told nothing else.
@@ -220,8 +221,8 @@ def caption_test_split(demo: Demo) -> str:
             images=(demo.storage / "data" / SHAPES).uri,
             out=demo.captions.uri,
             split=f"split:{SPLIT}",
-            num_beams=demo.settings.num_beams,
-        )
+        ),
+        SearchOptions(num_beams=demo.settings.num_beams),
     )
     return f"{facts['num_rows']:,} images, {facts['rows_done_now']:,} of them now"
 
@@ -324,7 +325,7 @@ def _remove_other(out: Storage, wanted: dict[str, Any], parts: str = PARTS) -> N
 def train_autoencoder(demo: Demo) -> str:
     job = demo.vqvae
     said = _trained(demo, job, train_vqvae.train, demo.sweep, MANIFEST)
-    demo.facts["vqvae_fingerprint"] = TrainedVQVAE(job.run).fingerprint()
+    demo.facts["vqvae_fingerprint"] = open_autoencoder(job.run.uri).load().fingerprint()
     return said
 
 

@@ -25,8 +25,7 @@ from jobs.runtime.source import output_storage
 from mmcore.errors import InputError
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.diffusion import make_sampler
-from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import TrainedDiffusion, open_generator
 
 # diffusers' pipeline pads prompts to this many tokens, and divides the image's side by this to get that of its latents.
 PIPELINE_TOKENS = 77
@@ -50,7 +49,7 @@ class ExportSettings:
     """Folder or name of the frozen text encoder, if it is not where the run had it."""
 
 
-def to_pipeline(generator: TrainedGenerator) -> Any:
+def to_pipeline(generator: TrainedDiffusion) -> Any:
     """The generator as diffusers' LDMTextToImagePipeline.
 
     Raises InputError for a run that this pipeline cannot hold.
@@ -74,8 +73,6 @@ def to_pipeline(generator: TrainedGenerator) -> Any:
             f"text_encoder {frozen.name!r}: diffusers' pipeline takes hidden states as they come, without a mask or a "
             "projection; train with the text half of a CLIP, or with --text-encoder scratch"
         )
-    tokenize = generator.tokenizer if frozen is None else frozen.tokenize
-    assert tokenize is not None, "a run without a frozen text encoder has a tokenizer of its own"
     # Copies: safetensors are written from weights in plain order, and the generator keeps its own.
     unet = copy.deepcopy(generator.model.unet).to("cpu", memory_format=torch.contiguous_format)
     # What the pipeline takes for the image's side is this times the VQ-VAE's factor, and of that it takes an eighth.
@@ -85,9 +82,9 @@ def to_pipeline(generator: TrainedGenerator) -> Any:
         raise InputError(f"latents of {side // PIPELINE_FACTOR}²: diffusers' pipeline cannot express a factor {factor}")
     unet.register_to_config(sample_size=side // factor)
     return LDMTextToImagePipeline(
-        vqvae=copy.deepcopy(generator.vqvae).to("cpu").to_diffusers(generator.scaling_factor),
+        vqvae=copy.deepcopy(generator.vqvae.model).to("cpu").to_diffusers(generator.scaling_factor),
         bert=copy.deepcopy(context.encoder if frozen is None else frozen.model).to("cpu"),
-        tokenizer=tokenize.tokenizer,
+        tokenizer=generator.tokenizer.tokenizer,
         unet=unet,
         scheduler=make_sampler("ddim", generator.model.noise),
     )
@@ -100,7 +97,7 @@ def _umask() -> int:
 
 
 @torch.inference_mode()
-def difference(generator: TrainedGenerator, pipeline: Any) -> float:
+def difference(generator: TrainedDiffusion, pipeline: Any) -> float:
     """Largest difference of a value between both, given the same noise: of the latents that they arrive at, in units of
     the noise, and of the images in [0, 1] that they decode from the same latents.
 
@@ -108,7 +105,7 @@ def difference(generator: TrainedGenerator, pipeline: Any) -> float:
     """
     noise = torch.randn((1, *generator.model.x_0_shape), generator=torch.Generator().manual_seed(0))
     pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": _CHECK_STEPS, "guidance_scale": _CHECK_GUIDANCE}
+    settings: dict[str, Any] = {"num_inference_steps": _CHECK_STEPS, "guidance_scale": _CHECK_GUIDANCE}
     decode, latents = pipeline.vqvae.decode, []
 
     def decode_and_keep(given: torch.Tensor, **options: Any) -> Any:
@@ -136,7 +133,8 @@ def export(settings: ExportSettings) -> float:
     out = Path(output_storage(settings.out, "--out").uri)
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a new folder")
-    generator = TrainedGenerator(Storage(settings.run), text_encoder=settings.text_encoder)
+    generator = open_generator(settings.run, text_encoder=settings.text_encoder).load()
+    assert isinstance(generator, TrainedDiffusion)
     pipeline = to_pipeline(generator)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:

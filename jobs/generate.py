@@ -43,20 +43,17 @@ from jobs.runtime.sweep import (
     run_sweep,
 )
 from jobs.runtime.watchdog import Watchdog
-from mmcore.catalogue import GENERATORS
 from mmcore.data.manifest import BLOCK, IMAGES, MANIFEST, read_manifest
 from mmcore.data.parquet import NUM_IO_THREADS
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.device import device_name
 from mmcore.errors import InputError
-from mmcore.frozen.pretrained import absolute_folder
-from mmcore.generators.diffusion import SamplerName, check_timesteps, make_sampler
-from mmcore.generators.text_context import SCRATCH
+from mmcore.generators.diffusion import SamplerName
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.images import decode_image, png_bytes, read_png_text
-from mmcore.recipe import recipe_from_json
 from mmcore.run_files import read_facts
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 SUMMARY = "summary.json"
 # The text chunks of an image that say what it is of; `commit` stands beside them and may change between resumes.
@@ -175,7 +172,7 @@ class GenerateImages:
 
     def load(self, run: Storage, text_encoder: str | None) -> Any:
         dtype = getattr(torch, self.settings.dtype)
-        return TrainedGenerator(run, device=self.settings.device, text_encoder=text_encoder, dtype=dtype)
+        return open_generator(run.uri, text_encoder=text_encoder).load(self.settings.device, dtype)
 
     def generate(self, prompts: Sequence[Prompt], steps: int) -> np.ndarray:
         """uint8 (B, H, W, 3) of at most a batch; fewer are filled up to one, so that every image is made alike."""
@@ -185,10 +182,7 @@ class GenerateImages:
             images = self.generator.generate(
                 [each.prompt for each in batch],
                 [each.seed for each in batch],
-                num_inference_steps=steps,
-                guidance_scale=settings.guidance,
-                sampler=settings.sampler,
-                negative_prompts=[settings.negative_prompt] * len(batch) if settings.negative_prompt else None,
+                DiffusionOptions(steps, settings.guidance, settings.sampler, settings.negative_prompt),
             )
         except torch.OutOfMemoryError:
             raise InputError(
@@ -245,7 +239,7 @@ class GenerateImages:
         else:
             difference = np.abs(pixels.astype(np.int16) - image)
             largest, mean = int(difference.max()), float(difference.mean())
-            patches = 0.0 if self.generator.vqvae is None else _ADOPT_PATCHES
+            patches = _ADOPT_PATCHES if self.generator.decides_by_code else 0.0
             on_gpu = self.settings.device == "cuda"
             if mean <= _ADOPT_MEAN and (on_gpu or float((difference > 1).mean()) <= patches):
                 return
@@ -271,26 +265,10 @@ def _gpu_bytes() -> int:
 
 
 def _check(settings: GenerateSettings) -> None:
-    for name in ("batch_size", "steps", "num_workers", "num_threads"):
+    for name in ("batch_size", "num_workers", "num_threads"):
         value = getattr(settings, name)
         if isinstance(value, int) and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if not 1 <= settings.guidance < math.inf:
-        raise InputError(f"--guidance {settings.guidance:g}: must be at least 1, which leaves guidance out, and finite")
-    if settings.guidance == 1 and settings.negative_prompt:
-        raise InputError("--negative-prompt works by guidance; give a --guidance above 1")
-
-
-def _check_sampling(settings: GenerateSettings, facts: dict[str, Any]) -> None:
-    """Refuse here what the run of `facts` cannot do, before machines are started for it."""
-    where = f"{settings.run}/model/recipe.json"
-    recipe = recipe_from_json(GENERATORS[facts["recipe"]], facts["settings"], where)
-    check_timesteps(make_sampler(settings.sampler, recipe.noise), settings.steps)
-    if settings.guidance != 1 and recipe.drop_text == 0:
-        raise InputError(
-            f"--guidance {settings.guidance:g}: {settings.run} never saw a prompt missing (drop_text 0), so it has "
-            "nothing to be led away from; give --guidance 1"
-        )
 
 
 def _resolved(settings: GenerateSettings, resolution: int, num_images: int) -> dict[str, Any]:
@@ -337,13 +315,10 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
     _check(settings)
     run, out = Storage(settings.run), output_storage(settings.out, "--out")
     facts = read_facts(run)
-    if facts["recipe"] not in GENERATORS:
-        raise InputError(f"--run {run}: recipe {facts['recipe']!r} makes no images; name the run of a generator")
-    _check_sampling(settings, facts)
-    resolution, text_encoder = facts["resolution"], settings.text_encoder
-    of_run = facts["settings"]["text"]["text_encoder"]
-    if text_encoder is not None or of_run != SCRATCH:
-        text_encoder = absolute_folder(text_encoder or of_run)
+    generator: Any = open_generator(run.uri, text_encoder=settings.text_encoder)
+    sampling = DiffusionOptions(settings.steps, settings.guidance, settings.sampler, settings.negative_prompt)
+    generator.check(sampling, generator.size)
+    resolution, text_encoder = generator.size[0], generator.text_name
     prompts = read_prompts(settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count)
     print(f"generate: {len(prompts)} images of {settings.prompts} by {run} -> {out}", flush=True)
     plan = read_plan(out, MANIFEST)

@@ -46,10 +46,10 @@ from mmcore.data.prepared import TRAIN, read_captions
 from mmcore.errors import InputError
 from mmcore.generators.diffusion_rows import scaling_factor
 from mmcore.generators.latent_diffusion import VARIANTS
-from mmcore.generators.vqvae import VQVAE, VQVAERecipe
+from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 from mmcore.trained.generator import VQVAE_ASSET
 
 # Images whose latents say by what all are scaled: a million numbers at the smallest size.
@@ -75,7 +75,7 @@ def vqvae_job(job: Job) -> Job:
 def vqvae_recipe(job: Job) -> VQVAERecipe:
     """The settings of the VQ-VAE that `job` names, or else of its own, which may be yet to be trained."""
     if job.recipe.vqvae is not None:
-        return TrainedVQVAE(Storage(job.recipe.vqvae)).recipe
+        return open_autoencoder(job.recipe.vqvae).recipe
     return vqvae_job(job).recipe
 
 
@@ -124,11 +124,11 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
 
     # Checked here and at the end: somebody may train that run anew while this one goes on.
     @functools.cache
-    def vqvae(device: str) -> VQVAE:
-        return TrainedVQVAE(run, device, fingerprint=fingerprint).model
+    def vqvae(device: str) -> TrainedVQVAE:
+        return open_autoencoder(run.uri, fingerprint=fingerprint).load(device)
 
     def check_copy(model: Storage) -> None:
-        TrainedVQVAE(model / VQVAE_ASSET, fingerprint=fingerprint)
+        open_autoencoder((model / VQVAE_ASSET).uri, fingerprint=fingerprint).load()
 
     def images(latents: Tensor) -> Tensor:
         return vqvae(str(latents.device)).decode(latents / facts["scaling_factor"])
@@ -158,7 +158,7 @@ def train(job: Job) -> dict[str, Any]:
     run = ensure_vqvae(job)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     job = dataclasses.replace(job, recipe=recipe)
-    vqvae = TrainedVQVAE(run)
+    vqvae = open_autoencoder(run.uri).load()
     columns = [
         cached_latent_column(
             storage, recipe.dataset, vqvae=run, flip=flip, stall_timeout_s=job.options.stall_timeout

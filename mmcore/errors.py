@@ -10,6 +10,20 @@ class InputError(ValueError):
     """
 
 
+class OptionError(InputError):
+    """An option of a model that it cannot take. Jobs show the option as a flag, the service as a field of its own name.
+
+    ``problem`` tells the value and the mend, and names no flag.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(option, problem)
+        self.option, self.problem = option, problem
+
+    def __str__(self) -> str:
+        return f"--{self.option.replace('_', '-')} {self.problem}"
+
+
 def not_prepared(folder: object, dataset: str, storage: object) -> InputError:
     """There is no finished dataset in `folder`, and how to make it in `storage`."""
     source = "" if dataset == "shapes" else " --source SOURCE"

@@ -2,7 +2,8 @@
 
 A recipe is what a training is told. What it trained is opened by ``open_captioner``, ``open_generator`` or
 ``open_autoencoder`` (``mmcore.trained``), the one door for all that uses it. Opening reads facts alone, so that a
-driver or a service can check a request; ``load`` then reads the weights.
+driver or a service can check a request, and what is opened can be sent to another machine; ``load`` then reads the
+weights, there and on the device that is to compute.
 
 Shapes: B images, H rows, W columns, C channels of a latent with h rows and w columns.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeVar, get_type_hints
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmcore.errors import InputError
@@ -36,18 +38,21 @@ class Captioner(Protocol):
 
     image_size: int
     """Pixels a side that images are squashed to."""
+    max_length: int
+    """Words at which a caption ends whatever the options ask for."""
     options: Any
-    """The default search: a frozen dataclass whose fields become flags and fields of a request."""
+    """The default search: a frozen dataclass whose fields become flags and fields of a request (there under the name in
+    the field's metadata ``api``, where that is another)."""
     takes_prompt: bool
     """Whether words beside an image change its caption."""
 
     def identity(self) -> Identity: ...
 
     def check(self, options: Any) -> None:
-        """Raise InputError, naming the field, for a search that this captioner cannot do."""
+        """Raise OptionError for a search that this captioner cannot do."""
 
-    def load(self) -> Self:
-        """Read the weights; returns itself."""
+    def load(self, device: str = "cpu") -> Self:
+        """Read the weights; returns itself. Raises InputError where they are not those that the facts name."""
 
     def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
         """uint8 (B, P, P, 3) with P `image_size` -> B captions."""
@@ -68,10 +73,10 @@ class Generator(Protocol):
     def identity(self) -> Identity: ...
 
     def check(self, options: Any, size: tuple[int, int]) -> None:
-        """Raise InputError, naming the field, for options or a (height, width) that this generator cannot do."""
+        """Raise OptionError for options or a (height, width), named ``size``, that this generator cannot do."""
 
-    def load(self) -> Self:
-        """Read the weights; returns itself."""
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Read the weights; returns itself. Raises InputError where they are not those that the facts name."""
 
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, with begin and end, before any is cut. Safe beside `generate` on another thread."""
@@ -100,8 +105,8 @@ class Autoencoder(Protocol):
 
     def identity(self) -> Identity: ...
 
-    def load(self) -> Self:
-        """Read the weights; returns itself."""
+    def load(self, device: str = "cpu") -> Self:
+        """Read the weights; returns itself. Raises InputError where they are not those that the facts name."""
 
     def encode(self, pixels: np.ndarray) -> Tensor:
         """uint8 (B, P, P, 3) -> latents (B, C, h, w), before any quantisation."""

@@ -1,10 +1,10 @@
 """A captioner in a replica: pixels in, captions out, in batches."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from mmcore.device import compute_thread
 from mmcore.storage import Storage
@@ -30,18 +30,15 @@ class _Trained:
     """A finished run of a captioner."""
 
     def __init__(self, run: Storage, encoder: str | None, device: str) -> None:
-        from mmcore.trained.captioner import TrainedCaptioner
+        from mmcore.trained.captioner import open_captioner
 
         self.device = device
-        self._captioner: Any = TrainedCaptioner(run, device=device, encoder=encoder)
-        self.resolution: int = self._captioner.recipe.image_size
+        self._captioner = open_captioner(run.uri, encoder=encoder).load(device)
+        self.resolution: int = self._captioner.image_size
 
-    @torch.inference_mode()
     def caption(self, pixels: np.ndarray, *, num_beams: int, max_words: int) -> Sequence[str]:
-        # As TrainedCaptioner itself goes on once it has decoded its images, which here came decoded.
-        encoder, model = self._captioner.encoder, self._captioner.model
-        inputs = torch.from_numpy(pixels).to(self.device) if encoder is None else encoder(pixels)
-        return model.caption(inputs, num_beams=num_beams, max_length=max_words)
+        options = dataclasses.replace(self._captioner.options, num_beams=num_beams, max_length=max_words)
+        return self._captioner.caption(pixels, options)
 
 
 def load_captioner(run: str, encoder: str | None, device: str) -> CaptionerModel:

@@ -1,7 +1,7 @@
 """A generator of images in a replica: batches of equal settings and one size, progress, and work that can be let go."""
 
 import asyncio
-import copy
+import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mmcore.device import compute_thread
-from mmcore.errors import InputError
+from mmcore.errors import OptionError
 from mmcore.storage import Storage
 from serve import hardware
 from serve.batching import Batcher
@@ -21,8 +21,6 @@ from serve.schemas import GenerateWork
 # As jobs/generate.py does by default.
 _SAMPLER: Literal["dpmsolver++"] = "dpmsolver++"
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 4, 8
-_DEFAULT_STEPS = 25
-_DEFAULT_GUIDANCE = 3.0
 
 # What an image of a batch is made of: prompt, negative prompt, seed.
 Sample = tuple[str, str | None, int]
@@ -50,60 +48,39 @@ class _Trained:
     """A finished run of a generator."""
 
     def __init__(self, run: Storage, text_encoder: str | None, device: str) -> None:
-        from mmcore.generators.diffusion import make_sampler
-        from mmcore.trained.generator import TrainedGenerator
+        from mmcore.trained.generator import open_generator
 
         self.device = device
-        self._generator = TrainedGenerator(run, device=device, text_encoder=text_encoder)
-        recipe = self._generator.recipe
-        self.resolution: int = self._generator.resolution
-        self._sampler = make_sampler(_SAMPLER, recipe.noise)
-        # Without a prompt that was missing in training there is nothing that guidance could lead away from.
-        self.guides = recipe.drop_text > 0
-        self.defaults = {
-            "num_inference_steps": _DEFAULT_STEPS,
-            "guidance_scale": _DEFAULT_GUIDANCE if self.guides else 1.0,
-        }
-        # Trained with the run, or that of a frozen text encoder.
-        frozen = self._generator.text_encoder
-        tokenizer = self._generator.tokenizer if frozen is None else frozen.tokenize
-        assert tokenizer is not None
-        # Counting and encoding happen in two threads, and a fast tokenizer keeps the settings of its last call.
-        self._counter = copy.deepcopy(tokenizer.tokenizer)
-        self._max_tokens: int = tokenizer.max_tokens
+        self._generator = open_generator(run.uri, text_encoder=text_encoder).load(device)
+        self.resolution = self._generator.size[0]
+        options = self._generator.options
+        self.defaults = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
 
     def check(self, work: GenerateWork, max_tokens: int) -> None:
-        from mmcore.generators.diffusion import check_timesteps
-
-        most = min(max_tokens, self._max_tokens)
+        most = min(max_tokens, self._generator.max_tokens)
         for name in ("prompt", "negative_prompt"):
             text = getattr(work, name)
-            num_tokens = len(self._counter(text, truncation=False)["input_ids"]) if text is not None else 0
+            num_tokens = self._generator.num_tokens([text])[0] if text is not None else 0
             if num_tokens > most:
                 raise bad_value(name, f"{num_tokens} tokens with begin and end; at most {most}")
-        if work.guidance_scale != 1 and not self.guides:
-            raise bad_value("guidance_scale", "this model was trained without guidance; only 1 (none) has a meaning")
+        options = self._options(work.num_inference_steps, work.guidance_scale, work.negative_prompt)
+        names = {each.name: each.metadata.get("api", each.name) for each in dataclasses.fields(options)}
         try:
             # Computes nothing: this is the thread of the requests (see `compute_thread`).
-            check_timesteps(self._sampler, work.num_inference_steps)
-        except InputError as error:
-            raise bad_value("num_inference_steps", str(error)) from None
+            self._generator.check(options, self._generator.size)
+        except OptionError as error:
+            raise bad_value(names.get(error.option, error.option), error.problem) from None
+
+    def _options(self, steps: int, guidance: float, negative_prompt: str | None) -> Any:
+        changes = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt or ""}
+        return dataclasses.replace(self._generator.options, **changes)
 
     def generate(
         self, samples: Sequence[Sample], steps: int, guidance: float, on_step: Callable[[int, int], None]
     ) -> np.ndarray:
-        from mmcore.frozen.text import NO_TEXT
-
-        negatives = [negative for _, negative, _ in samples]
-        return self._generator.generate(
-            [prompt for prompt, _, _ in samples],
-            [seed for _, _, seed in samples],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            sampler=_SAMPLER,
-            negative_prompts=[each or NO_TEXT for each in negatives] if any(negatives) else None,
-            on_step=on_step,
-        )
+        prompts, negatives, seeds = zip(*samples, strict=True)
+        # Equal for all of a batch, as `stream` groups them.
+        return self._generator.generate(prompts, seeds, self._options(steps, guidance, negatives[0]), on_step=on_step)
 
     def png(self, image: np.ndarray, text: dict[str, str]) -> bytes:
         from mmcore.images import png_bytes
@@ -223,7 +200,7 @@ class Generator:
             return
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         progress = _Progress(len(work.seeds), events)
-        group = (work.num_inference_steps, work.guidance_scale)
+        group = (work.num_inference_steps, work.guidance_scale, work.negative_prompt)
         tasks = [
             asyncio.ensure_future(
                 self.batcher.submit(group, (work.prompt, work.negative_prompt, seed), progress.listener(index))
@@ -272,9 +249,9 @@ class Generator:
         return text if work.negative_prompt is None else {**text, "negative_prompt": work.negative_prompt}
 
     def _run(
-        self, group: tuple[int, float], samples: list[Sample], on_step: Callable[[int, int], None]
+        self, group: tuple[int, float, str | None], samples: list[Sample], on_step: Callable[[int, int], None]
     ) -> list[np.ndarray]:
-        steps, guidance = group
+        steps, guidance, _ = group
         # Kernels round differently for different sizes of a batch. Filled up to one size, an image is the same to the
         # bit whoever shares its batch.
         padded = samples + samples[-1:] * (self.batcher.batch_size - len(samples))

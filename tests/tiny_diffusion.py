@@ -24,7 +24,7 @@ from mmcore.generators.vqvae import VQVAETraining
 from mmcore.recipe import TrainSettings, recipe_to_json
 from mmcore.run_files import write_model
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.training import RunHooks, Training
 
 SIDE = 8
@@ -188,7 +188,7 @@ def write_ldm_run(run: Storage, vqvae_run: Storage) -> tuple[Denoiser, LatentDif
     """Latent diffusion on the latents of `write_vqvae_run`."""
     vqvae = write_vqvae_run(vqvae_run).recipe
     ldm = dataclasses.replace(LDM_VARIANTS["smoke"], vqvae=vqvae_run.uri)
-    fingerprint = TrainedVQVAE(vqvae_run).fingerprint()
+    fingerprint = open_autoencoder(vqvae_run.uri).load().fingerprint()
     facts = {"resolution": vqvae.image_size, "scaling_factor": 0.5, "vqvae_fingerprint": fingerprint}
     model, _ = write_run(run, ldm, "ldm", vqvae.latent_shape, **facts)
     for file in ("recipe.json", "model.safetensors"):

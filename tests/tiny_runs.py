@@ -15,7 +15,7 @@ from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import recipe_to_json
 from mmcore.run_files import write_model
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import open_autoencoder
 
 SCALING_FACTOR = 0.7
 
@@ -114,5 +114,5 @@ def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size:
         autoencoder.latent_shape,
         resolution=autoencoder.image_size,
         scaling_factor=SCALING_FACTOR,
-        vqvae_fingerprint=TrainedVQVAE(Storage(str(vqvae_run))).fingerprint(),
+        vqvae_fingerprint=open_autoencoder(str(vqvae_run)).load().fingerprint(),
     )

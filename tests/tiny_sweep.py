@@ -36,10 +36,9 @@ def tiny_image(prompt: str, seed: int) -> np.ndarray:
 
 
 class TinyGenerator:
-    vqvae = None
+    decides_by_code = False
 
-    def generate(self, prompts: list[str], seeds: list[int], **settings: Any) -> np.ndarray:
-        assert set(settings) == {"num_inference_steps", "guidance_scale", "sampler", "negative_prompts"}
+    def generate(self, prompts: list[str], seeds: list[int], options: Any) -> np.ndarray:
         return np.stack([tiny_image(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
 
 
@@ -60,6 +59,7 @@ def write_run(folder: Path, recipe: PixelDiffusionRecipe | None = None) -> Path:
     """A run of the tiny generator, which says that it was trained as `recipe`."""
     settings = recipe_to_json(recipe or VARIANTS["smoke"])
     facts = {"recipe": "pixel_diffusion", "settings": settings, "resolution": SIZE}
+    facts |= {"scaling_factor": 1.0, "vqvae_fingerprint": None}
     write_model(Storage(str(folder)), {"nothing": torch.zeros(1)}, facts)
     return folder
 

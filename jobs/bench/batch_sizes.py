@@ -23,8 +23,9 @@ from jobs.runtime.commandline import run
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.errors import InputError
 from mmcore.generators.diffusion import SamplerName
-from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.recipe import Generator
+from mmcore.trained.generator import open_generator
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class BatchSizes:
     """CPU threads; by default PyTorch's choice."""
 
 
-def generated(generator: TrainedGenerator, prompts: list[Prompt], bench: BatchSizes, batch_size: int) -> np.ndarray:
+def generated(generator: Generator, prompts: list[Prompt], bench: BatchSizes, batch_size: int) -> np.ndarray:
     """uint8 (N, H, W, 3) of `prompts` in batches of `batch_size`, the last one smaller."""
     images = []
     for at in range(0, len(prompts), batch_size):
@@ -60,9 +61,7 @@ def generated(generator: TrainedGenerator, prompts: list[Prompt], bench: BatchSi
             generator.generate(
                 [each.prompt for each in batch],
                 [each.seed for each in batch],
-                num_inference_steps=bench.steps,
-                guidance_scale=bench.guidance,
-                sampler=bench.sampler,
+                DiffusionOptions(bench.steps, bench.guidance, bench.sampler),
             )
         )
     say(f"batches of {batch_size}: {len(prompts)} images")
@@ -84,11 +83,11 @@ def differences(images: np.ndarray, others: np.ndarray) -> dict[str, float]:
 
 def measure(bench: BatchSizes) -> dict[str, Any]:
     prompts = read_prompts(bench.prompts, storage=bench.storage, count=bench.count)
-    generator = TrainedGenerator(Storage(bench.run), device="cuda" if torch.cuda.is_available() else "cpu")
+    generator = open_generator(bench.run).load("cuda" if torch.cuda.is_available() else "cpu")
     first, *others = bench.batch_sizes
     images = generated(generator, prompts, bench, first)
     return {
-        "resolution": generator.resolution,
+        "resolution": generator.size[0],
         f"against batches of {first}": {
             f"batches of {size}": differences(images, generated(generator, prompts, bench, size)) for size in others
         },

@@ -37,7 +37,7 @@ from mmcore.errors import InputError
 from mmcore.seeding import derive_seed, generator
 from mmcore.storage import Storage
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from mmcore.trained.captioner import TrainedCaptioner
+from mmcore.trained.captioner import open_captioner
 
 TARGET = 20.0
 # How much the end mark's logit rises a word (the other words' best logit varies by some tenths), and how near to
@@ -123,7 +123,7 @@ def synthetic_model(
 
 def trained_model(bench: DecodeBench, run: str, storage: str, device: str) -> tuple[CrossAttentionCaptioner, Tensor]:
     """A run's weights, and the projected tokens of the first images of its dataset."""
-    captioner = TrainedCaptioner(Storage(run), device=device, encoder=bench.encoder)
+    captioner: Any = open_captioner(run, encoder=bench.encoder).load(device)
     model = captioner.model
     data, names, _ = inputs.prepared_images(Storage(storage), captioner.recipe.dataset, bench.num_images)
     pixels = inputs.prepared_pixels(data, names, captioner.recipe.image_size)

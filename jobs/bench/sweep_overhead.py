@@ -39,10 +39,10 @@ from mmcore.data.prompts import SHAPES_TEST, read_prompts
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.pixel_diffusion import VARIANTS
 from mmcore.images import png_bytes
-from mmcore.recipe import recipe_to_json
+from mmcore.recipe import Generator, recipe_to_json
 from mmcore.run_files import write_model
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 TARGET = 0.97
 _SAMPLER: Literal["dpmsolver++"] = "dpmsolver++"
@@ -99,11 +99,11 @@ def write_random_run(folder: Path, bench: SweepBench) -> Storage:
     return storage
 
 
-def make(generator: TrainedGenerator, prompts: list[str], seeds: list[int], steps: int) -> Any:
-    return generator.generate(prompts, seeds, num_inference_steps=steps, guidance_scale=3.0, sampler=_SAMPLER)
+def make(generator: Generator, prompts: list[str], seeds: list[int], steps: int) -> Any:
+    return generator.generate(prompts, seeds, dataclasses.replace(generator.options, steps=steps))
 
 
-def steps_that_take(generator: TrainedGenerator, bench: SweepBench) -> int:
+def steps_that_take(generator: Generator, bench: SweepBench) -> int:
     """So many steps of the sampler that an image of a full batch takes `item_seconds` and a tenth more."""
     prompts, seeds = ["a red circle"] * bench.batch_size, list(range(bench.batch_size))
     make(generator, prompts, seeds, 2)
@@ -115,7 +115,7 @@ def steps_that_take(generator: TrainedGenerator, bench: SweepBench) -> int:
     return max(1, math.ceil(1.1 * bench.item_seconds * bench.batch_size / (min(times) / 10)))
 
 
-def loop(generator: TrainedGenerator, bench: SweepBench, steps: int, folder: Path) -> float:
+def loop(generator: Generator, bench: SweepBench, steps: int, folder: Path) -> float:
     """Images per second of a plain loop that writes PNGs."""
     prompts = read_prompts(SHAPES_TEST, count=bench.count)
     shutil.rmtree(folder, ignore_errors=True)
@@ -154,7 +154,7 @@ def measure(bench: SweepBench) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_random_run(folder / "run", bench)
-        generator = TrainedGenerator(source, device="cuda" if torch.cuda.is_available() else "cpu")
+        generator = open_generator(source.uri).load("cuda" if torch.cuda.is_available() else "cpu")
         steps = steps_that_take(generator, bench)
         say(f"{bench.pairs} pairs of {bench.count} images, {steps} steps, {bench.threads} threads a worker")
         number = 0
@@ -178,7 +178,7 @@ def measure(bench: SweepBench) -> dict[str, Any]:
     return {
         **limits,
         "steps": steps,
-        "resolution": generator.resolution,
+        "resolution": generator.size[0],
         "threads_per_worker": bench.threads,
         **figures,
     }

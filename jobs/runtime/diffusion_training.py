@@ -21,7 +21,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators.denoiser import Denoiser
-from mmcore.generators.diffusion import check_timesteps, make_sampler
+from mmcore.generators.diffusion import check_timesteps
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
 from mmcore.recipe import recipe_to_json
@@ -38,7 +38,7 @@ def check(job: Job) -> None:
     check_new_run(job)
     if job.options.stream:
         raise InputError("--stream: this recipe looks its rows up on the worker's disk; leave it out")
-    check_timesteps(make_sampler("ddim", job.recipe.noise), job.recipe.sample_steps)
+    check_timesteps("ddim", job.recipe.noise.num_timesteps, job.recipe.sample_steps)
 
 
 # -- text ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.sweep import READERS_PER_WORKER, run_sweep
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.data.columns import SUCCESS
-from mmcore.data.pixels import to_network
 from mmcore.data.prepared import CaptionTable, read_dataset_facts
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder
@@ -31,7 +30,7 @@ from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import open_autoencoder
 
 # Stands for an encoder's fingerprint where the recipe trains its own.
 PIXELS = "pixels"
@@ -93,14 +92,13 @@ class EncodeLatents:
     """Images -> latents (C, h, w) of a trained VQ-VAE before they are quantised, in fp16."""
 
     def __init__(self, vqvae: Storage, flip: bool) -> None:
-        self.vqvae, self.flip = TrainedVQVAE(vqvae, _device()), flip
+        self.vqvae, self.flip = open_autoencoder(vqvae.uri).load(_device()), flip
 
     @torch.inference_mode()
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
         values = []
-        for pixels in _pixel_batches(rows, self.vqvae.recipe.image_size, self.flip):
-            x = to_network(torch.from_numpy(pixels).to(_device()))
-            values.append(self.vqvae.model.encode(x).half().cpu().numpy())
+        for pixels in _pixel_batches(rows, self.vqvae.image_size, self.flip):
+            values.append(self.vqvae.encode(pixels).half().cpu().numpy())
         return _column_table(rows["image_id"], np.concatenate(values))
 
 
@@ -210,7 +208,7 @@ def cached_latent_column(
     storage: Storage, dataset: str, *, vqvae: Storage, flip: bool = False, stall_timeout_s: float | None = None
 ) -> CachedColumn:
     """The images of a prepared dataset as latents (C, h, w) of the trained `vqvae`, a finished run."""
-    facts, fingerprint = read_dataset_facts(storage, dataset), TrainedVQVAE(vqvae).fingerprint()
+    facts, fingerprint = read_dataset_facts(storage, dataset), open_autoencoder(vqvae.uri).load().fingerprint()
     view = "mirrored " if flip else ""
     return _cached_column(
         storage,

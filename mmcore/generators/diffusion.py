@@ -156,30 +156,32 @@ def _takes(method: Callable[..., Any], argument: str) -> bool:
     return argument in inspect.signature(method).parameters
 
 
-def check_timesteps(sampler: Any, num_inference_steps: int) -> None:
-    """Raise InputError for a number of steps that `sampler` cannot take; computes nothing."""
-    total = sampler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= total:
-        raise InputError(f"{num_inference_steps} sampling steps: give 1 to {total}, the timesteps of the training")
-    if total % num_inference_steps and not _takes(sampler.set_timesteps, "timesteps"):
+def check_timesteps(name: SamplerName, num_timesteps: int, num_inference_steps: int) -> None:
+    """Raise InputError for a number of steps, of a training's `num_timesteps`, that the sampler `name` cannot take."""
+    if not 1 <= num_inference_steps <= num_timesteps:
+        raise InputError(
+            f"{num_inference_steps} sampling steps: give 1 to {num_timesteps}, the timesteps of the training"
+        )
+    if name == "ddim" and num_timesteps % num_inference_steps:
         # DDIM's step goes from t to t - T // steps; between other timesteps it would leave noise behind.
-        fitting = [steps for steps in range(1, total + 1) if total % steps == 0]
+        fitting = [steps for steps in range(1, num_timesteps + 1) if num_timesteps % steps == 0]
         below = max(steps for steps in fitting if steps < num_inference_steps)
         above = min(steps for steps in fitting if steps > num_inference_steps)
         raise InputError(
-            f"{num_inference_steps} sampling steps: ddim takes a divisor of the {total} timesteps, such as {below} or "
-            f"{above}; dpmsolver++ takes any number"
+            f"{num_inference_steps} sampling steps: ddim takes a divisor of the {num_timesteps} timesteps, such as "
+            f"{below} or {above}; dpmsolver++ takes any number"
         )
 
 
 def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
     """Choose the timesteps that `sampler` visits. Raises InputError for a number that it cannot take."""
-    check_timesteps(sampler, num_inference_steps)
-    if not _takes(sampler.set_timesteps, "timesteps"):
+    total = sampler.config.num_train_timesteps
+    takes_any = _takes(sampler.set_timesteps, "timesteps")
+    check_timesteps("dpmsolver++" if takes_any else "ddim", total, num_inference_steps)
+    if not takes_any:
         sampler.set_timesteps(num_inference_steps)
         return
     # Computed here: in diffusers' own spacing a quotient that is rounded can lead to a timestep of -1.
-    total = sampler.config.num_train_timesteps
     timesteps = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
     sampler.set_timesteps(timesteps=timesteps)
 

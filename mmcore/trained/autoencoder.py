@@ -1,41 +1,80 @@
-"""A trained VQ-VAE, read back from its run folder."""
+"""Opens a trained autoencoder: images to latents and back."""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from mmcore import checkpoint
+from mmcore.catalogue import AUTOENCODERS
+from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import sha256_of
-from mmcore.generators.vqvae import VQVAERecipe
-from mmcore.recipe import recipe_from_json
+from mmcore.generators.vqvae import VQVAE
+from mmcore.recipe import Identity, recipe_from_json
 from mmcore.run_files import read_facts, read_weights
 from mmcore.storage import Storage
+
+
+def open_autoencoder(source: str, *, fingerprint: str | None = None) -> "TrainedVQVAE":
+    """The VQ-VAE of a finished run. Reads facts alone.
+
+    Args:
+        source: the run, a local folder or s3://bucket/prefix.
+        fingerprint: the one that it must have, by those who hold latents of it.
+    Raises InputError where `source` is no finished run of a VQ-VAE.
+    """
+    run = Storage(source)
+    facts = read_facts(run)
+    if facts["recipe"] not in AUTOENCODERS:
+        raise InputError(
+            f"{run}/model/recipe.json: recipe {facts['recipe']!r} is no VQ-VAE; name a run under STORAGE/runs/vqvae"
+        )
+    return TrainedVQVAE(run, facts, fingerprint)
 
 
 class TrainedVQVAE:
     """The weights that a finished run keeps: these recipes' last, or by `keep` those of the best validation."""
 
-    def __init__(self, run: Storage, device: str = "cpu", *, fingerprint: str | None = None) -> None:
-        """`fingerprint`: the one that it must have, by those who hold latents of it.
+    model: VQVAE
+    device: torch.device
 
-        Raises InputError where `run` is no finished run of a VQ-VAE, or has another fingerprint.
-        """
-        where, facts = f"{run}/model/recipe.json", read_facts(run)
-        if facts["recipe"] != "vqvae":
-            raise InputError(f"{where}: recipe {facts['recipe']!r} is no VQ-VAE; name a run under STORAGE/runs/vqvae")
-        self.recipe = recipe_from_json(VQVAERecipe, facts["settings"], where)
-        self.model = self.recipe.build()
-        weights = read_weights(run, facts)
+    def __init__(self, run: Storage, facts: dict[str, Any], fingerprint: str | None) -> None:
+        self.run, self.facts, self._wanted = run, facts, fingerprint
+        self.recipe = recipe_from_json(AUTOENCODERS[facts["recipe"]], facts["settings"], f"{run}/model/recipe.json")
+        self.image_size: int = self.recipe.image_size
+        self.latent_shape: tuple[int, int, int] = self.recipe.latent_shape
+
+    def identity(self) -> Identity:
+        return {"run": self.run.uri, "weights_sha256": self.facts["weights_sha256"]}
+
+    def load(self, device: str = "cpu") -> Self:
+        """Raises InputError where the weights are others than the facts name, or the fingerprint is not the wanted."""
+        self.device, self.model = torch.device(device), self.recipe.build()
+        weights = read_weights(self.run, self.facts)
         # The discriminator's weights are in the file too; a trained model has no use for them.
         own = {name.removeprefix("vqvae."): value for name, value in weights.items() if name.startswith("vqvae.")}
-        checkpoint.load_trainable(self.model, own, str(run))
-        self.model.eval().requires_grad_(False).to(device)
-        # As they were written: a field that a later version adds must not change the fingerprint of what is there.
-        self.settings = {name: value for name, value in facts["settings"].items() if name != "train"}
-        if fingerprint is not None and self.fingerprint() != fingerprint:
+        checkpoint.load_trainable(self.model, own, str(self.run))
+        self.model.eval().requires_grad_(False).to(self.device)
+        if self._wanted is not None and self.fingerprint() != self._wanted:
             raise InputError(
-                f"{run}/model: another VQ-VAE (fingerprint {self.fingerprint()[:12]}) than the latents are of "
-                f"({fingerprint[:12]}), trained anew since or copied over it; put that one back, or train the latent "
+                f"{self.run}/model: another VQ-VAE (fingerprint {self.fingerprint()[:12]}) than the latents are of "
+                f"({self._wanted[:12]}), trained anew since or copied over it; put that one back, or train the latent "
                 "diffusion anew"
             )
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides latents and images: the weights and the settings."""
-        return sha256_of(self.model, self.settings)
+        # As they were written: a field that a later version adds must not change the fingerprint of what is there.
+        settings = {name: value for name, value in self.facts["settings"].items() if name != "train"}
+        return sha256_of(self.model, settings)
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> Tensor:
+        return self.model.encode(to_network(torch.from_numpy(pixels).to(self.device)))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents)

@@ -1,57 +1,91 @@
-"""A trained captioner, read back from its run folder: encoded images in, captions out."""
+"""Opens a trained captioner: pixels in, captions out."""
 
 from collections.abc import Sequence
+from typing import Any, Self
 
+import numpy as np
 import torch
 
 from mmcore import checkpoint
+from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import CAPTIONERS
 from mmcore.errors import InputError
-from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
-from mmcore.recipe import recipe_from_json
+from mmcore.frozen.pretrained import absolute_folder
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
+from mmcore.recipe import Captioner, Identity, recipe_from_json
 from mmcore.run_files import read_facts, read_weights
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
+
+
+def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
+    """The captioner of a finished run. Reads facts alone; what it returns can be sent to another machine.
+
+    Args:
+        source: the run, a local folder or s3://bucket/prefix.
+        encoder: where the frozen image encoder lies on this machine, if not where the run had it.
+    Raises InputError where `source` is no finished run of a captioner.
+    """
+    run = Storage(source)
+    facts = read_facts(run)
+    if facts["recipe"] not in CAPTIONERS:
+        raise InputError(
+            f"{run}/model/recipe.json: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}"
+        )
+    return TrainedCaptioner(run, facts, encoder)
 
 
 class TrainedCaptioner:
     """The weights that a finished run keeps (of the best validation, or by `keep` the last), with the frozen encoder
     that it was trained on."""
 
-    def __init__(self, run: Storage, *, device: str = "cpu", encoder: str | None = None) -> None:
-        """`encoder`: where the frozen encoder lies on this machine, if not where the run had it.
+    model: Any
+    encoder: FrozenVisionEncoder | None
+    takes_prompt = False
 
-        Raises InputError where `run` is no finished run of a captioner.
-        """
-        where = f"{run}/model/recipe.json"
-        facts = read_facts(run)
-        recipe_type = CAPTIONERS.get(facts["recipe"])
-        if recipe_type is None:
-            raise InputError(f"{where}: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}")
-        self.recipe = recipe_from_json(recipe_type, facts["settings"], where)
+    def __init__(self, run: Storage, facts: dict[str, Any], encoder: str | None) -> None:
+        self.run, self.facts = run, facts
+        self.recipe = recipe_from_json(CAPTIONERS[facts["recipe"]], facts["settings"], f"{run}/model/recipe.json")
+        is_scratch = self.recipe.encoder == SCRATCH
+        if is_scratch and encoder is not None:
+            raise InputError(f"--encoder {encoder!r}: this run's was trained with it; leave the flag out")
+        # Absolute, as whoever loads it may have another working directory.
+        self.encoder_name = None if is_scratch else absolute_folder(encoder or self.recipe.encoder)
+        self.image_size: int = self.recipe.image_size
+        self.max_length: int = self.recipe.max_length
+        self.options = SearchOptions()
+
+    def identity(self) -> Identity:
+        return {"run": self.run.uri, "weights_sha256": self.facts["weights_sha256"]}
+
+    def check(self, options: SearchOptions) -> None:
+        options.check()
+
+    def load(self, device: str = "cpu") -> Self:
+        """Raises InputError where the weights or the frozen encoder are others than the facts name."""
+        facts = self.facts
         self.device = torch.device(device)
         vocabulary = WordVocabulary.from_json(facts["vocabulary"])
         self.model = self.recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
-        checkpoint.load_trainable(self.model, read_weights(run, facts), str(run))
+        checkpoint.load_trainable(self.model, read_weights(self.run, facts), str(self.run))
         self.model.eval().to(self.device)
-        name = encoder or self.recipe.encoder
         self.encoder = None
-        if name != SCRATCH:
-            self.encoder = FrozenVisionEncoder(name, self.recipe.image_size, device)
+        if self.encoder_name is not None:
+            self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device)
             if self.encoder.fingerprint() != facts["encoder_fingerprint"]:
-                raise InputError(f"--encoder {name!r}: not the encoder that {run} was trained on; name that one")
+                raise InputError(
+                    f"--encoder {self.encoder_name!r}: not the encoder that {self.run} was trained on; name that one"
+                )
+        return self
 
     @torch.inference_mode()
-    def __call__(
-        self,
-        images: Sequence[bytes],
-        names: Sequence[str],
-        *,
-        num_beams: int = 1,
-        max_length: int = 30,
-        length_penalty: float = 1.0,
-    ) -> list[str]:
-        """Encoded images (PNG, JPEG, ...) -> captions. `names` are used in error messages."""
-        pixels = pixels_from_bytes(images, self.recipe.image_size, names)
+    def caption(self, pixels: np.ndarray, options: SearchOptions, prompts: Sequence[str] | None = None) -> list[str]:
+        if prompts is not None:
+            raise ValueError("this captioner takes no words beside an image")
         inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-        return self.model.caption(inputs, num_beams=num_beams, max_length=max_length, length_penalty=length_penalty)
+        return self.model.caption(
+            inputs,
+            num_beams=options.num_beams,
+            max_length=options.max_length,
+            length_penalty=options.length_penalty,
+        )

@@ -1,6 +1,9 @@
-"""A trained text-to-image generator, read back from its run folder: prompts and seeds in, images out."""
+"""Opens a trained text-to-image generator: prompts and seeds in, images out."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -9,72 +12,112 @@ from torch import Tensor
 from mmcore import checkpoint
 from mmcore.catalogue import GENERATORS
 from mmcore.data.pixels import to_pixels
-from mmcore.errors import InputError
+from mmcore.errors import InputError, OptionError
+from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer, TextInputs
-from mmcore.generators.diffusion import SamplerName
-from mmcore.generators.vqvae import VQVAE
-from mmcore.recipe import recipe_from_json
+from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.recipe import Generator, Identity, recipe_from_json
 from mmcore.run_files import read_facts, read_weights
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
 # Folders under model/ of what a run needs beside its weights.
 TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
 
 
-class TrainedGenerator:
+def open_generator(source: str, *, text_encoder: str | None = None) -> Generator:
+    """The generator of a finished run. Reads facts alone; what it returns can be sent to another machine.
+
+    Args:
+        source: the run, a local folder or s3://bucket/prefix.
+        text_encoder: where the frozen text encoder lies on this machine, if not where the run had it.
+    Raises InputError where `source` is no finished run of a generator.
+    """
+    run = Storage(source)
+    facts = read_facts(run)
+    if facts["recipe"] not in GENERATORS:
+        raise InputError(
+            f"{run}/model/recipe.json: recipe {facts['recipe']!r} is no generator; known: {', '.join(GENERATORS)}"
+        )
+    return TrainedDiffusion(run, facts, text_encoder)
+
+
+class TrainedDiffusion:
     """The weights that a finished run keeps (these recipes' last, or by `keep` those of the best validation), with the
     frozen parts that it was trained on."""
 
-    def __init__(
-        self,
-        run: Storage,
-        *,
-        device: str = "cpu",
-        text_encoder: str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """`text_encoder`: where the frozen encoder lies on this machine, if not where the run had it. `dtype`: bfloat16
-        computes under autocast, faster and with images that depend on the size of the batch.
+    model: Denoiser
+    vqvae: TrainedVQVAE | None
+    """Makes images of the latents; None where the network makes the image itself."""
+    text_encoder: FrozenTextEncoder | None
+    tokenizer: PromptTokenizer
+    """The frozen text encoder's, or that of the run's own."""
+    device: torch.device
+    dtype: torch.dtype
 
-        Raises InputError where `run` is no finished run of a generator, or the text encoder or the VQ-VAE is another
-        one than it was trained on.
-        """
-        where, facts = f"{run}/model/recipe.json", read_facts(run)
-        recipe_type = GENERATORS.get(facts["recipe"])
-        if recipe_type is None:
-            raise InputError(f"{where}: recipe {facts['recipe']!r} is no generator; known: {', '.join(GENERATORS)}")
-        self.recipe = recipe_from_json(recipe_type, facts["settings"], where)
-        self.device, self.dtype = torch.device(device), dtype
-        self.resolution: int = facts["resolution"]
-        self.scaling_factor: float = facts["scaling_factor"]
-        self.model = self.recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
-        checkpoint.load_trainable(self.model, read_weights(run, facts), str(run))
-        self.model.eval().requires_grad_(False).to(self.device)
-        assets = run / "model"
-        self.vqvae: VQVAE | None = None  # without one, x_0 is the image itself
-        if fingerprint := facts["vqvae_fingerprint"]:
-            self.vqvae = TrainedVQVAE(assets / VQVAE_ASSET, device, fingerprint=fingerprint).model
-        self.tokenizer: PromptTokenizer | None = None
-        self.text_encoder: FrozenTextEncoder | None = None
+    def __init__(self, run: Storage, facts: dict[str, Any], text_encoder: str | None) -> None:
+        self.run, self.facts = run, facts
+        self.recipe = recipe_from_json(GENERATORS[facts["recipe"]], facts["settings"], f"{run}/model/recipe.json")
         text = self.recipe.text
-        if text.is_scratch:
-            if text_encoder is not None:
-                raise InputError(f"--text-encoder {text_encoder!r}: this run's was trained with it; leave the flag out")
-            self.tokenizer = PromptTokenizer.read(assets / TOKENIZER_ASSET, text.max_tokens)
-            return
-        self.text_encoder = FrozenTextEncoder(text_encoder or text.text_encoder, text.max_tokens, device)
-        if self.text_encoder.fingerprint() != facts["text_fingerprint"]:
-            raise InputError(
-                f"{where}: trained on another text encoder than {self.text_encoder.name!r}: its weights or its "
-                "tokenizer differ; name the right one with --text-encoder"
-            )
+        if text.is_scratch and text_encoder is not None:
+            raise InputError(f"--text-encoder {text_encoder!r}: this run's was trained with it; leave the flag out")
+        # Absolute, as whoever loads it may have another working directory.
+        self.text_name = None if text.is_scratch else absolute_folder(text_encoder or text.text_encoder)
+        self.size: tuple[int, int] = (facts["resolution"], facts["resolution"])
+        self.scaling_factor: float = facts["scaling_factor"]
+        self.max_tokens: int = text.max_tokens
+        self.decides_by_code = facts["vqvae_fingerprint"] is not None
+        # Without a prompt that was missing in training there is nothing that guidance could lead away from.
+        self.guides = self.recipe.drop_text > 0
+        defaults = DiffusionOptions()
+        self.options = defaults if self.guides else dataclasses.replace(defaults, guidance=1.0)
+
+    def identity(self) -> Identity:
+        return {"run": self.run.uri, "weights_sha256": self.facts["weights_sha256"]}
+
+    def check(self, options: DiffusionOptions, size: tuple[int, int]) -> None:
+        options.check(self.recipe.noise.num_timesteps, self.guides)
+        if size != self.size:
+            (height, width), (own_height, own_width) = size, self.size
+            raise OptionError("size", f"{width}x{height}: this model makes images of {own_width}x{own_height}")
+
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """`dtype`: bfloat16 computes under autocast, faster and with images that depend on the size of the batch.
+
+        Raises InputError where the weights, the text encoder or the VQ-VAE are others than the facts name.
+        """
+        facts = self.facts
+        self.device, self.dtype = torch.device(device), dtype
+        self.model = self.recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
+        checkpoint.load_trainable(self.model, read_weights(self.run, facts), str(self.run))
+        self.model.eval().requires_grad_(False).to(self.device)
+        assets = self.run / "model"
+        self.vqvae = None
+        if fingerprint := facts["vqvae_fingerprint"]:
+            self.vqvae = open_autoencoder((assets / VQVAE_ASSET).uri, fingerprint=fingerprint).load(device)
+        if self.text_name is None:
+            self.text_encoder = None
+            self.tokenizer = PromptTokenizer.read(assets / TOKENIZER_ASSET, self.max_tokens)
+        else:
+            self.text_encoder = FrozenTextEncoder(self.text_name, self.max_tokens, device)
+            self.tokenizer = self.text_encoder.tokenize
+            if self.text_encoder.fingerprint() != facts["text_fingerprint"]:
+                raise InputError(
+                    f"{assets}/recipe.json: trained on another text encoder than {self.text_encoder.name!r}: its "
+                    "weights or its tokenizer differ; name the right one with --text-encoder"
+                )
+        # A fast tokenizer keeps the settings of its last call, and prompts are counted beside the work.
+        self._counter = copy.deepcopy(self.tokenizer.tokenizer)
+        return self
+
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._counter(list(prompts), truncation=False)["input_ids"]]
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts as the network takes them."""
         if self.text_encoder is not None:
             return {"encoder_hidden_states": self.text_encoder(prompts)}
-        assert self.tokenizer is not None
         return {"input_ids": self.tokenizer(prompts)[0].to(self.device)}
 
     def images(self, x_0: Tensor) -> Tensor:
@@ -86,37 +129,22 @@ class TrainedGenerator:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
+        options: DiffusionOptions,
         *,
-        num_inference_steps: int,
-        guidance_scale: float,
-        sampler: SamplerName = "ddim",
-        negative_prompts: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """An image for each prompt and seed: uint8 (B, H, W, 3).
-
-        An image depends on its prompt, its seed and the other arguments, not on its batch-mates. `negative_prompts`
-        are what guidance leads away from (nothing by default); `on_step(done, total)` is called after each step, and
-        what it raises ends the work. Raises InputError for a number of steps that the sampler does not take, and for
-        guidance without which the run was trained.
-        """
-        if not len(prompts) == len(seeds) == len(negative_prompts or prompts):
+        if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
-        if guidance_scale == 1 and negative_prompts is not None:
-            raise InputError("negative prompts work by guidance, and a scale of 1 is none; give a larger one")
-        if guidance_scale != 1 and self.recipe.drop_text == 0:
-            raise InputError(
-                f"guidance scale {guidance_scale:g}: this run never saw a prompt missing (drop_text 0), so it has "
-                "nothing to be led away from; give a scale of 1"
-            )
+        self.check(options, size or self.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             x_0 = self.model.generate(
                 self.encode(prompts),
-                self.encode(negative_prompts or [NO_TEXT] * len(prompts)),
+                self.encode([options.negative_prompt or NO_TEXT] * len(prompts)),
                 seeds,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                sampler=sampler,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance,
+                sampler=options.sampler,
                 clip=self.vqvae is None,
                 on_step=on_step,
             )

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import tyro
 
+from mmcore.captioners.search_options import SearchOptions
+from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.storage import Storage
-from mmcore.trained.captioner import TrainedCaptioner
+from mmcore.trained.captioner import open_captioner
 from serve.bench.measuring import ask_all, photographs, publish, request, say, service, spread, write_captioner
 
 
@@ -46,7 +48,7 @@ def measure(bench: LatencyBench, folder: Path) -> dict[str, Any]:
     number = 5 if bench.smoke else bench.requests
     images = photographs(min(number, 20))
     torch.set_num_threads(bench.threads)
-    captioner = TrainedCaptioner(run)
+    captioner, options = open_captioner(run.uri).load(), SearchOptions(bench.beams, bench.words)
     settings = {
         "SERVE_CAPTION_BEAMS": str(bench.beams),
         "SERVE_CAPTION_WORDS": str(bench.words),
@@ -58,7 +60,7 @@ def measure(bench: LatencyBench, folder: Path) -> dict[str, Any]:
         for index in range(number):
             image = images[index % len(images)]
             began = time.perf_counter()
-            (caption,) = captioner([image], ["image"], num_beams=bench.beams, max_length=bench.words)
+            (caption,) = captioner.caption(pixels_from_bytes([image], captioner.image_size, ["image"]), options)
             times["direct"].append(time.perf_counter() - began)
             body = json.dumps(request(image)).encode()
             began = time.perf_counter()

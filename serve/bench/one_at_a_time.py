@@ -12,12 +12,15 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from mmcore.storage import Storage
-from mmcore.trained.captioner import TrainedCaptioner
+from mmcore.captioners.search_options import SearchOptions
+from mmcore.frozen.vision import pixels_from_bytes
+from mmcore.trained.captioner import open_captioner
 
 
 def make_app(run: str, num_beams: int, num_words: int, num_threads: int) -> FastAPI:
-    captioner, lock, app = TrainedCaptioner(Storage(run)), threading.Lock(), FastAPI()
+    captioner, lock, app = open_captioner(run).load(), threading.Lock(), FastAPI()
+
+    options = SearchOptions(num_beams, num_words)
 
     @app.get("/ready")
     def ready() -> dict[str, str]:
@@ -30,7 +33,7 @@ def make_app(run: str, num_beams: int, num_words: int, num_threads: int) -> Fast
             # Torch keeps it by thread, and FastAPI has many.
             torch.set_num_threads(num_threads)
             image = base64.b64decode(uri.partition(",")[2])
-            (caption,) = captioner([image], ["image"], num_beams=num_beams, max_length=num_words)
+            (caption,) = captioner.caption(pixels_from_bytes([image], captioner.image_size, ["image"]), options)
         return {"choices": [{"message": {"content": caption}}]}
 
     return app

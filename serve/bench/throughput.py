@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import tyro
 
+from mmcore.captioners.search_options import SearchOptions
+from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.storage import Storage
-from mmcore.trained.captioner import TrainedCaptioner
+from mmcore.trained.captioner import open_captioner
 from serve.bench.measuring import (
     Endpoint,
     ask_all,
@@ -63,7 +65,7 @@ def measure(bench: ThroughputBench, folder: Path) -> dict[str, Any]:
     number, passes = (8, 1) if bench.smoke else (bench.images, bench.passes)
     images = photographs(number)
     torch.set_num_threads(bench.threads)
-    captioner = TrainedCaptioner(run)
+    captioner, options = open_captioner(run.uri).load(), SearchOptions(bench.beams, bench.words)
     settings = {
         "SERVE_CAPTION_BEAMS": str(bench.beams),
         "SERVE_CAPTION_WORDS": str(bench.words),
@@ -79,8 +81,8 @@ def measure(bench: ThroughputBench, folder: Path) -> dict[str, Any]:
         captions["offline"] = []
         for start in range(0, number, bench.batch_size):
             part = images[start : start + bench.batch_size]
-            names = ["image"] * len(part)
-            captions["offline"] += captioner(part, names, num_beams=bench.beams, max_length=bench.words)
+            pixels = pixels_from_bytes(part, captioner.image_size, ["image"] * len(part))
+            captions["offline"] += captioner.caption(pixels, options)
         cpu_s.append((time.process_time() - cpu) / number)
         return number / (time.perf_counter() - began)
 

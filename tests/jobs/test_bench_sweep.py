@@ -11,7 +11,7 @@ import torch
 
 from jobs.bench import batch_sizes
 from jobs.bench import sweep_overhead as sweep
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 ROOT = Path(__file__).parents[2]
 BENCH = sweep.SweepBench(smoke=True, pairs=1, count=6, batch_size=4, item_seconds=0.001, num_threads=1)
@@ -20,7 +20,7 @@ BENCH = sweep.SweepBench(smoke=True, pairs=1, count=6, batch_size=4, item_second
 def test_the_loop_makes_every_image(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    generator = TrainedGenerator(sweep.write_random_run(tmp_path / "run", BENCH))
+    generator = open_generator(sweep.write_random_run(tmp_path / "run", BENCH).uri).load()
     assert sweep.steps_that_take(generator, BENCH) >= 1
     assert sweep.loop(generator, BENCH, 2, tmp_path / "loop") > 0
     torch.set_num_threads(threads)

@@ -19,13 +19,15 @@ from kills import MAP_WORKER, TIMEOUT_S, wait_for_blocks, wait_until_gone, worke
 from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
+from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.recipe import recipe_to_json
 from mmcore.run_files import write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
-from mmcore.trained.captioner import TrainedCaptioner
+from mmcore.trained.captioner import open_captioner
 
 NUM_IMAGES = 48
 ROWS_PER_BLOCK = 4
@@ -110,9 +112,10 @@ def test_killed_again_and_again_each_image_is_captioned_once(run_folder, images,
     assert rows[0] == ["image", "caption"]
     assert sorted(name for name, _ in rows[1:]) == sorted(path.name for path in images.iterdir())
     # The bulk job says what the captioner says of one image alone.
-    captioner = TrainedCaptioner(Storage(str(run_folder)))
+    captioner, options = open_captioner(str(run_folder)).load(), SearchOptions(num_beams=8)
     for name, text in rows[1:4]:
-        assert captioner([(images / name).read_bytes()], [name], num_beams=8) == [text]
+        pixels = pixels_from_bytes([(images / name).read_bytes()], captioner.image_size, [name])
+        assert captioner.caption(pixels, options) == [text]
 
     before = digests(out / "parts")
     again = call_job(main, *command)
@@ -149,7 +152,7 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
     write_run(run_folder, seed=1)
     try:
         with pytest.raises(InputError, match=r"weights_sha256 was '[0-9a-f]{64}' and is now"):
-            caption(CaptionSettings(run=str(run_folder), images=str(images), out=str(out), num_beams=1))
+            caption(CaptionSettings(str(run_folder), str(images), str(out)), SearchOptions(num_beams=1))
     finally:
         write_run(run_folder)
 
@@ -160,7 +163,7 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--run": "nowhere"}, "no model/ there"),
         ({"--images": "empty"}, "neither Parquet shards nor image files"),
         ({"--num-beams": "0"}, "--num-beams 0: must be at least 1"),
-        ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty: greedy search has no use for it"),
+        ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty 0.5: greedy search has no use for it"),
         ({"--length-penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
         ({"--run": "generator"}, "recipe 'ldm' is no captioner"),

@@ -16,14 +16,13 @@ from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Mo
 from jobs.prepare import PrepareSettings, prepare
 from jobs.runtime.features import EncodeImages, cached_image_column, cached_latent_column, cached_text_column, read_null
 from mmcore.data.columns import open_column
-from mmcore.data.pixels import to_network
 from mmcore.data.prepared import read_captions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import open_autoencoder
 
 SHAPES = ShapesSettings(num_train=70, num_validation=10, num_test=12, image_size=32)
 NUM_IMAGES = 92
@@ -152,12 +151,11 @@ def test_latents_are_made_once_and_of_both_views(storage: Storage, tmp_path: Pat
     assert columns[0].folder != columns[1].folder
     assert cached_latent_column(storage, "shapes", vqvae=copy).encoded_now == 0, "the same weights elsewhere"
 
-    model = TrainedVQVAE(vqvae).model
+    autoencoder = open_autoencoder(vqvae.uri).load()
     rows = list(shapes_rows(SHAPES))[:5]
     pixels = pixels_from_bytes([row["image"] for row in rows], 32, ["x"] * 5)
     for column, view in zip(columns, (pixels, pixels[:, :, ::-1].copy()), strict=True):
-        with torch.inference_mode():
-            expected = model.encode(to_network(torch.from_numpy(view))).numpy()
+        expected = autoencoder.encode(view).numpy()
         values = open_column(column.folder, tmp_path).values
         assert (values.dtype, values.shape) == (np.float16, (NUM_IMAGES, 4, 8, 8))
         np.testing.assert_allclose(values[:5].astype(np.float32), expected, atol=0.004)

@@ -1,6 +1,7 @@
 """jobs/export.py: what diffusers loads makes the same image of the same noise."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from jobs.export import TOLERANCE, ExportSettings, export
 from mmcore.errors import InputError
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.text_context import TextSettings
 from mmcore.generators.vqvae import VQVAE
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 
 # A VQ-VAE that makes 8 pixels of a latent, as diffusers' pipeline has it, and one that makes 4.
@@ -31,7 +33,7 @@ def test_diffusers_makes_the_same_images(frozen_text: bool, changes: dict, tmp_p
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     assert type(pipeline) is LDMTextToImagePipeline
     pipeline.set_progress_bar_config(disable=True)
-    generator = TrainedGenerator(Storage(str(run)))
+    generator: Any = open_generator(str(run)).load()
     prompts, seeds = ["a large red circle", "a small blue star above a green square"], [3, 4]
     shape = generator.model.x_0_shape
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -39,8 +41,8 @@ def test_diffusers_makes_the_same_images(frozen_text: bool, changes: dict, tmp_p
         theirs = pipeline(
             prompts, latents=noise, num_inference_steps=10, guidance_scale=guidance, output_type="np"
         ).images
-        ours = generator.generate(prompts, seeds, num_inference_steps=10, guidance_scale=guidance)
-        assert theirs.shape == ours.shape == (2, generator.resolution, generator.resolution, 3)
+        ours = generator.generate(prompts, seeds, DiffusionOptions(10, guidance, "ddim"))
+        assert theirs.shape == ours.shape == (2, *generator.size, 3)
         # Half a step of the 255, that rounding takes, and the tolerance.
         assert np.abs(theirs - ours / 255).max() <= 0.5 / 255 + TOLERANCE
         assert np.abs(theirs[0] - theirs[1]).max() > 0.05, "the images say nothing of prompt and noise"

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +28,11 @@ from jobs.runtime.lease import Lease
 from mmcore.data.prompts import read_prompts
 from mmcore.errors import InputError
 from mmcore.generators import pixel_diffusion
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.images import decode_image, png_bytes, read_png_text
 from mmcore.run_files import read_facts
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 pytest_plugins = ("sweep_fixtures",)
 COLUMNS = {
@@ -156,19 +156,17 @@ def test_an_image_of_another_kind_of_cpu_is_adopted(sweep, tmp_path, monkeypatch
     # Near in the mean, as a scene of one small shape may be to that of another prompt, and nowhere the same.
     near = mine ^ 2
 
-    def resumed(there: np.ndarray, vqvae: Any) -> None:
+    def resumed(there: np.ndarray, decides_by_code: bool) -> None:
         path.write_bytes(png_bytes(there, text))
         (out / "manifest" / "part-000001.parquet").unlink(missing_ok=True)
-        monkeypatch.setattr(tiny_sweep.TinyGenerator, "vqvae", vqvae)
+        monkeypatch.setattr(tiny_sweep.TinyGenerator, "decides_by_code", decides_by_code)
         sweep()
 
-    resumed(step, None)
-    resumed(patch, "of a latent diffusion")
-    for there, vqvae in (
-        (patch, None), (others, None), (others, "of a latent diffusion"), (near, "of a latent diffusion")
-    ):  # fmt: skip
+    resumed(step, False)
+    resumed(patch, True)
+    for there, decides_by_code in ((patch, False), (others, False), (others, True), (near, True)):
         with pytest.raises(InputError, match="its pixels differ by"):
-            resumed(there, vqvae)
+            resumed(there, decides_by_code)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +281,7 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
         ({"run": "nowhere"}, "no model/ there"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"count": 11}, "--count 11: "),
-        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"steps": 0}, "--steps 0 sampling steps: give 1 to 1000"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
         ({"guidance": 0.5}, "--guidance 0.5: must be at least 1"),
         ({"guidance": math.nan}, "--guidance nan: must be at least 1"),
@@ -310,7 +308,7 @@ def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypa
 def test_the_run_of_a_captioner_makes_no_images(run_folder, tmp_path):
     facts = {"recipe": "resnet_captioner", "weights_sha256": "of a captioner"}
     (run_folder / "model" / "recipe.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="recipe 'resnet_captioner' makes no images"):
+    with pytest.raises(InputError, match="recipe 'resnet_captioner' is no generator"):
         generate(GenerateSettings(str(run_folder), "shapes-test", str(tmp_path / "out")))
 
 
@@ -328,12 +326,12 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, one_thread, tm
     sweep = np.stack([np.asarray(decode_image(bytes_of[0][each.image_id], name="image")) for each in prompts])
     assert len({image.tobytes() for image in sweep}) == 12
 
-    generator = TrainedGenerator(Storage(str(run)))
+    generator = open_generator(str(run)).load()
 
     def images(rows: list[int]) -> np.ndarray:
         chosen = [prompts[row] for row in rows]
         texts, seeds = [each.prompt for each in chosen], [each.seed for each in chosen]
-        return generator.generate(texts, seeds, num_inference_steps=4, guidance_scale=3.0, sampler="dpmsolver++")
+        return generator.generate(texts, seeds, DiffusionOptions(steps=4))
 
     rows = [11, 0, 7, 2, 5]
     assert (images(rows) == sweep[rows]).all()

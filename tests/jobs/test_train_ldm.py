@@ -26,11 +26,12 @@ from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, RunOptions
 from jobs.train_ldm import main, setup
 from mmcore.errors import InputError
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.images import decode_image
 from mmcore.recipe import recipe_from_json
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 JOB = "jobs/train_ldm.py"
 FLAGS = [
@@ -178,8 +179,8 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
     assert len(left["samples"]) == 2
     # The events hold the pictures, not only their names.
     assert len(reference.read("tensorboard/events.out.tfevents.0.run")) > sum(map(len, left["samples"].values()))
-    generator = TrainedGenerator(reference)
-    images = generator.generate(["a red square", "a blue square"], [1, 2], num_inference_steps=4, guidance_scale=2.0)
+    generator: Any = open_generator(reference.uri).load()
+    images = generator.generate(["a red square", "a blue square"], [1, 2], DiffusionOptions(steps=4, guidance=2.0))
     assert images.shape == (2, 32, 32, 3)
     assert generator.scaling_factor == facts["scaling_factor"]
 
@@ -199,8 +200,9 @@ def test_on_a_frozen_text_encoder(
     assert column["shape"][1:] == [77, 32]
     weights = load_file(Path(run_.uri) / "model" / "model.safetensors")
     assert {name.split(".")[0] for name in weights} == {"unet"}
-    with_guidance = TrainedGenerator(run_).generate(["a red square"], [1], num_inference_steps=4, guidance_scale=3.0)
-    without = TrainedGenerator(run_).generate(["a red square"], [1], num_inference_steps=4, guidance_scale=1.0)
+    generator = open_generator(run_.uri).load()
+    with_guidance = generator.generate(["a red square"], [1], DiffusionOptions(steps=4))
+    without = generator.generate(["a red square"], [1], DiffusionOptions(steps=4, guidance=1.0))
     assert (with_guidance != without).any()
 
 

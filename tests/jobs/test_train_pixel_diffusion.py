@@ -18,9 +18,10 @@ from jobs.runtime.commandline import run
 from jobs.train_pixel_diffusion import main
 from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.images import decode_image
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.generator import open_generator
 
 JOB = "jobs/train_pixel_diffusion.py"
 # `report` in all but its sizes: the frozen encoder, the projection, no dropped texts.
@@ -131,22 +132,23 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
     assert grid.shape == (2 * 16 + 2, 2 * 16 + 2, 3)
 
     # The images of the run's own samples, by the encoder itself instead of the cache in fp16.
-    generator = TrainedGenerator(run_)
-    assert generator.resolution == 16
-    images = generator.generate(["a red square"] * 2, [1, 2], num_inference_steps=4, guidance_scale=1.0)
+    generator = open_generator(run_.uri).load()
+    assert generator.size == (16, 16)
+    assert generator.options == DiffusionOptions(guidance=1.0)
+    images = generator.generate(["a red square"] * 2, [1, 2], DiffusionOptions(steps=4, guidance=1.0))
     assert images.shape == (2, 16, 16, 3)
     with pytest.raises(InputError, match="never saw a prompt missing"):
-        generator.generate(["a red square"], [1], num_inference_steps=4, guidance_scale=2.0)
+        generator.generate(["a red square"], [1], DiffusionOptions(steps=4, guidance=2.0))
     # Another encoder would give other images without a word.
     other = tmp_path / "other"
     other.mkdir()
     for path in Path(bert).iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    assert TrainedGenerator(run_, text_encoder=str(other)).resolution == 16
+    open_generator(run_.uri, text_encoder=str(other)).load()
     changed = {name: value + 1 for name, value in load_file(other / "model.safetensors").items()}
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="trained on another text encoder"):
-        TrainedGenerator(run_, text_encoder=str(other))
+        open_generator(run_.uri, text_encoder=str(other)).load()
 
 
 def test_with_a_text_encoder_that_is_trained_along(call_job: Callable[..., Any], storage: Storage) -> None:
@@ -160,6 +162,6 @@ def test_with_a_text_encoder_that_is_trained_along(call_job: Callable[..., Any],
     history = [json.loads(line) for line in run_.read("metrics.jsonl").splitlines()]
     assert history[-1]["step"] == 6
     assert np.isfinite(history[-1]["validation_loss"])
-    generator = TrainedGenerator(run_)
-    images = generator.generate(["a red square"], [1], num_inference_steps=4, guidance_scale=2.0)
-    assert images.shape == (1, generator.resolution, generator.resolution, 3)
+    generator = open_generator(run_.uri).load()
+    images = generator.generate(["a red square"], [1], DiffusionOptions(steps=4, guidance=2.0))
+    assert images.shape == (1, *generator.size, 3)

@@ -1,6 +1,10 @@
 """A finished run makes images: each decided by its prompt and its seed, whoever else is in the batch."""
 
+import dataclasses
+import hashlib
 import json
+import math
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,15 +14,16 @@ import pytest
 import tiny_diffusion
 import torch
 
-from mmcore.errors import InputError
+from mmcore.errors import InputError, OptionError
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
-from mmcore.trained.generator import TrainedGenerator
+from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.generator import open_generator
 
 PROMPTS = ["a red square", "there is a blue square at the left of it", "a green square", "a yellow square"]
 SEEDS = [3, MAX_IMAGE_SEED, 5, 6]
-HOW: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 2.0}
+HOW = DiffusionOptions(steps=5, guidance=2.0, sampler="ddim")
 
 
 @pytest.fixture(scope="module")
@@ -40,50 +45,49 @@ def ldm_run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.mark.parametrize(("kind", "side"), [("pixel_run", 8), ("ldm_run", 32)])
 def test_an_image_is_decided_by_prompt_and_seed(kind: str, side: int, request: pytest.FixtureRequest) -> None:
-    generator = TrainedGenerator(request.getfixturevalue(kind))
-    images = generator.generate(PROMPTS, SEEDS, **HOW)
+    generator = open_generator(request.getfixturevalue(kind).uri).load()
+    images = generator.generate(PROMPTS, SEEDS, HOW)
     assert images.shape == (4, side, side, 3)
     assert images.dtype == np.uint8
-    assert generator.resolution == side
+    assert generator.size == (side, side)
     assert len({image.tobytes() for image in images}) == 4
 
     # In another process, as it were: loaded again.
-    assert np.array_equal(TrainedGenerator(request.getfixturevalue(kind)).generate(PROMPTS, SEEDS, **HOW), images)
+    again = open_generator(request.getfixturevalue(kind).uri).load()
+    assert np.array_equal(again.generate(PROMPTS, SEEDS, HOW), images)
     # In another order, and among others.
     order = [2, 0, 3, 1]
-    moved = generator.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], **HOW)
+    moved = generator.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], HOW)
     assert np.array_equal(moved, images[order])
-    others = generator.generate([PROMPTS[1], *["a red square"] * 3], [SEEDS[1], 7, 8, 9], **HOW)
+    others = generator.generate([PROMPTS[1], *["a red square"] * 3], [SEEDS[1], 7, 8, 9], HOW)
     assert np.array_equal(others[0], images[1])
     # In batches of other sizes, at most one step of 255.
     for size in (1, 2, 3):
-        parts = [generator.generate(PROMPTS[i : i + size], SEEDS[i : i + size], **HOW) for i in range(0, 4, size)]
+        parts = [generator.generate(PROMPTS[i : i + size], SEEDS[i : i + size], HOW) for i in range(0, 4, size)]
         assert np.abs(np.concatenate(parts).astype(int) - images).max() <= 1
     # The prompt and the seed do count.
-    assert not np.array_equal(generator.generate(PROMPTS[::-1], SEEDS, **HOW)[1], images[1])
-    assert not np.array_equal(generator.generate(PROMPTS, [1, 1, 1, 1], **HOW), images)
+    assert not np.array_equal(generator.generate(PROMPTS[::-1], SEEDS, HOW)[1], images[1])
+    assert not np.array_equal(generator.generate(PROMPTS, [1, 1, 1, 1], HOW), images)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])
 def test_samplers_guidance_and_what_to_lead_away_from(pixel_run: Storage, sampler: str) -> None:
-    generator = TrainedGenerator(pixel_run)
+    generator = open_generator(pixel_run.uri).load()
     told: list[tuple[int, int]] = []
-    how: dict[str, Any] = {**HOW, "sampler": sampler}
-    guided = generator.generate(PROMPTS, SEEDS, **how, on_step=lambda done, total: told.append((done, total)))
+    how = DiffusionOptions(5, 2.0, sampler)
+    guided = generator.generate(PROMPTS, SEEDS, how, on_step=lambda done, total: told.append((done, total)))
     assert told == [(step, 5) for step in range(1, 6)]
-    assert np.array_equal(generator.generate(PROMPTS, SEEDS, **how), guided)
-    for change in ({"guidance_scale": 1.0}, {"negative_prompts": PROMPTS[::-1]}):
-        assert not np.array_equal(generator.generate(PROMPTS, SEEDS, **{**how, **change}), guided)
-    nothing = generator.generate(PROMPTS, SEEDS, **how, negative_prompts=[""] * 4)
-    assert np.array_equal(nothing, guided)
+    assert np.array_equal(generator.generate(PROMPTS, SEEDS, how), guided)
+    for change in ({"guidance": 1.0}, {"negative_prompt": PROMPTS[1]}):
+        assert not np.array_equal(generator.generate(PROMPTS, SEEDS, dataclasses.replace(how, **change)), guided)
 
 
 def test_latents_become_images_through_the_vqvae(tmp_path: Path) -> None:
     run, vqvae_run = Storage(str(tmp_path / "ldm")), Storage(str(tmp_path / "vqvae"))
     tiny_diffusion.write_ldm_run(run, vqvae_run)
-    generator = TrainedGenerator(run)
+    generator: Any = open_generator(run.uri).load()
     latents = torch.randn(2, *generator.model.x_0_shape, generator=torch.Generator().manual_seed(0))
-    expected = TrainedVQVAE(vqvae_run).model.decode(latents)
+    expected = open_autoencoder(vqvae_run.uri).load().decode(latents)
     assert torch.equal(generator.images(latents * 0.5), expected)
 
 
@@ -91,41 +95,88 @@ def test_another_vqvae_than_the_latents_are_of_is_refused(tmp_path: Path) -> Non
     run = Storage(str(tmp_path / "ldm"))
     tiny_diffusion.write_ldm_run(run, Storage(str(tmp_path / "vqvae")))
     copy = run / "model" / "vqvae"
-    right = TrainedVQVAE(copy).fingerprint()
+    right = open_autoencoder(copy.uri).load().fingerprint()
     tiny_diffusion.write_vqvae_run(copy, seed=2)
-    wrong = TrainedVQVAE(copy).fingerprint()
+    wrong = open_autoencoder(copy.uri).load().fingerprint()
     message = rf"vqvae/model: another VQ-VAE \(fingerprint {wrong[:12]}\) than the latents are of \({right[:12]}\)"
     with pytest.raises(InputError, match=message):
-        TrainedGenerator(run)
+        open_generator(run.uri).load()
 
 
 def test_bfloat16_is_close(pixel_run: Storage) -> None:
-    exact = TrainedGenerator(pixel_run).generate(PROMPTS, SEEDS, **HOW)
-    generator = TrainedGenerator(pixel_run, dtype=torch.bfloat16)
+    exact = open_generator(pixel_run.uri).load().generate(PROMPTS, SEEDS, HOW)
+    generator = open_generator(pixel_run.uri).load(dtype=torch.bfloat16)
     assert generator.dtype == torch.bfloat16
-    rounded = generator.generate(PROMPTS, SEEDS, **HOW)
+    rounded = generator.generate(PROMPTS, SEEDS, HOW)
     difference = np.abs(rounded.astype(int) - exact)
     assert 0 < difference.mean() < 3  # measured 0.4 of 255
 
 
+def test_options_that_cannot_be_are_named(pixel_run: Storage) -> None:
+    generator = open_generator(pixel_run.uri)
+    assert generator.options == DiffusionOptions()
+    generator.check(DiffusionOptions(steps=5, guidance=2.0, sampler="ddim", negative_prompt="blue"), (8, 8))
+    refused = [
+        (DiffusionOptions(steps=3, sampler="ddim"), (8, 8), "--steps 3 sampling steps: ddim takes a divisor"),
+        (DiffusionOptions(steps=0), (8, 8), "--steps 0 sampling steps: give 1 to 1000"),
+        (DiffusionOptions(guidance=0.5), (8, 8), "--guidance 0.5: must be at least 1"),
+        (DiffusionOptions(guidance=math.nan), (8, 8), "--guidance nan: must be at least 1"),
+        (DiffusionOptions(guidance=1.0, negative_prompt="a"), (8, 8), "--negative-prompt works by guidance"),
+        (DiffusionOptions(), (8, 16), "--size 16x8: this model makes images of 8x8"),
+    ]
+    for options, size, message in refused:
+        with pytest.raises(OptionError) as raised:
+            generator.check(options, size)
+        assert str(raised.value).startswith(message)
+        # It comes from other processes.
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    with pytest.raises(OptionError, match="--steps 3"):
+        generator.generate(PROMPTS, SEEDS, refused[0][0])
+
+
 def test_what_is_wrong_is_said_in_one_line(pixel_run: Storage, tmp_path: Path) -> None:
-    generator = TrainedGenerator(pixel_run)
-    with pytest.raises(InputError, match=r"3 sampling steps.*ddim takes a divisor"):
-        generator.generate(PROMPTS, SEEDS, num_inference_steps=3, guidance_scale=1.0)
-    with pytest.raises(InputError, match="negative prompts work by guidance"):
-        generator.generate(PROMPTS, SEEDS, num_inference_steps=5, guidance_scale=1.0, negative_prompts=PROMPTS)
     with pytest.raises(ValueError, match="4 prompts, 3 seeds"):
-        generator.generate(PROMPTS, SEEDS[:3], **HOW)
+        open_generator(pixel_run.uri).load().generate(PROMPTS, SEEDS[:3], HOW)
     with pytest.raises(InputError, match="no model/ there"):
-        TrainedGenerator(Storage(str(tmp_path)))
+        open_generator(str(tmp_path))
+    with pytest.raises(InputError, match="--text-encoder 'x': this run's was trained with it"):
+        open_generator(pixel_run.uri, text_encoder="x")
     folder = tmp_path / "other"
     shutil.copytree(pixel_run.uri, folder)
     path = folder / "model" / "recipe.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "recipe": "resnet_captioner"}))
     with pytest.raises(InputError, match="'resnet_captioner' is no generator; known: pixel_diffusion, ldm"):
-        TrainedGenerator(Storage(str(folder)))
+        open_generator(str(folder))
     facts["settings"] |= {"drop_text": 0.0, "sample_guidance": 1.0}
     path.write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="never saw a prompt missing"):
-        TrainedGenerator(Storage(str(folder))).generate(PROMPTS, SEEDS, **HOW)
+    generator = open_generator(str(folder))
+    assert generator.options.guidance == 1
+    with pytest.raises(OptionError, match="--guidance 2: this run never saw a prompt missing"):
+        generator.check(HOW, generator.size)
+
+
+def test_what_is_opened_is_sent_and_reads_its_weights_there(pixel_run: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(pixel_run.uri, folder)
+    weights = folder / "model" / "model.safetensors"
+    right = weights.read_bytes()
+    weights.unlink()
+    opened = pickle.dumps(open_generator(str(folder)))
+    weights.write_bytes(right)
+    generator = pickle.loads(opened).load()
+    assert np.array_equal(
+        generator.generate(PROMPTS, SEEDS, HOW), open_generator(pixel_run.uri).load().generate(PROMPTS, SEEDS, HOW)
+    )
+    assert generator.identity() == {"run": str(folder), "weights_sha256": hashlib.sha256(right).hexdigest()}
+    weights.write_bytes(right[:-1] + b"x")
+    with pytest.raises(InputError, match="not the weights that recipe"):
+        pickle.loads(opened).load()
+
+
+def test_tokens_are_counted_before_any_are_cut(pixel_run: Storage) -> None:
+    generator: Any = open_generator(pixel_run.uri).load()
+    long = " ".join(["red"] * 30)
+    generator.encode([long])
+    assert generator.num_tokens(["a red square", long]) == [5, 32]
+    assert generator.max_tokens == 16
