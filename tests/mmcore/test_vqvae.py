@@ -14,6 +14,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
 from mmcore import checkpoint
+from mmcore.catalogue import AUTOENCODERS
 from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
@@ -21,7 +22,7 @@ from mmcore.generators.vqvae import VARIANTS, VQVAE, VQVAERecipe, VQVAETraining,
 from mmcore.recipe import recipe_from_json, recipe_to_json
 from mmcore.run_files import write_model
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
 
 @pytest.fixture(autouse=True)
@@ -277,11 +278,15 @@ def finished_run(folder: Path, model: VQVAETraining, recipe_name: str = "vqvae")
     return run
 
 
+def opened(run: Storage, fingerprint: str | None = None) -> TrainedVQVAE:
+    return open_autoencoder(run.uri, fingerprint=fingerprint).load()
+
+
 def test_a_trained_one_is_read_back(tmp_path: Path) -> None:
     recipe = tiny_vqvae.recipe()
     model = tiny_vqvae.model_of(recipe, seed=3)
     model.vqvae.quantizer.codebook.mul_(2)
-    trained = TrainedVQVAE(finished_run(tmp_path / "run", model))
+    trained = opened(finished_run(tmp_path / "run", model))
     assert trained.recipe == recipe
     assert not any(parameter.requires_grad for parameter in trained.model.parameters())
     with torch.no_grad():
@@ -289,36 +294,36 @@ def test_a_trained_one_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(trained.model.encode(images()), latents)
         assert torch.equal(trained.model.decode(latents), model.vqvae.decode(latents))
     fingerprint = trained.fingerprint()
-    assert TrainedVQVAE(finished_run(tmp_path / "again", model)).fingerprint() == fingerprint
-    assert TrainedVQVAE(finished_run(tmp_path / "run", model), fingerprint=fingerprint).recipe == recipe
+    assert opened(finished_run(tmp_path / "again", model)).fingerprint() == fingerprint
+    assert opened(finished_run(tmp_path / "run", model), fingerprint=fingerprint).recipe == recipe
     model.vqvae.quantizer.codebook[0, 0] += 1
     moved = finished_run(tmp_path / "moved", model)
-    assert TrainedVQVAE(moved).fingerprint() != fingerprint
+    assert opened(moved).fingerprint() != fingerprint
     with pytest.raises(InputError, match=f"moved/model: another VQ-VAE .*{fingerprint[:12]}"):
-        TrainedVQVAE(moved, fingerprint=fingerprint)
+        opened(moved, fingerprint=fingerprint)
 
 
 def test_a_field_of_a_later_version_leaves_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished_run(tmp_path, tiny_vqvae.model_of(tiny_vqvae.recipe()))
-    fingerprint = TrainedVQVAE(run).fingerprint()
+    fingerprint = opened(run).fingerprint()
     later = dataclasses.make_dataclass("Later", [("new", int, 3)], bases=(VQVAERecipe,), frozen=True)
-    monkeypatch.setattr("mmcore.trained.autoencoder.VQVAERecipe", later)
-    trained = TrainedVQVAE(run)
+    monkeypatch.setitem(AUTOENCODERS, "vqvae", later)
+    trained = opened(run)
     assert trained.recipe.new == 3
     assert trained.fingerprint() == fingerprint
 
 
 def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no model/ there; name a finished run"):
-        TrainedVQVAE(Storage(str(tmp_path / "nothing")))
+        opened(Storage(str(tmp_path / "nothing")))
     model = tiny_vqvae.model_of(tiny_vqvae.recipe())
     with pytest.raises(InputError, match="recipe 'ldm' is no VQ-VAE"):
-        TrainedVQVAE(finished_run(tmp_path / "ldm", model, "ldm"))
+        opened(finished_run(tmp_path / "ldm", model, "ldm"))
     run = finished_run(tmp_path / "torn", model)
     weights = {name: value for name, value in checkpoint.trainable_state(model).items() if "codebook" not in name}
     write_model(run, weights, {"recipe": "vqvae", "settings": recipe_to_json(model.recipe)})
     with pytest.raises(InputError, match=r"missing \['quantizer.codebook'\]"):
-        TrainedVQVAE(run)
+        opened(run)
 
 
 # -- golden --------------------------------------------------------------------------------------------------------
