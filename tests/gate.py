@@ -18,6 +18,7 @@ class Gate:
 
     def __init__(self, folder: Path | str) -> None:
         self.allowed, self.log = Path(folder) / "allowed", Path(folder) / "begun.txt"
+        self.arrivals = Path(folder) / "arrived.txt"
 
     def allow(self, number: int) -> None:
         """Nothing beyond `number` may begin."""
@@ -47,6 +48,15 @@ class Gate:
             file.seek(0)
             self.wait(len(file.readlines()) + 1)
             file.write(f"{line}\n")
+
+    def arrive(self) -> None:
+        """Note that one more process works up to this gate."""
+        with open(self.arrivals, "a") as file:
+            file.write("arrived\n")
+
+    def arrived(self) -> int:
+        """How many processes have."""
+        return len(self.arrivals.read_text().splitlines()) if self.arrivals.exists() else 0
 
     def begun(self) -> list[str]:
         """The lines of what was begun, in order."""

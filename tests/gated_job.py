@@ -30,8 +30,13 @@ def gated(setup: Callable[..., Setup]) -> Callable[..., Setup]:
     def gated_setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
         """Called on each worker, before it trains."""
         gate, report = Gate(os.environ["GATE"]), ray.train.report
+        is_first = ray.train.get_context().get_world_rank() == 0
 
         def report_once_allowed(metrics: dict[str, Any], **checkpoint: Any) -> None:
+            nonlocal is_first
+            if is_first:  # of its group, at its first report
+                gate.arrive()
+                is_first = False
             gate.wait(metrics["step"])
             report(metrics, **checkpoint)
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import os
+import random
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
+from gate import Gate
 
 from mmcore.storage import Storage
 
@@ -14,6 +18,13 @@ from mmcore.storage import Storage
 TIMEOUT_S = 400.0
 # What Ray calls the processes of its workers.
 TRAIN_WORKER, MAP_WORKER = "RayTrainWorker", "MapWorker"
+
+
+def moments() -> random.Random:
+    """What the moments of a test's kills are drawn from; KILL_SEED repeats those that a failed test has printed."""
+    seed = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(10**6))
+    print(f"the moments of the kills are drawn from KILL_SEED={seed}")
+    return random.Random(seed)
 
 
 def committed_step(run: Storage) -> int:
@@ -27,6 +38,17 @@ def committed_step(run: Storage) -> int:
 
 def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -> None:
     wait_until(lambda: committed_step(run) >= step, process, f"step {step}")
+
+
+def wait_for_starts(gate: Gate, number: int, process: "subprocess.Popen[bytes]") -> None:
+    """Until the workers of a gated training have been started so often, and train."""
+    wait_until(lambda: gate.arrived() >= number, process, f"start {number}")
+
+
+def rows_until(run: Storage, step: int) -> list[dict[str, Any]]:
+    """What a run has written of its steps up to `step`, their seconds too: a run that began anew has others."""
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    return [row for row in rows if row["step"] <= step]
 
 
 def wait_for_workers(process: "subprocess.Popen[bytes]", kind: str, number: int = 1) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 # Each starts a process, or hands out what starts one.
-FIXTURES_OF_PROCESSES = {"ray_local", "ray_cluster", "job_environment", "_s3_endpoint", "browser", "service", "cluster"}
+FIXTURES_OF_PROCESSES = {"ray_local", "job_environment", "_s3_endpoint", "browser"}
 # Programs that libraries ask about the machine or the sources: over in milliseconds, and nothing waits for them.
 QUESTIONS = {"git", "uname", "lscpu", "ldconfig", "nvidia-smi", "sh", "df", "getconf"}
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from conftest import HANG_S, ROOT, end_group, free_port, run_command, wait_for_http
 
+pytestmark = pytest.mark.process
+
 # Installed by the test into the checkout. Asks the node with the resource `other_node` which code it runs.
 PROBE_JOB = """#!/usr/bin/env python
 import argparse, hashlib, json, os, tempfile
@@ -233,6 +235,7 @@ def test_results_are_not_left_in_rays_copy_of_the_working_directory(cluster):
     assert "error: --storage out: would lie in Ray's copy of the working directory" in done.stdout + done.stderr
 
 
+@pytest.mark.nightly  # of its minutes most are starts of workers; what a submission does is seen of the probe
 def test_a_training_job_as_a_file_trains(cluster):
     """A short one; the soak test below sends the file alone."""
     output = cluster.submit("--", TRAIN_JOB, "--variant", "smoke", "--name", "smoke").stdout

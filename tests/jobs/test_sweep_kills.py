@@ -1,7 +1,6 @@
 """A sweep is exactly once, whatever is killed and when: on a Ray of two CPUs, with real generation calls counted."""
 
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ import psutil
 import pytest
 import tiny_sweep
 from gate import Gate
-from kills import MAP_WORKER, TIMEOUT_S, wait_for_workers, wait_until, wait_until_gone
+from kills import MAP_WORKER, TIMEOUT_S, moments, wait_for_workers, wait_until, wait_until_gone
 
 from mmcore.storage import Storage
 
@@ -27,9 +26,7 @@ def parts(out: Storage) -> dict[str, bytes]:
 def kill_and_count(
     tmp_path, start_job, run_job, place, *, count: int, driver_kills: int, actor_kills: int, num_workers: int = 1
 ) -> None:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"the moments of the kills are drawn from {seed}")
-    moments = random.Random(seed)
+    draw = moments()
     num_blocks = count // BATCH
     # What may be begun until a kill, so that some are left for the next, however late the kill comes.
     blocks_a_kill = num_blocks // (driver_kills + actor_kills + 1)
@@ -47,10 +44,10 @@ def kill_and_count(
         """The workers of `job`, once they have begun some blocks since the last kill's were gone."""
         actors = wait_for_workers(job, MAP_WORKER, num_workers)
         wait_until_gone(killed)
-        wanted = len(gate.begun()) + moments.randint(in_flight + 1, blocks_a_kill - 1)
+        wanted = len(gate.begun()) + draw.randint(in_flight + 1, blocks_a_kill - 1)
         gate.allow_more(blocks_a_kill)
         wait_until(lambda: len(gate.begun()) >= wanted, job, f"block {wanted}")
-        time.sleep(moments.random() * 0.05)
+        time.sleep(draw.random() * 0.05)
         return actors
 
     for kill in range(driver_kills):
@@ -102,7 +99,7 @@ def kill_and_count(
 
 @pytest.mark.timeout(1800)
 def test_killed_again_and_again_each_image_is_made_once(tmp_path, start_job, run_job):
-    kill_and_count(tmp_path, start_job, run_job, tmp_path / "out", count=1000, driver_kills=5, actor_kills=2)
+    kill_and_count(tmp_path, start_job, run_job, tmp_path / "out", count=400, driver_kills=2, actor_kills=1)
 
 
 @pytest.mark.soak

@@ -3,7 +3,6 @@ interrupted."""
 
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -19,7 +18,7 @@ import tiny_diffusion
 import tiny_runs
 from gate import AHEAD, Gate
 from job_output import error_line, own_lines
-from kills import TIMEOUT_S, committed_step, wait_for_step
+from kills import TIMEOUT_S, committed_step, moments, rows_until, wait_for_step
 from safetensors.torch import load_file
 
 from jobs.runtime.commandline import run
@@ -240,16 +239,19 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     Gate(tmp_path).allow(12 + AHEAD)
     process = start_job("tests/gated_job.py", "train_ldm", *command, env={"GATE": str(tmp_path)}, log=log)
     wait_for_step(run_folder(storage, "interrupted"), 12, process)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(moments().uniform(0, 0.2))
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(TIMEOUT_S) == 130
     assert "interrupted: run the same command again to go on from what is committed" in log.read_text()
     assert not any("Traceback" in line for line in own_lines(log.read_text())), log.read_text()
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"
-    stopped = committed_step(run_folder(storage, "interrupted"))
+    run = run_folder(storage, "interrupted")
+    stopped = committed_step(run)
     assert 12 <= stopped < NUM_STEPS
-    call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
-    assert outcome(run_folder(storage, "interrupted")) == outcome(reference)
+    before = rows_until(run, stopped)
+    call_job(main, *command)
+    assert rows_until(run, stopped) == before
+    assert outcome(run) == outcome(reference)
 
 
 @pytest.mark.soak

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -22,6 +21,9 @@ from kills import (
     TRAIN_WORKER,
     committed_step,
     kill_with_all_it_started,
+    moments,
+    rows_until,
+    wait_for_starts,
     wait_for_step,
     wait_for_workers,
     wait_until,
@@ -100,46 +102,50 @@ def run_folder(storage: Storage, name: str) -> Storage:
     return storage / "runs" / "resnet_captioner" / name
 
 
-def wait_for_resumes(log: Path, number: int, process: "subprocess.Popen[bytes]") -> None:
-    """Until the job has said so often that it went on; Ray brings a worker's words to the driver a while later."""
-    wait_until(lambda: log.read_text().count("resumed at step") >= number, process, f"resume {number}")
-
-
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("worker_kills", [[4], pytest.param([4, 8, 12, 16], marks=pytest.mark.soak)])
 def test_killed_workers_and_a_killed_driver_change_nothing(
-    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, tmp_path: Path
+    start_job: Callable[..., Any],
+    call_job: Callable[..., Any],
+    storage: Storage,
+    tmp_path: Path,
+    worker_kills: list[int],
 ) -> None:
-    """Two workers: one of them is killed twice, then the driver with all that is left."""
+    """Two workers: one of them is killed at each of `worker_kills`, then the driver with all that is left."""
+    draw = moments()
     flags = [*FLAGS, "--storage", storage, "--num-workers", NUM_WORKERS]
-    call_job(main, *flags, "--name", "two")
-    name, run, log = "killed", run_folder(storage, "killed"), tmp_path / "job.log"
-    gate, again = Gate(tmp_path), [*flags, "--name", name]
+    if not run_folder(storage, "two").exists("_SUCCESS"):
+        call_job(main, *flags, "--name", "two")
+    name = f"killed-{len(worker_kills)}"
+    run, again, gate = run_folder(storage, name), [*flags, "--name", name], Gate(tmp_path)
     gate.allow(0)
-    process = start_job(*JOB, *again, env={"GATE": str(tmp_path)}, log=log)
-    killed: list[int] = []
-    for step in (4, 12):
+    process = start_job(*JOB, *again, env={"GATE": str(tmp_path)})
+    killed: set[int] = set()
+    for step in worker_kills:
         gate.allow(step + AHEAD)
         wait_for_step(run, step, process)
-        time.sleep(random.uniform(0, 0.2))
+        time.sleep(draw.uniform(0, 0.2))
         group = workers(process)
         assert len(group) == NUM_WORKERS
-        worker = random.choice(group)
+        worker = draw.choice(group)
         worker.kill()
-        killed.append(worker.pid)
+        killed.add(worker.pid)
         # The next kill is for a worker of the next group.
         wait_until_gone(group)
+    assert len(killed) == len(worker_kills)
     second = call_job(main, *again, check=False)
     assert f"the run {run} is being run by process {process.pid} on " in second.stderr
     gate.allow(20 + AHEAD)
-    wait_for_resumes(log, 2, process)
+    wait_for_starts(gate, 1 + len(worker_kills), process)
     wait_for_step(run, 20, process)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(draw.uniform(0, 0.2))
     kill_with_all_it_started(process)
-    assert len(set(killed)) == 2
     stopped = committed_step(run)
     assert 20 <= stopped < NUM_STEPS
     assert not run.exists("_SUCCESS")
-    call_job(main, *again, until=f"resumed at step {stopped} of {NUM_STEPS}")
+    before = rows_until(run, stopped)
+    call_job(main, *again)
+    assert rows_until(run, stopped) == before, "steps that were committed were taken again"
     assert outcome(storage, name) == outcome(storage, "two")
     tiny.no_pickles(run)
 
@@ -158,7 +164,9 @@ def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
     kill_with_all_it_started(process)
     stopped = committed_step(run)
     assert 12 <= stopped < NUM_STEPS
-    call_job(main, *flags, until=f"resumed at step {stopped} of {NUM_STEPS}")
+    before = rows_until(run, stopped)
+    call_job(main, *flags)
+    assert rows_until(run, stopped) == before
     rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     losses = [row["loss"] for row in rows if "validation_loss" not in row]
     assert [row["step"] for row in rows if "validation_loss" not in row] == list(range(1, NUM_STEPS + 1))
@@ -170,14 +178,14 @@ def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
 def test_a_worker_that_crashes_again_and_again_ends_the_run(
     start_job: Callable[..., Any], storage: Storage, tmp_path: Path
 ) -> None:
-    log = tmp_path / "job.log"
-    Gate(tmp_path).allow(2 + AHEAD)
+    log, gate = tmp_path / "job.log", Gate(tmp_path)
+    gate.allow(2 + AHEAD)
     flags = [*FLAGS, "--storage", storage, "--name", "crashes"]
     process = start_job(*JOB, *flags, env={"GATE": str(tmp_path)}, log=log)
     for crashes in range(4):
         # Once it trains: Ray counts what dies before that otherwise.
         wait_for_step(run_folder(storage, "crashes"), 2, process)
-        wait_for_resumes(log, crashes, process)
+        wait_for_starts(gate, crashes + 1, process)
         group = wait_for_workers(process, TRAIN_WORKER)
         for worker in group:
             worker.kill()
@@ -279,7 +287,9 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     assert good >= 1
     assert refused >= 1, "the disk was to fill up in the middle of a checkpoint"
     assert not run.exists("_SUCCESS")
-    call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
+    before = rows_until(run, stopped)
+    call_job(main, *command)
+    assert rows_until(run, stopped) == before
     assert outcome(storage, "disk-full") == reference
 
 
@@ -345,7 +355,7 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     gate.allow(10 + AHEAD)
     process = start_job(*JOB, *flags, env=env, log=log)
     wait_for_step(run, 10, process)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(moments().uniform(0, 0.2))
     relay.shut()
     gate.open()
     assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
@@ -363,11 +373,9 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     assert (tmp_path / latest).is_dir()
     assert_only_good_checkpoints_load(tmp_path)
     relay.open()
-    gate.allow(stopped)
+    before = rows_until(run, stopped)
     process = start_job(*JOB, *flags, env=env, log=log_again)
-    wait_for_resumes(log_again, 1, process)
-    gate.open()
     assert process.wait(TIMEOUT_S) == 0, log_again.read_text()[-4000:]
-    assert f"resumed at step {stopped} of {NUM_STEPS}" in log_again.read_text()
+    assert rows_until(run, stopped) == before
     assert outcome(there, "cut-off") == reference
     relay.shut()

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,16 @@ import tiny
 import torch
 from gate import AHEAD, Gate
 from job_output import driver_lines
-from kills import committed_step, kill_with_all_it_started, wait_for_step, wait_until, wait_until_gone, workers
+from kills import (
+    committed_step,
+    kill_with_all_it_started,
+    moments,
+    rows_until,
+    wait_for_starts,
+    wait_for_step,
+    wait_until_gone,
+    workers,
+)
 from PIL import Image
 
 from jobs.runtime.commandline import run
@@ -208,19 +216,21 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     """SIGKILL to the worker while only the generator trains; then to the driver, once its opponent does."""
     run = run_folder(storage, "killed")
     command = [*FLAGS, "--storage", storage, "--name", "killed"]
-    log, gate = tmp_path / "job.log", Gate(tmp_path)
+    gate = Gate(tmp_path)
     gate.allow(4 + AHEAD)
-    process = start_job("tests/gated_job.py", "train_vqvae", *command, env={"GATE": str(tmp_path)}, log=log)
+    process = start_job("tests/gated_job.py", "train_vqvae", *command, env={"GATE": str(tmp_path)})
     wait_for_step(run, 4, process)
     (worker,) = workers(process)
     worker.kill()
     wait_until_gone([worker])
     gate.allow(14 + AHEAD)
-    wait_until(lambda: "resumed at step" in log.read_text(), process, "resume")
+    wait_for_starts(gate, 2, process)
     wait_for_step(run, 14, process)
-    time.sleep(random.uniform(0, 0.2))
+    time.sleep(moments().uniform(0, 0.2))
     kill_with_all_it_started(process)
     stopped = committed_step(run)
     assert 14 <= stopped < NUM_STEPS
-    call_job(main, *command, until=f"resumed at step {stopped} of {NUM_STEPS}")
+    before = rows_until(run, stopped)
+    call_job(main, *command)
+    assert rows_until(run, stopped) == before
     assert outcome(run) == reference

@@ -50,6 +50,8 @@ from test_hostile import (
 
 from serve import security
 
+pytestmark = pytest.mark.process
+
 CHAT = "/v1/chat/completions"
 # What a client finds that goes on writing while the connection is closed.
 CLOSED_ON = (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError)
