@@ -1,18 +1,19 @@
 """The one training loop.
 
-A model's ``forward(batch)`` returns sums over the batch: ``loss`` (what is minimised), ``count`` (what it is divided
-by: tokens, pixels, images) and any others to log. The loop adds them up over micro-batches and workers and divides
-once, so a step means the same for any number of workers. Everything random in a step is drawn from (seed, step,
-worker); nothing has to be remembered to repeat it.
+A model's ``forward(batch)`` returns `Outputs`: named losses, each a sum and its count, and what to log beside them.
+The loop adds them up over micro-batches and workers and divides once, so a step means the same for any number of
+workers. Everything random in a step is drawn from (seed, step, worker); nothing has to be remembered to repeat it.
 
 A model may have more, all of it optional:
 
+* ``counts(batch)``: what its losses are divided by, of those that do not count rows; see `mmcore.losses`.
+* ``whole_batch_losses``: names of losses that compare the rows of the whole batch with each other, as a contrastive one
+  does over ``gathered`` features. They are refused where micro-batches would cut the batch.
 * ``phases`` and ``phase_parameters(phase)``: parts of a step in turn, each with an optimiser of its own, as
   ``("generator", "discriminator")``. The loop then calls ``forward(batch, phase)``, and before each step
   ``active_phases(step)``, which says what runs in it; the first phase always does, and it is what is validated.
-* Outputs that are no scalars (statistics): summed as the scalars are and never logged. ``after_step(statistics, step)``
-  takes them once the weights have moved, ``summarize(statistics)`` makes scalars to log of them, for the batch and for
-  the whole validation set.
+* ``after_step(statistics, step)`` takes the statistics of the whole batch once the weights have moved;
+  ``summarize(statistics)`` makes scalars to log of them, for the batch and for the whole validation set.
 * ``state_buffers``: names of buffers that ``after_step`` moves; they are saved wherever the weights are.
 """
 
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
+from mmcore.losses import TOTAL, Denominators, Outputs, Sums
 from mmcore.optimization import Phase, build_phases, lr_factor, only, update_ema
 from mmcore.recipe import TrainSettings
 from mmcore.rows import Batch, Rows, prefetched
@@ -137,12 +139,6 @@ def seed_step(*key: int | str) -> None:
     torch.manual_seed(seed)
 
 
-def add_outputs(sums: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    """Add what a model returned to `sums`, in float64."""
-    for name, value in outputs.items():
-        sums[name] = sums.get(name, 0) + value.detach().double()
-
-
 class Training:
     """One run of one model on this worker."""
 
@@ -176,6 +172,12 @@ class Training:
         torch.set_num_threads(num_threads)  # accelerate sets its own number where OMP_NUM_THREADS is unset
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         check_batch(settings, self.world_size)
+        whole = getattr(model, "whole_batch_losses", ())
+        if whole and settings.gradient_accumulation > 1:
+            raise InputError(
+                f"gradient_accumulation {settings.gradient_accumulation}: {', '.join(whole)} compares the rows of the "
+                "whole batch, which micro-batches would cut; give --gradient-accumulation 1"
+            )
         self.steps_per_epoch, self.total_steps = num_steps(settings, rows.num_train)
         if rows.num_validation < 1:
             raise InputError("no row to validate on: the validation split is empty; choose another with --split")
@@ -270,15 +272,11 @@ class Training:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _reduce(self, sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Add up over the workers, in float64; scalars and statistics apart, both on the CPU."""
-        names = sorted(sums)
-        values = torch.cat([sums[name].detach().double().cpu().flatten() for name in names])
-        if self.world_size > 1:
-            values = self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
-        parts = dict(zip(names, values.split([sums[name].numel() for name in names]), strict=True))
-        scalars = {name: parts[name].item() for name in names if sums[name].ndim == 0}
-        return scalars, {name: parts[name].view(sums[name].shape) for name in names if sums[name].ndim}
+    def _add_up(self, values: Tensor) -> Tensor:
+        """Sums of this worker -> of all workers, in float64 on the CPU."""
+        if self.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     def _summary(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         return self.model.summarize(statistics) if statistics else {}  # type: ignore[operator]
@@ -311,7 +309,8 @@ class Training:
         """Move the weights of `phase` once; returns its means and its statistics over the whole batch."""
         settings, step = self.settings, self.state.step
         phase.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
+        denominators = self._denominators(micro_batches, phase)
+        sums = Sums()
         for index, batch in enumerate(micro_batches):
             seed_step(settings.seed, "step", step, index, self.rank, *phase.arguments)
             last = index == len(micro_batches) - 1
@@ -319,16 +318,16 @@ class Training:
             with context, only(phase, self.phases):
                 with self._autocast():
                     outputs = self.wrapped(self._to_device(batch), *phase.arguments)
-                self.accelerator.backward(outputs["loss"])
-            add_outputs(sums, outputs)
-        totals, statistics = self._reduce(sums)
-        count = totals.pop("count")
-        means = {name: value / count for name, value in totals.items()}
-        if not math.isfinite(means["loss"]):
-            raise self._diverged(f"{phase.of('loss')} is {means['loss']}", step + 1)
+                self.accelerator.backward(denominators.backward_loss(outputs))
+            sums.add(outputs)
+        sums = sums.reduced(self._add_up)
+        denominators.check(sums)
+        means = sums.means()
+        if not math.isfinite(means[TOTAL]):
+            raise self._diverged(f"{phase.of('loss')} is {means[TOTAL]}", step + 1)
         # Each backward pass summed over its rows; DDP averaged over workers. Now divide once by the whole count.
         gradients = [p.grad for p in phase.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, self.world_size / count)
+        torch._foreach_mul_(gradients, self.world_size / denominators.unit)
         if settings.clip_grad_norm is not None:
             norm = nn.utils.clip_grad_norm_(phase.parameters, settings.clip_grad_norm).item()
             if not math.isfinite(norm):
@@ -337,7 +336,18 @@ class Training:
         for group in phase.optimizer.param_groups:
             group["lr"] = lr
         phase.optimizer.step()
-        return means, statistics
+        return means, sums.statistics
+
+    def _denominators(self, micro_batches: list[Batch], phase: Phase) -> Denominators:
+        """Agreed before anything is computed, so that each loss has its share from the first backward pass on."""
+        told: dict[str, Tensor] = {}
+        if hasattr(self.model, "counts"):
+            for batch in micro_batches:
+                for name, count in self.model.counts(batch, *phase.arguments).items():  # type: ignore[operator]
+                    told[name] = told.get(name, 0) + torch.as_tensor(count, dtype=torch.float64)
+        if told:
+            agreed = self._add_up(torch.stack(list(told.values()))).tolist()
+        return Denominators(self.settings.batch_size, dict(zip(told, agreed, strict=True)) if told else {})
 
     def _diverged(self, what: str, step: int) -> InputError:
         """The error for `what` at `step`, counted from 1 as in the metrics."""
@@ -353,20 +363,20 @@ class Training:
         model, phase = self.eval_model(), self.phases[0]
         batch_size = self.settings.batch_size
 
-        def outputs_of(start: int) -> dict[str, Tensor]:
+        def outputs_of(start: int) -> Outputs:
             self.hooks.doing(f"validating row {start:,} of {self.rows.num_validation:,}")
             indices = np.arange(start, min(start + batch_size, self.rows.num_validation))
             with self._autocast():
                 return model(self._to_device(self.rows.validation_batch(indices)), *phase.arguments)
 
-        sums: dict[str, Tensor] = {}
+        sums = Sums()
         for start in list(range(0, self.rows.num_validation, batch_size))[self.rank :: self.world_size]:
-            add_outputs(sums, outputs_of(start))
-        if not sums:  # more workers than batches: this one adds nothing, in the shapes of the others
-            sums = {name: torch.zeros_like(value) for name, value in outputs_of(0).items()}
-        totals, statistics = self._reduce(sums)
-        count = totals.pop("count")
-        means = {name: value / count for name, value in totals.items()} | self._summary(statistics)
+            sums.add(outputs_of(start))
+        if not sums.parts:  # more workers than batches: this one adds nothing, in the shapes of the others
+            sums.add(outputs_of(0))
+            sums = sums.zeros()
+        sums = sums.reduced(self._add_up)
+        means = sums.means() | self._summary(sums.statistics)
         return {f"validation_{name}": value for name, value in means.items()}
 
     def eval_model(self) -> nn.Module:

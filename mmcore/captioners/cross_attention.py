@@ -15,6 +15,7 @@ from mmcore.captioners.decoder import CaptionDecoder, Packing, dropout
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.errors import InputError
 from mmcore.frozen.vision import SCRATCH, ScratchEncoder
+from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.text import WordVocabulary
 
@@ -109,6 +110,11 @@ class CrossAttentionCaptionerRecipe:
         return CrossAttentionCaptioner(self, vocabulary, encoder_shape)
 
 
+def _num_predicted(lengths: Tensor) -> Tensor:
+    """Words that captions of `lengths` ids predict: all but the first; an absent caption (length 0) predicts none."""
+    return lengths.sub(1).clamp_min(0)
+
+
 class CrossAttentionCaptioner(nn.Module):
     """Projected image tokens, then the decoder; the frozen encoder itself stays outside and runs once."""
 
@@ -146,16 +152,19 @@ class CrossAttentionCaptioner(nn.Module):
             memory_BLD = memory_BLD + self.image_positions_LD
         return dropout(self.image_norm(memory_BLD), self.recipe.image_dropout, self.training)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the words of the batch.
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Words of the batch that `forward` predicts."""
+        return {"loss": _num_predicted(batch["lengths"]).sum()}
+
+    def forward(self, batch: dict[str, Tensor]) -> Outputs:
+        """The cross-entropy of the words of the batch.
 
         Args:
             batch: `images` as `memory` takes them; `input_ids` int64 (B, C, T) with begin and end; `lengths`
                 int64 (B, C), their real words (0 where an image has fewer captions).
-        Returns: `loss` (cross-entropy, with label smoothing in training), `count` (words predicted), `correct`.
+        Returns: `loss` (with label smoothing in training) and the metric `correct`, each of the words predicted.
         """
-        # A caption of T ids predicts T - 1 words; an absent one (length 0) predicts none.
-        lengths_R = batch["lengths"].flatten().sub(1).clamp_min(0)
+        lengths_R = _num_predicted(batch["lengths"]).flatten()
         num_positions = max(1, int(lengths_R.max()))
         ids_RT = batch["input_ids"].flatten(0, 1)[:, : num_positions + 1]
         packing = Packing.from_lengths(lengths_R, num_positions)
@@ -165,11 +174,9 @@ class CrossAttentionCaptioner(nn.Module):
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         smoothing = self.recipe.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=smoothing)
-        return {
-            "loss": loss,
-            "count": torch.tensor(labels_N.numel(), device=loss.device),
-            "correct": (logits_NV.argmax(-1) == labels_N).sum(),
-        }
+        num_words = labels_N.numel()
+        correct = (logits_NV.argmax(-1) == labels_N).sum()
+        return Outputs({"loss": Loss(loss, num_words)}, {"correct": Mean(correct, num_words)})
 
     @torch.inference_mode()
     def caption(

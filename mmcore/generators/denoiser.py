@@ -17,6 +17,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.diffusion import NoiseSchedule, SamplerName, guided, make_sampler, sample
 from mmcore.generators.text_context import TextContext, TextSettings
+from mmcore.losses import Loss, Outputs
 
 # Groups of every GroupNorm, diffusers' default.
 _NORM_GROUPS = 32
@@ -137,17 +138,17 @@ class Denoiser(nn.Module):
         prediction = self.unet(x.contiguous(memory_format=torch.channels_last), timesteps, context).sample
         return F.pixel_shuffle(prediction, self.patch_size)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the samples of the batch.
+    def forward(self, batch: dict[str, Tensor]) -> Outputs:
+        """The loss of the samples of the batch.
 
         Args:
             batch: `x_0` and `noise` (B, C, H, W), `timesteps` int64 (B,), and the text as `TextContext` takes it.
-        Returns: `loss` (the weighted mean squared error of each sample, summed), `count` (samples).
+        Returns: `loss`, the weighted mean squared error of each sample.
         """
         x_0, noise, timesteps = batch["x_0"], batch["noise"], batch["timesteps"]
         x_t = self.noise.add_noise(x_0, noise, timesteps)
         losses = self.noise.losses(self.predict(x_t, timesteps, self.text(batch)), x_0, noise, timesteps)
-        return {"loss": losses.sum(), "count": torch.tensor(len(x_0), device=losses.device)}
+        return Outputs({"loss": Loss(losses.sum(), len(x_0))})
 
     @torch.inference_mode()
     def generate(

@@ -22,6 +22,7 @@ from mmcore.errors import InputError
 from mmcore.generators.discriminator import PatchDiscriminator, fooling_loss, telling_loss
 from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
 from mmcore.generators.quantizer import Quantizer, codebook_use
+from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 
 if TYPE_CHECKING:
@@ -307,57 +308,57 @@ class VQVAETraining(nn.Module):
         self.has_opponent = step >= self.recipe.discriminator_from_step
         return self.phases if self.has_opponent else (GENERATOR,)
 
-    def forward(self, batch: dict[str, Tensor], phase: str = GENERATOR) -> dict[str, Tensor]:
-        """Sums over the images of the batch.
+    def forward(self, batch: dict[str, Tensor], phase: str = GENERATOR) -> Outputs:
+        """The losses of the images of the batch.
 
         Args:
             batch: `images`, uint8 (B, P, P, 3).
             phase: whose loss it is.
-        Returns: `loss`, `count` (images) and the parts of the loss, unweighted. Of the generator also `psnr`
-            (in dB, of each image by itself) and the codebook's statistics, in validation `counts` alone. Its loss
-            in validation leaves the discriminator out, whose judgement moves with it.
+        Returns: the losses of each image. Of the generator also the metric `psnr` (in dB, of each image by itself)
+            and the codebook's statistics, in validation `counts` alone. Its losses in validation leave the
+            discriminator out, whose judgement moves with it. Of the discriminator also the metric `accuracy`.
         """
         x_B3PP = to_network(batch["images"], self.vqvae.quant_conv.weight.dtype)
         return self._generator(x_B3PP) if phase == GENERATOR else self._discriminator(x_B3PP)
 
-    def _generator(self, x_B3PP: Tensor) -> dict[str, Tensor]:
-        recipe = self.recipe
+    def _generator(self, x_B3PP: Tensor) -> Outputs:
+        recipe, num_images = self.recipe, len(x_B3PP)
         codes_BChw, quantised = self._quantised(x_B3PP)
         made_B3PP = self.vqvae.decode_codes(codes_BChw).to(x_B3PP.dtype)
-        parts = {
-            "reconstruction_loss": (made_B3PP - x_B3PP).square().mean((1, 2, 3)),
-            "commitment_loss": quantised["commitment_loss"],
+        losses = {
+            "reconstruction_loss": Loss((made_B3PP - x_B3PP).square().mean((1, 2, 3)).sum(), num_images),
+            "commitment_loss": Loss(quantised["commitment_loss"].sum(), num_images, recipe.commitment_weight),
         }
-        loss_B = parts["reconstruction_loss"] + recipe.commitment_weight * parts["commitment_loss"]
         if "codebook_loss" in quantised:
-            parts["codebook_loss"] = quantised["codebook_loss"]
-            loss_B = loss_B + recipe.codebook_weight * parts["codebook_loss"]
+            losses["codebook_loss"] = Loss(quantised["codebook_loss"].sum(), num_images, recipe.codebook_weight)
         if self.perceptual is not None:
-            parts["perceptual_loss"] = self.perceptual(x_B3PP, made_B3PP)
-            loss_B = loss_B + recipe.perceptual_weight * parts["perceptual_loss"]
+            perceptual_B = self.perceptual(x_B3PP, made_B3PP)
+            losses["perceptual_loss"] = Loss(perceptual_B.sum(), num_images, recipe.perceptual_weight)
         if self.discriminator is not None and self.training and self.has_opponent:
-            parts["adversarial_loss"] = fooling_loss(self.discriminator(made_B3PP))
-            loss_B = loss_B + recipe.adversarial_weight * parts["adversarial_loss"]
-        outputs = {name: value.detach().sum() for name, value in parts.items()}
-        outputs["psnr"] = psnr(x_B3PP, made_B3PP.detach()).sum()
+            adversarial_B = fooling_loss(self.discriminator(made_B3PP))
+            losses["adversarial_loss"] = Loss(adversarial_B.sum(), num_images, recipe.adversarial_weight)
         statistics = ("counts", "sums", "squares") if self.training else ("counts",)
-        outputs |= {name: quantised[name] for name in statistics if name in quantised}
-        return {"loss": loss_B.sum(), "count": torch.tensor(len(x_B3PP), device=x_B3PP.device), **outputs}
+        return Outputs(
+            losses,
+            {"psnr": Mean(psnr(x_B3PP, made_B3PP.detach()).sum(), num_images)},
+            {name: quantised[name] for name in statistics if name in quantised},
+        )
 
     def _quantised(self, x_B3PP: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         latents_BChw = self.vqvae.encode(x_B3PP)
         with torch.autocast(x_B3PP.device.type, enabled=False):
             return self.vqvae.quantizer(latents_BChw)
 
-    def _discriminator(self, x_B3PP: Tensor) -> dict[str, Tensor]:
+    def _discriminator(self, x_B3PP: Tensor) -> Outputs:
         assert self.discriminator is not None
+        num_images = len(x_B3PP)
         with torch.no_grad():
             made_B3PP = self.vqvae.decode_codes(self._quantised(x_B3PP)[0]).to(x_B3PP.dtype)
         real_BHW, fake_BHW = self.discriminator(x_B3PP), self.discriminator(made_B3PP)
-        loss_B = self.recipe.adversarial_weight * telling_loss(real_BHW, fake_BHW)
+        loss_B = telling_loss(real_BHW, fake_BHW)
         right_B = ((real_BHW > 0.5).double().mean((1, 2)) + (fake_BHW < 0.5).double().mean((1, 2))) / 2
-        count = torch.tensor(len(x_B3PP), device=x_B3PP.device)
-        return {"loss": loss_B.sum(), "count": count, "accuracy": right_B.sum()}
+        loss = Loss(loss_B.sum(), num_images, self.recipe.adversarial_weight)
+        return Outputs({"loss": loss}, {"accuracy": Mean(right_B.sum(), num_images)})
 
     def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
         self.vqvae.quantizer.after_step(statistics, step)

@@ -20,6 +20,7 @@ from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.generators.quantizer import Quantizer
 from mmcore.generators.vqvae import DISCRIMINATOR, GENERATOR, VQVAETraining
+from mmcore.losses import Outputs
 from mmcore.optimization import build_phases, update_ema
 from mmcore.recipe import TrainSettings
 from mmcore.seeding import permutation
@@ -185,15 +186,16 @@ def test_a_step_is_the_generators_and_then_the_discriminators(tmp_path: Path) ->
         parameters = hand.phase_parameters(phase)
         optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
         outputs = hand(batch, phase)
-        gradients = torch.autograd.grad(outputs["loss"] / 8, parameters)
+        mean = sum(loss.weight * loss.sum / 8 for loss in outputs.losses.values())
+        gradients = torch.autograd.grad(mean, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         norms.append(nn.utils.clip_grad_norm_(parameters, 0.5).item())
-        losses.append(outputs["loss"].item() / 8)
+        losses.append(mean.item())
         optimizer.step()
         if phase == GENERATOR:
-            statistics = outputs
-    hand.after_step({name: statistics[name] for name in ("counts", "sums", "squares")}, 0)
+            statistics = outputs.statistics
+    hand.after_step(statistics, 0)
 
     row = tiny_vqvae.train(recipe, tmp_path, model=model).training.state.history[0]
     assert [row["loss"], row["discriminator_loss"]] == pytest.approx(losses, rel=1e-9)
@@ -233,13 +235,13 @@ def test_outputs_that_are_statistics_are_summarised_and_never_logged(tmp_path: P
     # Of the whole set and not a mean over its batches (8 and 4 images).
     model, rows = run.training.model.eval(), tiny_vqvae.rows_of(recipe)
     with torch.no_grad():
-        whole = model(rows.validation_batch(np.arange(12)))
-        each = [model(rows.validation_batch(np.array([row])))["psnr"].item() for row in range(12)]
+        whole = model(rows.validation_batch(np.arange(12))).statistics
+        each = [model(rows.validation_batch(np.array([row]))).metrics["psnr"].sum.item() for row in range(12)]
     assert validated[0]["validation_psnr"] == pytest.approx(sum(each) / 12, rel=1e-5)
     assert validated[0]["validation_codes_used"] == (whole["counts"] > 0).double().mean().item()
     assert validated[0]["validation_perplexity"] == pytest.approx(model.summarize(whole)["perplexity"], rel=1e-9)
-    assert "sums" not in whole
-    assert "adversarial_loss" not in whole
+    assert whole.keys() == {"counts"}
+    assert "validation_adversarial_loss" not in validated[0]
 
 
 def test_the_average_copies_what_a_model_averages_itself() -> None:
@@ -262,12 +264,13 @@ class Breaks(VQVAETraining):
     what = "loss"
     calls = 0
 
-    def _discriminator(self, x_B3PP: Tensor) -> dict[str, Tensor]:
+    def _discriminator(self, x_B3PP: Tensor) -> Outputs:
         outputs = super()._discriminator(x_B3PP)
         self.calls += 1
         if self.calls > 1:
             zero = sum((p * 0).sum() for p in self.phase_parameters(DISCRIMINATOR))
-            outputs["loss"] = outputs["loss"] + (zero * torch.nan if self.what == "loss" else torch.sqrt(zero * zero))
+            loss, wrong = outputs.losses["loss"], zero * torch.nan if self.what == "loss" else torch.sqrt(zero * zero)
+            outputs.losses["loss"] = loss._replace(sum=loss.sum + wrong)
         return outputs
 
 

@@ -68,7 +68,7 @@ def test_the_report_s_network_learns() -> None:
     }
     losses = []
     for _ in range(4):
-        loss = model(batch)["loss"]
+        loss = model(batch).losses["loss"].sum
         loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
         optimizer.step()
@@ -169,10 +169,10 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows() -> None:
     recipe = tiny_diffusion.recipe(precision="fp64")
     model, rows = tiny_diffusion.model_of(recipe).double(), tiny_diffusion.rows_of(recipe)
     double = lambda batch: {name: v.double() if v.is_floating_point() else v for name, v in batch.items()}
-    whole = model(double(rows.train_batch(np.arange(6), 0)))
-    parts = [model(double(rows.train_batch(np.array([row]), 0))) for row in range(6)]
-    assert whole["count"] == 6
-    assert whole["loss"].item() == pytest.approx(sum(part["loss"].item() for part in parts), abs=1e-12)
+    whole = model(double(rows.train_batch(np.arange(6), 0))).losses["loss"]
+    parts = [model(double(rows.train_batch(np.array([row]), 0))).losses["loss"] for row in range(6)]
+    assert whole.count == 6
+    assert whole.sum.item() == pytest.approx(sum(part.sum.item() for part in parts), abs=1e-12)
 
 
 def test_every_weight_learns_and_the_loss_falls(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_DIFFUSION
+from mmcore.losses import Outputs
 from mmcore.optimization import lr_factor
 from mmcore.recipe import TrainSettings
 from mmcore.rows import prefetched
@@ -241,7 +242,10 @@ class HalfFrozen(nn.Module):
         self.captioner = tiny.model_of(recipe)
         self.moves = moves
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.captioner.counts(batch)
+
+    def forward(self, batch: dict[str, Tensor]) -> Outputs:
         if self.moves:
             self.frozen.weight.data += 1e-6
         return self.captioner({**batch, "images": self.frozen(batch["images"])})
@@ -315,8 +319,8 @@ def test_gradient_is_the_mean_over_words_and_is_clipped(tmp_path: Path) -> None:
     from mmcore.seeding import permutation
 
     batch = rows.train_batch(permutation(40, recipe.train.seed, 0)[:8], 0)
-    outputs = model.train()({**batch, "images": batch["images"].double()})
-    expected = torch.autograd.grad(outputs["loss"] / outputs["count"], list(model.parameters()))
+    loss = model.train()({**batch, "images": batch["images"].double()}).losses["loss"]
+    expected = torch.autograd.grad(loss.sum / loss.count, list(model.parameters()))
     run = tiny.train(recipe, tmp_path, model=model)
     for mine, theirs in zip(run.training.phases[0].parameters, expected, strict=True):
         torch.testing.assert_close(mine.grad, theirs, rtol=1e-9, atol=1e-12)
@@ -351,12 +355,16 @@ class Overflows(nn.Module):
         super().__init__()
         self.captioner, self.at, self.calls = tiny.model_of(recipe), at, 0
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.captioner.counts(batch)
+
+    def forward(self, batch: dict[str, Tensor]) -> Outputs:
         outputs = self.captioner(batch)
         self.calls += self.training
         if self.calls >= self.at and self.training:
             zero = sum((p * 0).sum() for p in self.parameters())
-            outputs["loss"] = outputs["loss"] + torch.sqrt(zero * zero)
+            loss = outputs.losses["loss"]
+            outputs.losses["loss"] = loss._replace(sum=loss.sum + torch.sqrt(zero * zero))
         return outputs
 
 
