@@ -21,7 +21,7 @@ class Mean(NamedTuple):
 
     sum: Tensor
     """Over what `count` counts; a scalar."""
-    count: Tensor | int
+    count: Tensor | int  # type: ignore[assignment]  # not the method of tuples
     """How many it is of, such as images or words."""
 
 
@@ -30,7 +30,7 @@ class Loss(NamedTuple):
 
     sum: Tensor
     """Over what `count` counts; a scalar with a gradient."""
-    count: Tensor | int
+    count: Tensor | int  # type: ignore[assignment]  # not the method of tuples
     """How many it is of, such as images or words; equal to what the model's ``counts`` told."""
     weight: float = 1.0
     """Share of the mean in the total."""
