@@ -33,9 +33,10 @@ import ray.data
 import tyro
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK
-from jobs.runtime.cluster import connect, cpus
+from jobs.runtime.cluster import connect
 from jobs.runtime.commandline import run
 from jobs.runtime.progress import Report, progress
+from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.archive import unpack_zip

@@ -156,11 +156,10 @@ def _ray() -> Iterator[None]:
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-        from ray._raylet import Config  # type: ignore[attr-defined]
+        from serve.ray_private import reload_auth_mode
 
-        # Ray reads RAY_AUTH_MODE once, when it is imported, and that was to build the application: its mistakes are
-        # told before anything starts. `ray.init` itself reloads it by this call.
-        Config.initialize("")
+        # Ray was imported to build the application: its mistakes are told before anything starts.
+        reload_auth_mode()
         try:
             ray.init(
                 address="local",

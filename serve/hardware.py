@@ -3,9 +3,9 @@
 import os
 
 import ray
-from ray._private.utils import get_num_cpus
 
 from serve.limits import Limits
+from serve.ray_private import cpus
 
 
 def device() -> str:
@@ -22,6 +22,4 @@ def num_threads(limits: Limits) -> int:
 
     More than the quota would be throttled together whenever they have used it up.
     """
-    return limits.model_threads or max(
-        1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True)))
-    )
+    return limits.model_threads or max(1, min(len(os.sched_getaffinity(0)), cpus()))

@@ -53,6 +53,16 @@ def forbidden_imports(tree: ast.AST, path: str) -> set[str]:
     return {module for module in imported_modules(tree, package) if module.split(".")[0] in forbidden}
 
 
+# What Ray does not promise to keep; each package has one file of it.
+PRIVATE = ("ray._private", "ray._raylet", "ray.autoscaler", "ray.core.generated")
+
+
+def private_apis(tree: ast.AST) -> set[str]:
+    """Ray's private modules that the file imports or reaches by their names."""
+    named = imported_modules(tree, "") | {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in named if name.startswith("ray.") and (name.startswith(PRIVATE) or "._internal" in name)}
+
+
 def unsafe_calls(tree: ast.AST) -> list[str]:
     """Whatever unpickles what came from outside, or runs code that came with weights."""
     found = []
@@ -90,6 +100,7 @@ def test_layers_and_safety(path):
     tree = ast.parse(path.read_text())
     assert not forbidden_imports(tree, name_of(path))
     assert not unsafe_calls(tree)
+    assert path.name == "ray_private.py" or not private_apis(tree)
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=name_of)
@@ -140,12 +151,21 @@ def test_the_check_of_unsafe_calls_finds(source):
     assert unsafe_calls(ast.parse(source))
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["import ray\nray._private.state.actors()", "from ray._raylet import Config", "import ray.train.v2._internal.x"],
+)
+def test_the_check_of_private_apis_finds(source):
+    assert private_apis(ast.parse(source))
+
+
 def test_the_checks_accept_what_is_right():
     good = (
         "import ray\ntorch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)\nfrom . import cluster\n"
         "AutoModel.from_pretrained(name, trust_remote_code=False)"
     )
     assert not unsafe_calls(ast.parse(good))
+    assert not private_apis(ast.parse(good))
     assert not forbidden_imports(ast.parse(good), "jobs/x.py")
 
 

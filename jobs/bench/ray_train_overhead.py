@@ -36,9 +36,9 @@ import tyro
 
 from jobs.bench.inputs import synthetic_training, tiny
 from jobs.bench.timing import interleaved, publish, say, verdict
-from jobs.runtime.cluster import cpus
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, RunOptions
+from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import ROOT
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import run_training

@@ -32,8 +32,8 @@ import tyro
 
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.generate import GenerateSettings, generate
-from jobs.runtime.cluster import cpus
 from jobs.runtime.commandline import run
+from jobs.runtime.ray_private import cpus
 from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
 from mmcore.frozen.text import PromptTokenizer

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from jobs.runtime import ray_private
 from jobs.runtime.commandline import in_one_line, say
 from jobs.runtime.source import ROOT
 from mmcore.errors import InputError
@@ -42,8 +43,8 @@ def connect() -> None:
 
     Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job that came without a
     working directory ships its repository root, so that workers on other nodes run the driver's code and not
-    what happens to be installed there. Prints one line to stderr. Sets, where they are unset,
-    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
+    what happens to be installed there. Prints one line to stderr. Sets RAY_API_SERVER_ADDRESS, and, where they are
+    unset, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER.
 
     Raises:
@@ -72,12 +73,12 @@ def _start_local() -> None:
         # that lives as long as this process closes the ports and leaves no trace; one that is there already
         # (`ray get-auth-token` shows it) is used.
         os.environ["RAY_AUTH_MODE"] = "token"
-        if not _token_exists():
+        if not ray_private.token_exists():
             token_file = folder / "auth_token"
             token_file.touch(mode=0o600)
             token_file.write_text(secrets.token_hex(32))
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
-    _reload_auth_mode()
+    ray_private.reload_auth_mode()
     if os.environ["RAY_AUTH_MODE"] == "token":
         token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
         token_note = "" if "RAY_AUTH_TOKEN" in os.environ else f" (it asks for the token in {token_file})"
@@ -88,7 +89,7 @@ def _start_local() -> None:
         context = ray.init(
             # Not None, which would join a Ray that somebody else started on this machine.
             address="local",
-            num_cpus=max(MIN_LOCAL_CPUS, cpus()),
+            num_cpus=max(MIN_LOCAL_CPUS, ray_private.cpus()),
             # Without the dashboard Ray Train's controller logs an error every second.
             include_dashboard=True,
             dashboard_host="127.0.0.1",
@@ -99,12 +100,11 @@ def _start_local() -> None:
     except Exception as error:  # where it takes too long, Ray raises this very class
         said = " ".join(str(error).split())
         raise InputError(f"Ray does not start on this machine, its files in {folder} (RAY_TMPDIR): {said}") from error
+    _point_to(context.dashboard_url)
     say(f"Ray: started on this machine, {_totals()}, dashboard http://{context.dashboard_url}{token_note}")
 
 
 def _join(address: str) -> None:
-    from ray._private.services import canonicalize_bootstrap_address
-
     if "://" in address:
         raise InputError(
             f"RAY_ADDRESS={address}: a job needs a cluster's HOST:PORT (6379 by default) or `auto`; "
@@ -121,19 +121,16 @@ def _join(address: str) -> None:
             )
         runtime_env["working_dir"] = str(ROOT)
     # With an address Ray does not look for a token by itself; a cluster without tokens ignores one.
-    if "RAY_AUTH_MODE" not in os.environ and _token_exists():
+    if "RAY_AUTH_MODE" not in os.environ and ray_private.token_exists():
         os.environ["RAY_AUTH_MODE"] = "token"
-    _reload_auth_mode()
+    ray_private.reload_auth_mode()
     try:
-        gcs_address = canonicalize_bootstrap_address(address)
-        assert gcs_address is not None, "only None and `local` stand for a new cluster"
-        gcs_host, _, gcs_port = gcs_address.rpartition(":")
         # Ray itself goes on trying a dead address for several minutes.
-        socket.create_connection((gcs_host.strip("[]"), int(gcs_port)), CONNECT_TIMEOUT_S).close()
+        socket.create_connection(ray_private.host_and_port(address), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({in_one_line(error)})") from error
-    # Ray announces there, at each start, that it leaves out .git and .venv, which .rayignore does anyway.
-    logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)
+    # .rayignore leaves them out anyway.
+    logging.getLogger(ray_private.WORKING_DIR_LOGGER).setLevel(logging.ERROR)
     try:
         context = ray.init(address=address, runtime_env=runtime_env or None, logging_level=logging.WARNING)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -142,9 +139,22 @@ def _join(address: str) -> None:
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the cluster's own token, or "
             f"RAY_AUTH_MODE=disabled where it has none ({in_one_line(error)[:200]})"
         ) from error
+    _point_to(context.dashboard_url)
     code = f"code from {ROOT}" if working_dir is None else "code from the job's working directory"
     dashboard = f"dashboard http://{context.dashboard_url}" if context.dashboard_url else "no dashboard"
     say(f"Ray: joined {address}, {_totals()}, {code}, {dashboard}")
+
+
+def _point_to(dashboard: str | None) -> None:
+    """Have what asks a dashboard, in the actors of Ray Train too, ask that of the cluster that it runs on.
+
+    Without this it asks whichever Ray it finds on its machine, or one that the user's shell names for other jobs. Ray
+    Train's cleaner then takes the controller of this cluster for dead, and removes the workers' placement group.
+    """
+    if dashboard:
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{dashboard}"
+    else:
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 @cache
@@ -173,19 +183,6 @@ def _remove(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _token_exists() -> bool:
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
-    return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
-
-
-def _reload_auth_mode() -> None:
-    """Ray reads RAY_AUTH_MODE once, when it is imported; `ray.init` itself reloads it by this call."""
-    from ray._raylet import Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-
-
 def _quieten_ray_data() -> None:
     """Ray Data's bars and its lines about plans and dataset ids: every job shows its own progress, in images.
 
@@ -206,14 +203,6 @@ def _totals() -> str:
     return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
 
 
-def cpus() -> int:
-    """CPUs that this process may use: those of its container, where os.cpu_count() tells the machine's."""
-    from ray._private.utils import get_num_cpus
-
-    return max(1, int(get_num_cpus()))
-
-
 def max_gpus() -> int:
     """GPUs that the cluster has, or that its autoscaler can start."""
-    could = ray._private.state.state.get_max_resources_from_cluster_config() or {}  # type: ignore[attr-defined]
-    return int(max(ray.cluster_resources().get("GPU", 0), could.get("GPU", 0)))
+    return int(max(ray.cluster_resources().get("GPU", 0), ray_private.largest_resources().get("GPU", 0)))

@@ -21,10 +21,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime.blocks import Blocks
-from jobs.runtime.cluster import connect, cpus, max_gpus
+from jobs.runtime.cluster import connect, max_gpus
 from jobs.runtime.commandline import one_line
 from jobs.runtime.image_blocks import read_block
 from jobs.runtime.progress import progress
+from jobs.runtime.ray_private import cpus
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError

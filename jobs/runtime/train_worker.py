@@ -20,7 +20,7 @@ import ray.train
 from ray.train import Checkpoint
 from torch import nn
 
-from jobs.runtime.cluster import cpus
+from jobs.runtime.ray_private import cpus
 from mmcore.errors import InputError
 from mmcore.images import decode_image, png_bytes
 from mmcore.rows import Rows

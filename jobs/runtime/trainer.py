@@ -22,6 +22,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.runtime import ray_private
 from jobs.runtime.cluster import connect, max_gpus
 from jobs.runtime.job import Job
 from jobs.runtime.lease import Lease
@@ -56,6 +57,7 @@ def run_training(
     ``_SUCCESS`` holds too. Raises InputError too while another driver trains the same run.
     """
     connect()
+    ray_private.hand_on_to_train(["RAY_API_SERVER_ADDRESS"])
     # Beside the driver, which no reclaimed machine takes along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = RunMonitor.options(  # type: ignore[attr-defined]

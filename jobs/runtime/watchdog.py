@@ -11,10 +11,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
-from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
 from ray.util.placement_group import placement_group_table
 
+from jobs.runtime import ray_private
 from jobs.runtime.commandline import in_one_line, say
 from mmcore.errors import InputError
 
@@ -101,26 +100,21 @@ def _describe_or_error() -> str:
 
 
 def describe_waiting() -> str:
-    """What the cluster cannot place now, in one line: demands, then totals, then the resources that lack.
-
-    Reads the head's own scheduling state (what an autoscaler reads), which needs no dashboard.
-    """
+    """What the cluster cannot place now, in one line: demands, then totals, then the resources that lack."""
     if not ray.is_initialized():
         return "not connected to a cluster"
-    gcs = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
     # Ray Train takes its placement group back and asks again once a minute: look twice before saying nothing.
     for attempt in range(3):
         if attempt:
             time.sleep(1)
-        state = get_cluster_resource_state(gcs)
+        state = ray_private.scheduling_state()
         demands = _pending_demands(state)
         if demands:
             break
     nodes = [
         (_real_resources(node.total_resources), _real_resources(node.available_resources))
         for node in state.node_states
-        # A node that went is listed for a while; its resources are gone.
-        if node.status != NodeStatus.DEAD
+        if ray_private.is_alive(node)
     ]
     totals, frees = [total for total, _ in nodes], [free for _, free in nodes]
     asked = {name for bundles, _ in demands for bundle in bundles for name in bundle}
@@ -151,11 +145,7 @@ def _pending_demands(state: Any) -> list[tuple[list[Counter[str]], str]]:
         kinds = Counter(_bundle_text(bundle) for bundle in bundles)
         text = " + ".join(_times(kind, count) for kind, count in kinds.items())
         demands.append((bundles, f"a placement group{f' {name!r}' if name else ''} of {text}"))
-    actors = Counter(
-        actor["ActorClassName"].rpartition(".")[2]
-        for actor in ray._private.state.actors().values()
-        if actor["State"] in ("PENDING_CREATION", "RESTARTING")
-    )
+    actors = Counter(name for name, state in ray_private.actor_states() if state in ("PENDING_CREATION", "RESTARTING"))
     for pending in state.pending_resource_requests:
         asked = pending.request.resources_bundle
         bundle = _real_resources(asked)

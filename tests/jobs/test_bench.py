@@ -16,7 +16,7 @@ from jobs.bench import captioner_step as train_captioner
 from jobs.bench import decode_captions, inputs, ray_train_overhead, timing
 from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
-from jobs.runtime.cluster import cpus
+from jobs.runtime.ray_private import cpus
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.decoder import Packing
 from mmcore.errors import InputError

@@ -98,7 +98,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
 
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "init", too_slow)
-    monkeypatch.setattr(cluster, "_reload_auth_mode", lambda: None)
+    monkeypatch.setattr(cluster.ray_private, "reload_auth_mode", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -327,3 +327,32 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
     while left := [name for name in command_lines() if folder in name]:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
+
+
+TRAIN_BESIDE_ANOTHER_RAY = """
+import sys
+import ray, ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.state.util import is_actor_alive  # what Ray Train's cleaner asks
+from jobs.runtime import ray_private
+from jobs.runtime.cluster import connect
+
+def loop():
+    return is_actor_alive(ray.get_runtime_context().get_actor_id(), timeout=60)
+
+connect()
+ray_private.hand_on_to_train(["RAY_API_SERVER_ADDRESS"])
+scaling = ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
+config = ray.train.RunConfig(storage_path=sys.argv[1])
+print("ALIVE", TorchTrainer(loop, scaling_config=scaling, run_config=config).fit().return_value)
+"""
+
+
+def test_of_two_rays_the_actors_of_training_ask_their_own(ray_local, run_job, tmp_path):
+    """Even where the user's shell names the other one for `ray job submit`; by default Ray takes any that it finds."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_BESIDE_ANOTHER_RAY)
+    done = run_job(script, tmp_path, env={"RAY_API_SERVER_ADDRESS": os.environ["RAY_API_SERVER_ADDRESS"]})
+    assert "ALIVE True" in done.stdout
+    assert "PlacementGroupCleaner" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

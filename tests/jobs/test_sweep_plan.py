@@ -13,9 +13,9 @@ from kills import TIMEOUT_S
 from tiny_sweep import NUM
 
 import jobs.demo
-import jobs.runtime.cluster
 import jobs.runtime.sweep
-from jobs.runtime.cluster import cpus
+import jobs.runtime.watchdog
+from jobs.runtime.ray_private import cpus
 from jobs.runtime.watchdog import Watchdog
 from mmcore.errors import InputError
 from mmcore.storage import Storage
@@ -152,10 +152,10 @@ def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
         clock.advance(0.25 * limit_s)
         yield from rows
 
-    for module in (jobs.runtime.cluster, jobs.runtime.sweep):
+    for module in (jobs.runtime.watchdog, jobs.runtime.sweep):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(jobs.runtime.cluster, "QUERY_TIMEOUT_S", TIMEOUT_S)
-    monkeypatch.setattr(jobs.runtime.cluster, "describe_waiting", lambda: "nothing is asked for")
+    monkeypatch.setattr(jobs.runtime.watchdog, "QUERY_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(jobs.runtime.watchdog, "describe_waiting", lambda: "nothing is asked for")
     monkeypatch.setattr(jobs.runtime.sweep, "Watchdog", OnThatClock)
     monkeypatch.setattr(jobs.runtime.sweep, "_results", slow)
     sweep()

@@ -1,0 +1,63 @@
+"""All that the jobs need of Ray and that Ray does not promise to keep: one place to look at when Ray is updated."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
+from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
+
+WORKING_DIR_LOGGER = "ray._private.runtime_env.working_dir"
+"""Announces at each start that .git and .venv are left out."""
+
+
+def cpus() -> int:
+    """CPUs that this process may use: those of its container, where os.cpu_count() tells the machine's."""
+    return max(1, int(ray._private.utils.get_num_cpus()))
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Where the cluster of RAY_ADDRESS is, which may be `auto`. Raises OSError (none there) or ValueError."""
+    canonical = canonicalize_bootstrap_address(address)
+    assert canonical is not None, "only None and `local` stand for a new cluster"
+    host, _, port = canonical.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def token_exists() -> bool:
+    return AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+
+
+def reload_auth_mode() -> None:
+    """Ray reads RAY_AUTH_MODE once, when it is imported; `ray.init` itself reloads it by this call."""
+    Config.initialize("")
+
+
+def largest_resources() -> Mapping[str, float]:
+    """What the autoscaler can start at most; empty where there is none."""
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}  # type: ignore[attr-defined]
+
+
+def scheduling_state() -> Any:
+    """The head's own scheduling state (what an autoscaler reads), which needs no dashboard: a protobuf message."""
+    return get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
+
+
+def is_alive(node: Any) -> bool:
+    """Of a node of the scheduling state: one that went is listed for a while."""
+    return bool(node.status != NodeStatus.DEAD)
+
+
+def actor_states() -> list[tuple[str, str]]:
+    """(class, state) of each actor of the cluster."""
+    actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
+    return [(actor["ActorClassName"].rpartition(".")[2], actor["State"]) for actor in actors]
+
+
+def hand_on_to_train(variables: Sequence[str]) -> None:
+    """Have Ray Train give these variables of the driver's environment to its actors, as it does with its own."""
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.update(variables)
