@@ -7,16 +7,22 @@ one: a folder that is incomplete or damaged does not load.
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
+from mmcore.storage import writing
 
 STATE = "state.json"
+# How safetensors, which is written in Rust, tells of an error of the system.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -79,16 +85,28 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError that names it where the system cannot, on a full disk above all."""
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
+    except SafetensorError as error:
+        code = _OS_ERROR.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
 def save(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write ``{name}.safetensors`` for each group of tensors and, last, ``state.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, group in tensors.items():
         path = folder / f"{name}.safetensors"
-        save_file({key: value.contiguous().cpu() for key, value in group.items()}, path)
+        save_tensors(path, group)
         digests[path.name] = sha256_file(path)
     content = {**state, "files": digests}
-    (folder / STATE).write_text(json.dumps({"sha256": _sha256_json(content), "content": content}, indent=1))
+    with writing(folder / STATE):
+        (folder / STATE).write_text(json.dumps({"sha256": _sha256_json(content), "content": content}, indent=1))
 
 
 def _sha256_json(content: Any) -> str:

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mmcore.checkpoint import sha256_file
+from mmcore.checkpoint import save_tensors, sha256_file
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
@@ -20,7 +20,7 @@ def write_model(run: Storage, weights: dict[str, Tensor], facts: dict[str, Any])
     """Write the weights and, last, `facts` (what the run's recipe.json holds)."""
     with tempfile.TemporaryDirectory(prefix="mmcore-model-") as folder:
         path = Path(folder) / _WEIGHTS
-        save_file({name: value.contiguous().cpu() for name, value in weights.items()}, path)
+        save_tensors(path, weights)
         run.upload(path, f"model/{_WEIGHTS}")
         facts = {**facts, "weights_sha256": sha256_file(path)}
     run.write(f"model/{_RECIPE}", json.dumps(facts, indent=1, ensure_ascii=False).encode())

@@ -6,13 +6,15 @@ Credentials, region and endpoint come from the usual ``AWS_*`` environment varia
 """
 
 import builtins
+import contextlib
 import errno
+import io
 import mimetypes
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -32,6 +34,17 @@ _CONFLICT_PAUSE_S = 0.1
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What is raised in the block without a file's name, as the system does for a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 class _WholeFile:
     """A file under a name of its own that takes its real name when it is closed, unless writing failed."""
 
@@ -49,13 +62,17 @@ class _WholeFile:
 
     def write(self, data: bytes) -> int:
         try:
-            return self.file.write(data)
+            with writing(self.path):
+                return self.file.write(data)
         except BaseException:
+            # Gone at once: Arrow may leave it open for long, and the disk may be full.
             self.failed = True
+            Path(self.temporary).unlink(missing_ok=True)
             raise
 
     def flush(self) -> None:
-        self.file.flush()
+        with writing(self.path):
+            self.file.flush()
 
     def close(self) -> None:
         if self.file.closed:
@@ -63,12 +80,15 @@ class _WholeFile:
         try:
             # Arrow closes a file whose write failed too; that one must not take the name.
             if not self.failed:
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                with writing(self.path):
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
                 os.replace(self.temporary, self.path)
         finally:
             Path(self.temporary).unlink(missing_ok=True)
-            self.file.close()
+            # What could not be written is still in its buffer, and fails once more.
+            with contextlib.suppress(OSError):
+                self.file.close()
 
 
 class _WholeFiles(pyarrow.fs.FSSpecHandler):
@@ -190,8 +210,7 @@ class Storage:
             bucket, key = self._key(name)
             s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data)
             return
-        temporary = self._write_temporary(name, data)
-        os.replace(temporary, self._path(name))
+        os.replace(self._write_temporary(name, io.BytesIO(data)), self._path(name))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write `name` unless it is there already; return whether this call wrote it.
@@ -217,7 +236,7 @@ class Storage:
                         # A retry after a lost answer meets its own object: only then are the same bytes ours.
                         return retried and self.read(name) == data
                     raise
-        temporary = self._write_temporary(name, data)
+        temporary = self._write_temporary(name, io.BytesIO(data))
         try:
             os.link(temporary, self._path(name))
         except FileExistsError:
@@ -233,7 +252,7 @@ class Storage:
             os.unlink(temporary)
         return True
 
-    def _write_temporary(self, name: str, data: bytes) -> Path:
+    def _write_temporary(self, name: str, content: BinaryIO) -> Path:
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Hidden and at the root of this storage, so that no reader of the files takes it for one of them.
@@ -241,8 +260,8 @@ class Storage:
         folder.mkdir(exist_ok=True)
         temporary = folder / f"{target.name}.{uuid.uuid4().hex}"
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
+            with writing(target), open(temporary, "wb") as file:
+                shutil.copyfileobj(content, file)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:
@@ -337,18 +356,22 @@ class Storage:
             bucket, key = self._key(name)
             s3_client(os.getpid()).upload_file(str(local_path), bucket, key)
         else:
-            self.write(name, Path(local_path).read_bytes())
+            with open(local_path, "rb") as file:
+                temporary = self._write_temporary(name, file)
+            os.replace(temporary, self._path(name))
 
     def download(self, name: str, local_path: str | Path) -> None:
         """Copy `name` to a local file. Raises FileNotFoundError."""
         Path(local_path).parent.mkdir(parents=True, exist_ok=True)
         if not self.is_s3:
-            shutil.copyfile(self._path(name), local_path)
+            with self._path(name).open("rb") as content, writing(local_path), open(local_path, "wb") as file:
+                shutil.copyfileobj(content, file)
             return
         bucket, key = self._key(name)
         if self._head(bucket, key) is None:
             raise FileNotFoundError(f"{self.uri}/{name}")
-        s3_client(os.getpid()).download_file(bucket, key, str(local_path))
+        with writing(local_path):
+            s3_client(os.getpid()).download_file(bucket, key, str(local_path))
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
         """This folder as pyarrow and Ray see it: ``read_parquet(path, filesystem=filesystem)``."""

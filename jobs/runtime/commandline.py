@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 
 from mmcore.errors import InputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it was raised from, through Ray's errors of tasks and actors too."""
+    """`error` and what it was raised from, through Ray's errors of tasks, actors and trainings too."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = getattr(current, "cause", None) or current.__cause__
+        inner = getattr(current, "cause", None) or getattr(current, "controller_failure", None)
+        current = inner or current.__cause__
 
 
 def one_line(error: BaseException) -> str | None:
@@ -30,10 +33,19 @@ def one_line(error: BaseException) -> str | None:
         of_pyarrow = isinstance(cause, OSError) and cause.errno is None and "AWS Error" in str(cause)
         if of_pyarrow or isinstance(cause, BotoCoreError | ClientError):
             return f"S3 refused or did not answer: {cause}; check the URI, the AWS_* variables and the network"
-        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is not None:
-            mend = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "check the path"
-            return f"{cause.filename}: {os.strerror(cause.errno or 0)}; {mend}"
+        if isinstance(cause, OSError) and cause.errno is not None:
+            is_full = cause.errno in _FULL
+            # Of two files the second is the one that is written.
+            place = (is_full and cause.filename2) or cause.filename or (is_full and "a disk of this job or of Ray's")
+            if place:
+                mend = "make room there and give the same command again" if is_full else "check the path"
+                return f"{place}: {os.strerror(cause.errno)}; {mend}"
     return None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether it was raised since a disk or a quota is full, which trying again does not mend."""
+    return any(isinstance(cause, OSError) and cause.errno in _FULL for cause in _causes(error))
 
 
 def say(line: str) -> None:

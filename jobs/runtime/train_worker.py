@@ -20,6 +20,7 @@ import ray.train
 from ray.train import Checkpoint
 from torch import nn
 
+from jobs.runtime.commandline import is_full_disk, one_line
 from jobs.runtime.ray_private import cpus
 from mmcore.errors import InputError
 from mmcore.images import decode_image, png_bytes
@@ -70,6 +71,8 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     except InputError as error:
         return _mistake(monitor, rank, error)
     except Exception as error:
+        if is_full_disk(error):
+            return _mistake(monitor, rank, InputError(one_line(error)))
         text = str(error).strip().splitlines() or [""]
         ray.get(monitor.add_crash.remote(f"{type(error).__name__}: {text[0]} (worker {rank})"))
         raise

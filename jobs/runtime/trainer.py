@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime import ray_private
 from jobs.runtime.cluster import connect, max_gpus
+from jobs.runtime.commandline import one_line
 from jobs.runtime.job import Job
 from jobs.runtime.lease import Lease
 from jobs.runtime.progress import progress
@@ -108,8 +109,9 @@ def _fit(
             with _ctrl_c_interrupts():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
+            reason = one_line(error) or _last_line(error)
             raise InputError(
-                f"{job.run}: training failed: {_last_line(error)}; the same command goes on from the last checkpoint"
+                f"{job.run}: training failed: {reason}; the same command goes on from the last checkpoint"
             ) from error
     summary: dict[str, Any] = result.return_value or {}  # type: ignore[attr-defined]
     if "error" in summary:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mmcore.errors import InputError
-from mmcore.storage import Storage
+from mmcore.storage import Storage, writing
 
 SUCCESS = "_SUCCESS"
 
@@ -43,6 +43,16 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a mapped file now: where the disk is full later, the kernel ends the process that writes."""
+    with writing(path), open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            file.truncate(0)
+            raise
 
 
 def open_column(
@@ -79,6 +89,7 @@ def open_column(
             # a cleaner left, nor empty the file that another process still has mapped.
             unfinished = {name: target / f"{name}.tmp" for name in ("values.npy", "ids.json")}
             values = np.lib.format.open_memmap(unfinished["values.npy"], "w+", dtype, (num_rows, *shape))
+            _reserve(unfinished["values.npy"])
             image_ids: list[str] = []
             filesystem, parts = (folder / "parts").arrow()
             for name in (folder / "parts").list(".parquet"):
@@ -92,7 +103,8 @@ def open_column(
             if len(image_ids) != num_rows:
                 raise InputError(f"{folder}: {len(image_ids)} rows in its parts where {num_rows} are expected")
             values.flush()
-            unfinished["ids.json"].write_text(json.dumps(image_ids))
+            with writing(unfinished["ids.json"]):
+                unfinished["ids.json"].write_text(json.dumps(image_ids))
             for name, path in unfinished.items():
                 os.replace(path, target / name)
     return Column(tuple(json.loads((target / "ids.json").read_text())), np.load(target / "values.npy", mmap_mode="r"))
