@@ -1,7 +1,6 @@
 """Fixtures for tests of a whole sweep in this process, without Ray."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import jobs.generate
 import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, generate
-from mmcore.storage import Storage
+from jobs.runtime.blocks import Blocks
 
 
 @pytest.fixture
@@ -22,13 +21,11 @@ def run_folder(tmp_path: Path) -> Path:
     return tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
 
 
-def work_here(
-    source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
-) -> Iterator[dict[str, Any]]:
+def work_here(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[dict[str, Any]]:
     """What `jobs.runtime.sweep._results` does, by one worker on two threads of this process."""
     worker = actors["fn"](**actors["fn_constructor_kwargs"])
     with ThreadPoolExecutor(2) as threads:
-        yield from threads.map(worker, [{"block": item["block"], "item": json.dumps(item)} for item in todo])
+        yield from threads.map(worker, [{"block": each, "rows": blocks.items[each]["columns"]} for each in todo])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ disagree with them. (Ray Data's own checkpointing would be one, and waits for ev
 
 import contextlib
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from mmcore.storage import Storage
 _MAX_ACTORS = 1000
 # Tasks that read ahead for each actor: one block is worked on, one waits, and as many are being read.
 READERS_PER_WORKER = 2
+# Blocks whose items are one object of Ray's store: each of thousands takes it a while.
+_BLOCKS_PER_OBJECT = 16
 # The folder of the files that commit the blocks.
 PARTS = "parts"
 # The file that says what a sweep is.
@@ -57,10 +60,11 @@ class _BlockWorker:
         plan_facts: dict[str, Any],
         parts: str,
         num_threads: int | None,
+        items: "_StoredItems | None" = None,
     ) -> None:
         from mmcore.device import compute_thread  # here, as the driver may do without PyTorch
 
-        self.out, self.parts = out, parts
+        self.out, self.parts, self.items = out, parts, items
         self.worker, self.error = None, ""
         # Ray calls an actor from other threads than the one that made it, and sets OMP_NUM_THREADS to the scheduler's
         # number of CPUs.
@@ -79,8 +83,8 @@ class _BlockWorker:
         result = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": self.error}
         if self.worker is None:
             return result
-        rows = row["rows"] if "rows" in row else json.loads(row["item"])["columns"]
         try:
+            rows = self.items[block]["columns"] if self.items is not None else row["rows"]
             made = self.computing.submit(self.worker, rows).result()
             table = self.worker.write(made) if hasattr(self.worker, "write") else made
             buffer = io.BytesIO()
@@ -230,7 +234,7 @@ def run_sweep(
     if there is not None:
         check_plan(out, there, plan)
     done = committed_blocks(out, parts)
-    todo = [item for item in blocks.items if item["block"] not in done]
+    todo = [block for block in range(len(blocks.items)) if block not in done]
     facts: dict[str, Any] = {
         "num_rows": blocks.num_rows,
         "num_blocks": len(blocks.items),
@@ -269,11 +273,11 @@ def run_sweep(
         "num_gpus": num_gpus or None,
     }
     start = time.perf_counter()
-    num_rows_before = blocks.num_rows - sum(_num_rows(item) for item in todo)
+    num_rows_before = blocks.num_rows - sum(map(blocks.num_rows_of, todo))
     with Watchdog(what, stall_timeout_s) as watchdog, progress(what, "images") as report:
         report(num_rows_before, blocks.num_rows)
         last: float | None = None
-        for row in _results(blocks.source, todo, actors, num_workers=most):
+        for row in _results(blocks, todo, actors, num_workers=most):
             watchdog.beat()
             now = time.perf_counter()
             # Before the first block, models were loaded as well.
@@ -286,7 +290,7 @@ def run_sweep(
             facts["load_s"] = max(facts.get("load_s", 0.0), float(row["load_s"]))
             report(num_rows_before + facts["rows_done_now"], blocks.num_rows)
     facts["seconds"] = time.perf_counter() - start
-    missing = {item["block"] for item in blocks.items} - committed_blocks(out, parts)
+    missing = set(range(len(blocks.items))) - committed_blocks(out, parts)
     if missing:
         raise InputError(
             f"{out}: {len(missing)} blocks are missing after the sweep; a local folder must be one that every machine "
@@ -295,25 +299,30 @@ def run_sweep(
     return facts
 
 
-def _num_rows(item: dict[str, Any]) -> int:
-    if "columns" in item:
-        return len(next(iter(item["columns"].values())))
-    return len(item["files"] if "files" in item else item["rows"])
+class _StoredItems:
+    """The items of the blocks `todo` in Ray's object store, a few blocks an object, which spills to the disk."""
+
+    def __init__(self, blocks: Blocks, todo: list[int]) -> None:
+        groups = itertools.groupby(todo, lambda block: block // _BLOCKS_PER_OBJECT)
+        self.refs = {group: ray.put({block: blocks.items[block] for block in members}) for group, members in groups}
+
+    def __getitem__(self, block: int) -> dict[str, Any]:
+        return ray.get(self.refs[block // _BLOCKS_PER_OBJECT])[block]
 
 
-def _results(
-    source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
-) -> Iterator[dict[str, Any]]:
+def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[dict[str, Any]]:
     """Read (tasks) -> work and commit (actors), streamed by Ray Data; one row is one block."""
+    source, items = blocks.source, _StoredItems(blocks, todo)
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
         assert source is not None
-        item = json.loads(row["item"])
-        return {"block": item["block"], "rows": read_block(source, item)}
+        return {"block": row["block"], "rows": read_block(source, items[int(row["block"])])}
 
-    rows = [{"block": item["block"], "item": json.dumps(item)} for item in todo]
-    dataset: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(todo))
-    if source is not None:
+    dataset: ray.data.Dataset = ray.data.from_items([{"block": block} for block in todo], override_num_blocks=len(todo))
+    if source is None:
+        kwargs = actors["fn_constructor_kwargs"]
+        actors = {**actors, "fn_constructor_kwargs": {**kwargs, "items": items}}
+    else:
         # Fractions of a CPU: reading must not take the CPU that the actors wait for (a deadlock on 2 CPUs). Bounded, as
         # each fraction would start a process of its own, which on two cores held up the actors for half a minute.
         # One for every two CPUs where they are many: a file in S3 takes a while, and a GPU many of them. Ray warns of

@@ -15,6 +15,7 @@ from tiny_sweep import NUM
 import jobs.demo
 import jobs.runtime.sweep
 import jobs.runtime.watchdog
+from jobs.runtime.blocks import Blocks
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.watchdog import Watchdog
 from mmcore.errors import InputError
@@ -38,10 +39,8 @@ def test_blocks_without_a_plan_are_refused(sweep, run_folder, tmp_path):
 def test_a_worker_that_outlives_a_failure_commits_to_a_plan(sweep, run_folder, tmp_path, monkeypatch):
     workers = []
 
-    def one_fails(
-        source: Storage | None, todo: list[dict[str, Any]], actors: dict[str, Any], num_workers: int
-    ) -> Iterator[Any]:
-        workers.append((actors["fn"](**actors["fn_constructor_kwargs"]), todo[1]))
+    def one_fails(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[Any]:
+        workers.append((actors["fn"](**actors["fn_constructor_kwargs"]), blocks.items[todo[1]]))
         yield {"block": 0, "num_rows": 0, "load_s": 0.0, "error": "the other worker's disk is full"}
 
     with monkeypatch.context() as patch:
@@ -49,7 +48,7 @@ def test_a_worker_that_outlives_a_failure_commits_to_a_plan(sweep, run_folder, t
         with pytest.raises(InputError, match="disk is full"):
             sweep()
     ((worker, item),) = workers
-    assert worker({"block": item["block"], "item": json.dumps(item)})["error"] == ""
+    assert worker({"block": item["block"], "rows": item["columns"]})["error"] == ""
     with pytest.raises(InputError, match="seed was 0 and is now 1"):
         sweep(seed=1)
     sweep()

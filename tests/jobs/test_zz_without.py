@@ -1,0 +1,357 @@
+"""Joining a cluster and naming what a stalled job waits for, on real local Rays."""
+
+import ast
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import HANG_S
+from job_output import PATIENT_WATCHDOG
+
+from jobs.runtime import cluster, watchdog
+from mmcore.errors import InputError
+
+STATUS_JOB = """
+import os, sys
+from pathlib import Path
+from jobs.runtime import cluster
+from jobs.runtime.cluster import connect
+cluster.REMOVE_TIMEOUT_S = 300.0  # however long Ray's processes take to end
+if "--default-interval" in sys.argv:
+    del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+connect(); connect()
+import ray
+token_file = os.environ.get("RAY_AUTH_TOKEN_PATH")
+mode = oct(os.stat(token_file).st_mode & 0o777) if token_file else None
+answer = ray.get(ray.remote(lambda: 41 + 1).remote())
+print({"cpus": ray.cluster_resources()["CPU"], "answer": answer, "auth": os.environ.get("RAY_AUTH_MODE"),
+       "token_file": token_file, "token_file_mode": mode,
+       "interval": os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]})
+"""
+
+
+@pytest.mark.parametrize("history", ["none", "token from earlier", "mode disabled"])
+def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path):
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    env, flags = {"HOME": str(home)}, ["--default-interval"]
+    if history == "token from earlier":
+        (home / ".ray" / "auth_token").write_text("a" * 64)
+    elif history.startswith("mode"):
+        env["RAY_AUTH_MODE"] = history.removeprefix("mode ")
+        env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"], flags = "0.25", []
+    script = tmp_path / "status.py"
+    script.write_text(STATUS_JOB)
+
+    done = run_job(script, *flags, env=env)
+
+    result = ast.literal_eval(done.stdout.strip())
+    assert result["answer"] == 42
+    assert result["cpus"] >= cluster.MIN_LOCAL_CPUS
+    assert result["auth"] == ("disabled" if history == "mode disabled" else "token")
+    assert result["interval"] == ("0.25" if history.startswith("mode") else str(cluster.HEALTH_CHECK_INTERVAL_S))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Ray:")]
+    assert len(lines) == 1, done.stderr
+    assert "dashboard http://127.0.0.1:" in lines[0]
+    if history == "none":
+        # A token left in the home folder would lock the next `ray job submit` out.
+        assert not (home / ".ray" / "auth_token").exists()
+        assert result["token_file_mode"] == "0o600"
+        assert not Path(result["token_file"]).parent.exists(), "the folder of this Ray is removed at exit"
+    else:
+        assert result["token_file"] is None
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers there"),
+        ("http://127.0.0.1:8265", "use `ray job submit`"),
+        ("ray://127.0.0.1:10001", "HOST:PORT"),
+        ("nonsense", "Invalid address format"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(address, message, monkeypatch):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    # It would go on trying for minutes.
+    monkeypatch.setattr(cluster.ray, "init", lambda **settings: pytest.fail("Ray is asked to join"))
+    with pytest.raises(InputError, match=message) as refused:
+        cluster.connect()
+    assert address in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def too_slow(**settings):
+        raise Exception("The current node timed out\nduring startup")
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", too_slow)
+    monkeypatch.setattr(cluster.ray_private, "reload_auth_mode", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    with pytest.raises(InputError, match=r"Ray does not start .* \(RAY_TMPDIR\): The current node timed out during s"):
+        cluster.connect()
+
+
+def wait_until_named(text: str) -> str:
+    """`describe_waiting()` once it holds `text`: the head hears of a demand, or of its end, with a heartbeat."""
+    deadline = time.monotonic() + HANG_S
+    while text not in (described := watchdog.describe_waiting()):
+        assert time.monotonic() < deadline, described
+        time.sleep(0.2)
+    return described
+
+
+@contextlib.contextmanager
+def two_tasks(folder: Path, **options: Any) -> Iterator[None]:
+    """Two tasks that end with the block."""
+    import ray
+
+    release = folder / "release"
+
+    def busy() -> None:
+        while not release.exists():
+            time.sleep(0.05)
+
+    tasks = [ray.remote(**options)(busy).remote() for _ in range(2)]
+    try:
+        yield
+    finally:
+        release.touch()
+        ray.get(tasks)
+
+
+def test_what_waits_is_named_with_what_is_missing(ray_local, tmp_path):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    wait_until_named("nothing waits for resources")
+    has_cpus = int(ray.cluster_resources()["CPU"])
+
+    group = placement_group([{"CPU": 1, "GPU": 1}] * 2, name="workers")
+    described = wait_until_named("placement group")
+    assert "waiting for a placement group 'workers' of {CPU: 1, GPU: 1} x 2" in described
+    assert f"the cluster has CPU {has_cpus} (" in described
+    assert "GPU 0 (0 free); missing: GPU" in described
+    remove_placement_group(group)
+
+    @ray.remote(num_cpus=0, num_gpus=1)
+    class NeedsGpu:
+        pass
+
+    actor = NeedsGpu.remote()
+    described = wait_until_named("{GPU: 1}")
+    assert "pending actors: NeedsGpu" in described
+    assert "missing: GPU" in described
+    ray.kill(actor)
+    wait_until_named("nothing waits for resources")
+
+    with two_tasks(tmp_path, num_cpus=has_cpus):
+        # Enough in all, nothing free: an autoscaler or patience mends it.
+        described = wait_until_named("all in use: CPU")
+    assert f"waiting for {{CPU: {has_cpus}}}" in described
+    assert "missing" not in described
+
+    # Enough in total but on no single node.
+    assert watchdog._lacking([watchdog.Counter(CPU=6)], [watchdog.Counter(CPU=4)] * 2) == {"CPU"}
+    assert watchdog._lacking([watchdog.Counter(CPU=4)] * 2, [watchdog.Counter(CPU=4)] * 2) == set()
+
+
+def test_demands_inside_a_placement_group_are_told_apart(ray_local, tmp_path):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{"CPU": 1}])
+    ray.get(group.ready())
+    with two_tasks(tmp_path, num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(group)):
+        described = wait_until_named("inside a full placement group")
+    assert "{CPU: 1}" in described
+    # The group's CPU is not counted a second time.
+    assert f"the cluster has CPU {ray.cluster_resources()['CPU']:g} (" in described
+    remove_placement_group(group)
+
+
+class FakeTime(threading.Event):
+    """The clock of a watchdog, and the event by which it waits: time passes where it waits, and nowhere else."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.moments = {}
+        """What happens while the watchdog waits, by its second."""
+
+    def monotonic(self):
+        return self.now
+
+    def wait(self, timeout):
+        until = self.now + timeout
+        for moment in sorted(moment for moment in self.moments if moment <= until):
+            self.now = moment
+            self.moments.pop(moment)()
+        self.now = until
+        return self.is_set()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """`watched(watchdog settings, usual_s=..., beats=..., until=...)`: what the watchdog said, by the second."""
+    monkeypatch.setattr(watchdog, "QUERY_TIMEOUT_S", HANG_S)
+    monkeypatch.setattr(watchdog, "describe_waiting", lambda: "waiting for Godot")
+
+    def watched(what, *, beats=(), until, usual_s=0.0, **settings):
+        fake, said = FakeTime(), []
+
+        def end(line):
+            said.append((fake.now, line))
+            raise SystemExit
+
+        monkeypatch.setattr(watchdog, "time", fake)
+        monkeypatch.setattr(watchdog, "say", lambda line: said.append((fake.now, line)))
+        monkeypatch.setattr(watchdog, "end_process", end)
+        dog = watchdog.Watchdog(what, **settings)
+        dog._stop, dog.usual_s = fake, usual_s
+        fake.moments = dict.fromkeys(beats, dog.beat) | {until: fake.set}
+        with contextlib.suppress(SystemExit):
+            dog._watch()
+        return said
+
+    return watched
+
+
+def test_watchdog_is_silent_while_there_is_progress(watched):
+    """A beat starts the time anew; after the first line the next ones come a minute later."""
+    line = "stalled: training: no progress for {} s: waiting for Godot"
+    said = watched("training", report_after_s=15, beats=[*range(1, 21), 45], until=199)
+    assert said == [(35, line.format(15)), (60, line.format(15)), (120, line.format(75)), (180, line.format(135))]
+
+
+def test_watchdog_ends_what_stalls_for_too_long(watched):
+    line = "training: no progress for {} s: waiting for Godot"
+    said = watched("training", report_after_s=15, stall_timeout_s=40, beats=[10, 30], until=199)
+    assert said == [(25, f"stalled: {line.format(15)}"), (45, f"stalled: {line.format(15)}"),
+                    (70, f"error: {line.format(40)} (--stall-timeout 40)")]  # fmt: skip
+
+
+def test_watchdog_ends_with_its_block():
+    with watchdog.Watchdog("training") as dog:
+        assert dog._thread.is_alive()
+    dog._thread.join(HANG_S)
+    assert not dog._thread.is_alive()
+
+
+def test_a_long_wait_that_is_usual_is_reported_calmly(watched):
+    """Until it is three times as long."""
+    said = watched("sweep", report_after_s=15, usual_s=100.0, until=349)
+    usual = "waiting: sweep: no progress for {} s (up to 100 s went well before): waiting for Godot"
+    assert said == [(idle_s, usual.format(idle_s)) for idle_s in range(15, 300, 60)] + [
+        (315, "stalled: sweep: no progress for 315 s: waiting for Godot")
+    ]
+
+
+def test_watchdog_reports_a_head_that_does_not_answer(watched, monkeypatch):
+    def gone():
+        raise ConnectionError("the head\nis gone")
+
+    monkeypatch.setattr(watchdog, "describe_waiting", gone)
+    ((_, line),) = watched("sweep", report_after_s=15, until=20)
+    assert line.endswith("no progress for 15 s: the cluster's state cannot be read (ConnectionError: the head is gone)")
+
+    answer = threading.Event()
+    monkeypatch.setattr(watchdog, "describe_waiting", answer.wait)
+    monkeypatch.setattr(watchdog, "QUERY_TIMEOUT_S", 0.1)
+    ((_, line),) = watched("sweep", report_after_s=15, until=20)
+    answer.set()
+    assert line == "stalled: sweep: no progress for 15 s: the cluster's head does not answer"
+
+
+def test_a_stall_is_named_within_a_minute_by_default():
+    assert watchdog.Watchdog("training").report_after_s + watchdog.QUERY_TIMEOUT_S < 60
+    with pytest.raises(InputError, match="--stall-timeout -1"):
+        watchdog.Watchdog("training", stall_timeout_s=-1)
+
+
+def command_lines() -> list[str]:
+    return [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+
+
+STALLED_JOB = """
+import ray
+from jobs.runtime.cluster import connect
+from jobs.runtime.watchdog import Watchdog
+connect()
+
+@ray.remote(num_gpus=1)
+def never():
+    pass
+
+print("waits", flush=True)
+with Watchdog("training", stall_timeout_s=4, report_after_s=2):
+    ray.get(never.remote())
+"""
+
+
+def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
+    script = tmp_path / "stalled.py"
+    script.write_text(PATIENT_WATCHDOG + STALLED_JOB)
+    done = run_job(script, check=False, env={"CUDA_VISIBLE_DEVICES": "", "HOME": str(tmp_path)})
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("waits\n")
+    lines = done.stderr.splitlines()
+    # A report before the last one comes only where the head answers in time.
+    *reports, last = [line for line in lines if re.match(r"(stalled|error): training: no progress for \d+ s: ", line)]
+    assert all(report.startswith("stalled: ") for report in reports)
+    assert last.startswith("error: ")
+    assert last.endswith("(--stall-timeout 4)")
+    for line in (*reports, last):
+        assert "waiting for {CPU: 1, GPU: 1}" in line
+        assert "missing: GPU" in line
+    # The reaper of that Ray ends its processes; they are known by the folder in their command lines.
+    (started,) = [line for line in lines if line.startswith("Ray: ")]
+    folder = started.partition("token in ")[2].rpartition("/")[0]
+    assert "mmcore-ray-" in folder
+    deadline = time.monotonic() + HANG_S
+    while left := [name for name in command_lines() if folder in name]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+TRAIN_BESIDE_ANOTHER_RAY = """
+import sys
+import ray, ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.state.util import is_actor_alive  # what Ray Train's cleaner asks
+from jobs.runtime import ray_private
+from jobs.runtime.cluster import connect
+
+def loop():
+    return is_actor_alive(ray.get_runtime_context().get_actor_id(), timeout=60)
+
+connect()
+scaling = ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
+config = ray.train.RunConfig(storage_path=sys.argv[1])
+print("ALIVE", TorchTrainer(loop, scaling_config=scaling, run_config=config).fit().return_value)
+"""
+
+
+def test_of_two_rays_the_actors_of_training_ask_their_own(ray_local, run_job, tmp_path):
+    """Even where the user's shell names the other one for `ray job submit`; by default Ray takes any that it finds."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_BESIDE_ANOTHER_RAY)
+    done = run_job(script, tmp_path, env={"RAY_API_SERVER_ADDRESS": os.environ["RAY_API_SERVER_ADDRESS"]})
+    assert "ALIVE True" in done.stdout
+    assert "PlacementGroupCleaner" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
