@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import tempfile
 import threading
 import uuid
 from collections import Counter
@@ -45,6 +44,7 @@ from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, unpac
 from mmcore.data.shapes import SPLITS, ShapesSettings, shapes_row
 from mmcore.errors import InputError
 from mmcore.storage import Storage
+from mmcore.temporary import temporary_folder
 
 SHAPES = "shapes"
 SUCCESS = "_SUCCESS"
@@ -150,8 +150,8 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
         print(f"{target} is finished and was made with the same settings: kept (--fresh makes it anew)")
         _print_summary(finished, settings)
         return finished
-    with tempfile.TemporaryDirectory(prefix="prepare-") as scratch:
-        plan = _plan_shapes(settings) if settings.dataset == SHAPES else _plan_photos(settings, Path(scratch))
+    with temporary_folder("prepare") as scratch:
+        plan = _plan_shapes(settings) if settings.dataset == SHAPES else _plan_photos(settings, scratch)
         connect()
         summary = _write(settings, plan, target)
     _print_summary(summary, settings)

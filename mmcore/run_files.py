@@ -2,8 +2,6 @@
 
 import json
 import re
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -12,14 +10,15 @@ from torch import Tensor
 from mmcore.checkpoint import save_tensors, sha256_file
 from mmcore.errors import InputError
 from mmcore.storage import Storage
+from mmcore.temporary import temporary_folder
 
 _WEIGHTS, _RECIPE = "model.safetensors", "recipe.json"
 
 
 def write_model(run: Storage, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write the weights and, last, `facts` (what the run's recipe.json holds)."""
-    with tempfile.TemporaryDirectory(prefix="mmcore-model-") as folder:
-        path = Path(folder) / _WEIGHTS
+    with temporary_folder("model") as folder:
+        path = folder / _WEIGHTS
         save_tensors(path, weights)
         run.upload(path, f"model/{_WEIGHTS}")
         facts = {**facts, "weights_sha256": sha256_file(path)}
@@ -52,8 +51,8 @@ def _why_not(run: Storage) -> str:
 
 def read_weights(run: Storage, facts: dict[str, Any]) -> dict[str, Tensor]:
     """The weights. Raises InputError where they are not those that `facts` names."""
-    with tempfile.TemporaryDirectory(prefix="mmcore-model-") as folder:
-        path = Path(folder) / _WEIGHTS
+    with temporary_folder("model") as folder:
+        path = folder / _WEIGHTS
         try:
             (run / "model").download(_WEIGHTS, path)
         except FileNotFoundError:

@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmcore.errors import InputError
+from mmcore.temporary import make_folder
 from serve import proxy
 from serve.limits import Limits
 
@@ -146,7 +147,7 @@ def _ray() -> Iterator[None]:
     # Its path must leave room for the names of sockets (107 bytes).
     parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else None)
     try:
-        folder = Path(tempfile.mkdtemp(prefix="mmcore-serve-", dir=parent))
+        folder = make_folder("serve", parent)
     except OSError as error:
         raise InputError(f"RAY_TMPDIR: Ray's own files cannot lie in {parent} ({error.strerror})") from None
     try:

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from jobs.runtime import ray_private
 from jobs.runtime.commandline import in_one_line, say
 from jobs.runtime.source import ROOT
 from mmcore.errors import InputError
+from mmcore.temporary import make_folder
 
 MIN_LOCAL_CPUS = 4
 """Ray's CPUs are a number for its scheduler. With 2 of them two Train workers, or a map actor beside the
@@ -159,12 +159,12 @@ def _point_to(dashboard: str | None) -> None:
 
 @cache
 def _temp_dir() -> Path:
-    """This process's own Ray folder, removed at exit so that a later Ray cannot find it.
+    """This process's own Ray folder, removed at exit so that a later Ray cannot find it. Those of killed jobs go now.
 
     Below /tmp where there is one: Ray puts Unix sockets in it, whose path must stay under 107 bytes.
     """
     parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else None)
-    folder = Path(tempfile.mkdtemp(prefix="mmcore-ray-", dir=parent))
+    folder = make_folder("ray", parent)
 
     def remove() -> None:
         # Ray's own exit hook runs after this one; its processes must be gone before their folder is.

@@ -1,12 +1,9 @@
 """What runs on each worker of a training: the loop with its hooks, and the word between workers and driver."""
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +24,7 @@ from mmcore.images import decode_image, png_bytes
 from mmcore.rows import Rows
 from mmcore.run_files import write_model
 from mmcore.storage import Storage
+from mmcore.temporary import temporary_folder
 from mmcore.training import RunHooks, Training, write_history
 
 # Seconds between words to the driver.
@@ -37,7 +35,6 @@ _BUSY_S = 10.0
 _MISTAKE_S = 5.0
 # Folder of the images that a run makes on its way.
 SAMPLES = "samples"
-_WORK_PREFIX = f"mmcore-run-{os.getuid()}-"
 
 Doing = Callable[[str], None]
 
@@ -149,7 +146,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             for name, value in setup.samples(model, step).items()
         }
 
-    with _work_folder() as workdir:
+    with temporary_folder("run") as workdir:
         publisher = Publisher(run, workdir)
         setup: Setup = config["setup"](job, config["facts"], doing)
         hooks = RunHooks(commit=commit, progress=send_progress, doing=doing, samples=samples)
@@ -186,24 +183,6 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             "precision": training.precision,
             "device": training.accelerator.device.type,
         }
-
-
-@contextlib.contextmanager
-def _work_folder() -> Iterator[Path]:
-    """A folder for checkpoints under way. What killed workers left is removed first: nobody holds its lock."""
-    parent = Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_WORK_PREFIX}*/lock"):
-        with contextlib.suppress(OSError), open(left) as lock:  # OSError: another worker's, or just removed
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX))
-    with open(folder / "lock.new", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(folder / "lock.new", folder / "lock")  # seen only once it is held
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_image(run: Storage, workdir: Path, name: str, image: np.ndarray) -> dict[str, str]:

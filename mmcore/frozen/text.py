@@ -3,10 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import load_frozen, sha256_of
 from mmcore.storage import Storage
+from mmcore.temporary import temporary_folder
 from mmcore.text import BOS, EOS, PAD, SPECIAL, UNK
 
 SCRATCH = "scratch"
@@ -93,9 +92,9 @@ class PromptTokenizer:
         """What `files` gave, from a folder of the storage."""
         from transformers import AutoTokenizer
 
-        with tempfile.TemporaryDirectory() as local:
+        with temporary_folder("tokenizer") as local:
             for name in _TOKENIZER_FILES:
-                folder.download(name, Path(local) / name)
+                folder.download(name, local / name)
             return cls(AutoTokenizer.from_pretrained(local, use_fast=True, trust_remote_code=False), max_tokens)
 
     def files(self) -> dict[str, bytes]:
@@ -103,9 +102,9 @@ class PromptTokenizer:
         # What the last call padded to would be written down too.
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.backend_tokenizer.no_truncation()
-        with tempfile.TemporaryDirectory() as local:
+        with temporary_folder("tokenizer") as local:
             self.tokenizer.save_pretrained(local)
-            return {name: (Path(local) / name).read_bytes() for name in _TOKENIZER_FILES}
+            return {name: (local / name).read_bytes() for name in _TOKENIZER_FILES}
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the ids (the other file also says where the tokenizer was read from)."""

@@ -38,7 +38,10 @@ print({"cpus": ray.cluster_resources()["CPU"], "answer": answer, "auth": os.envi
 
 
 @pytest.mark.parametrize("history", ["none", "token from earlier", "mode disabled"])
-def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path):
+def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path, short_tmp):
+    killed = short_tmp / "mmcore-ray-of-a-killed-job"
+    killed.mkdir(exist_ok=True)
+    (killed / "lock").touch()
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     env, flags = {"HOME": str(home)}, ["--default-interval"]
@@ -53,6 +56,7 @@ def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path)
     done = run_job(script, *flags, env=env)
 
     result = ast.literal_eval(done.stdout.strip())
+    assert not killed.exists()
     assert result["answer"] == 42
     assert result["cpus"] >= cluster.MIN_LOCAL_CPUS
     assert result["auth"] == ("disabled" if history == "mode disabled" else "token")
