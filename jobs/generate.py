@@ -43,6 +43,7 @@ from jobs.runtime.sweep import (
     run_sweep,
 )
 from jobs.runtime.watchdog import Watchdog
+from mmcore.catalogue import read_model_file
 from mmcore.data.manifest import BLOCK, IMAGES, MANIFEST, read_manifest
 from mmcore.data.parquet import NUM_IO_THREADS
 from mmcore.data.prompts import Prompt, read_prompts
@@ -51,7 +52,6 @@ from mmcore.errors import InputError
 from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.images import decode_image, png_bytes, read_png_text
-from mmcore.run_files import read_facts
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
@@ -314,7 +314,7 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
     """
     _check(settings)
     run, out = Storage(settings.run), output_storage(settings.out, "--out")
-    facts = read_facts(run)
+    file = read_model_file(run, "generator")
     generator: Any = open_generator(run.uri, text_encoder=settings.text_encoder)
     sampling = DiffusionOptions(settings.steps, settings.guidance, settings.sampler, settings.negative_prompt)
     generator.check(sampling, generator.size)
@@ -330,7 +330,7 @@ def generate(settings: GenerateSettings, worker_type: type[GenerateImages] = Gen
     wanted: dict[str, Any] = {
         "run": run.uri,
         # A run that was trained anew under the same name is another one.
-        "weights_sha256": facts["weights_sha256"],
+        "weights_sha256": file.weights_sha256,
         "count": len(prompts),
         "seed": settings.seed,
         "steps": settings.steps,

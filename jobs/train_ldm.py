@@ -32,8 +32,9 @@ from jobs.runtime.diffusion_training import (
     diffusion_setup,
     dry_run,
     open_text,
-    text_facts,
+    text_inputs,
     with_absolute_folders,
+    with_text,
 )
 from jobs.runtime.features import cached_latent_column, ensure_dataset
 from jobs.runtime.job import Job, parse_job
@@ -44,8 +45,9 @@ from jobs.train_vqvae import train as train_vqvae
 from mmcore.data.columns import default_cache, open_column
 from mmcore.data.prepared import TRAIN, read_captions
 from mmcore.errors import InputError
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_rows import scaling_factor
-from mmcore.generators.latent_diffusion import VARIANTS
+from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.storage import Storage
@@ -56,7 +58,7 @@ from mmcore.trained.generator import VQVAE_ASSET
 _SCALE_IMAGES = 1024
 
 
-def vqvae_job(job: Job) -> Job:
+def vqvae_job(job: Job[LatentDiffusionRecipe]) -> Job[VQVAERecipe]:
     """The training of the VQ-VAE that belongs to `job` where it names none: same variant, name, data and machines.
 
     Raises InputError for a variant whose VQ-VAE needs weights that this job does not ask for.
@@ -72,7 +74,7 @@ def vqvae_job(job: Job) -> Job:
     return dataclasses.replace(own, recipe=recipe)
 
 
-def vqvae_recipe(job: Job) -> VQVAERecipe:
+def vqvae_recipe(job: Job[LatentDiffusionRecipe]) -> VQVAERecipe:
     """The settings of the VQ-VAE that `job` names, or else of its own, which may be yet to be trained."""
     if job.recipe.vqvae is not None:
         return open_autoencoder(job.recipe.vqvae).recipe
@@ -89,7 +91,7 @@ def describe_export(recipe: VQVAERecipe) -> None:
         )
 
 
-def ensure_vqvae(job: Job) -> Storage:
+def ensure_vqvae(job: Job[LatentDiffusionRecipe]) -> Storage:
     """The run of the VQ-VAE: the one that `job` names, or else its own, trained now unless it is finished.
 
     Raises InputError where its own is finished with other settings.
@@ -118,9 +120,10 @@ def ensure_vqvae(job: Job) -> Storage:
     return own.run
 
 
-def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+def setup(job: Job[LatentDiffusionRecipe], facts: DiffusionFacts, doing: Doing) -> Setup:
     """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded."""
-    run, fingerprint = Storage(job.recipe.vqvae), facts["vqvae_fingerprint"]
+    assert job.recipe.vqvae is not None
+    run, fingerprint = Storage(job.recipe.vqvae), facts.vqvae_fingerprint
 
     # Checked here and at the end: somebody may train that run anew while this one goes on.
     @functools.cache
@@ -131,14 +134,14 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
         open_autoencoder((model / VQVAE_ASSET).uri, fingerprint=fingerprint).load()
 
     def images(latents: Tensor) -> Tensor:
-        return vqvae(str(latents.device)).decode(latents / facts["scaling_factor"])
+        return vqvae(str(latents.device)).decode(latents / facts.scaling_factor)
 
     # As a run of its own, so that it is read back in the same way.
     made = diffusion_setup(job, facts, doing, images, {f"{VQVAE_ASSET}/model": run / "model"})
     return dataclasses.replace(made, check_assets=check_copy)
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job[LatentDiffusionRecipe]) -> dict[str, Any]:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
     check(job)
     job = with_absolute_folders(job)
@@ -166,16 +169,16 @@ def train(job: Job) -> dict[str, Any]:
         for flip in ([False, True] if recipe.flip else [False])
     ]
     some = [table.image_ids[row] for row in table.rows(TRAIN)[:_SCALE_IMAGES]]
-    facts = {
-        "resolution": vqvae.recipe.image_size,
-        "x_0_shape": x_0_shape,
-        "scaling_factor": scaling_factor(open_column(columns[0], default_cache(), some).values),
-        "vqvae_fingerprint": vqvae.fingerprint(),
-        "dataset_fingerprint": table.facts["fingerprint"],
-        "columns": [column.name for column in columns],
-        **text_facts(job, table, text),
-    }
-    return run_training(job, setup, facts)
+    facts = DiffusionFacts(
+        text_inputs(text),
+        x_0_shape,
+        vqvae.recipe.image_size,
+        scaling_factor(open_column(columns[0], default_cache(), some).values),
+        vqvae.fingerprint(),
+        table.facts["fingerprint"],
+        tuple(column.name for column in columns),
+    )
+    return run_training(job, setup, with_text(job, facts, table, text))
 
 
 def main() -> None:

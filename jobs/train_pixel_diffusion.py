@@ -25,8 +25,9 @@ from jobs.runtime.diffusion_training import (
     diffusion_setup,
     dry_run,
     open_text,
-    text_facts,
+    text_inputs,
     with_absolute_folders,
+    with_text,
 )
 from jobs.runtime.features import cached_image_column, ensure_dataset
 from jobs.runtime.job import Job, parse_job
@@ -34,15 +35,16 @@ from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import run_training
 from mmcore.data.prepared import TRAIN, read_captions
 from mmcore.frozen.vision import SCRATCH
-from mmcore.generators.pixel_diffusion import VARIANTS
+from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 
 
-def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+def setup(job: Job[PixelDiffusionRecipe], facts: DiffusionFacts, doing: Doing) -> Setup:
     """Model and rows, on a worker."""
     return diffusion_setup(job, facts, doing)
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job[PixelDiffusionRecipe]) -> dict[str, Any]:
     """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
     check(job)
     job = with_absolute_folders(job)
@@ -65,16 +67,14 @@ def train(job: Job) -> dict[str, Any]:
         image_size=recipe.image_size,
         stall_timeout_s=job.options.stall_timeout,
     )
-    facts = {
-        "resolution": recipe.image_size,
-        "x_0_shape": x_0_shape,
-        "scaling_factor": 1.0,
-        "vqvae_fingerprint": None,
-        "dataset_fingerprint": table.facts["fingerprint"],
-        "columns": [column.folder.name],
-        **text_facts(job, table, text),
-    }
-    return run_training(job, setup, facts)
+    facts = DiffusionFacts(
+        text_inputs(text),
+        x_0_shape,
+        recipe.image_size,
+        dataset_fingerprint=table.facts["fingerprint"],
+        columns=(column.folder.name,),
+    )
+    return run_training(job, setup, with_text(job, facts, table, text))
 
 
 def main() -> None:

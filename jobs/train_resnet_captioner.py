@@ -24,7 +24,12 @@ from jobs.runtime.run_folder import check_new_run
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import run_training
 from mmcore.captioners.caption_rows import CaptionRows
-from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
+from mmcore.captioners.cross_attention import (
+    VARIANTS,
+    CaptionerFacts,
+    CrossAttentionCaptioner,
+    CrossAttentionCaptionerRecipe,
+)
 from mmcore.data.columns import default_cache, open_column
 from mmcore.data.prepared import CaptionTable, read_captions, shapes_table
 from mmcore.data.shapes import ShapesSettings
@@ -48,12 +53,12 @@ def build_vocabulary(recipe: CrossAttentionCaptionerRecipe, table: CaptionTable)
     return WordVocabulary.build(captions, min_count=recipe.min_word_count, lowercase=recipe.lowercase)
 
 
-def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+def setup(job: Job[CrossAttentionCaptionerRecipe], facts: CaptionerFacts, doing: Doing) -> Setup:
     """Model and rows, on a worker."""
-    recipe: CrossAttentionCaptionerRecipe = job.recipe
-    vocabulary = WordVocabulary.from_json(facts["vocabulary"])
+    recipe = job.recipe
+    vocabulary = WordVocabulary.from_json(facts.vocabulary)
     table = read_captions(job.storage, recipe.dataset, recipe.split)
-    folders = [job.storage / "features" / key for key in facts["columns"]]
+    folders = [job.storage / "features" / key for key in facts.columns]
     keywords = {
         "captions_per_image": recipe.captions_per_image,
         "max_length": recipe.max_length,
@@ -70,7 +75,7 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
         views = [open_column(folder, default_cache(), doing=doing) for folder in folders]
         rows = CaptionRows(table, views, vocabulary, **keywords)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
-    model = recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
+    model = recipe.build(facts)
 
     def samples(model: torch.nn.Module, step: int) -> dict[str, Any]:
         assert isinstance(model, CrossAttentionCaptioner)
@@ -83,10 +88,12 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     return Setup(model, rows, samples)
 
 
-def describe(job: Job, vocabulary: WordVocabulary, encoder_shape: tuple[int, int], num_train: int) -> None:
+def describe(
+    job: Job[CrossAttentionCaptionerRecipe], vocabulary: WordVocabulary, encoder_shape: tuple[int, int], num_train: int
+) -> None:
     """Print sizes beside the report's Table 1, and the steps."""
-    recipe: CrossAttentionCaptionerRecipe = job.recipe
-    model = recipe.build(vocabulary, encoder_shape)
+    recipe = job.recipe
+    model = recipe.build(CaptionerFacts(vocabulary.to_json(), *encoder_shape))
     trainable = sum(parameter.numel() for parameter in model.parameters())
     frozen = 0
     if recipe.encoder != SCRATCH:
@@ -111,7 +118,7 @@ def describe(job: Job, vocabulary: WordVocabulary, encoder_shape: tuple[int, int
         )
 
 
-def dry_run(job: Job) -> None:
+def dry_run(job: Job[CrossAttentionCaptionerRecipe]) -> None:
     """Print the resolved recipe and what would be read and written; nothing is written."""
     recipe, storage = job.recipe, job.storage
     makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS")
@@ -129,7 +136,7 @@ def dry_run(job: Job) -> None:
     describe(job, build_vocabulary(recipe, table), encoder_shape, len(table.rows("train")))
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job[CrossAttentionCaptionerRecipe]) -> dict[str, Any]:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary."""
     check_new_run(job)
     recipe, storage = job.recipe, job.storage
@@ -155,14 +162,13 @@ def train(job: Job) -> dict[str, Any]:
     ]
     encoder_shape = (int(np.prod(columns[0].shape[:-1])), columns[0].shape[-1])
     describe(job, vocabulary, encoder_shape, len(table.rows("train")))
-    facts = {
-        "encoder_fingerprint": columns[0].encoder_fingerprint,
-        "image_tokens": encoder_shape[0],
-        "encoder_width": encoder_shape[1],
-        "dataset_fingerprint": table.facts["fingerprint"],
-        "columns": [column.folder.name for column in columns],
-        "vocabulary": vocabulary.to_json(),
-    }
+    facts = CaptionerFacts(
+        vocabulary.to_json(),
+        *encoder_shape,
+        columns[0].encoder_fingerprint,
+        table.facts["fingerprint"],
+        tuple(column.folder.name for column in columns),
+    )
     datasets = None
     if job.options.stream:
         connect()

@@ -42,7 +42,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder, sha256_of
 from mmcore.frozen.vision import SCRATCH
 from mmcore.generators.perceptual import PerceptualDistance
-from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining, bicubic_psnr
+from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAEFacts, VQVAERecipe, VQVAETraining, bicubic_psnr
 from mmcore.images import image_grid
 from mmcore.recipe import recipe_to_json
 from mmcore.seeding import derive_seed
@@ -50,7 +50,7 @@ from mmcore.storage import Storage
 from mmcore.training import num_steps
 
 
-def default_job(storage: Storage, name: str, variant: str, options: RunOptions | None = None) -> Job:
+def default_job(storage: Storage, name: str, variant: str, options: RunOptions | None = None) -> Job[VQVAERecipe]:
     """The job of ``--variant VARIANT --name NAME --storage STORAGE``, for another job that needs a VQ-VAE first.
 
     `options`: that job's own, for workers, threads and patience.
@@ -60,11 +60,11 @@ def default_job(storage: Storage, name: str, variant: str, options: RunOptions |
     return Job(recipe_name(__file__), variant, VARIANTS[variant], options)
 
 
-def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+def setup(job: Job[VQVAERecipe], facts: VQVAEFacts, doing: Doing) -> Setup:
     """Model and rows, on a worker."""
     recipe: VQVAERecipe = job.recipe
     table = read_captions(job.storage, recipe.dataset, recipe.split)
-    column = open_column(job.storage / "features" / facts["column"], default_cache(), doing=doing)
+    column = open_column(job.storage / "features" / facts.column, default_cache(), doing=doing)
     rows = PixelRows(table, column, flip=recipe.flip, seed=recipe.train.seed)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = VQVAETraining(recipe)
@@ -91,7 +91,7 @@ def setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
     return Setup(model, rows, samples)
 
 
-def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) -> None:
+def describe(job: Job[VQVAERecipe], perceptual: PerceptualDistance | None, num_train: int) -> None:
     """Print sizes and steps, and where the settings depart from the report's."""
     recipe: VQVAERecipe = job.recipe
     model = VQVAETraining(dataclasses.replace(recipe, perceptual=None, vgg16=None, lpips_heads=None))
@@ -117,7 +117,7 @@ def describe(job: Job, perceptual: PerceptualDistance | None, num_train: int) ->
         )
 
 
-def dry_run(job: Job, perceptual: PerceptualDistance | None) -> None:
+def dry_run(job: Job[VQVAERecipe], perceptual: PerceptualDistance | None) -> None:
     """Print the resolved recipe and what would be read and written; nothing is written."""
     recipe, storage = job.recipe, job.storage
     makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists("_SUCCESS")
@@ -140,7 +140,7 @@ def with_absolute_paths(recipe: VQVAERecipe) -> VQVAERecipe:
     return dataclasses.replace(recipe, **absolute)
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job[VQVAERecipe]) -> dict[str, Any]:
     """Make what is missing (Shapes, the column of pixels), then train. Returns the run's summary."""
     check_new_run(job)
     if job.options.stream:
@@ -162,12 +162,8 @@ def train(job: Job) -> dict[str, Any]:
         stall_timeout_s=job.options.stall_timeout,
     )
     describe(job, perceptual, len(table.rows(TRAIN)))
-    facts = {
-        "dataset_fingerprint": table.facts["fingerprint"],
-        "column": column.folder.name,
-        "perceptual_fingerprint": perceptual and sha256_of(perceptual, None),
-    }
-    return run_training(job, setup, facts)
+    fingerprint = sha256_of(perceptual, None) if perceptual else None
+    return run_training(job, setup, VQVAEFacts(table.facts["fingerprint"], column.folder.name, fingerprint))
 
 
 def main() -> None:

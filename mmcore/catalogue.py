@@ -1,19 +1,63 @@
-"""The scope on one screen: the name of a recipe -> its settings. A run folder's recipe.json holds that name."""
+"""The scope on one screen: the name of a recipe, which its run folders hold -> what it is made of."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
-from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
-from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
-from mmcore.generators.vqvae import VQVAERecipe
+from mmcore.captioners import cross_attention
+from mmcore.errors import InputError
+from mmcore.generators import denoiser, latent_diffusion, pixel_diffusion, vqvae
+from mmcore.run_files import RunFile, read_fields, run_file_from_json
+from mmcore.storage import Storage
 
-CAPTIONERS: dict[str, Any] = {
-    "resnet_captioner": CrossAttentionCaptionerRecipe,
+Kind = Literal["captioner", "generator", "autoencoder"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe."""
+
+    kind: Kind
+    recipe_type: type[Any]
+    facts_type: type[Any]
+    variants: dict[str, Any]
+    table_1: tuple[float, float] | None = None
+    """Of the report's Table 1: total and trainable parameters, in millions."""
+
+
+RECIPES: dict[str, Entry] = {
+    "resnet_captioner": Entry(
+        "captioner",
+        cross_attention.CrossAttentionCaptionerRecipe,
+        cross_attention.CaptionerFacts,
+        cross_attention.VARIANTS,
+        table_1=(34.2, 21.5),
+    ),
+    "pixel_diffusion": Entry(
+        "generator",
+        pixel_diffusion.PixelDiffusionRecipe,
+        denoiser.DiffusionFacts,
+        pixel_diffusion.VARIANTS,
+    ),
+    "ldm": Entry(
+        "generator",
+        latent_diffusion.LatentDiffusionRecipe,
+        denoiser.DiffusionFacts,
+        latent_diffusion.VARIANTS,
+    ),
+    "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, vqvae.VQVAEFacts, vqvae.VARIANTS),
 }
-GENERATORS: dict[str, Any] = {
-    "pixel_diffusion": PixelDiffusionRecipe,
-    "ldm": LatentDiffusionRecipe,
-}
-AUTOENCODERS: dict[str, Any] = {
-    "vqvae": VQVAERecipe,
-}
+
+
+def names(kind: Kind) -> list[str]:
+    """The recipes of a kind."""
+    return [name for name, entry in RECIPES.items() if entry.kind == kind]
+
+
+def read_model_file(run: Storage, kind: Kind) -> RunFile[Any, Any]:
+    """What a finished run says of itself. Raises InputError where it is not finished or of another kind."""
+    fields, where = read_fields(run)
+    recipe_name = fields["recipe"]
+    entry = RECIPES.get(recipe_name)
+    if entry is None or entry.kind != kind:
+        raise InputError(f"{where}: recipe {recipe_name!r} is no {kind}; known: {', '.join(names(kind))}")
+    return run_file_from_json(fields, entry.recipe_type, entry.facts_type, where)

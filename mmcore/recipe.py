@@ -28,9 +28,12 @@ Identity = dict[str, str]
 class Recipe(Protocol):
     """Everything about one model: data, sizes, optimisation. A frozen dataclass beside its model."""
 
-    dataset: str
-    split: str
-    train: "TrainSettings"
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def train(self) -> "TrainSettings": ...
 
 
 class Captioner(Protocol):
@@ -190,11 +193,22 @@ def recipe_to_json(recipe: Any) -> dict[str, Any]:
 
 
 def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -> T:
-    """Build `recipe_type` from what `recipe_to_json` gave. Unknown keys are an error that names `where`."""
+    """Build `recipe_type` from what `recipe_to_json` gave.
+
+    Raises InputError, naming `where`, for unknown keys and for missing ones that have no default.
+    """
     known = {field.name: field for field in dataclasses.fields(recipe_type)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise InputError(f"{where}: unknown fields {', '.join(unknown)}; this version knows {', '.join(known)}")
+    needed = [
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in needed if name not in fields]
+    if missing:
+        raise InputError(f"{where}: missing fields {', '.join(missing)}; copy the file again")
     types = get_type_hints(recipe_type)
     values: dict[str, Any] = {}
     for name, value in fields.items():

@@ -223,14 +223,12 @@ def build(args: Args) -> Application:
 
 def check_runs(args: Args) -> None:
     """Raises InputError where a URI holds no finished run of its kind: in one line, before anything is started."""
-    from mmcore.catalogue import CAPTIONERS, GENERATORS
-    from mmcore.run_files import read_facts
+    from mmcore.catalogue import Kind, read_model_file
 
-    for what, text, known in (("captioner", args.captioner, CAPTIONERS), ("generator", args.generator, GENERATORS)):
-        for name, uri in named(text, what).items():
-            recipe = read_facts(Storage(uri))["recipe"]
-            if recipe not in known:
-                raise InputError(f"{what}={name}:{uri}: recipe {recipe!r} is no {what}; known: {', '.join(known)}")
+    kinds: tuple[tuple[Kind, str], ...] = (("captioner", args.captioner), ("generator", args.generator))
+    for kind, text in kinds:
+        for uri in named(text, kind).values():
+            read_model_file(Storage(uri), kind)
 
 
 def _local(folder: str | None) -> str | None:

@@ -13,16 +13,16 @@ from mmcore import checkpoint
 from mmcore.data.columns import Column
 from mmcore.data.prepared import CaptionTable
 from mmcore.frozen.text import PromptTokenizer
-from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion_rows import GenerationRows, PromptIds, scaling_factor
 from mmcore.generators.latent_diffusion import VARIANTS as LDM_VARIANTS
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_VARIANTS
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
-from mmcore.generators.vqvae import VQVAETraining
-from mmcore.recipe import TrainSettings, recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.generators.vqvae import VQVAEFacts, VQVAETraining
+from mmcore.recipe import TrainSettings
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.training import RunHooks, Training
@@ -102,7 +102,7 @@ def rows_of(recipe: Any, facts: CaptionTable | None = None) -> GenerationRows:
 def model_of(recipe: Any, seed: int = 0) -> Denoiser:
     torch.manual_seed(seed)
     shape = SHAPE if isinstance(recipe, PixelDiffusionRecipe) else LATENT_SHAPE
-    return recipe.build(tokenizer(recipe).inputs(), shape)
+    return recipe.build(DiffusionFacts(tokenizer(recipe).inputs(), shape))
 
 
 def fill_by_formula(model: Denoiser) -> None:
@@ -152,19 +152,10 @@ def write_run(
     """A finished run of a network with random weights and a text encoder from scratch."""
     words = tokenizer(recipe)
     torch.manual_seed(0)
-    model = recipe.build(words.inputs(), x_0_shape)
-    content = {
-        "recipe": name,
-        "settings": recipe_to_json(recipe),
-        "resolution": x_0_shape[1],
-        "x_0_shape": x_0_shape,
-        "scaling_factor": 1.0,
-        "vqvae_fingerprint": None,
-        "text_inputs": dataclasses.asdict(words.inputs()),
-        "text_fingerprint": words.fingerprint(),
-        **facts,
-    }
-    write_model(run, checkpoint.trainable_state(model), content)
+    more = {"resolution": x_0_shape[1], "text_fingerprint": words.fingerprint(), **facts}
+    content = DiffusionFacts(words.inputs(), x_0_shape, **more)
+    model = recipe.build(content)
+    write_model(run, checkpoint.trainable_state(model), RunFile(name, "smoke", recipe, content, ""))
     for file, data in words.files().items():
         (run / "model" / "tokenizer").write(file, data)
     return model.eval(), words
@@ -180,7 +171,7 @@ def write_vqvae_run(run: Storage, seed: int = 1, **changes: Any) -> VQVAETrainin
     vqvae = dataclasses.replace(VQVAE_VARIANTS["smoke"], **changes)
     torch.manual_seed(seed)
     model = VQVAETraining(vqvae)
-    write_model(run, checkpoint.trainable_state(model), {"recipe": "vqvae", "settings": recipe_to_json(vqvae)})
+    write_model(run, checkpoint.trainable_state(model), RunFile("vqvae", "smoke", vqvae, VQVAEFacts(), ""))
     return model.eval()
 
 

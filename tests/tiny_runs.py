@@ -11,21 +11,21 @@ from mmcore import checkpoint
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.text_context import TextSettings
-from mmcore.recipe import recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
 SCALING_FACTOR = 0.7
 
 
-def _write(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    write_model(Storage(str(folder)), tensors, facts)
+def _write(folder: Path, name: str, recipe: Any, facts: Any, tensors: dict[str, torch.Tensor]) -> None:
+    write_model(Storage(str(folder)), tensors, RunFile(name, "smoke", recipe, facts, ""))
     (folder / "_SUCCESS").write_text("{}")
 
 
-def _write_diffusion(folder: Path, name: str, recipe: Any, shape: tuple[int, int, int], **facts: Any) -> Path:
+def _write_diffusion(folder: Path, name: str, recipe: Any, shape: tuple[int, int, int], **more: Any) -> Path:
     """The run of a diffusion recipe."""
     tokenizer = word_tokenizer(recipe.text.max_tokens)
     inputs, fingerprint = tokenizer.inputs(), tokenizer.fingerprint()
@@ -33,19 +33,12 @@ def _write_diffusion(folder: Path, name: str, recipe: Any, shape: tuple[int, int
         encoder = FrozenTextEncoder(recipe.text.text_encoder, recipe.text.max_tokens)
         inputs, fingerprint = TextInputs(width=encoder.model.config.hidden_size), encoder.fingerprint()
     torch.manual_seed(0)
-    model = recipe.build(inputs, shape)
+    facts = DiffusionFacts(inputs, shape, text_fingerprint=fingerprint, **more)
+    model = recipe.build(facts)
     with torch.no_grad():
         # diffusers begins with an output of almost nothing; here prompt and noise must show in the images.
         model.unet.conv_out.weight.mul_(3)
-    facts = {
-        "recipe": name,
-        "settings": recipe_to_json(recipe),
-        "text_inputs": dataclasses.asdict(inputs),
-        "x_0_shape": shape,
-        "text_fingerprint": fingerprint,
-        **facts,
-    }
-    _write(folder, facts, checkpoint.trainable_state(model))
+    _write(folder, name, recipe, facts, checkpoint.trainable_state(model))
     if recipe.text.is_scratch:
         write_tokenizer(folder / "model" / "tokenizer", tokenizer)
     return folder
@@ -86,8 +79,7 @@ def write_resnet(folder: Path) -> Path:
 def write_pixel_run(folder: Path, recipe: pixel_diffusion.PixelDiffusionRecipe | None = None) -> Path:
     recipe = recipe or dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], image_size=16)
     shape = (3, recipe.image_size, recipe.image_size)
-    facts = {"resolution": recipe.image_size, "scaling_factor": 1.0, "vqvae_fingerprint": None}
-    return _write_diffusion(folder, "pixel_diffusion", recipe, shape, **facts)
+    return _write_diffusion(folder, "pixel_diffusion", recipe, shape, resolution=recipe.image_size)
 
 
 def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size: int = 1, **changes: Any) -> Path:
@@ -102,11 +94,8 @@ def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size:
     with torch.no_grad():
         model.quantizer.codebook.normal_()
     own = {**checkpoint.trainable_state(model), **{name: model.get_buffer(name) for name in model.state_buffers}}
-    _write(
-        vqvae_run,
-        {"recipe": "vqvae", "settings": recipe_to_json(autoencoder)},
-        {f"vqvae.{name}": value for name, value in own.items()},
-    )
+    tensors = {f"vqvae.{name}": value for name, value in own.items()}
+    _write(vqvae_run, "vqvae", autoencoder, vqvae.VQVAEFacts(), tensors)
     return _write_diffusion(
         folder,
         "ldm",

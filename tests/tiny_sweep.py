@@ -19,9 +19,10 @@ import jobs.runtime.cluster
 from jobs.generate import GenerateImages, GenerateSettings, generate
 from jobs.runtime.commandline import run
 from mmcore.data.prompts import Prompt
+from mmcore.frozen.text import TextInputs
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
-from mmcore.recipe import recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 
 SIZE = 16
@@ -57,10 +58,9 @@ class TinyWorker(GenerateImages):
 
 def write_run(folder: Path, recipe: PixelDiffusionRecipe | None = None) -> Path:
     """A run of the tiny generator, which says that it was trained as `recipe`."""
-    settings = recipe_to_json(recipe or VARIANTS["smoke"])
-    facts = {"recipe": "pixel_diffusion", "settings": settings, "resolution": SIZE}
-    facts |= {"scaling_factor": 1.0, "vqvae_fingerprint": None}
-    write_model(Storage(str(folder)), {"nothing": torch.zeros(1)}, facts)
+    facts = DiffusionFacts(TextInputs(width=8), (3, SIZE, SIZE), SIZE)
+    file = RunFile("pixel_diffusion", "smoke", recipe or VARIANTS["smoke"], facts, "")
+    write_model(Storage(str(folder)), {"nothing": torch.zeros(1)}, file)
     return folder
 
 

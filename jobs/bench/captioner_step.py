@@ -34,7 +34,7 @@ from jobs.bench.timing import clock, publish, ratio_with_encoding, training_in_t
 from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import build_vocabulary
 from mmcore.captioners.caption_rows import CaptionRows
-from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
+from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts, CrossAttentionCaptionerRecipe
 from mmcore.data.prepared import read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.vision import FrozenVisionEncoder
@@ -152,7 +152,7 @@ def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEn
         recipe, data.vocabulary, inputs.caption_table(data.captions, bench.our_batch), data.features
     )
     torch.manual_seed(recipe.train.seed)
-    model = recipe.build(data.vocabulary, data.features.shape[1:])
+    model = recipe.build(CaptionerFacts(data.vocabulary.to_json(), *data.features.shape[1:]))
     figures = training_in_turn(
         variant,
         "captions/s",

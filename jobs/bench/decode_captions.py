@@ -30,7 +30,12 @@ from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.runtime.commandline import run
-from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
+from mmcore.captioners.cross_attention import (
+    VARIANTS,
+    CaptionerFacts,
+    CrossAttentionCaptioner,
+    CrossAttentionCaptionerRecipe,
+)
 from mmcore.captioners.decoder import CaptionDecoder
 from mmcore.captioners.decoding import greedy
 from mmcore.errors import InputError
@@ -109,7 +114,8 @@ def synthetic_model(
     seed = recipe.train.seed
     torch.manual_seed(derive_seed(seed, "weights"))
     vocabulary = inputs.synthetic_vocabulary(inputs.NUM_VOCABULARY["report"], recipe.lowercase)
-    model = recipe.build(vocabulary, (inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)).eval().to(device)
+    facts = CaptionerFacts(vocabulary.to_json(), inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)
+    model = recipe.build(facts).eval().to(device)
     lengths_B = torch.from_numpy(inputs.caption_lengths(bench.num_images, seed)).to(device)
     shape = (bench.num_images, inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)
     tokens_BLE = torch.randn(shape, generator=generator(seed, "tokens")).to(device)

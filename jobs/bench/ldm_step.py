@@ -48,7 +48,7 @@ from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer, TextInputs
 from mmcore.generators import vqvae
-from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
 from mmcore.seeding import derive_seed, generator, permutation
@@ -222,7 +222,7 @@ def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, G
         seed=seed,
     )
     torch.manual_seed(derive_seed(seed, "weights"))
-    return recipe.build(text_inputs, data.latents.shape[1:]), rows
+    return recipe.build(DiffusionFacts(text_inputs, data.latents.shape[1:])), rows
 
 
 class ReportTraining:

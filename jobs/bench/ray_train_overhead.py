@@ -93,9 +93,14 @@ class OverheadBench:
         return dataclasses.replace(best, captions_per_image=1, flip=False, train=train)
 
 
-def set_up(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+@dataclasses.dataclass(frozen=True)
+class BenchFacts:
+    num_train: int
+
+
+def set_up(job: Job[CrossAttentionCaptionerRecipe], facts: BenchFacts, doing: Doing) -> Setup:
     """Model and rows, on a Ray worker; nothing is sampled."""
-    model, rows = synthetic_training(job.recipe, facts["num_train"])
+    model, rows = synthetic_training(job.recipe, facts.num_train)
     return Setup(model, rows, lambda model, step: {})
 
 
@@ -115,7 +120,7 @@ def with_ray(bench: OverheadBench, storage: Storage, name: str) -> bytes:
     )
     job = Job("bench", "best", bench.recipe(), options)
     try:
-        run_training(job, set_up, {"num_train": bench.num_images})
+        run_training(job, set_up, BenchFacts(bench.num_images))
         return job.run.read("metrics.jsonl")
     finally:
         ray.shutdown()

@@ -34,13 +34,15 @@ from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.generate import GenerateSettings, generate
 from jobs.runtime.commandline import run
 from jobs.runtime.ray_private import cpus
+from jobs.runtime.source import source_commit
 from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
 from mmcore.frozen.text import PromptTokenizer
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS
 from mmcore.images import png_bytes
-from mmcore.recipe import Generator, recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.recipe import Generator
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
@@ -84,18 +86,9 @@ def write_random_run(folder: Path, bench: SweepBench) -> Storage:
     storage = Storage(str(folder))
     for name, data in tokenizer.files().items():
         storage.write(f"model/tokenizer/{name}", data)
-    weights = checkpoint.trainable_state(recipe.build(tokenizer.inputs(), shape))
-    facts = {
-        "recipe": "pixel_diffusion",
-        "settings": recipe_to_json(recipe),
-        "resolution": recipe.image_size,
-        "scaling_factor": 1.0,
-        "vqvae_fingerprint": None,
-        "text_inputs": dataclasses.asdict(tokenizer.inputs()),
-        "text_fingerprint": tokenizer.fingerprint(),
-        "x_0_shape": shape,
-    }
-    write_model(storage, weights, facts)
+    facts = DiffusionFacts(tokenizer.inputs(), shape, recipe.image_size, text_fingerprint=tokenizer.fingerprint())
+    weights = checkpoint.trainable_state(recipe.build(facts))
+    write_model(storage, weights, RunFile("pixel_diffusion", bench.variant, recipe, facts, source_commit()))
     return storage
 
 

@@ -20,7 +20,7 @@ from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
-from mmcore.generators.denoiser import Denoiser
+from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion import check_timesteps
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
@@ -33,7 +33,7 @@ from mmcore.training import num_steps, resolve_precision
 Text = PromptTokenizer | FrozenTextEncoder
 
 
-def check(job: Job) -> None:
+def check(job: Job[Any]) -> None:
     """Raise InputError for what can be refused without looking at any data."""
     check_new_run(job)
     if job.options.stream:
@@ -62,15 +62,15 @@ def text_inputs(text: Text) -> TextInputs:
     return TextInputs(width=text([""]).shape[-1])
 
 
-def text_facts(job: Job, table: CaptionTable, text: Text) -> dict[str, Any]:
-    """What a run must know of its text: the tokenizer is written to the storage, frozen hidden states are cached."""
+def with_text(job: Job[Any], facts: DiffusionFacts, table: CaptionTable, text: Text) -> DiffusionFacts:
+    """`facts` with where the text lies: the tokenizer is written to the storage, frozen hidden states are cached."""
     fingerprint = text.fingerprint()
-    facts = {"text_inputs": dataclasses.asdict(text_inputs(text)), "text_fingerprint": fingerprint}
+    facts = dataclasses.replace(facts, text_fingerprint=fingerprint)
     if isinstance(text, PromptTokenizer):
         folder = job.storage / "tokenizers" / fingerprint[:24]
         for name, data in text.files().items():
             folder.create(name, data)
-        return {**facts, "text": [folder.parent.name, folder.name]}
+        return dataclasses.replace(facts, text=(folder.parent.name, folder.name))
     column = cached_text_column(
         job.storage,
         table,
@@ -79,16 +79,16 @@ def text_facts(job: Job, table: CaptionTable, text: Text) -> dict[str, Any]:
         captions_per_image=job.recipe.captions_per_image,
         stall_timeout_s=job.options.stall_timeout,
     )
-    return {**facts, "text": [column.folder.parent.name, column.folder.name]}
+    return dataclasses.replace(facts, text=(column.folder.parent.name, column.folder.name))
 
 
-def _text_folder(job: Job, facts: dict[str, Any]) -> Storage:
+def _text_folder(job: Job[Any], facts: DiffusionFacts) -> Storage:
     """Where in the storage the tokenizer or the hidden states lie."""
-    parent, name = facts["text"]
+    parent, name = facts.text
     return job.storage / parent / name
 
 
-def _prompts(job: Job, facts: dict[str, Any], table: CaptionTable, doing: Doing) -> Prompts:
+def _prompts(job: Job[Any], facts: DiffusionFacts, table: CaptionTable, doing: Doing) -> Prompts:
     recipe, folder = job.recipe, _text_folder(job, facts)
     if recipe.text.is_scratch:
         captions = [row[: recipe.captions_per_image] for row in table.captions]
@@ -100,8 +100,8 @@ def _prompts(job: Job, facts: dict[str, Any], table: CaptionTable, doing: Doing)
 
 
 def diffusion_setup(
-    job: Job,
-    facts: dict[str, Any],
+    job: Job[Any],
+    facts: DiffusionFacts,
     doing: Doing,
     images: Callable[[Tensor], Tensor] | None = None,
     assets: dict[str, Storage] | None = None,
@@ -111,17 +111,17 @@ def diffusion_setup(
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     rows = GenerationRows(
         table,
-        [open_column(job.storage / "features" / key, default_cache(), doing=doing) for key in facts["columns"]],
+        [open_column(job.storage / "features" / key, default_cache(), doing=doing) for key in facts.columns],
         _prompts(job, facts, table, doing),
         captions_per_image=recipe.captions_per_image,
         drop_text=recipe.drop_text,
         flip=recipe.flip,
         noise=recipe.noise,
-        scaling_factor=facts["scaling_factor"],
+        scaling_factor=facts.scaling_factor,
         seed=recipe.train.seed,
     )
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
-    model = recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
+    model = recipe.build(facts)
     chosen = rows.validation[: recipe.train.num_samples].tolist()
     seeds = [derive_seed(recipe.train.seed, "sample", number) for number in range(len(chosen))]
 
@@ -166,7 +166,7 @@ def diffusion_setup(
 # -- on the driver -------------------------------------------------------------------------------------------------
 
 
-def with_absolute_folders(job: Job) -> Job:
+def with_absolute_folders(job: Job[Any]) -> Job[Any]:
     """Folders of pretrained parts as a worker, and whoever reads the finished run from elsewhere, finds them."""
     text = job.recipe.text
     text = dataclasses.replace(
@@ -175,11 +175,11 @@ def with_absolute_folders(job: Job) -> Job:
     return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
 
 
-def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
+def describe(job: Job[Any], text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
     """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
     recipe, inputs = job.recipe, text_inputs(text)
     with torch.device("meta"):
-        model = recipe.build(inputs, x_0_shape)
+        model = recipe.build(DiffusionFacts(inputs, x_0_shape))
     count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
     frozen = f"{count(text.model):.2f} M of the frozen {text.name}" if isinstance(text, FrozenTextEncoder) else "none"
     steps_per_epoch, total = num_steps(recipe.train, num_train)
@@ -191,7 +191,7 @@ def describe(job: Job, text: Text, x_0_shape: tuple[int, int, int], num_train: i
     )
 
 
-def dry_run(job: Job, x_0_shape: tuple[int, int, int], reads: str) -> None:
+def dry_run(job: Job[Any], x_0_shape: tuple[int, int, int], reads: str) -> None:
     """Print the resolved recipe and what would be read and written; nothing is written."""
     recipe, storage = job.recipe, job.storage
     makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS)

@@ -5,14 +5,16 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
 from jobs.runtime.source import output_storage
 from mmcore.errors import InputError
-from mmcore.recipe import check_effect
+from mmcore.recipe import Recipe, check_effect
 from mmcore.storage import Storage
+
+R = TypeVar("R", bound=Recipe)
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -43,12 +45,12 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[R]):
     """A training job's command line, resolved. Raises InputError for options that no run can have."""
 
     recipe_name: str
     variant: str
-    recipe: Any
+    recipe: R
     options: RunOptions
 
     def __post_init__(self) -> None:
@@ -74,8 +76,8 @@ def recipe_name(job_file: str) -> str:
 
 
 def parse_job(
-    job_file: str, variants: dict[str, Any], description: str, argv: list[str] | None = None, report_needs: str = ""
-) -> Job:
+    job_file: str, variants: dict[str, R], description: str, argv: list[str] | None = None, report_needs: str = ""
+) -> Job[R]:
     """Read ``--variant`` first; its fields are then the defaults of the flags, and what ``--help`` shows.
 
     Raises InputError for a flag that has no effect beside the others.
@@ -99,14 +101,14 @@ def parse_job(
         variant: Variant,  # type: ignore[valid-type]
         recipe: Annotated[Any, tyro.conf.arg(name="")],
         options: Annotated[RunOptions, tyro.conf.arg(name="")],
-    ) -> Job:
+    ) -> Job[Any]:
         return Job(name, variant, recipe, options)
 
     collect.__annotations__["recipe"] = Annotated[type(variants[variant]), tyro.conf.arg(name="")]
     collect.__defaults__ = (variant, variants[variant], RunOptions())
     variant_help = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
     collect.__doc__ = f"{description.strip()}\n\n{variant_help}"
-    parsed: Job = tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
+    parsed: Job[R] = tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
     check_effect(parsed.recipe, variants[variant])
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)

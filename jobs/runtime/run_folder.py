@@ -1,13 +1,13 @@
 """The folder of a run: begun anew, gone on with, or refused."""
 
-import contextlib
 import json
 from typing import Any
 
 from jobs.runtime.job import Job
 from jobs.runtime.source import source_commit
 from mmcore.errors import InputError
-from mmcore.recipe import difference, recipe_from_json, recipe_to_json
+from mmcore.recipe import difference
+from mmcore.run_files import RunFile, read_begun, write_begun
 from mmcore.storage import Storage
 from mmcore.training import check_batch
 
@@ -15,10 +15,10 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _PLACES = ("encoder", "text_encoder", "tokenizer", "vqvae", "perceptual", "vgg16", "lpips_heads")
 
 
-def open_run(job: Job, facts: dict[str, Any]) -> None:
+def open_run(job: Job[Any], facts: Any) -> None:
     """Create the run folder, or check that the unfinished run there is this one.
 
-    `facts`: what beside the recipe decides the result, such as the dataset's fingerprint.
+    `facts`: what beside the recipe decides the result, such as the dataset's fingerprint; a frozen dataclass.
     Raises InputError for a finished run and for an unfinished one of other settings.
     """
     run, again = job.run, "give another --name, or --fresh to start anew"
@@ -26,19 +26,22 @@ def open_run(job: Job, facts: dict[str, Any]) -> None:
         run.delete_tree(first=["_SUCCESS", _SNAPSHOT, "recipe.json"])
     if run.exists("_SUCCESS"):
         raise InputError(f"{run} is finished; {again}")
-    mine = {"recipe": job.recipe_name, "variant": job.variant, "settings": recipe_to_json(job.recipe), **facts}
-    data = json.dumps({**mine, "commit": source_commit()}, indent=1, ensure_ascii=False).encode()
-    if not run.create("recipe.json", data):
-        there = json.loads(run.read("recipe.json"))
-        there.pop("commit")
-        mine.pop("variant"), there.pop("variant")
-        with contextlib.suppress(InputError):  # of fields that are no more; `difference` names them
+    mine = RunFile(job.recipe_name, job.variant, job.recipe, facts, source_commit())
+    if not write_begun(run, mine):
+        try:
             # A field that is younger than the run has its default, which is how the run was trained.
-            there["settings"] = recipe_to_json(recipe_from_json(type(job.recipe), there["settings"], run.uri))
-        differences = difference(_without_places(json.loads(json.dumps(mine))), _without_places(there))
+            there = read_begun(run, type(job.recipe), type(facts)).to_json()
+        except InputError:  # fields that are no more; `difference` names them
+            there = json.loads(run.read("recipe.json"))
+        differences = difference(_comparable(mine.to_json()), _comparable(there))
         if differences:
             raise InputError(f"{run} holds an unfinished run of other settings: {'; '.join(differences[:5])}; {again}")
         print(f"going on with the unfinished run {run}", flush=True)
+
+
+def _comparable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what may differ: the name of the variant, the commit, and the places of pretrained parts."""
+    return _without_places({name: value for name, value in fields.items() if name not in ("variant", "commit")})
 
 
 def _without_places(facts: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def _without_places(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_new_run(job: Job) -> None:
+def check_new_run(job: Job[Any]) -> None:
     """Refuse a finished run before any other work is done for it."""
     check_batch(job.recipe.train, job.options.num_workers)
     if not job.options.fresh and job.run.exists("_SUCCESS"):

@@ -1,7 +1,6 @@
 """What runs on each worker of a training: the loop with its hooks, and the word between workers and driver."""
 
 import contextlib
-import json
 import logging
 import shutil
 import threading
@@ -22,7 +21,7 @@ from jobs.runtime.ray_private import cpus
 from mmcore.errors import InputError
 from mmcore.images import decode_image, png_bytes
 from mmcore.rows import Rows
-from mmcore.run_files import write_model
+from mmcore.run_files import read_begun, write_model
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
 from mmcore.training import RunHooks, Training, write_history
@@ -172,7 +171,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
                 publisher.publish(training.state.history)
                 copy_assets(run, setup.assets, workdir)
                 setup.check_assets(run / "model")
-                write_model(run, weights, json.loads(run.read("recipe.json")))
+                write_model(run, weights, read_begun(run, type(job.recipe), type(config["facts"])))
         return {
             # Of the weights that were kept: by `keep`, those of the best validation or the last.
             "best_step": training.state.best_step,

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.runtime import ray_private
 from jobs.runtime.cluster import connect, max_gpus
 from jobs.runtime.commandline import one_line
-from jobs.runtime.job import Job
+from jobs.runtime.job import Job, R
 from jobs.runtime.lease import Lease
 from jobs.runtime.progress import progress
 from jobs.runtime.run_folder import open_run, remove_unfinished_uploads
@@ -37,6 +37,7 @@ from mmcore.errors import InputError
 # Crashes are counted by the run's monitor; this ends workers that fail before they can tell it.
 _MAX_RESTARTS = 100
 _POLL_S = 0.5
+F = TypeVar("F")
 
 
 # -- the run folder ------------------------------------------------------------------------------------------------
@@ -46,9 +47,9 @@ _POLL_S = 0.5
 
 
 def run_training(
-    job: Job,
-    setup: Callable[[Job, dict[str, Any], Doing], Setup],
-    facts: dict[str, Any],
+    job: Job[R],
+    setup: Callable[[Job[R], F, Doing], Setup],
+    facts: F,
     datasets: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train `job` to its end, going on from what is committed. Raises InputError where the run cannot go on.
@@ -74,9 +75,9 @@ def run_training(
 
 
 def _fit(
-    job: Job,
-    setup: Callable[[Job, dict[str, Any], Doing], Setup],
-    facts: dict[str, Any],
+    job: Job[R],
+    setup: Callable[[Job[R], F, Doing], Setup],
+    facts: F,
     datasets: dict[str, Any] | None,
     monitor: Any,
     follower: "_Follower",
@@ -148,7 +149,7 @@ def _last_line(error: BaseException) -> str:
 class _Follower:
     """Shows a run's progress on the driver and watches for stalls, while `fit` blocks."""
 
-    def __init__(self, job: Job, monitor: Any) -> None:
+    def __init__(self, job: Job[Any], monitor: Any) -> None:
         self.job, self.monitor = job, monitor
         self.stop = threading.Event()
         self.watchdog = Watchdog(f"train {job.recipe_name}/{job.options.name}", job.options.stall_timeout)

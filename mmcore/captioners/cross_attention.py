@@ -25,6 +25,22 @@ def _flag(field: str) -> str:
 
 
 @dataclass(frozen=True)
+class CaptionerFacts:
+    """What a run of a captioner knows beside its settings."""
+
+    vocabulary: str
+    """The words, as JSON."""
+    image_tokens: int
+    """Tokens of an image by the frozen encoder; of no meaning where the recipe trains its own."""
+    encoder_width: int
+    """Channels of such a token."""
+    encoder_fingerprint: str = ""
+    dataset_fingerprint: str = ""
+    columns: tuple[str, ...] = ()
+    """Folders under STORAGE/features: the images, and the mirrored ones where half are to be mirrored."""
+
+
+@dataclass(frozen=True)
 class CrossAttentionCaptionerRecipe:
     """ResNet-18 (frozen), cross-attention, Transformer decoder; the defaults are the report's settings."""
 
@@ -105,9 +121,10 @@ class CrossAttentionCaptionerRecipe:
                 f"{self.width} and image_size {self.image_size}; mend it with --width and --image-size"
             )
 
-    def build(self, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]) -> "CrossAttentionCaptioner":
-        """The trainable half. `encoder_shape`: (L, E) of the frozen encoder's tokens (`scratch` knows its own)."""
-        return CrossAttentionCaptioner(self, vocabulary, encoder_shape)
+    def build(self, facts: CaptionerFacts) -> "CrossAttentionCaptioner":
+        """The trainable half."""
+        vocabulary = WordVocabulary.from_json(facts.vocabulary)
+        return CrossAttentionCaptioner(self, vocabulary, (facts.image_tokens, facts.encoder_width))
 
 
 def _num_predicted(lengths: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ The report's own U-Net has a middle of (768, 512) channels; diffusers' stays at 
 import dataclasses
 from dataclasses import dataclass, field
 
-from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import Denoiser, UNetSettings
+from mmcore.generators.denoiser import Denoiser, DiffusionFacts, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
 from mmcore.generators.pixel_diffusion import check_diffusion
 from mmcore.generators.text_context import TextSettings
@@ -69,9 +68,9 @@ class LatentDiffusionRecipe:
     def __post_init__(self) -> None:
         check_diffusion(self, "captions_per_image", "sample_steps")
 
-    def build(self, inputs: TextInputs, x_0_shape: tuple[int, int, int]) -> Denoiser:
-        """The network. `x_0_shape`: (C, H, W) of the VQ-VAE's latents."""
-        return Denoiser(self.unet, self.noise, self.text, inputs, x_0_shape)
+    def build(self, facts: DiffusionFacts) -> Denoiser:
+        """The network."""
+        return Denoiser(self.unet, self.noise, self.text, facts.text_inputs, facts.x_0_shape)
 
 
 _REPORT = LatentDiffusionRecipe()

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmcore.errors import InputError
-from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import Denoiser, UNetSettings
+from mmcore.generators.denoiser import Denoiser, DiffusionFacts, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
 from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import TrainSettings
@@ -61,9 +60,9 @@ class PixelDiffusionRecipe:
     def __post_init__(self) -> None:
         check_diffusion(self, "captions_per_image", "image_size", "sample_steps")
 
-    def build(self, inputs: TextInputs, x_0_shape: tuple[int, int, int]) -> Denoiser:
-        """The network. `x_0_shape`: (3, P, P) with P `image_size`."""
-        return Denoiser(self.unet, self.noise, self.text, inputs, x_0_shape)
+    def build(self, facts: DiffusionFacts) -> Denoiser:
+        """The network."""
+        return Denoiser(self.unet, self.noise, self.text, facts.text_inputs, facts.x_0_shape)
 
 
 def check_diffusion(recipe: Any, *counts: str) -> None:

@@ -41,6 +41,17 @@ def _flag(field: str) -> str:
 
 
 @dataclass(frozen=True)
+class VQVAEFacts:
+    """What a run of a VQ-VAE knows beside its settings."""
+
+    dataset_fingerprint: str = ""
+    column: str = ""
+    """Folder under STORAGE/features of the pixels."""
+    perceptual_fingerprint: str | None = None
+    """Of the frozen network of the perceptual loss."""
+
+
+@dataclass(frozen=True)
 class VQVAERecipe:
     """Convolutions, a codebook, convolutions; the defaults are the report's settings."""
 
@@ -381,8 +392,6 @@ def bicubic_psnr(pixels_BPP3: np.ndarray, factor: int) -> float:
         made = np.array(small.resize((side, side), Image.Resampling.BICUBIC))
         total += psnr(*(to_network(torch.from_numpy(each[None])) for each in (pixels, made))).item()
     return total / len(pixels_BPP3)
-
-
 
 
 _REPORT = VQVAERecipe()

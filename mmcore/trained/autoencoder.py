@@ -1,19 +1,19 @@
 """Opens a trained autoencoder: images to latents and back."""
 
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmcore import checkpoint
-from mmcore.catalogue import AUTOENCODERS
+from mmcore.catalogue import read_model_file
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import sha256_of
-from mmcore.generators.vqvae import VQVAE
-from mmcore.recipe import Identity, recipe_from_json
-from mmcore.run_files import read_facts, read_weights
+from mmcore.generators.vqvae import VQVAE, VQVAEFacts, VQVAERecipe
+from mmcore.recipe import Identity
+from mmcore.run_files import RunFile, read_weights
 from mmcore.storage import Storage
 
 
@@ -26,12 +26,7 @@ def open_autoencoder(source: str, *, fingerprint: str | None = None) -> "Trained
     Raises InputError where `source` is no finished run of a VQ-VAE.
     """
     run = Storage(source)
-    facts = read_facts(run)
-    if facts["recipe"] not in AUTOENCODERS:
-        raise InputError(
-            f"{run}/model/recipe.json: recipe {facts['recipe']!r} is no VQ-VAE; name a run under STORAGE/runs/vqvae"
-        )
-    return TrainedVQVAE(run, facts, fingerprint)
+    return TrainedVQVAE(run, read_model_file(run, "autoencoder"), fingerprint)
 
 
 class TrainedVQVAE:
@@ -40,19 +35,19 @@ class TrainedVQVAE:
     model: VQVAE
     device: torch.device
 
-    def __init__(self, run: Storage, facts: dict[str, Any], fingerprint: str | None) -> None:
-        self.run, self.facts, self._wanted = run, facts, fingerprint
-        self.recipe = recipe_from_json(AUTOENCODERS[facts["recipe"]], facts["settings"], f"{run}/model/recipe.json")
+    def __init__(self, run: Storage, file: RunFile[VQVAERecipe, VQVAEFacts], fingerprint: str | None) -> None:
+        self.run, self.file, self._wanted = run, file, fingerprint
+        self.recipe = file.recipe
         self.image_size: int = self.recipe.image_size
         self.latent_shape: tuple[int, int, int] = self.recipe.latent_shape
 
     def identity(self) -> Identity:
-        return {"run": self.run.uri, "weights_sha256": self.facts["weights_sha256"]}
+        return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
 
     def load(self, device: str = "cpu") -> Self:
         """Raises InputError where the weights are others than the facts name, or the fingerprint is not the wanted."""
         self.device, self.model = torch.device(device), self.recipe.build()
-        weights = read_weights(self.run, self.facts)
+        weights = read_weights(self.run, self.file.weights_sha256)
         # The discriminator's weights are in the file too; a trained model has no use for them.
         own = {name.removeprefix("vqvae."): value for name, value in weights.items() if name.startswith("vqvae.")}
         checkpoint.load_trainable(self.model, own, str(self.run))
@@ -68,7 +63,7 @@ class TrainedVQVAE:
     def fingerprint(self) -> str:
         """SHA-256 over all that decides latents and images: the weights and the settings."""
         # As they were written: a field that a later version adds must not change the fingerprint of what is there.
-        settings = {name: value for name, value in self.facts["settings"].items() if name != "train"}
+        settings = {name: value for name, value in self.file.settings.items() if name != "train"}
         return sha256_of(self.model, settings)
 
     @torch.inference_mode()

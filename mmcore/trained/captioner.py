@@ -7,15 +7,15 @@ import numpy as np
 import torch
 
 from mmcore import checkpoint
+from mmcore.captioners.cross_attention import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
-from mmcore.catalogue import CAPTIONERS
+from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
-from mmcore.recipe import Captioner, Identity, recipe_from_json
-from mmcore.run_files import read_facts, read_weights
+from mmcore.recipe import Captioner, Identity
+from mmcore.run_files import RunFile, read_weights
 from mmcore.storage import Storage
-from mmcore.text import WordVocabulary
 
 
 def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
@@ -27,12 +27,7 @@ def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
     Raises InputError where `source` is no finished run of a captioner.
     """
     run = Storage(source)
-    facts = read_facts(run)
-    if facts["recipe"] not in CAPTIONERS:
-        raise InputError(
-            f"{run}/model/recipe.json: recipe {facts['recipe']!r} is no captioner; known: {', '.join(CAPTIONERS)}"
-        )
-    return TrainedCaptioner(run, facts, encoder)
+    return TrainedCaptioner(run, read_model_file(run, "captioner"), encoder)
 
 
 class TrainedCaptioner:
@@ -43,9 +38,8 @@ class TrainedCaptioner:
     encoder: FrozenVisionEncoder | None
     takes_prompt = False
 
-    def __init__(self, run: Storage, facts: dict[str, Any], encoder: str | None) -> None:
-        self.run, self.facts = run, facts
-        self.recipe = recipe_from_json(CAPTIONERS[facts["recipe"]], facts["settings"], f"{run}/model/recipe.json")
+    def __init__(self, run: Storage, file: RunFile[Any, CaptionerFacts], encoder: str | None) -> None:
+        self.run, self.file, self.recipe = run, file, file.recipe
         is_scratch = self.recipe.encoder == SCRATCH
         if is_scratch and encoder is not None:
             raise InputError(f"--encoder {encoder!r}: this run's was trained with it; leave the flag out")
@@ -56,23 +50,22 @@ class TrainedCaptioner:
         self.options = SearchOptions()
 
     def identity(self) -> Identity:
-        return {"run": self.run.uri, "weights_sha256": self.facts["weights_sha256"]}
+        return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
 
     def check(self, options: SearchOptions) -> None:
         options.check()
 
     def load(self, device: str = "cpu") -> Self:
         """Raises InputError where the weights or the frozen encoder are others than the facts name."""
-        facts = self.facts
+        facts = self.file.facts
         self.device = torch.device(device)
-        vocabulary = WordVocabulary.from_json(facts["vocabulary"])
-        self.model = self.recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
-        checkpoint.load_trainable(self.model, read_weights(self.run, facts), str(self.run))
+        self.model = self.recipe.build(facts)
+        checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
         self.model.eval().to(self.device)
         self.encoder = None
         if self.encoder_name is not None:
             self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device)
-            if self.encoder.fingerprint() != facts["encoder_fingerprint"]:
+            if self.encoder.fingerprint() != facts.encoder_fingerprint:
                 raise InputError(
                     f"--encoder {self.encoder_name!r}: not the encoder that {self.run} was trained on; name that one"
                 )

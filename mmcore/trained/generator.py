@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from mmcore import checkpoint
-from mmcore.catalogue import GENERATORS
+from mmcore.catalogue import read_model_file
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import InputError, OptionError
 from mmcore.frozen.pretrained import absolute_folder
-from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer, TextInputs
-from mmcore.generators.denoiser import Denoiser
+from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer
+from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
-from mmcore.recipe import Generator, Identity, recipe_from_json
-from mmcore.run_files import read_facts, read_weights
+from mmcore.recipe import Generator, Identity
+from mmcore.run_files import RunFile, read_weights
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
@@ -35,12 +35,7 @@ def open_generator(source: str, *, text_encoder: str | None = None) -> Generator
     Raises InputError where `source` is no finished run of a generator.
     """
     run = Storage(source)
-    facts = read_facts(run)
-    if facts["recipe"] not in GENERATORS:
-        raise InputError(
-            f"{run}/model/recipe.json: recipe {facts['recipe']!r} is no generator; known: {', '.join(GENERATORS)}"
-        )
-    return TrainedDiffusion(run, facts, text_encoder)
+    return TrainedDiffusion(run, read_model_file(run, "generator"), text_encoder)
 
 
 class TrainedDiffusion:
@@ -56,25 +51,24 @@ class TrainedDiffusion:
     device: torch.device
     dtype: torch.dtype
 
-    def __init__(self, run: Storage, facts: dict[str, Any], text_encoder: str | None) -> None:
-        self.run, self.facts = run, facts
-        self.recipe = recipe_from_json(GENERATORS[facts["recipe"]], facts["settings"], f"{run}/model/recipe.json")
+    def __init__(self, run: Storage, file: RunFile[Any, DiffusionFacts], text_encoder: str | None) -> None:
+        self.run, self.file, self.recipe, facts = run, file, file.recipe, file.facts
         text = self.recipe.text
         if text.is_scratch and text_encoder is not None:
             raise InputError(f"--text-encoder {text_encoder!r}: this run's was trained with it; leave the flag out")
         # Absolute, as whoever loads it may have another working directory.
         self.text_name = None if text.is_scratch else absolute_folder(text_encoder or text.text_encoder)
-        self.size: tuple[int, int] = (facts["resolution"], facts["resolution"])
-        self.scaling_factor: float = facts["scaling_factor"]
+        self.size: tuple[int, int] = (facts.resolution, facts.resolution)
+        self.scaling_factor: float = facts.scaling_factor
         self.max_tokens: int = text.max_tokens
-        self.decides_by_code = facts["vqvae_fingerprint"] is not None
+        self.decides_by_code = facts.vqvae_fingerprint is not None
         # Without a prompt that was missing in training there is nothing that guidance could lead away from.
         self.guides = self.recipe.drop_text > 0
         defaults = DiffusionOptions()
         self.options = defaults if self.guides else dataclasses.replace(defaults, guidance=1.0)
 
     def identity(self) -> Identity:
-        return {"run": self.run.uri, "weights_sha256": self.facts["weights_sha256"]}
+        return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
 
     def check(self, options: DiffusionOptions, size: tuple[int, int]) -> None:
         options.check(self.recipe.noise.num_timesteps, self.guides)
@@ -87,14 +81,14 @@ class TrainedDiffusion:
 
         Raises InputError where the weights, the text encoder or the VQ-VAE are others than the facts name.
         """
-        facts = self.facts
+        facts = self.file.facts
         self.device, self.dtype = torch.device(device), dtype
-        self.model = self.recipe.build(TextInputs(**facts["text_inputs"]), tuple(facts["x_0_shape"]))
-        checkpoint.load_trainable(self.model, read_weights(self.run, facts), str(self.run))
+        self.model = self.recipe.build(facts)
+        checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
         self.model.eval().requires_grad_(False).to(self.device)
         assets = self.run / "model"
         self.vqvae = None
-        if fingerprint := facts["vqvae_fingerprint"]:
+        if fingerprint := facts.vqvae_fingerprint:
             self.vqvae = open_autoencoder((assets / VQVAE_ASSET).uri, fingerprint=fingerprint).load(device)
         if self.text_name is None:
             self.text_encoder = None
@@ -102,7 +96,7 @@ class TrainedDiffusion:
         else:
             self.text_encoder = FrozenTextEncoder(self.text_name, self.max_tokens, device)
             self.tokenizer = self.text_encoder.tokenize
-            if self.text_encoder.fingerprint() != facts["text_fingerprint"]:
+            if self.text_encoder.fingerprint() != facts.text_fingerprint:
                 raise InputError(
                     f"{assets}/recipe.json: trained on another text encoder than {self.text_encoder.name!r}: its "
                     "weights or its tokenizer differ; name the right one with --text-encoder"

@@ -26,10 +26,9 @@ import torch
 from PIL import Image
 
 from mmcore import checkpoint
-from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
-from mmcore.recipe import recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 
@@ -80,19 +79,15 @@ def write_captioner(run: Storage, *, smoke: bool, encoder: str = SCRATCH) -> Sto
     )
     words = [f"word{number}" for number in range(50 if smoke else _NUM_WORDS)]
     vocabulary = WordVocabulary(tuple(words), lowercase=True)
-    facts: dict[str, Any] = {"image_tokens": 0, "encoder_width": 0}
+    facts = CaptionerFacts(vocabulary.to_json(), 0, 0)
     if encoder != SCRATCH:
         frozen = FrozenVisionEncoder(encoder, recipe.image_size)
-        tokens, width = frozen.token_shape
-        facts = {"image_tokens": tokens, "encoder_width": width, "encoder_fingerprint": frozen.fingerprint()}
+        num_tokens, width = frozen.token_shape
+        facts = CaptionerFacts(vocabulary.to_json(), num_tokens, width, frozen.fingerprint())
     torch.manual_seed(0)
-    model = recipe.build(vocabulary, (facts["image_tokens"], facts["encoder_width"]))
-    facts |= {
-        "recipe": "resnet_captioner",
-        "settings": recipe_to_json(recipe),
-        "vocabulary": vocabulary.to_json(),
-    }
-    write_model(run, checkpoint.trainable_state(model), facts)
+    model = recipe.build(facts)
+    variant = "smoke" if smoke else "report"
+    write_model(run, checkpoint.trainable_state(model), RunFile("resnet_captioner", variant, recipe, facts, ""))
     return run
 
 

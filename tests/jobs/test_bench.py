@@ -17,7 +17,7 @@ from jobs.bench import decode_captions, inputs, ray_train_overhead, timing
 from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
 from jobs.runtime.ray_private import cpus
-from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts
 from mmcore.captioners.decoder import Packing
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion
@@ -87,7 +87,7 @@ def test_the_reports_decoder_with_our_weights_gives_our_logits(variant):
     recipe = inputs.tiny(VARIANTS[variant])
     vocabulary = inputs.synthetic_vocabulary(100, recipe.lowercase)
     torch.manual_seed(0)
-    model = recipe.build(vocabulary, (4, 8)).eval()
+    model = recipe.build(CaptionerFacts(vocabulary.to_json(), 4, 8)).eval()
     report = ReportCaptioner(recipe, len(vocabulary), 8).eval()
     report.load_decoder(model.decoder)
     ids_BT, memory_BLD = torch.randint(1, 100, (3, 7)), torch.randn(3, 4, recipe.width)

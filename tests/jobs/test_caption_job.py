@@ -18,13 +18,12 @@ from kills import MAP_WORKER, TIMEOUT_S, wait_for_blocks, wait_until_gone, worke
 
 from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
-from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
 from mmcore.frozen.vision import pixels_from_bytes
-from mmcore.recipe import recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 from mmcore.trained.captioner import open_captioner
@@ -39,15 +38,10 @@ def write_run(folder: Path, seed: int = 0) -> Path:
     words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
     vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
     torch.manual_seed(seed)
-    model = recipe.build(vocabulary, (0, 0))
-    facts = {
-        "recipe": "resnet_captioner",
-        "settings": recipe_to_json(recipe),
-        "image_tokens": 0,
-        "encoder_width": 0,
-        "vocabulary": vocabulary.to_json(),
-    }
-    write_model(Storage(str(folder)), checkpoint.trainable_state(model), facts)
+    facts = CaptionerFacts(vocabulary.to_json(), 0, 0)
+    model = recipe.build(facts)
+    file = RunFile("resnet_captioner", "smoke", recipe, facts, "")
+    write_model(Storage(str(folder)), checkpoint.trainable_state(model), file)
     return folder
 
 

@@ -30,7 +30,7 @@ from mmcore.errors import InputError
 from mmcore.generators import pixel_diffusion
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.images import decode_image, png_bytes, read_png_text
-from mmcore.run_files import read_facts
+from mmcore.run_files import read_fields
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
@@ -191,7 +191,7 @@ def test_other_settings_for_the_same_place_are_refused(changes, message, sweep, 
         "sampler": "dpmsolver++", "negative_prompt": "", "dtype": "float32", "resolution": 16,
         "batch_size": BATCH, "num_threads": 1, "device": "cpu",
     }  # fmt: skip
-    settings["weights_sha256"] = read_facts(Storage(settings["run"]))["weights_sha256"]
+    settings["weights_sha256"] = read_fields(Storage(settings["run"]))[0]["weights_sha256"]
     digest = jobs.generate._blocks(read_prompts(str(tmp_path / "prompts.txt")), BATCH).ids_sha256
     plan.parent.mkdir()
     plan.write_text(json.dumps({"settings": settings, "num_rows": NUM, "num_blocks": 3, "ids_sha256": digest}))

@@ -81,9 +81,7 @@ SMOKE = ["--variant", "smoke", "--storage"]
 JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
     # What both ways of submitting share is seen of the probe; these take minutes, most of it starts of workers.
-    pytest.param(
-        "jobs/train_resnet_captioner.py", [*SMOKE, OUTSIDE], "finished: ", id="train", marks=pytest.mark.soak
-    ),
+    pytest.param("jobs/train_resnet_captioner.py", [*SMOKE, OUTSIDE], "finished: ", id="train", marks=pytest.mark.soak),
     pytest.param(
         "jobs/train_ldm.py", [*SMOKE, OUTSIDE], "runs/ldm/default/model", id="train_ldm", marks=pytest.mark.soak
     ),

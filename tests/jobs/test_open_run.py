@@ -1,25 +1,41 @@
 """Whether the unfinished run in a folder is the one that a job would go on with."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
-from jobs import train_ldm
+from jobs import train_ldm, train_resnet_captioner
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.run_folder import open_run
+from mmcore.captioners.cross_attention import CaptionerFacts
 from mmcore.errors import InputError
+from mmcore.frozen.text import TextInputs
+from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.recipe import recipe_to_json
 
-FACTS: dict[str, Any] = {"columns": ["latents"], "scaling_factor": 0.5}
+FACTS = DiffusionFacts(
+    TextInputs(vocabulary_size=40, pad_id=0, bos_id=1, eos_id=2),
+    (4, 8, 8),
+    resolution=64,
+    scaling_factor=0.5,
+    vqvae_fingerprint="of a VQ-VAE",
+    dataset_fingerprint="of the data",
+    columns=("latents",),
+    text_fingerprint="of the words",
+    text=("tokenizers", "of the words"),
+)
 YOUNGER = "unshifted_share"
 
 
-def job(storage: Path, *flags: str) -> Job:
+def job(storage: Path, *flags: str) -> Job[Any]:
     return parse_job(train_ldm.__file__, train_ldm.VARIANTS, "", ["--storage", str(storage), *flags])
 
 
-def begun_before(job: Job) -> None:
+def begun_before(job: Job[Any]) -> None:
     """An unfinished run of `job` as a version wrote it that did not know the field yet."""
     open_run(job, FACTS)
     there = json.loads(job.run.read("recipe.json"))
@@ -52,9 +68,61 @@ def test_a_field_that_is_no_more_is_named(tmp_path: Path) -> None:
         open_run(same, FACTS)
 
 
-@pytest.mark.parametrize(("facts", "named"), [({"columns": ["pixels"]}, "columns"), ({"scaling_factor": 2}, "scaling")])
+@pytest.mark.parametrize(
+    ("facts", "named"), [({"columns": ("pixels",)}, "columns"), ({"scaling_factor": 2.0}, "scaling")]
+)
 def test_other_facts_are_another_run(tmp_path: Path, facts: dict[str, Any], named: str) -> None:
     same = job(tmp_path)
     open_run(same, FACTS)
     with pytest.raises(InputError, match=f"other settings: {named}.*--fresh to start anew"):
-        open_run(same, {**FACTS, **facts})
+        open_run(same, dataclasses.replace(FACTS, **facts))
+
+
+# -- runs that commit 34e6a7a began, before facts had types ----------------------------------------------------------
+
+
+def begun_by_34e6a7a(job: Job[Any], facts: dict[str, Any]) -> None:
+    """The file as that commit wrote it."""
+    settings = recipe_to_json(job.recipe)
+    there = {"recipe": job.recipe_name, "variant": job.variant, "settings": settings, **facts, "commit": "34e6a7a"}
+    job.run.write("recipe.json", json.dumps(there, indent=1).encode())
+
+
+def test_a_diffusion_of_34e6a7a_goes_on(tmp_path: Path) -> None:
+    same = job(tmp_path)
+    facts = {
+        "resolution": 64,
+        "x_0_shape": [4, 8, 8],
+        "scaling_factor": 0.5,
+        "vqvae_fingerprint": "of a VQ-VAE",
+        "dataset_fingerprint": "of the data",
+        "columns": ["latents"],
+        "text_inputs": {"width": None, "vocabulary_size": 40, "pad_id": 0, "bos_id": 1, "eos_id": 2},
+        "text_fingerprint": "of the words",
+        "text": ["tokenizers", "of the words"],
+    }
+    begun_by_34e6a7a(same, facts)
+    open_run(same, FACTS)
+    begun_by_34e6a7a(same, facts | {"scaling_factor": 0.25})
+    with pytest.raises(InputError, match=r"other settings: scaling_factor: 0\.5 \(there: 0\.25\)"):
+        open_run(same, FACTS)
+
+
+def test_a_captioner_of_34e6a7a_goes_on(tmp_path: Path) -> None:
+    flags = ["--storage", str(tmp_path)]
+    same = parse_job(train_resnet_captioner.__file__, train_resnet_captioner.VARIANTS, "", flags)
+    vocabulary = tiny.vocabulary(same.recipe)
+    facts = {
+        "encoder_fingerprint": "pixels",
+        "image_tokens": 4096,
+        "encoder_width": 3,
+        "dataset_fingerprint": "of the data",
+        "columns": ["pixels"],
+        "vocabulary": vocabulary.to_json(),
+    }
+    mine = CaptionerFacts(vocabulary.to_json(), 4096, 3, "pixels", "of the data", ("pixels",))
+    begun_by_34e6a7a(same, facts)
+    open_run(same, mine)
+    begun_by_34e6a7a(same, facts | {"vocabulary": vocabulary.to_json().replace('"square"', '"circle"')})
+    with pytest.raises(InputError, match="other settings: vocabulary: "):
+        open_run(same, mine)

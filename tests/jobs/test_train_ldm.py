@@ -1,6 +1,7 @@
 """The job of latent diffusion: what it refuses, what it makes first, what a run leaves, and a run that is
 interrupted."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -25,10 +26,11 @@ from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, RunOptions
 from jobs.train_ldm import main, setup
 from mmcore.errors import InputError
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.images import decode_image
-from mmcore.recipe import recipe_from_json
+from mmcore.run_files import read_begun
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
@@ -209,10 +211,10 @@ def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(
     reference: Storage, storage: Storage, tmp_path: Path
 ) -> None:
     """Where samples are decoded, and once the run has its copy: never another decoder than the latents' own."""
-    facts = json.loads(reference.read("recipe.json"))
-    settings = {**facts["settings"], "vqvae": str(tmp_path / "vqvae")}
-    shutil.copytree(storage.uri + "/runs/vqvae/first", settings["vqvae"])
-    recipe = recipe_from_json(LatentDiffusionRecipe, settings, "here")
+    begun = read_begun(reference, LatentDiffusionRecipe, DiffusionFacts)
+    facts, moved = begun.facts, str(tmp_path / "vqvae")
+    shutil.copytree(storage.uri + "/runs/vqvae/first", moved)
+    recipe = dataclasses.replace(begun.recipe, vqvae=moved)
     job = Job("ldm", "smoke", recipe, RunOptions(storage=storage.uri, name="unwritten"))
 
     def one_run() -> None:
@@ -221,7 +223,7 @@ def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(
 
     one_run()
     setup(job, facts, lambda text: None).check_assets(reference / "model")
-    tiny_diffusion.write_vqvae_run(Storage(settings["vqvae"]))
+    tiny_diffusion.write_vqvae_run(Storage(moved))
     with pytest.raises(InputError, match="vqvae/model: another VQ-VAE"):
         one_run()
     copied = Storage(str(tmp_path / "copied"))

@@ -8,9 +8,10 @@ import pytest
 import tiny_diffusion
 import torch
 
-from mmcore.catalogue import AUTOENCODERS, GENERATORS
+from mmcore.catalogue import RECIPES, names
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
 from mmcore.recipe import recipe_from_json, recipe_to_json
@@ -31,7 +32,7 @@ def parameters(module: torch.nn.Module) -> int:
 def test_the_report_s_network_is_built_as_published() -> None:
     recipe = VARIANTS["report"]
     with torch.device("meta"):
-        model = recipe.build(TextInputs(width=512), VQVAE_VARIANTS["report"].latent_shape)
+        model = recipe.build(DiffusionFacts(TextInputs(width=512), VQVAE_VARIANTS["report"].latent_shape))
     config = model.unet.config
     assert (config.in_channels, config.sample_size) == (4, 32)
     assert config.block_out_channels == (256, 384, 512, 768)
@@ -53,7 +54,8 @@ def test_every_variant_fits_the_vqvae_of_its_name(name: str) -> None:
     recipe, vqvae = VARIANTS[name], VQVAE_VARIANTS[name]
     inputs = TextInputs(vocabulary_size=3000, pad_id=0, bos_id=1, eos_id=2)
     with torch.device("meta"):
-        model = recipe.build(inputs if recipe.text.is_scratch else TextInputs(width=512), vqvae.latent_shape)
+        text_inputs = inputs if recipe.text.is_scratch else TextInputs(width=512)
+        model = recipe.build(DiffusionFacts(text_inputs, vqvae.latent_shape))
     assert recipe.dataset == vqvae.dataset
     # What diffusers' pipeline pads prompts to.
     assert recipe.text.max_tokens == 77
@@ -63,8 +65,8 @@ def test_every_variant_fits_the_vqvae_of_its_name(name: str) -> None:
 
 
 def test_the_recipes_are_in_the_catalogue() -> None:
-    assert GENERATORS["ldm"] is LatentDiffusionRecipe
-    assert set(AUTOENCODERS) == {"vqvae"}
+    assert RECIPES["ldm"].recipe_type is LatentDiffusionRecipe
+    assert names("autoencoder") == ["vqvae"]
 
 
 @pytest.mark.parametrize("settings", [{"drop_text": 1.0}, {"captions_per_image": 0}, {"sample_steps": 0}])

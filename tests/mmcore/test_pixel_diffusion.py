@@ -17,7 +17,7 @@ import torch.multiprocessing
 from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import UNetSettings
+from mmcore.generators.denoiser import DiffusionFacts, UNetSettings
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.recipe import recipe_from_json, recipe_to_json
 
@@ -40,7 +40,7 @@ def parameters(module: torch.nn.Module) -> int:
 def test_the_report_s_network_is_built_as_published() -> None:
     recipe = VARIANTS["report"]
     with torch.device("meta"):
-        model = recipe.build(TextInputs(width=768), (3, 128, 128))
+        model = recipe.build(DiffusionFacts(TextInputs(width=768), (3, 128, 128)))
     config = model.unet.config
     assert config.block_out_channels == (64, 128, 256, 256)
     assert config.down_block_types == (*2 * ("CrossAttnDownBlock2D",), *2 * ("DownBlock2D",))
@@ -58,7 +58,7 @@ def test_the_report_s_network_is_built_as_published() -> None:
 def test_the_report_s_network_learns() -> None:
     """A few steps of the published size, attention at full resolution and all; at 64², since it takes 2 s an image."""
     torch.manual_seed(0)
-    model = VARIANTS["report"].build(TextInputs(width=768), (3, 64, 64))
+    model = VARIANTS["report"].build(DiffusionFacts(TextInputs(width=768), (3, 64, 64)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch = {
         "x_0": torch.rand(1, 3, 64, 64) * 2 - 1,
@@ -83,7 +83,7 @@ def test_other_variants_are_small_and_attend_where_it_pays(name: str) -> None:
     recipe = VARIANTS[name]
     with torch.device("meta"):
         inputs = TextInputs(vocabulary_size=3000, pad_id=0, bos_id=1, eos_id=2)
-        model = recipe.build(inputs, (3, recipe.image_size, recipe.image_size))
+        model = recipe.build(DiffusionFacts(inputs, (3, recipe.image_size, recipe.image_size)))
     assert parameters(model) < 25e6
     for level in recipe.unet.attention_levels:
         assert recipe.image_size >> level <= 16
@@ -113,7 +113,7 @@ def test_pooled_text_reaches_a_network_that_attends_to_none() -> None:
         smoke = VARIANTS["smoke"]
         recipe = dataclasses.replace(smoke, unet=dataclasses.replace(smoke.unet, pooled_text=pooled_text))
         torch.manual_seed(0)
-        model = recipe.build(inputs, (3, 16, 16))
+        model = recipe.build(DiffusionFacts(inputs, (3, 16, 16)))
         with torch.no_grad():
             for name, parameter in model.unet.named_parameters():
                 if "attn2.to_out" in name:
@@ -129,7 +129,7 @@ def test_patches_are_positions_of_the_finest_level() -> None:
     """A quarter of the positions, four times the channels, and of an untouched network every value in its place."""
     smoke = VARIANTS["smoke"]
     recipe = dataclasses.replace(smoke, unet=dataclasses.replace(smoke.unet, patch_size=2))
-    model = recipe.build(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16))
+    model = recipe.build(DiffusionFacts(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16)))
     assert (model.unet.config.in_channels, model.unet.config.out_channels, model.unet.config.sample_size) == (12, 12, 8)
     seen = []
 
@@ -147,14 +147,14 @@ def test_heads_that_do_not_divide_the_pooled_text_are_refused() -> None:
     smoke = VARIANTS["smoke"]
     recipe = dataclasses.replace(smoke, text=dataclasses.replace(smoke.text, text_width=33, text_heads=3))
     with pytest.raises(InputError, match=r"num_heads 2 does not divide the 33 .*--num-heads"):
-        recipe.build(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16))
+        recipe.build(DiffusionFacts(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16)))
 
 
 def test_a_side_that_the_levels_do_not_halve_is_refused() -> None:
     recipe = tiny_diffusion.recipe()
     inputs = tiny_diffusion.tokenizer(recipe).inputs()
     with pytest.raises(InputError, match=r"divisible by 2.*15 x 15.*--channels or --patch-size"):
-        recipe.build(inputs, (3, 15, 15))
+        recipe.build(DiffusionFacts(inputs, (3, 15, 15)))
 
 
 def test_guidance_without_dropped_texts_is_refused() -> None:

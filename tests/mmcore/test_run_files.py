@@ -1,15 +1,31 @@
 """The model of a finished run: what is read back, and what is refused."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mmcore.errors import InputError
-from mmcore.run_files import read_facts, read_weights, write_model
+from mmcore.run_files import RunFile, read_fields, read_weights, run_file_from_json, write_model
 from mmcore.storage import Storage
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5])}
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyRecipe:
+    width: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyFacts:
+    columns: tuple[str, ...]
+    fingerprint: str | None = None
+
+
+FILE = RunFile("tiny", "smoke", TinyRecipe(3), TinyFacts(("a", "b")), "commit")
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -20,40 +36,55 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def test_what_was_written_is_read(run: Storage) -> None:
     # A transposed view: safetensors refuses tensors that are not contiguous.
-    write_model(run, WEIGHTS | {"turned": WEIGHTS["a.weight"].T}, {"recipe": "tiny"})
-    facts = read_facts(run)
-    assert facts["recipe"] == "tiny"
-    weights = read_weights(run, facts)
+    write_model(run, WEIGHTS | {"turned": WEIGHTS["a.weight"].T}, FILE)
+    fields, where = read_fields(run)
+    read = run_file_from_json(fields, TinyRecipe, TinyFacts, where)
+    assert dataclasses.replace(read, weights_sha256="") == FILE
+    assert read.settings == {"width": 3}
+    weights = read_weights(run, read.weights_sha256)
     assert weights.keys() == {"a.weight", "b", "turned"}
     assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
     assert torch.equal(weights["turned"], WEIGHTS["a.weight"].T)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"columns": ["a"], "colums": ["b"]}, "^here: unknown fields colums; this version knows columns, fingerprint$"),
+        ({}, "^here: missing fields columns"),
+        ({"columns": ["a"], "settings": {"depth": 1}}, "^here: unknown fields depth"),
+    ],
+)
+def test_facts_are_read_strictly(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_file_from_json({"recipe": "tiny", **fields}, TinyRecipe, TinyFacts, "here")
+
+
 def test_an_unfinished_run_is_refused(run: Storage) -> None:
     with pytest.raises(InputError, match="no model/ there"):
-        read_facts(run)
+        read_fields(run)
 
 
 def test_what_to_name_instead_is_said(run: Storage) -> None:
-    write_model(run, WEIGHTS, {"recipe": "tiny"})
+    write_model(run, WEIGHTS, FILE)
     with pytest.raises(InputError, match="name the folder that holds it"):
-        read_facts(run / "model")
+        read_fields(run / "model")
     with pytest.raises(InputError, match=r"name a finished run, .*runs/tiny has: default"):
-        read_facts(run.parent / "defualt")
+        read_fields(run.parent / "defualt")
     (run.parent / "begun").write("recipe.json", b"{}")
     with pytest.raises(InputError, match="not finished; give its training command again"):
-        read_facts(run.parent / "begun")
+        read_fields(run.parent / "begun")
     with pytest.raises(InputError, match="name a finished run, STORAGE/runs/RECIPE/NAME"):
-        read_facts(Storage("/no-such-folder"))
+        read_fields(Storage("/no-such-folder"))
 
 
 def test_weights_that_are_not_the_named_ones_are_refused(run: Storage) -> None:
-    write_model(run, WEIGHTS, {"recipe": "tiny"})
-    facts = read_facts(run)
+    write_model(run, WEIGHTS, FILE)
+    fields, _ = read_fields(run)
     data = run.read("model/model.safetensors")
     run.write("model/model.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InputError, match=r"not the weights that recipe.json names"):
-        read_weights(run, facts)
+        read_weights(run, fields["weights_sha256"])
     (run / "model").delete("model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: missing"):
-        read_weights(run, facts)
+        read_weights(run, fields["weights_sha256"])

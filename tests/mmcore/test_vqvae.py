@@ -14,13 +14,13 @@ from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
 from mmcore import checkpoint
-from mmcore.catalogue import AUTOENCODERS
+from mmcore.catalogue import RECIPES
 from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
-from mmcore.generators.vqvae import VARIANTS, VQVAE, VQVAERecipe, VQVAETraining, bicubic_psnr, psnr
+from mmcore.generators.vqvae import VARIANTS, VQVAE, VQVAEFacts, VQVAERecipe, VQVAETraining, bicubic_psnr, psnr
 from mmcore.recipe import recipe_from_json, recipe_to_json
-from mmcore.run_files import write_model
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
@@ -273,8 +273,8 @@ def test_a_codebook_by_gradient_trains_too(tmp_path: Path) -> None:
 def finished_run(folder: Path, model: VQVAETraining, recipe_name: str = "vqvae") -> Storage:
     """A run folder as jobs/runtime/trainer.py leaves it."""
     run = Storage(str(folder))
-    facts = {"recipe": recipe_name, "variant": "smoke", "settings": recipe_to_json(model.recipe), "commit": "x"}
-    write_model(run, checkpoint.trainable_state(model), facts)
+    file = RunFile(recipe_name, "smoke", model.recipe, VQVAEFacts(), "x")
+    write_model(run, checkpoint.trainable_state(model), file)
     return run
 
 
@@ -307,7 +307,7 @@ def test_a_field_of_a_later_version_leaves_the_fingerprint(tmp_path: Path, monke
     run = finished_run(tmp_path, tiny_vqvae.model_of(tiny_vqvae.recipe()))
     fingerprint = opened(run).fingerprint()
     later = dataclasses.make_dataclass("Later", [("new", int, 3)], bases=(VQVAERecipe,), frozen=True)
-    monkeypatch.setitem(AUTOENCODERS, "vqvae", later)
+    monkeypatch.setitem(RECIPES, "vqvae", dataclasses.replace(RECIPES["vqvae"], recipe_type=later))
     trained = opened(run)
     assert trained.recipe.new == 3
     assert trained.fingerprint() == fingerprint
@@ -317,11 +317,11 @@ def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no model/ there; name a finished run"):
         opened(Storage(str(tmp_path / "nothing")))
     model = tiny_vqvae.model_of(tiny_vqvae.recipe())
-    with pytest.raises(InputError, match="recipe 'ldm' is no VQ-VAE"):
+    with pytest.raises(InputError, match="recipe 'ldm' is no autoencoder"):
         opened(finished_run(tmp_path / "ldm", model, "ldm"))
     run = finished_run(tmp_path / "torn", model)
     weights = {name: value for name, value in checkpoint.trainable_state(model).items() if "codebook" not in name}
-    write_model(run, weights, {"recipe": "vqvae", "settings": recipe_to_json(model.recipe)})
+    write_model(run, weights, RunFile("vqvae", "smoke", model.recipe, VQVAEFacts(), ""))
     with pytest.raises(InputError, match=r"missing \['quantizer.codebook'\]"):
         opened(run)
 
