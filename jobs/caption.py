@@ -3,12 +3,15 @@
 
     python jobs/caption.py --run URI --images URI_OR_DIR_OR_SHARDS --out URI
 
-Writes OUT/parts/*.parquet as it goes and, last, OUT/captions.csv (image,caption). Run it again to go on.
+Writes OUT/parts/*.parquet as it goes and, last, OUT/captions.csv (image,caption). Run it again to go on. An image that
+was removed meanwhile is left out, as broken ones are with --skip-bad; OUT/skipped.csv (image,reason) lists them.
 """
 
 import csv
 import dataclasses
 import io
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +20,25 @@ import torch
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.commandline import run as run_job
-from jobs.runtime.image_blocks import plan_blocks
+from jobs.runtime.image_blocks import image_files, plan_blocks
 from jobs.runtime.model_flags import parse_with_options
 from jobs.runtime.source import output_storage
-from jobs.runtime.sweep import read_parts, run_sweep
+from jobs.runtime.sweep import PARTS, read_plan, run_sweep
 from mmcore.captioners.search_options import SearchOptions
+from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError
 from mmcore.frozen.vision import pixels_from_bytes
+from mmcore.images import decode_image
 from mmcore.recipe import Captioner
 from mmcore.storage import Storage
 from mmcore.trained.captioner import open_captioner
 
-CAPTIONS_FILE = "captions.csv"
+CAPTIONS_FILE, SKIPPED_FILE = "captions.csv", "skipped.csv"
+# In the metadata of a block's file, so that its images and what was left out of it are committed at once.
+_SKIPPED = b"skipped"
+_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "file_name", "caption")])
+# Skipped images that are printed; the file lists all.
+_NUM_PRINTED = 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class CaptionSettings:
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
     rows_per_block: int = ROWS_PER_BLOCK
     """Images that are captioned and committed together."""
+    skip_bad: bool = False
+    """Go on without images that are broken or null, and list them. Without it the first one is an error."""
     dry_run: bool = False
     """Say what would be read and written, and stop."""
     stall_timeout: float | None = None
@@ -56,14 +68,49 @@ class CaptionSettings:
 class CaptionImages:
     """Holds the captioner on a worker."""
 
-    def __init__(self, captioner: Captioner, options: Any) -> None:
+    def __init__(self, captioner: Captioner, options: Any, images: Storage, skip_bad: bool) -> None:
         self.captioner = captioner.load("cuda" if torch.cuda.is_available() else "cpu")
-        self.options = options
+        self.options, self.images, self.skip_bad = options, images, skip_bad
 
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
-        pixels = pixels_from_bytes(rows["image"], self.captioner.image_size, rows["file_name"])
-        captions = self.captioner.caption(pixels, self.options)
-        return pa.table({"image_id": rows["image_id"], "file_name": rows["file_name"], "caption": captions})
+        gone = set(rows["gone"])
+        skipped = {row: "no longer there" for row, name in enumerate(rows["file_name"]) if name in gone}
+        try:
+            return self._table(rows, skipped)
+        except InputError:
+            bad = broken_images(rows, skipped)
+            if not bad:
+                raise
+        if not self.skip_bad:
+            row, reason = next(iter(bad.items()))
+            raise InputError(
+                f"{self.images}: {rows['file_name'][row]}: {reason}; mend it or take it away, or leave such images out "
+                "with --skip-bad"
+            )
+        return self._table(rows, skipped | bad)
+
+    def _table(self, rows: dict[str, Any], skipped: dict[int, str]) -> pa.Table:
+        good = [row for row in range(len(rows["image"])) if row not in skipped]
+        image_ids, names, images = ([rows[name][row] for row in good] for name in ("image_id", "file_name", "image"))
+        captions = []
+        if good:
+            pixels = pixels_from_bytes(images, self.captioner.image_size, names)
+            captions = self.captioner.caption(pixels, self.options)
+        table = pa.table([image_ids, names, captions], schema=_SCHEMA)
+        listed = [(rows["file_name"][row], skipped[row]) for row in sorted(skipped)]
+        return table.replace_schema_metadata({_SKIPPED: json.dumps(listed)}) if listed else table
+
+
+def broken_images(rows: dict[str, Any], skipped: dict[int, str]) -> dict[int, str]:
+    """Which further rows of a block hold no image, and why."""
+    bad = {}
+    for row, (image, name) in enumerate(zip(rows["image"], rows["file_name"], strict=True)):
+        try:
+            if row not in skipped:
+                decode_image(image, name=name)
+        except InputError as error:
+            bad[row] = str(error).removeprefix(f"{name}: ")
+    return bad
 
 
 def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
@@ -82,7 +129,11 @@ def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
             f"caption: --max-length {options.max_length}: captions end at the run's own {captioner.max_length}",
             flush=True,
         )
-    blocks = plan_blocks(images, settings.split, settings.rows_per_block)
+    there = read_plan(out) or {}
+    of_these = there.get("settings", {}).get("images") == images.uri
+    blocks = plan_blocks(
+        images, settings.split, settings.rows_per_block, began_with=there.get("files") if of_these else None
+    )
     print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)
     if settings.dry_run:
         return {"num_rows": blocks.num_rows, "num_blocks": len(blocks.items)}
@@ -98,17 +149,36 @@ def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
         },
         blocks=blocks,
         worker_type=CaptionImages,
-        worker_kwargs={"captioner": captioner, "options": options},
+        worker_kwargs={
+            "captioner": captioner,
+            "options": options,
+            "images": images,
+            "skip_bad": settings.skip_bad,
+        },
+        # By them a sweep is planned again as it was, whichever of them are gone.
+        plan_facts={"files": image_files(blocks)},
         stall_timeout_s=settings.stall_timeout,
     )
-    table = read_parts(out, ["file_name", "caption"])
+    tables = read_tables(out / PARTS, ["file_name", "caption"])
+    table = pa.concat_tables(tables)
+    skipped = [row for each in tables for row in json.loads((each.schema.metadata or {}).get(_SKIPPED, b"[]"))]
+    if skipped:
+        for name, reason in skipped[:_NUM_PRINTED]:
+            print(f"skipped: {name}: {reason}")
+        out.write(SKIPPED_FILE, csv_bytes(("image", "reason"), skipped))
+        print(f"caption: {len(skipped):,} of {blocks.num_rows:,} images skipped, all in {out}/{SKIPPED_FILE}")
+    captions = zip(table["file_name"].to_pylist(), table["caption"].to_pylist(), strict=True)
+    out.write(CAPTIONS_FILE, csv_bytes(("image", "caption"), captions))
+    print(f"caption: {len(table)} captions in {out}/{CAPTIONS_FILE}", flush=True)
+    return {**done, "num_skipped": len(skipped)}
+
+
+def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[str]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "caption"])
-    writer.writerows(zip(table["file_name"].to_pylist(), table["caption"].to_pylist(), strict=True))
-    out.write(CAPTIONS_FILE, text.getvalue().encode())
-    print(f"caption: {len(table)} captions in {out}/{CAPTIONS_FILE}", flush=True)
-    return done
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def main() -> None:

@@ -9,11 +9,14 @@ import zlib
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from mmcore.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"),
+    *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+)
 """Endings of the files that are taken for images, in lower case."""
 
 # Between the images of a grid: pixels, and their grey.
@@ -21,6 +24,10 @@ _GRID_GAP, _GRID_GREY = 2, 255
 # What Pillow raises on damaged bytes, by 400 random corruptions of each of six formats; TypeError is that of a PNG
 # whose text chunks bear the names of EXIF or XMP.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+# Formats whose readers bring whole numbers of more than 8 bits (Pillow's mode I) to 16 bits: PGM has its white in it.
+_SIXTEEN_BIT_FORMATS = ("PPM",)
+# TIFF 6.0, PhotometricInterpretation; Pillow minds it for up to 8 bits only.
+_WHITE_IS_ZERO = 0
 # What makes an image stand upright, by its EXIF orientation (EXIF 2.32, tag 0x0112). Not ImageOps.exif_transpose: it
 # writes the whole EXIF anew, which fails on other tags that nobody here wants.
 _TURNS = {
@@ -34,26 +41,50 @@ _TURNS = {
 }
 
 
-def decode_image(data: bytes, *, name: str) -> Image.Image:
+def decode_image(data: bytes | None, *, name: str) -> Image.Image:
     """Decode all of `data` to an RGB image that stands upright (EXIF orientation applied).
 
-    The last byte is needed: a JPEG that lost its end is refused, not filled up with grey.
-    `name` says in the error which image it is. Raises InputError.
+    The last byte is needed: a JPEG that lost its end is refused, not filled up with grey. Of 16 bits the upper 8 are
+    taken, as Pillow does for colours. `name` says in the error which image it is. Raises InputError, also for None, a
+    null in a table.
     """
+    if data is None:
+        raise InputError(f"{name}: no image there (null)")
     try:
         with Image.open(io.BytesIO(data)) as image:
             # Before the EXIF, which a PNG may hold behind its pixels.
             image.load()
             turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            return (image if turn is None else image.transpose(turn)).convert("RGB")
+            eight_bits = _eight_bits(image, name)
+            return (eight_bits if turn is None else eight_bits.transpose(turn)).convert("RGB")
     except UnidentifiedImageError:
         # Pillow's own message prints a memory address.
         reason = "no image format is recognised" if data else "the file is empty"
     except Image.DecompressionBombError as error:
         reason = str(error)
+    except InputError:
+        raise
     except _BROKEN as error:
         reason = str(error) or type(error).__name__
     raise InputError(f"{name}: broken image ({' '.join(reason.split())})") from None
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """`image` with 8 bits a channel. Pillow's own conversion makes all greys above 255 white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    num_bits = 16
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        # A TIFF may have 12 bits, which stand in 16.
+        num_bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (num_bits,))[0]
+    elif image.mode == "F" or image.format not in _SIXTEEN_BIT_FORMATS:
+        kind = "fractions" if image.mode == "F" else "whole numbers of 32 bits or with a sign"
+        raise InputError(f"{name}: its pixels are {kind}, of which none is said to be white; save it with 8 or 16 bits")
+    greys = (np.asarray(image) >> (num_bits - 8)).astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
+        greys = 255 - greys
+    return Image.fromarray(greys)
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:

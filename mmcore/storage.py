@@ -270,22 +270,51 @@ class Storage:
         return temporary
 
     def list(self, suffix: str = "") -> list[str]:
-        """Sorted names of the files directly in this folder that end in `suffix`; empty where it is absent."""
+        """Sorted names of the files directly in this folder that end in `suffix`; empty where it is absent.
+
+        Hidden files (``.DS_Store``, ``._a.parquet``) are left out: systems write them without being asked.
+        """
         if not self.is_s3:
             folder = self._path()
             if not folder.is_dir():
                 return []
-            return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name.endswith(suffix))
+            found = [entry.name for entry in folder.iterdir() if entry.is_file()]
+            return sorted(name for name in found if name.endswith(suffix) and not name.startswith("."))
         bucket, key = self._key()
         prefix = key and key + "/"
+        pages = s3_client(os.getpid()).get_paginator("list_objects_v2")
         names: list[str] = []
-        for page in (
-            s3_client(os.getpid())
-            .get_paginator("list_objects_v2")
-            .paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-        ):
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/"):
             names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
-        return sorted(name for name in names if name and name.endswith(suffix))
+        return sorted(name for name in names if name and name.endswith(suffix) and not name.startswith("."))
+
+    def walk(self) -> builtins.list[str]:
+        """Sorted names of the files in this folder and in those below it, such as ``a/b.png``, hidden ones left out.
+
+        Links to folders are followed, each folder is entered once.
+        """
+        names: builtins.list[str] = []
+        if not self.is_s3:
+            entered: set[tuple[int, int]] = set()
+            for folder, folders, files in os.walk(self.uri, followlinks=True):
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in entered:
+                    folders.clear()
+                    continue
+                entered.add((status.st_dev, status.st_ino))
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                found = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+                names += [
+                    os.path.relpath(path, self.uri).replace(os.sep, "/") for path in found if os.path.isfile(path)
+                ]
+            return sorted(names)
+        bucket, key = self._key()
+        prefix = key and key + "/"
+        pages = s3_client(os.getpid()).get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+            names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
+        # An object that ends in / stands for a folder.
+        return sorted(name for name in names if name and name[-1] != "/" and not f"/{name}".count("/."))
 
     def folders(self) -> builtins.list[str]:
         """Sorted names of the folders directly in this one."""

@@ -14,6 +14,7 @@ import jobs.generate
 import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, generate
 from jobs.runtime.blocks import Blocks
+from jobs.runtime.image_blocks import read_block
 
 
 @pytest.fixture
@@ -24,8 +25,14 @@ def run_folder(tmp_path: Path) -> Path:
 def work_here(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[dict[str, Any]]:
     """What `jobs.runtime.sweep._results` does, by one worker on two threads of this process."""
     worker = actors["fn"](**actors["fn_constructor_kwargs"])
+
+    def work(block: int) -> dict[str, Any]:
+        item = blocks.items[block]
+        rows = item["columns"] if blocks.source is None else read_block(blocks.source, item)
+        return worker({"block": block, "rows": rows})
+
     with ThreadPoolExecutor(2) as threads:
-        yield from threads.map(worker, [{"block": each, "rows": blocks.items[each]["columns"]} for each in todo])
+        yield from threads.map(work, todo)
 
 
 @pytest.fixture

@@ -1,44 +1,111 @@
-"""Blocks over images that lie somewhere: Parquet shards, or a folder of image files."""
+"""Blocks over images that lie somewhere: Parquet shards, or a folder of image files.
+
+Shards directly in the folder are read, else the image files in it and in the folders below, else the shards below. What
+of them is left out is said. A hidden file is no image.
+"""
 
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as types
 
 from jobs.runtime.blocks import MAX_BLOCKS, ROWS_PER_BLOCK, Blocks
 from mmcore.errors import InputError
 from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
+_SHARD = ".parquet"
 
-def plan_blocks(source: Storage, split: str | None = None, rows_per_block: int = ROWS_PER_BLOCK) -> Blocks:
-    """Blocks over Parquet shards (``image_id``, ``image``) or over a folder of image files.
 
-    `split`: ``COLUMN:NAME`` keeps the rows of one split. Raises InputError for an empty source, a missing column, a
-    split that no row is of, or an image_id that stands there twice.
+def plan_blocks(
+    source: Storage,
+    split: str | None = None,
+    rows_per_block: int = ROWS_PER_BLOCK,
+    *,
+    began_with: Sequence[str] | None = None,
+) -> Blocks:
+    """Blocks over Parquet shards (``image_id``, ``image``) or over image files.
+
+    An image file's image_id is its path in `source` without the ending: ``dog/1`` of ``dog/1.jpg``.
+
+    Args:
+        split: ``COLUMN:NAME`` keeps the rows of one split.
+        began_with: the image files of an earlier plan, which stays as it was; files that are gone are marked in it.
+
+    Raises InputError for an empty source, a column that is missing or of another type, a split that no row is of, an
+    image_id that stands there twice, and a file that is not in `began_with`.
     """
-    shards = source.list(".parquet")
+    names = source.walk()
+    files = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    shards = [name for name in names if name.endswith(_SHARD) and "/" not in name]
+    if not shards and not files:
+        shards = [name for name in names if name.endswith(_SHARD)]
+    if not shards and not files:
+        raise InputError(f"{source}: neither Parquet shards nor image files ({' '.join(IMAGE_SUFFIXES)}) there")
+    _say_what_is_left_out(source, names, shards, files)
     if shards:
         items, ids = _parquet_blocks(source, shards, split, rows_per_block)
+    elif split is not None:
+        raise InputError(f"--split {split}: {source} holds no Parquet shards with a split column")
     else:
-        if split is not None:
-            raise InputError(f"--split {split}: {source} holds no Parquet shards with a split column")
-        files = [name for name in source.list() if name.lower().endswith(IMAGE_SUFFIXES)]
-        ids = [os.path.splitext(name)[0] for name in files]
-        step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
-        items = [{"files": files[i : i + step]} for i in range(0, len(files), step)]
-    if not ids and shards:
-        raise InputError(f"{source}: its Parquet shards hold no rows")
+        items, ids = _file_blocks(source, files, began_with, rows_per_block)
     if not ids:
-        raise InputError(f"{source}: neither Parquet shards nor image files ({' '.join(IMAGE_SUFFIXES)}) there")
+        raise InputError(f"{source}: its Parquet shards hold no rows")
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(image_id for image_id in ids if image_id in seen or seen.add(image_id))  # type: ignore[func-returns-value]
-        raise InputError(f"{source}: image_id {twice!r} stands there twice; each image must have its own")
+        both = ", ".join(name for name in files if os.path.splitext(name)[0] == twice)
+        where = f" ({both})" if not shards else ""
+        raise InputError(f"{source}: image_id {twice!r} stands there twice{where}; each image must have its own")
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     return Blocks(source, [{"block": k, **item} for k, item in enumerate(items)], len(ids), digest)
+
+
+def image_files(blocks: Blocks) -> list[str] | None:
+    """The image files of a plan in order, which `plan_blocks` takes as `began_with`; None where it is over shards."""
+    if "files" not in blocks.items[0]:
+        return None
+    return [name for item in blocks.items for name in item["files"]]
+
+
+def _say_what_is_left_out(source: Storage, names: list[str], shards: list[str], files: list[str]) -> None:
+    """Of the images, where shards are read, and of all files otherwise."""
+    taken = {*shards} if shards else {*files}
+    others = [name for name in names if name not in taken]
+    if shards:
+        others = [name for name in others if name.endswith((_SHARD, *IMAGE_SUFFIXES)) or name in files]
+    if others:
+        endings = Counter(PurePosixPath(name).suffix.lower() or "none" for name in others)
+        counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common())
+        why = "beside the Parquet shards" if shards else "no images by their endings"
+        print(f"left out of {source}: {len(others):,} files, {why} ({counts})", flush=True)
+
+
+def _file_blocks(
+    source: Storage, files: list[str], began_with: Sequence[str] | None, rows_per_block: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    gone: set[str] = set()
+    if began_with is not None:
+        if new := sorted({*files}.difference(began_with)):
+            raise InputError(
+                f"{source}: {len(new):,} image files, {new[0]} the first, were not there when the sweep began; give "
+                "another --out, or move them elsewhere"
+            )
+        gone, files = {*began_with}.difference(files), list(began_with)
+    ids = [os.path.splitext(name)[0] for name in files]
+    step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
+    items = []
+    for start in range(0, len(files), step):
+        block = files[start : start + step]
+        items.append({"files": block, "gone": [name for name in block if name in gone]})
+    return items, ids
 
 
 def _parquet_blocks(
@@ -47,42 +114,100 @@ def _parquet_blocks(
     column, _, name = (split or "").partition(":")
     if split is not None and not name:
         raise InputError(f"--split {split!r}: write COLUMN:NAME, such as split_karpathy:test")
-    files = [pq.ParquetFile(source.open(shard)) for shard in shards]
-    rows_per_block = max(rows_per_block, -(-sum(file.metadata.num_rows for file in files) // MAX_BLOCKS))
-    items: list[dict[str, Any]] = []
+    groups: list[tuple[str, int, list[int]]] = []
     ids: list[str] = []
     there: set[str] = set()
-    for shard, file in zip(shards, files, strict=True):
-        names = file.schema_arrow.names
-        for needed in ["image_id", "image", *([column] if split else [])]:
-            if needed not in names:
-                raise InputError(f"{source}/{shard}: no column {needed!r}; it has {', '.join(names)}")
-        for group in range(file.metadata.num_row_groups):
-            table = file.read_row_group(group, columns=["image_id", *([column] if split else [])])
-            values = table[column].to_pylist() if split else [name] * len(table)
-            there.update(values)
-            rows = [row for row, value in enumerate(values) if value == name]
-            chosen = table["image_id"].take(pa.array(rows, pa.int64())).to_pylist()
-            ids += chosen
-            items += [
-                {"shard": shard, "row_group": group, "rows": rows[i : i + rows_per_block]}
-                for i in range(0, len(rows), rows_per_block)
-            ]
+    num_rows = 0
+    for shard in shards:
+        with _opened(source, shard) as file:
+            _check_columns(f"{source}/{shard}", file.schema_arrow, ["image_id", "image", *([column] if split else [])])
+            num_rows += file.metadata.num_rows
+            for group in range(file.metadata.num_row_groups):
+                table = file.read_row_group(group, columns=["image_id", *([column] if split else [])])
+                values = [str(value) for value in table[column].to_pylist()] if split else [name] * len(table)
+                there.update(values)
+                rows = [row for row, value in enumerate(values) if value == name]
+                image_ids = table["image_id"].to_pylist()
+                chosen = [image_ids[row] for row in rows]
+                if None in chosen:
+                    row = rows[chosen.index(None)]
+                    raise InputError(f"{source}/{shard}: row {row} of row group {group} has no image_id; give it one")
+                ids += map(str, chosen)
+                groups.append((shard, group, rows))
     if split and there and not ids:
         raise InputError(f"--split {split}: no row of {source} is of it; the column holds {', '.join(sorted(there))}")
+    step = max(rows_per_block, -(-num_rows // MAX_BLOCKS))
+    items: list[dict[str, Any]] = [
+        {"shard": shard, "row_group": group, "rows": rows[i : i + step]}
+        for shard, group, rows in groups
+        for i in range(0, len(rows), step)
+    ]
     return items, ids
 
 
+@contextmanager
+def _opened(source: Storage, shard: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with source.open(shard) as opened, pq.ParquetFile(opened) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        # Arrow has OSError for broken pages, without a number.
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise InputError(f"{source}/{shard}: broken Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _check_columns(place: str, schema: pa.Schema, needed: Sequence[str]) -> None:
+    for name in needed:
+        if name not in schema.names:
+            raise InputError(f"{place}: no column {name!r}; it has {', '.join(schema.names)}")
+    image_id, image = (_plain(schema.field(name).type) for name in ("image_id", "image"))
+    if not _is_text(image_id) and not types.is_integer(image_id):
+        raise InputError(f"{place}: column 'image_id' is of type {image_id}; make it text or whole numbers")
+    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        image = _plain(image.field("bytes").type)
+    if not (types.is_binary(image) or types.is_large_binary(image) or types.is_binary_view(image)):
+        raise InputError(
+            f"{place}: column 'image' is of type {image}; make it binary, the bytes of a JPEG or PNG, or a struct with "
+            "such a field 'bytes'"
+        )
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
 def read_block(source: Storage, item: dict[str, Any]) -> dict[str, Any]:
-    """The rows of one block: lists under ``image_id``, ``file_name`` and ``image`` (encoded bytes)."""
+    """The rows of one block: lists under ``image_id``, ``file_name`` and ``image`` (encoded bytes, or None for a null).
+
+    ``gone`` lists the files of the block that are no longer there; their image is None.
+    """
     if "files" in item:
-        return {
-            "image_id": [os.path.splitext(name)[0] for name in item["files"]],
-            "file_name": list(item["files"]),
-            "image": [source.read(name) for name in item["files"]],
-        }
-    with source.open(item["shard"]) as opened, pq.ParquetFile(opened) as file:
-        names = [name for name in ("image_id", "file_name", "image") if name in file.schema_arrow.names]
+        try:
+            images = [None if name in item["gone"] else source.read(name) for name in item["files"]]
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename or error}: went away meanwhile; give the same command again") from None
+        ids = [os.path.splitext(name)[0] for name in item["files"]]
+        return {"image_id": ids, "file_name": list(item["files"]), "image": images, "gone": item["gone"]}
+    with _opened(source, item["shard"]) as file:
+        schema = file.schema_arrow
+        names = ["image_id", "image"]
+        if "file_name" in schema.names and _is_text(_plain(schema.field("file_name").type)):
+            names.append("file_name")
         table = file.read_row_group(item["row_group"], columns=names)
-    rows = table.take(pa.array(item["rows"], pa.int64())).to_pydict()
-    return {**rows, "file_name": rows.get("file_name", rows["image_id"])}
+    # A slice, as Arrow takes rows of some types only.
+    first, last = item["rows"][0], item["rows"][-1]
+    part = table.slice(first, last - first + 1).to_pydict()
+    rows = {name: [values[row - first] for row in item["rows"]] for name, values in part.items()}
+    ids = [str(image_id) for image_id in rows["image_id"]]
+    return {
+        "image_id": ids,
+        "file_name": [name or image_id for name, image_id in zip(rows.get("file_name", ids), ids, strict=True)],
+        # Hugging Face writes a struct of bytes and path.
+        "image": [image["bytes"] if isinstance(image, dict) else image for image in rows["image"]],
+        "gone": [],
+    }

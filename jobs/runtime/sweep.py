@@ -92,7 +92,8 @@ class _BlockWorker:
             self.out.create(f"{self.parts}/{part_name(block)}", buffer.getvalue())
         except Exception as error:
             return {**result, "error": _reason(error)}
-        return {**result, "num_rows": len(table)}
+        # Of the block: a worker may leave rows out of its table.
+        return {**result, "num_rows": len(next(iter(rows.values())))}
 
 
 def _reason(error: Exception) -> str:

@@ -44,6 +44,49 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(np.asarray(decode_image(data, name="x")), np.asarray(expected))
 
 
+# Each of 256 greys once, as 16 bits have them: v -> v >> 8.
+RAMP = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options"),
+    [
+        (Image.fromarray(RAMP), "PNG", {}),
+        (Image.fromarray(RAMP), "TIFF", {}),
+        (Image.fromarray(RAMP), "PPM", {}),
+        (Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()), "TIFF", {}),
+        (Image.fromarray(65535 - RAMP), "TIFF", {"tiffinfo": {262: 0}}),  # white is zero
+    ],
+)
+def test_sixteen_bits_keep_their_greys(image: Image.Image, kind: str, options: dict) -> None:
+    pixels = np.asarray(decode_image(encoded(image, kind, **options), name="x"))
+    assert np.array_equal(pixels, np.repeat((RAMP >> 8)[..., None], 3, axis=2))
+
+
+def test_twelve_bits_of_a_tiff_keep_their_greys() -> None:
+    # Pillow writes none: two greys in three bytes, by a header of its own.
+    greys = np.arange(256) * 4095 // 255
+    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in greys.reshape(-1, 2).tolist())
+    # Width, height, bits, no compression, black is zero, where the pixels begin, one channel, rows, bytes.
+    entries = {256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: len(packed)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    data = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(entries)) + table + bytes(4)
+    pixels = np.asarray(decode_image(data, name="x"))[..., 0]
+    assert np.array_equal(pixels.ravel(), greys >> 4)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "TIFF"), (np.float32, "TIFF"), (np.float32, "PPM")])
+def test_pixels_without_a_white_are_refused_by_name(dtype: type, kind: str) -> None:
+    data = encoded(Image.fromarray(RAMP.astype(dtype)), kind)
+    with pytest.raises(InputError, match=r"a.tif: its pixels are .* save it with 8 or 16 bits"):
+        decode_image(data, name="a.tif")
+
+
+def test_a_null_is_no_image() -> None:
+    with pytest.raises(InputError, match=r"row 3: no image there"):
+        decode_image(None, name="row 3")
+
+
 def test_exif_of_another_type_than_its_tag_has_is_no_concern() -> None:
     """XResolution as raw bytes: to write such an EXIF anew, without the orientation, fails in Pillow."""
     entries = [(0x0112, 3, 1, b"\6\0\0\0"), (0x011A, 7, 4, b"abcd")]
