@@ -24,18 +24,14 @@ import tyro
 from jobs.runtime.commandline import run
 from jobs.runtime.source import output_storage
 from mmcore.data.manifest import read_images, read_manifest
+from mmcore.data.predictions import read_predictions
 from mmcore.data.prepared import prepared_images, read_prepared, split_image_ids
+from mmcore.data.references import References, prepared_references, read_references
 from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
 from mmcore.metrics.images import score_colours, score_shapes, words_of
-from mmcore.metrics.predictions import (
-    References,
-    match_predictions,
-    prepared_references,
-    read_predictions,
-    read_references,
-)
+from mmcore.metrics.matching import match_predictions
 from mmcore.storage import Storage
 
 DEFAULT_DATASET = "flickr8k"
@@ -51,10 +47,13 @@ class CaptionScoreSettings:
     """
 
     predictions: str
-    """File of predictions: .jsonl, .parquet (or a folder of Parquet parts); any other ending is CSV,
-    `image,caption`."""
+    """File of predictions: JSON lines, Parquet (or a folder of Parquet parts), or text such as `image,caption`."""
     references: str | None = None
-    """captions.txt with `image,caption` lines; left out, the prepared dataset in --storage is read."""
+    """File of captions in any form that jobs/prepare.py reads, such as captions.txt; left out, the prepared dataset in
+    --storage is read."""
+    protocol: Literal["plain", "report"] = "plain"
+    """How --references is read. `plain`: the quotation marks of CSV are no part of a caption. `report`: as the report's
+    code does, which splits captions.txt at the first comma and keeps them."""
     references_per_image: Literal[1, 5] = 5
     """References an image is scored against: its first one, or its first five."""
     lowercase: bool = False
@@ -136,7 +135,7 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
 
     references = load_references(settings, dataset)
     expected = load_split(settings, dataset, references)
-    predictions = read_predictions(settings.predictions, references)
+    predictions = read_predictions(settings.predictions, references.image_ids)
     captions = match_predictions(predictions, references, expected)
 
     counts = BleuCounts()
@@ -156,6 +155,8 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
         "hypothesis_length": counts.hypothesis_length,
         "reference_length": counts.reference_length,
         "protocol": {
+            "name": settings.protocol,
+            "quotation_marks": "kept" if settings.protocol == "report" else "removed",
             "scorer": f"nltk {nltk.__version__} corpus_bleu",
             "smoothing": "method1",
             "weights": {name: list(weights) for name, weights in BLEU_WEIGHTS.items()},
@@ -183,6 +184,7 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
         }
         place.write(file_name, (json.dumps(result, indent=2) + "\n").encode())
         print(f"scores written to {place.uri}/{file_name}", file=sys.stderr)
+    print(f"references: {references.location}: {references.form}", file=sys.stderr)
     print(
         f"{len(captions)} images scored of the {len(references.captions)} that have references",
         file=sys.stderr,
@@ -275,14 +277,21 @@ def check_settings(settings: CaptionScoreSettings) -> None:
         raise InputError(f"--split {settings.split}: needs --storage, which holds the dataset with that column")
     if settings.storage is not None and settings.references is not None and settings.split is None:
         raise InputError(f"--storage {settings.storage}: not read with --references but no --split; leave it out")
+    if settings.protocol == "report" and settings.references is None:
+        raise InputError(
+            "--protocol report: needs --references captions.txt; a prepared dataset holds captions without the "
+            "quotation marks that this protocol keeps"
+        )
+    if settings.protocol == "report" and settings.lowercase:
+        raise InputError("--protocol report: keeps the case; leave --lowercase out, or --protocol")
     if settings.dataset is not None and settings.storage is None:
         raise InputError(f"--dataset {settings.dataset}: needs --storage, which holds the dataset")
 
 
 def load_references(settings: CaptionScoreSettings, dataset: str) -> References:
-    """From captions.txt where it is given, else from the prepared dataset."""
+    """From the file where it is given, else from the prepared dataset."""
     if settings.references is not None:
-        return read_references(settings.references)
+        return read_references(settings.references, keep_quotes=settings.protocol == "report")
     assert settings.storage is not None
     return prepared_references(settings.storage, dataset)
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import threading
 import uuid
 from collections import Counter
@@ -38,10 +39,10 @@ from jobs.runtime.progress import Report, progress
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
-from mmcore.data.archive import unpack_zip
-from mmcore.data.flickr8k import SPLIT_COLUMNS, Flickr8k, photo_row, read_flickr8k
-from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, unpack_dataset
+from mmcore.data.huggingface import looks_like_hub_name
+from mmcore.data.photos import SPLIT_COLUMNS, photo_row
 from mmcore.data.shapes import SPLITS, ShapesSettings, shapes_row
+from mmcore.data.sources import read_source
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
@@ -68,7 +69,8 @@ class PrepareSettings:
     dataset: str = SHAPES
     """`shapes` is generated; `flickr8k`, or any name of yours, is read from --source."""
     source: Annotated[str | None, tyro.conf.arg(metavar="DIR|ZIP|NAME")] = None
-    """Folder or zip with captions.txt and Images/, or a Hugging Face dataset (jxie/flickr8k, or saved to disk)."""
+    """Folder or zip with captions.txt, results.csv or Flickr8k.token.txt and the images, or with images and
+    metadata.jsonl or .csv; or a Hugging Face dataset (jxie/flickr8k, or saved to disk)."""
     storage: str = "out"
     """Folder or s3://bucket/prefix; the files land in STORAGE/data/DATASET/."""
     skip_bad: bool = False
@@ -171,15 +173,18 @@ def _make_shapes_row(settings: ShapesSettings, row: tuple[str, int]) -> dict[str
 
 
 def _plan_photos(settings: PrepareSettings, scratch: Path) -> _Plan:
-    source = _read_source(settings, scratch)
+    assert settings.source is not None
+    with progress("reading", "images") as report:
+        source = read_source(settings.source, scratch, skip_bad=settings.skip_bad, progress=report)
     for line in source.skipped:
         print(f"skipped: {line}")
     if source.skipped:
         print(f"skipped {len(source.skipped):,} in all; the report's splits count the images that are left")
     num_captions = sum(len(photo.captions) for photo in source.photos)
+    print(f"read as: {source.form}")
     print(f"read: {len(source.photos):,} images, {num_captions:,} captions, every image decodes")
-    if not source.has_official_split:
-        print("no official split files (Flickr_8k.trainImages.txt, ...): split_karpathy is `unused` for all")
+    for note in source.notes:
+        print(note)
     return _Plan(
         _cut(source.photos, [photo.num_bytes for photo in source.photos]),
         photo_row,
@@ -188,27 +193,6 @@ def _plan_photos(settings: PrepareSettings, scratch: Path) -> _Plan:
         reads_local_files=True,
         skipped=source.skipped,
     )
-
-
-def _read_source(settings: PrepareSettings, scratch: Path) -> Flickr8k:
-    """Find out what --source is, unpack it to `scratch` where it is no plain folder, and check it."""
-    assert settings.source is not None
-    path = Path(settings.source).expanduser()
-    folder = scratch / "source"
-    skipped: list[str] = []
-    if path.is_file():
-        folder.mkdir()
-        skipped = unpack_zip(path, folder, skip_bad=settings.skip_bad)
-    elif path.is_dir() and not is_saved_dataset(path):
-        folder = path
-    elif path.is_dir() or looks_like_hub_name(settings.source):
-        with progress("unpacking", "images") as report:
-            unpack_dataset(str(path), folder, progress=report)
-    else:
-        raise InputError(f"--source {settings.source}: no such folder or zip")
-    with progress("checking", "images") as report:
-        source = read_flickr8k(folder, label=str(path), skip_bad=settings.skip_bad, progress=report)
-    return dataclasses.replace(source, skipped=(*skipped, *source.skipped))
 
 
 def _cut(rows: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -375,8 +359,11 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
     )
     for column, counts in summary["splits"].items():
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    variant = SHAPES if settings.dataset == SHAPES else "best --name best"
-    print(f"next: python jobs/train_resnet_captioner.py --variant {variant} --storage {settings.storage}")
+    flags = ["--variant", SHAPES]
+    if settings.dataset != SHAPES:
+        flags = ["--variant", "best", "--name", "best", "--dataset", settings.dataset, "--split", SPLIT_COLUMNS[0]]
+    flags += ["--storage", settings.storage]
+    print(f"next: {shlex.join(['python', 'jobs/train_resnet_captioner.py', *flags])}")
 
 
 def main() -> None:

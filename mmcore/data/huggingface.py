@@ -1,29 +1,24 @@
-"""A Hugging Face dataset of captioned images, unpacked to a folder in the form that flickr8k.py reads.
+"""A Hugging Face dataset of captioned images, its images written to a folder.
 
-One code path then checks and writes both. The package ``datasets`` is needed for this alone and is
-installed with the tools of development (`make setup`). Code from a hub is never run (`datasets` 4 and later cannot).
+The package ``datasets`` is needed for this alone and is installed with the tools of development (`make setup`). Code
+from a hub is never run (`datasets` 4 and later cannot).
 """
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from mmcore.data.flickr8k import CAPTIONS_FILE, IMAGES_FOLDER, SPLIT_FILES, SPLIT_FOLDERS
+from mmcore.data.caption_columns import Columns, find_columns
+from mmcore.data.caption_files import as_captions
+from mmcore.data.caption_text import is_image_name
+from mmcore.data.photos import SPLIT_NAMES, Entry, Problems, Progress, name_to_id
 from mmcore.errors import InputError
 
-CAPTION_COLUMNS = ("captions", "caption", "text")
-_NUMBERED_CAPTION = re.compile(r"caption_(\d+)")
-_SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
+IMAGE_COLUMN = "image"
 # What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder.
 _SAVED_FILES = ("dataset_info.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
@@ -39,44 +34,48 @@ def looks_like_hub_name(source: str) -> bool:
     return _HUB_NAME.fullmatch(source) is not None and not source.endswith(".zip")
 
 
-def unpack_dataset(source: str, folder: Path, *, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write images, captions.txt and, of a dataset with several splits, the split files to `folder`.
+def read_dataset(
+    source: str, folder: Path, problems: Problems, progress: Progress | None = None
+) -> tuple[str, list[Entry]]:
+    """Write the images of a dataset, saved to disk or on the hub, to `folder`; what was read, and an entry an image.
 
-    The dataset has a column ``image`` and its captions in ``captions``, ``caption`` or ``text`` (a list or
-    one string) or in ``caption_0``, ``caption_1``, ... Where every image has a file name of its own, they are
-    in the order of their names, as in Flickr8k's captions.txt; else they are named SPLIT-INDEX and keep the
-    order of the dataset. Image bytes stay as they are. Raises InputError.
+    The images stand in a column ``image``, their captions in one that caption_columns.py knows, each a list or one
+    string. The split is that of a column ``split``, else that of the dataset where it has several. Where every image
+    has a file name of its own, in itself or in a column, they are in the order of their names, as in Flickr8k's
+    captions.txt; else they are named SPLIT-INDEX and keep the order of the dataset. Image bytes stay as they are.
+    Raises InputError.
     """
     splits = _load(source)
+    columns = {split: _columns(source, split, dataset) for split, dataset in splits.items()}
+    of_column = {split: _column_of_splits(dataset, columns[split]) for split, dataset in splits.items()}
+    names = _file_names(splits, columns)
+    several = len({SPLIT_NAMES.get(split.lower()) for split in splits}) > 1
     total = sum(len(dataset) for dataset in splits.values())
-    (folder / IMAGES_FOLDER).mkdir(parents=True)
-    names = _file_names(splits)
-    rows: list[tuple[str, list[str]]] = []
-    split_of: dict[str, list[str]] = {split: [] for split in SPLIT_FILES}
+    folder.mkdir(parents=True)
+    entries: list[Entry] = []
+    done = 0
     for split, dataset in splits.items():
-        columns = _caption_columns(source, split, dataset.column_names)
         for index, row in enumerate(dataset):
+            done += 1
             place = f"{source}: {split}[{index}]"
-            data = _image_bytes(row["image"], place)
-            name = names[split, index] if names else f"{split}-{index:06d}{_suffix(data)}"
-            (folder / IMAGES_FOLDER / name).write_bytes(data)
-            rows.append((name, list(_captions(row, columns, place))))
-            if split in _SPLIT_NAMES:
-                split_of[_SPLIT_NAMES[split]].append(name)
+            data = _image_bytes(row[IMAGE_COLUMN])
+            captions = as_captions([value for name in columns[split].captions if (value := row[name]) is not None])
+            captions = captions and tuple(" ".join(caption.split()) for caption in captions if caption.strip())
+            if data is None:
+                problems.add(place, f"`{IMAGE_COLUMN}` holds no encoded image")
+            elif not captions:
+                problems.add(place, f"`{' and '.join(columns[split].captions)}` holds no text")
+            else:
+                name = names[split, index] if names else f"{split}-{index:06d}{_suffix(data)}"
+                (folder / name).write_bytes(data)
+                own = split if several else None
+                entries.append(Entry(name, place, folder / name, list(captions), of_column[split](row) or own))
             if progress is not None:
-                progress(len(rows), total)
+                progress(done, total)
     if names:
-        rows.sort()
-    lines = ["image,caption"]
-    for name, captions in rows:
-        # Always quoted, so that a caption that is itself in quotation marks keeps them.
-        lines += ['{},"{}"'.format(name, caption.replace('"', '""')) for caption in captions]
-    (folder / CAPTIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if len(splits) > 1 and any(split_of.values()):
-        (folder / SPLIT_FOLDERS[0]).mkdir()
-        for split, file_name in SPLIT_FILES.items():
-            text = "".join(f"{name}\n" for name in split_of[split])
-            (folder / SPLIT_FOLDERS[0] / file_name).write_text(text, encoding="utf-8")
+        entries.sort(key=lambda entry: entry.file_name)
+    described = {f"{IMAGE_COLUMN} and {each.described()}" for each in columns.values()}
+    return f"Hugging Face dataset {source} ({'; '.join(sorted(described))})", entries
 
 
 def _load(source: str) -> dict[str, Any]:
@@ -99,57 +98,50 @@ def _load(source: str) -> dict[str, Any]:
         raise InputError(f"{source}: {kind} ({type(error).__name__}: {reason})") from error
     splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
     for split, dataset in splits.items():
-        if "image" not in dataset.column_names:
+        if IMAGE_COLUMN not in dataset.column_names:
             columns = ", ".join(dataset.column_names)
-            raise InputError(f"{source}: split {split!r} has no column `image`, only {columns}")
-        if isinstance(dataset.features["image"], datasets.Image):
-            splits[split] = dataset.cast_column("image", datasets.Image(decode=False))
+            raise InputError(f"{source}: split {split!r} has no column `{IMAGE_COLUMN}`, only {columns}")
+        if isinstance(dataset.features[IMAGE_COLUMN], datasets.Image):
+            splits[split] = dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
     return splits
 
 
-def _file_names(splits: dict[str, Any]) -> dict[tuple[str, int], str]:
+def _columns(source: str, split: str, dataset: Any) -> Columns:
+    names = [name for name in dataset.column_names if name != IMAGE_COLUMN]
+    return find_columns(names, f"{source}: split {split!r}", images_in_table=True)
+
+
+def _column_of_splits(dataset: Any, columns: Columns) -> Callable[[dict[str, Any]], str | None]:
+    """A row's own split; None for all where no column says it."""
+    column = columns.split
+    if column is None:
+        return lambda row: None
+    # A ClassLabel is stored as a number.
+    names = getattr(dataset.features[column], "names", None)
+    return lambda row: names[row[column]] if names and isinstance(row[column], int) else row[column]
+
+
+def _file_names(splits: dict[str, Any], columns: dict[str, Columns]) -> dict[tuple[str, int], str]:
     """(split, index) to file name where every image has one, and each its own; else empty."""
     names: dict[tuple[str, int], str] = {}
     for split, dataset in splits.items():
-        for index, image in enumerate(dataset.select_columns("image")):
-            path = image["image"].get("path") if isinstance(image["image"], dict) else None
+        column = columns[split].image
+        for index, row in enumerate(dataset.select_columns([IMAGE_COLUMN, column] if column else [IMAGE_COLUMN])):
+            path = row[IMAGE_COLUMN].get("path") if isinstance(row[IMAGE_COLUMN], dict) else None
+            if not path and column and isinstance(row[column], str) and is_image_name(row[column]):
+                path = row[column]
             name = PureWindowsPath(PurePosixPath(path or "").name).name
-            if not name or "," in name:
+            if not name or name == "..":
                 return {}
             names[split, index] = name
-    stems = {Path(name).stem for name in names.values()}
-    return names if len(stems) == len(names) else {}
+    return names if len(set(map(name_to_id, names.values()))) == len(names) else {}
 
 
-def _caption_columns(source: str, split: str, columns: list[str]) -> list[str]:
-    for name in CAPTION_COLUMNS:
-        if name in columns:
-            return [name]
-    numbered = [match for match in map(_NUMBERED_CAPTION.fullmatch, columns) if match]
-    if not numbered:
-        raise InputError(
-            f"{source}: split {split!r} has the columns {', '.join(columns)}; "
-            f"its captions should be in {', '.join(CAPTION_COLUMNS)} or caption_0, caption_1, ..."
-        )
-    return [match.group() for match in sorted(numbered, key=lambda match: int(match[1]))]
-
-
-def _captions(row: dict[str, Any], columns: list[str], place: str) -> Iterator[str]:
-    for column in columns:
-        values = row[column] if isinstance(row[column], list) else [row[column]]
-        for value in values:
-            if value is not None and not isinstance(value, str):
-                raise InputError(f"{place}: `{column}` holds {type(value).__name__}, not text")
-            if value and value.strip():
-                yield " ".join(value.split())
-
-
-def _image_bytes(image: Any, place: str) -> bytes:
+def _image_bytes(image: Any) -> bytes | None:
     if isinstance(image, dict):
-        image = image.get("bytes") or (Path(image["path"]).read_bytes() if image.get("path") else None)
-    if not isinstance(image, bytes):
-        raise InputError(f"{place}: `image` holds no encoded image")
-    return image
+        path = image.get("path")
+        image = image.get("bytes") or (Path(path).read_bytes() if path and Path(path).is_file() else None)
+    return image if isinstance(image, bytes) else None
 
 
 def _suffix(data: bytes) -> str:

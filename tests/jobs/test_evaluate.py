@@ -122,6 +122,8 @@ def test_scores_and_protocol(predictions: str, references: str) -> None:
     assert protocol["scorer"].endswith(" corpus_bleu")
     assert protocol["weights"]["bleu3"] == [0.333, 0.333, 0.334, 0.0]
     assert {key: value for key, value in protocol.items() if key not in ("scorer", "weights")} == {
+        "name": "plain",
+        "quotation_marks": "removed",
         "smoothing": "method1",
         "tokenization": "str.split()",
         "case": "kept",
@@ -133,6 +135,35 @@ def test_scores_and_protocol(predictions: str, references: str) -> None:
         "predictions": predictions,
     }
     assert "run" not in result
+
+
+def test_the_reports_protocol_scores_as_its_code_does(tmp_path: Path, predictions: str, storage: str) -> None:
+    """Its code splits each line of captions.txt at the first comma and leaves the quotation marks where they are."""
+    lines = ["image,caption", 'a1.jpg,"A dog , running ."', 'a1.jpg,A man with "a dog"', 'b2.jpg,"Two men , a ball ."']
+    path = tmp_path / "quoted.txt"
+    path.write_text("\n".join(lines) + "\n")
+    raw: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        name, caption = line.split(",", 1)
+        raw.setdefault(name, []).append(caption.strip())
+    result = scored("--predictions", predictions, "--references", str(path), "--protocol", "report")
+    assert bleu(result) == pytest.approx(nltk_scores(PREDICTIONS, raw), rel=1e-12)
+    assert (result["protocol"]["name"], result["protocol"]["quotation_marks"]) == ("report", "kept")
+    assert bleu(result) != bleu(scored("--predictions", predictions, "--references", str(path)))
+    for flags, reason in (
+        (["--storage", storage], "needs --references"),
+        (["--references", str(path), "--lowercase"], "case"),
+    ):
+        assert reason in refused("--predictions", predictions, "--protocol", "report", *flags)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path, predictions: str) -> None:
+    path = tmp_path / "captions.txt"
+    rows = "".join(f"{name},{index},{text}\n" for name, texts in REFERENCES.items() for index, text in enumerate(texts))
+    path.write_text("image_name,comment_number,comment\n" + rows)
+    done = evaluate("--predictions", predictions, "--references", str(path))
+    assert bleu(json.loads(done.stdout)) == pytest.approx(nltk_scores(PREDICTIONS, REFERENCES), rel=1e-12)
+    assert "columns image_name and comment, comma between columns; not read: comment_number" in done.stderr
 
 
 def test_sixth_reference_is_not_used(tmp_path: Path, references: str) -> None:

@@ -19,7 +19,10 @@ from PIL import Image
 
 from jobs import prepare as prepare_module
 from jobs.prepare import PrepareSettings, prepare
-from mmcore.data.flickr8k import SPLIT_FILES
+from jobs.runtime.job import parse_job
+from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.data.caption_folder import SPLIT_FILES
+from mmcore.data.prepared import read_captions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
 from mmcore.storage import Storage
@@ -115,7 +118,7 @@ def test_every_image_once_in_order_with_its_bytes(
     assert "read: 25 images, 50 captions" in printed
     assert "flickr8k: 25 images, 50 captions in 2 files" in printed
     assert "train 15, validation 5, test 4, unused 1" in printed
-    assert f"next: python jobs/train_resnet_captioner.py --variant best --name best --storage {out}" in printed
+    assert f"read as: {source}/captions.txt (columns image and caption, comma between columns), images in" in printed
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -164,6 +167,27 @@ def test_shapes_are_those_of_the_generator(tmp_path: Path, capsys: pytest.Captur
     assert summary["splits"] == {"split": {"train": 9, "validation": 3, "test": 6}}
     assert summary["num_captions"] == 5 * summary["num_images"] == 5 * 18
     assert "--variant shapes" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("dataset", ["shapes", "mine"])
+def test_the_next_command_can_be_pasted_and_finds_the_data(
+    source: Path, tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = tmp_path / "my data; $HOME"
+    what = {"shapes": SHAPES} if dataset == "shapes" else {"source": str(source)}
+    prepare(PrepareSettings(dataset=dataset, storage=str(storage), **what))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    # As a shell takes it apart, and as the job reads it.
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line.removeprefix('next: ')}"], capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
+    assert words[:2] == ["python", "jobs/train_resnet_captioner.py"]
+    job = parse_job(words[1], VARIANTS, "", words[2:])
+    table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
+    assert table.rows("train")
+    assert table.validation_rows()
+    assert len(table.image_ids) == (18 if dataset == "shapes" else NUM_IMAGES)
 
 
 # --- a second run ------------------------------------------------------------------------------------------
@@ -256,7 +280,7 @@ def test_bad_source_stops_with_one_line_before_anything_is_written(
     assert result.returncode == 1
     # Line 1 the header, then two captions for each image.
     place = f"{source}/captions.txt:{2 + 2 * NUM_IMAGES}"
-    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {place}: caption row without a comma")
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {place}: expected `image,caption`, got")
     assert "Traceback" not in result.stderr
     assert not out.exists()
 
@@ -294,14 +318,14 @@ def test_failure_while_writing_leaves_the_old_dataset_alone(
     out = tmp_path / "out"
     good = prepare(settings(source, out))
     before = visible(out)
-    checked = prepare_module.read_flickr8k
+    checked = prepare_module.read_source
 
     def check_then_lose_an_image(*args: Any, **kwargs: Any) -> Any:
         result = checked(*args, **kwargs)
         Path(result.photos[-1].path).write_bytes(jpeg(3, (40, 40)))
         return result
 
-    monkeypatch.setattr(prepare_module, "read_flickr8k", check_then_lose_an_image)
+    monkeypatch.setattr(prepare_module, "read_source", check_then_lose_an_image)
     with pytest.raises(Exception, match="bytes when checked"):
         prepare(settings(source, out, fresh=True))
     assert visible(out) == before

@@ -85,14 +85,36 @@ def test_hugging_face_without_names(
     assert summary["splits"]["split_karpathy"] == {"unused": 3}
 
 
+@pytest.mark.usefixtures("ray_local")
+def test_hugging_face_with_its_split_in_a_column(
+    saved_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The form of nlphuji/flickr30k: one split `test`, Karpathy's in a column, file names in another."""
+    wanted = ["train", "val", "test", "restval"]
+    columns = {
+        "image": [{"bytes": jpeg(shade), "path": None} for shade in range(4)],
+        "caption": [["one", "two"]] * 4,
+        "split": wanted,
+        "filename": [f"{name}.jpg" for name in "dcba"],
+        "sentids": [["0"]] * 4,
+    }
+    summary = prepare(settings(saved_dataset({"test": columns}), tmp_path / "out"))
+    assert summary["splits"]["split_karpathy"] == {"unused": 1, "test": 1, "validation": 1, "train": 1}
+    split_of = {row["file_name"]: row["split_karpathy"] for row in read(tmp_path / "out")}
+    assert split_of == {"a.jpg": "unused", "b.jpg": "test", "c.jpg": "validation", "d.jpg": "train"}
+    printed = capsys.readouterr().out
+    assert "(image and columns filename, caption and split; not read: sentids)" in printed
+    assert "split 'restval' is not known: its 1 images are `unused`" in printed
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
         ({"photo": [1], "caption": ["x"]}, "no column `image`, only photo, caption"),
-        ({"image": [b"x"], "words": ["x"]}, "its captions should be in captions, caption, text or caption_0"),
-        ({"image": [b"x"], "caption": [3]}, r"saved: all\[0\]: `caption` holds int, not text"),
+        ({"image": [b"x"], "words": ["x"]}, "'all': the columns are 'words'; none is known to hold its captions"),
+        ({"image": [b"x"], "caption": [3]}, r"saved: all\[0\]: `caption` holds no text; mend it"),
         ({"image": ["a.jpg"], "caption": ["x"]}, r"saved: all\[0\]: `image` holds no encoded image"),
-        ({"image": [b"x"], "caption": ["x"]}, r"Images/all-000000\.jpg: broken image"),
+        ({"image": [b"x"], "caption": ["x"]}, r"saved: all\[0\]: all-000000\.jpg: broken image"),
     ],
 )
 def test_hugging_face_of_another_form(

@@ -9,16 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmcore.data.caption_text import unquote
+from mmcore.data.predictions import read_predictions
 from mmcore.data.prepared import split_image_ids
+from mmcore.data.references import References, prepared_references, read_references
 from mmcore.errors import InputError
-from mmcore.metrics.predictions import (
-    References,
-    match_predictions,
-    prepared_references,
-    read_predictions,
-    read_references,
-    unquote,
-)
+from mmcore.metrics.matching import match_predictions
 
 SHARED_CAPTIONS = Path(__file__).parents[3] / "shared" / "data" / "flickr8k" / "captions.txt"
 CAPTIONS = """image,caption
@@ -51,7 +47,7 @@ def message(error: pytest.ExceptionInfo[InputError]) -> str:
 
 
 def parsed(folder: Path, references: References, content: str | bytes, name: str = "p.csv") -> list[tuple[str, str]]:
-    return read_predictions(write(folder, name, content), references).captions
+    return read_predictions(write(folder, name, content), references.image_ids).captions
 
 
 # References
@@ -103,11 +99,11 @@ def test_missing_file_and_folder(tmp_path: Path, references: References) -> None
     with pytest.raises(InputError, match=r"nothing\.txt: no such file"):
         read_references(str(tmp_path / "nothing.txt"))
     with pytest.raises(InputError, match=r"nothing\.csv: no such file"):
-        read_predictions(str(tmp_path / "nothing.csv"), references)
+        read_predictions(str(tmp_path / "nothing.csv"), references.image_ids)
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_references(str(tmp_path))
     with pytest.raises(InputError, match=r"a folder without \*\.parquet"):
-        read_predictions(str(tmp_path), references)
+        read_predictions(str(tmp_path), references.image_ids)
 
 
 def test_real_references_are_those_of_the_csv_module() -> None:
@@ -188,7 +184,7 @@ def test_csv_written_by_the_csv_module_comes_back(tmp_path: Path, references: Re
             writer = csv.writer(file, quoting=quoting)
             writer.writerow(["image", "caption"])
             writer.writerows((f"{i}.jpg", caption) for i, caption in enumerate(captions))
-        assert [caption for _, caption in read_predictions(str(path), many).captions] == captions
+        assert [caption for _, caption in read_predictions(str(path), many.image_ids).captions] == captions
 
 
 @pytest.mark.parametrize(
@@ -223,9 +219,10 @@ def test_empty_predictions(tmp_path: Path, references: References, name: str, co
 
 
 def test_bytes_that_are_not_utf8_name_the_line(tmp_path: Path, references: References) -> None:
-    for name in ("p.csv", "p.jsonl"):
+    rows = {"p.csv": b"1001_ab.jpg,x", "p.jsonl": b'{"image": "1001_ab.jpg", "caption": "x"}'}
+    for name, row in rows.items():
         with pytest.raises(InputError, match=rf"{name}:3: byte 0xff is not UTF-8"):
-            parsed(tmp_path, references, b"1001_ab.jpg,x\n\n1002_cd.jpg,\xff\n", name)
+            parsed(tmp_path, references, row + b"\n\n" + row + b"\xff\n", name)
 
 
 # JSON lines
@@ -253,14 +250,15 @@ def test_jsonl_number_is_an_image_id(tmp_path: Path, references: References) -> 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("1001_ab.jpg,a dog", "not JSON"),
-        ('{"image": "1001_ab.jpg", "caption": "cut', "not JSON"),
-        ('["1001_ab.jpg", "a dog"]', "expected a JSON object"),
-        ('{"picture": "1001_ab.jpg", "caption": "x"}', "no image name"),
-        ('{"image": null, "caption": "x"}', "no image name"),
-        ('{"image": true, "caption": "x"}', "no image name"),
-        ('{"image": "1001_ab.jpg"}', "expected a string under caption"),
-        ('{"image": "1001_ab.jpg", "caption": ["x"]}', "expected a string under caption"),
+        ("1001_ab.jpg,a dog", "broken JSON"),
+        ('{"image": "1001_ab.jpg", "caption": "cut', "broken JSON"),
+        ('["1001_ab.jpg", "a dog"]', "expected an object"),
+        ('{"picture": "1001_ab.jpg", "caption": "x"}', "the columns are 'picture', 'caption'; none .* the image"),
+        ('{"image": null, "caption": "x"}', "image: expected the name of an image, got None"),
+        ('{"image": true, "caption": "x"}', "image: expected the name of an image, got True"),
+        ('{"image": "1001_ab.jpg"}', "the columns are 'image'; none .* its captions"),
+        ('{"image": "1001_ab.jpg", "caption": 7}', "caption: expected text, got 7"),
+        ('{"image": "1001_ab.jpg", "caption": ["x", "y"]}', "2 captions for '1001_ab.jpg'; predict one an image"),
     ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path: Path, references: References, line: str, expected: str) -> None:
@@ -292,7 +290,7 @@ def test_parquet_file_and_folder_of_parts(tmp_path: Path, references: References
     write(parts, "a.parquet", first)
     write(parts, "_SUCCESS", b"{}")
     for location in (str(parts), f"{parts}/"):
-        predictions = read_predictions(location, references)
+        predictions = read_predictions(location, references.image_ids)
         assert predictions.captions == [("1001_ab.jpg", "a dog"), ("1002_cd.jpg", "x")]
         assert predictions.sha256 == hashlib.sha256(first + second).hexdigest()
 
@@ -300,12 +298,12 @@ def test_parquet_file_and_folder_of_parts(tmp_path: Path, references: References
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"image,caption\n", "not a Parquet file"),
-        (parquet_bytes(image_id=["a"], caption=["b"])[:-9], "not a Parquet file"),
-        (parquet_bytes(image=[b"bytes"], caption=["b"]), "columns there: image, caption"),
-        (parquet_bytes(image_id=["a"], text=["b"]), "columns there: image_id, text"),
-        (parquet_bytes(image_id=["a", "b"], caption=["x", None]), "row 2: expected strings"),
-        (parquet_bytes(image_id=[7], caption=["x"]), "row 1: expected strings"),
+        (b"image,caption\n", "broken Parquet"),
+        (parquet_bytes(image_id=["a"], caption=["b"])[:-9], "broken Parquet"),
+        (parquet_bytes(image=[b"bytes"], caption=["b"]), "row 1: image: expected the name of an image, got b'bytes'"),
+        (parquet_bytes(image_id=["a"], words=["b"]), "the columns are 'image_id', 'words'; none .* its captions"),
+        (parquet_bytes(image_id=["a", "b"], caption=["x", None]), "row 2: caption: expected text, got None"),
+        (parquet_bytes(image_id=[7.5], caption=["x"]), "row 1: image_id: expected the name of an image, got 7.5"),
     ],
 )
 def test_bad_parquet(tmp_path: Path, references: References, content: bytes, expected: str) -> None:
@@ -318,7 +316,9 @@ def test_bad_parquet(tmp_path: Path, references: References, content: bytes, exp
 
 
 def matched(folder: Path, references: References, content: str, expected: list[str] | None = None) -> dict[str, str]:
-    return match_predictions(read_predictions(write(folder, "p.csv", content), references), references, expected)
+    return match_predictions(
+        read_predictions(write(folder, "p.csv", content), references.image_ids), references, expected
+    )
 
 
 def test_match_goes_by_file_name_or_stem_in_prediction_order(tmp_path: Path, references: References) -> None:

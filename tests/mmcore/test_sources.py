@@ -11,15 +11,10 @@ import pytest
 from PIL import Image
 
 from mmcore.data.archive import unpack_zip
-from mmcore.data.flickr8k import (
-    SPLIT_COLUMNS,
-    SPLIT_FILES,
-    find_source,
-    photo_row,
-    read_flickr8k,
-    report_splits,
-    split_caption_row,
-)
+from mmcore.data.caption_folder import SPLIT_FILES
+from mmcore.data.caption_text import find_layout
+from mmcore.data.photos import SPLIT_COLUMNS, Photos, Progress, photo_row, report_splits
+from mmcore.data.sources import read_source
 from mmcore.errors import InputError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k"
@@ -43,6 +38,11 @@ def make_source(folder: Path) -> Path:
     for file, name in zip(SPLIT_FILES.values(), NAMES, strict=True):
         (folder / "splits" / file).write_text(f"{name}\n")
     return folder
+
+
+def read(folder: Path, skip_bad: bool = False, progress: Progress | None = None) -> Photos:
+    """A folder is read where it is, so that nothing is unpacked."""
+    return read_source(str(folder), folder / "no such folder", skip_bad=skip_bad, progress=progress)
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def edit(path: Path, line: int, text: str | None) -> None:
     ],
 )
 def test_first_comma_splits_and_csv_quotes_go(line: str, expected: tuple[str, str] | None) -> None:
-    assert split_caption_row(line) == expected
+    fields = find_layout([line], "captions.txt").fields(line)
+    assert fields == (None if expected is None else list(expected))
 
 
 def test_report_splits_of_flickr8k_and_of_other_sizes() -> None:
@@ -83,9 +84,13 @@ def test_report_splits_of_flickr8k_and_of_other_sizes() -> None:
 
 
 def test_rows_keep_order_bytes_captions_and_splits(source: Path) -> None:
-    data = read_flickr8k(source)
+    data = read(source)
     assert data.skipped == ()
-    assert data.has_official_split
+    assert data.notes == ()
+    assert data.form == (
+        f"{source}/captions.txt (columns image and caption, comma between columns), images in {source}/Images, "
+        "split of Flickr_8k.trainImages.txt ..."
+    )
     rows = [photo_row(photo) for photo in data.photos]
     assert [row["image_id"] for row in rows] == ["a", "b", "c"]
     assert [row["file_name"] for row in rows] == list(NAMES)
@@ -98,7 +103,7 @@ def test_rows_keep_order_bytes_captions_and_splits(source: Path) -> None:
 
 def test_order_is_that_of_captions_and_not_of_names(source: Path) -> None:
     (source / "captions.txt").write_text("b.jpg,one\nc.jpg,two\na.jpg,three\n")  # and no header
-    assert [photo.file_name for photo in read_flickr8k(source).photos] == ["b.jpg", "c.jpg", "a.jpg"]
+    assert [photo.file_name for photo in read(source).photos] == ["b.jpg", "c.jpg", "a.jpg"]
 
 
 @pytest.mark.parametrize("place", ["splits", ".", "Flickr8k_text"])
@@ -114,23 +119,45 @@ def test_every_layout_is_found(tmp_path: Path, place: str, beside: bool, nested:
         for name in NAMES:
             (folder / "Images" / name).rename(folder / name)
         (folder / "Images").rmdir()
-    data = read_flickr8k(outer)
+    data = read(outer)
     assert [photo.split_karpathy for photo in data.photos] == ["train", "validation", "test"]
     assert [photo_row(photo)["image"] for photo in data.photos] == [jpeg(40 * shade) for shade in range(3)]
+
+
+@pytest.mark.parametrize("captions", ["Flickr8k_text/Flickr8k.token.txt", "Flickr8k/Flickr8k_text/Flickr8k.token.txt"])
+@pytest.mark.parametrize("images", ["Flicker8k_Dataset", "Flicker8k_Dataset/Flicker8k_Dataset", "photos"])
+def test_the_folders_of_the_first_distribution(tmp_path: Path, captions: str, images: str) -> None:
+    """Captions numbered behind the name, the split beside them, the images in a folder beside theirs."""
+    folder = make_source(tmp_path / "made")
+    text = tmp_path / "source" / captions
+    text.parent.mkdir(parents=True)
+    names = ("a.jpg", "b.jpg", "c.jpg.1")  # one image of Flickr8k is called so
+    text.write_text("".join(f"{name}#{index}\tcaption {index} , of it\n" for name in names for index in range(2)))
+    # The same in lower case and without inflections stands beside it, and judgements that are no captions.
+    (text.parent / "Flickr8k.lemma.token.txt").write_text("a.jpg#0\tcaption of it\n")
+    (text.parent / "ExpertAnnotations.txt").write_text("a.jpg\tb.jpg#2\t1\t1\t2\n")
+    for name in SPLIT_FILES.values():
+        (folder / "splits" / name).rename(text.parent / name)
+    (text.parent.parent / images).parent.mkdir(exist_ok=True)
+    (folder / "Images").rename(text.parent.parent / images)
+    photos = read(tmp_path / "source").photos
+    assert [photo.file_name for photo in photos] == list(NAMES)
+    assert {photo.captions for photo in photos} == {("caption 0 , of it", "caption 1 , of it")}
+    assert [photo.split_karpathy for photo in photos] == ["train", "validation", "test"]
 
 
 def test_without_split_files_all_are_unused(source: Path) -> None:
     for name in SPLIT_FILES.values():
         (source / "splits" / name).unlink()
-    data = read_flickr8k(source)
-    assert not data.has_official_split
+    data = read(source)
+    assert data.notes == ("no official split (split files, or a column `split`): split_karpathy is `unused` for all",)
     assert {photo.split_karpathy for photo in data.photos} == {"unused"}
 
 
 def test_windows_line_ends_byte_order_mark_and_odd_characters(source: Path) -> None:
     text = "image,caption\r\na.jpg,one\u2028line\r\n\r\nb.jpg,zwei Hündchen\r\nc.jpg,drei\r\n"
     (source / "captions.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    captions = [photo.captions for photo in read_flickr8k(source).photos]
+    captions = [photo.captions for photo in read(source).photos]
     assert captions == [("one\u2028line",), ("zwei Hündchen",), ("drei",)]
 
 
@@ -138,7 +165,7 @@ def test_clutter_of_the_desktop_is_no_image(source: Path) -> None:
     (source / "Images" / ".DS_Store").write_bytes(b"x")
     (source / "Images" / "._a.jpg").write_bytes(b"x")
     (source / "Images" / "notes.txt").write_bytes(b"x")
-    assert len(read_flickr8k(source).photos) == 3
+    assert len(read(source).photos) == 3
 
 
 def truncate(path: Path) -> None:
@@ -173,7 +200,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str, str, int]] = {
     "row without a comma": (
         lambda s: edit(s / "captions.txt", 3, "a.jpg no comma here"),
         "captions.txt:3",
-        "without a comma: 'a.jpg no comma here'",
+        "expected `image,caption`, got 'a.jpg no comma here'",
         "abc",
         5,
     ),
@@ -262,13 +289,13 @@ def test_bad_input_is_one_line_that_names_the_place(source: Path, case: str) -> 
     break_it, place, reason, kept, num_captions = BAD[case]
     break_it(source)
     with pytest.raises(InputError, match=reason) as caught:
-        read_flickr8k(source)
+        read(source)
     message = str(caught.value)
     assert message.startswith(f"{source}/{place}: ")
     assert "\n" not in message
     assert message.endswith("--skip-bad")
 
-    data = read_flickr8k(source, skip_bad=True)
+    data = read(source, skip_bad=True)
     assert "".join(photo.image_id for photo in data.photos) == kept
     assert sum(len(photo.captions) for photo in data.photos) == num_captions
     assert data.skipped[0] == message.removesuffix("; mend it, or leave it out with --skip-bad")
@@ -278,7 +305,7 @@ def test_skip_bad_goes_past_all_of_them_at_once(source: Path) -> None:
     edit(source / "captions.txt", 2, "no comma")
     truncate(source / "Images/b.jpg")
     edit(source / "splits" / DEV, 2, "zebra.jpg")
-    data = read_flickr8k(source, skip_bad=True)
+    data = read(source, skip_bad=True)
     captions = [photo.captions for photo in data.photos]
     assert captions == [("caption 1 of a.jpg",), ("caption 0 of c.jpg", "caption 1 of c.jpg")]
     assert len(data.skipped) == 3
@@ -293,7 +320,7 @@ def test_skip_bad_goes_past_all_of_them_at_once(source: Path) -> None:
         (lambda s: [path.unlink() for path in (s / "Images").iterdir()], r"missing image|not one image"),
         (lambda s: (s / "captions.txt").write_text("image,caption\n"), r"captions\.txt: no caption in it"),
         (lambda s: (s / "captions.txt").write_text(""), r"captions\.txt: no caption in it"),
-        (lambda s: (s / "captions.txt").rename(s / "captions.csv"), r"flickr: no captions\.txt in it"),
+        (lambda s: (s / "captions.txt").rename(s / "captions.doc"), r"flickr: no captions of a known form in it"),
     ],
 )
 def test_nothing_left_is_an_error_even_with_skip_bad(
@@ -301,20 +328,23 @@ def test_nothing_left_is_an_error_even_with_skip_bad(
 ) -> None:
     break_it(source)
     with pytest.raises(InputError, match=reason):
-        read_flickr8k(source, skip_bad=skip_bad)
+        read(source, skip_bad=skip_bad)
 
 
 def test_empty_and_ambiguous_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the folder is empty"):
-        find_source(tmp_path)
-    make_source(tmp_path / "one")
+        read(tmp_path)
+    one = make_source(tmp_path / "one")
     make_source(tmp_path / "two")
-    with pytest.raises(InputError, match=r"in several folders \(one, two\)"):
-        find_source(tmp_path)
+    with pytest.raises(InputError, match=r"may be read by any of one/captions\.txt, two/captions\.txt; give"):
+        read(tmp_path)
+    (one / "metadata.csv").write_text("file_name,text\nImages/a.jpg,x\n")
+    with pytest.raises(InputError, match=r"may be read by any of metadata\.csv, captions\.txt; give"):
+        read(one)
 
 
 def test_image_that_changes_after_the_check_is_refused(source: Path) -> None:
-    photo = read_flickr8k(source).photos[0]
+    photo = read(source).photos[0]
     truncate(Path(photo.path))
     with pytest.raises(InputError, match=r"a\.jpg: was \d+ bytes when checked"):
         photo_row(photo)
@@ -322,7 +352,7 @@ def test_image_that_changes_after_the_check_is_refused(source: Path) -> None:
 
 def test_progress_counts_every_image(source: Path) -> None:
     seen: list[tuple[int, int]] = []
-    read_flickr8k(source, progress=lambda done, total: seen.append((done, total)))
+    read(source, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -439,7 +469,7 @@ def test_bomb_that_lies_about_its_size_stops_at_what_it_said(tmp_path: Path) -> 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real Flickr8k is not on this machine")
 def test_real_flickr8k() -> None:
-    data = read_flickr8k(REAL)
+    data = read(REAL)
     assert len(data.photos) == 8091
     captions = [caption for photo in data.photos for caption in photo.captions]
     assert len(captions) == 40455

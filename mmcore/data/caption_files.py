@@ -1,0 +1,131 @@
+"""Files of captions: delimited text, JSON lines or Parquet, told apart by their content; every row with its place."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmcore.data.caption_columns import Columns, find_columns
+from mmcore.data.caption_text import Layout, find_layout, image_name
+from mmcore.data.tables import JSONL, PARQUET, read_bytes, read_rows, table_format
+from mmcore.errors import InputError
+
+Bad = Callable[[str, str], None]
+"""Told the place and the fault of a row that is left out; it may raise."""
+
+
+@dataclass(frozen=True)
+class CaptionRow:
+    """`captions` of the image that the file calls `image`: one as a rule, and "" where the field is empty."""
+
+    place: str
+    image: str
+    captions: tuple[str, ...]
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """The rows in file order, and `form`: what the file was read as, in words."""
+
+    form: str
+    rows: list[CaptionRow]
+
+
+def refuse(place: str, reason: str) -> None:
+    """The `Bad` of a file that must be right in every row: InputError."""
+    raise InputError(f"{place}: {reason}")
+
+
+def read_caption_file(location: str, bad: Bad = refuse, *, keep_quotes: bool = False) -> CaptionFile:
+    """Read a local file or URI.
+
+    `keep_quotes`: a line is split at its first comma and the rest is the caption, quotation marks of CSV with it, as
+    the report's code reads captions.txt; a file with other columns is refused.
+    Raises InputError for a file that cannot be read or whose columns are not known.
+    """
+    form = table_format(location)
+    if form in (JSONL, PARQUET) and not keep_quotes:
+        return _read_table(location, {JSONL: "JSON lines", PARQUET: "Parquet"}[form], bad)
+    lines = numbered_lines(read_bytes(location), location, bad)
+    start = f"{location}:{next((number for number, line in lines if line.strip()), 1)}"
+    layout = find_layout([line for _, line in lines], start)
+    if keep_quotes:
+        if form in (JSONL, PARQUET) or layout.delimiter != "," or len(layout.names) != 2 or not layout.caption_is_last:
+            raise InputError(f"{start}: not `image,caption` lines, which alone the report's code reads")
+        layout = replace(layout, has_quotes=False)
+    return CaptionFile(layout.described(), list(_text_rows(lines, layout, location, bad)))
+
+
+def numbered_lines(data: bytes, location: str, bad: Bad) -> list[tuple[int, str]]:
+    """Number, from 1, and text of each line of UTF-8 without its line end.
+
+    Only LF and CR LF end a line: `str.splitlines` would also cut captions at U+2028 and its like.
+    """
+    lines = []
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            lines.append((number, raw.decode("utf-8").removesuffix("\r")))
+        except UnicodeDecodeError as error:
+            fault = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            bad(f"{location}:{number}", fault)
+    return lines
+
+
+def _text_rows(lines: list[tuple[int, str]], layout: Layout, location: str, bad: Bad) -> Iterator[CaptionRow]:
+    filled = [(number, line) for number, line in lines if line.strip()]
+    for number, line in filled[int(layout.has_header) :]:
+        place = f"{location}:{number}"
+        fields = layout.fields(line)
+        if fields is None:
+            bad(place, f"expected `{layout.row}`, got {line[:60]!r}")
+            continue
+        value = {name: fields[index] for index, name in enumerate(layout.names)}
+        columns = layout.columns
+        assert columns.image is not None
+        captions = tuple(value[name] for name in columns.captions)
+        yield CaptionRow(
+            place, image_name(value[columns.image]), captions, value[columns.split] if columns.split else None
+        )
+
+
+def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
+    found: list[Columns] = []
+
+    def look(names: list[str], place: str) -> None:
+        found.append(find_columns(names, place))
+
+    rows = []
+    for row in read_rows(location, check_names=look):
+        columns = found[-1]
+        assert columns.image is not None
+        image = as_name(row.values[columns.image])
+        captions = as_captions([row.values[name] for name in columns.captions])
+        split = row.values[columns.split] if columns.split else None
+        if image is None:
+            bad(
+                row.place, f"{columns.image}: expected the name of an image, got {repr(row.values[columns.image])[:60]}"
+            )
+        elif captions is None:
+            bad(row.place, f"{' and '.join(columns.captions)}: expected text, got {_shown(row.values, columns)}")
+        else:
+            rows.append(CaptionRow(row.place, image, captions, split if isinstance(split, str) else None))
+    return CaptionFile(f"{form}, {found[-1].described()}" if found else form, rows)
+
+
+def as_name(value: Any) -> str | None:
+    """The name of an image, None where `value` is none: text, or COCO's whole number, 139.0 in tables of pandas."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return image_name(value.strip()) if isinstance(value, str) and value.strip() else None
+
+
+def as_captions(values: list[Any]) -> tuple[str, ...] | None:
+    """The captions in the columns of one row, each a text or a list of texts; None where one is something else."""
+    flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    return tuple(flat) if all(isinstance(each, str) for each in flat) else None
+
+
+def _shown(values: dict[str, Any], columns: Columns) -> str:
+    return " and ".join(repr(values[name])[:60] for name in columns.captions)

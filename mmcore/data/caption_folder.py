@@ -1,0 +1,129 @@
+"""A folder with a file of captions and the images that it names: Flickr8k, Flickr30k, and people's own in that form.
+
+The captions are in ``captions.txt`` (Kaggle's Flickr8k and Flickr30k), ``results.csv`` or ``Flickr8k.token.txt``, or in
+the only file whose first line says that it holds captions; caption_text.py has the forms. The images are beside it, in
+a folder there, or in one beside its folder. The official split of Flickr8k, ``Flickr_8k.{train,dev,test}Images.txt``,
+may lie in ``splits/``, in ``Flickr8k_text/`` or beside the captions.
+"""
+
+from pathlib import Path
+
+from mmcore.data.caption_columns import is_column_name
+from mmcore.data.caption_files import CaptionRow, numbered_lines, read_caption_file
+from mmcore.data.caption_text import find_layout, image_name, is_image_name
+from mmcore.data.photos import Entry, Problems, check_captioned, entries_of
+from mmcore.errors import InputError
+
+CAPTIONS_FILES = (
+    "captions.txt",
+    "captions.csv",
+    "captions.tsv",
+    "results.csv",
+    "Flickr8k.token.txt",
+    "results_20130124.token",
+)
+"""Names by which the captions are known; of several in a folder the first here is read."""
+IMAGES_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images")
+"""Where the images are looked for first."""
+SPLIT_FILES = {
+    "train": "Flickr_8k.trainImages.txt",
+    "validation": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+SPLIT_FOLDERS = ("splits", ".", "Flickr8k_text")
+_TEXT_ENDINGS = (".txt", ".csv", ".tsv", ".token")
+_HEAD_BYTES = 4096
+
+
+def captions_file(folder: Path) -> Path | None:
+    """The file of captions of `folder`, None where there is none. Raises InputError where it may be one of several."""
+    for name in CAPTIONS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    texts = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TEXT_ENDINGS and path.is_file())
+    found = [path for path in texts if not path.name.startswith(("metadata.", ".")) and _holds_captions(path)]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder}: {' and '.join(path.name for path in found)} may hold the captions; call the right one "
+            f"{CAPTIONS_FILES[0]}"
+        )
+    return found[0] if found else None
+
+
+def _holds_captions(path: Path) -> bool:
+    """Whether the first line is a header with known columns, or an image's name and a text of several words."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    first = next((line for line in head.decode("utf-8", "replace").splitlines() if line.strip()), "")
+    try:
+        layout = find_layout([first], str(path))
+    except InputError:
+        return False
+    if layout.has_header:
+        return True
+    fields = layout.fields(first)
+    return fields is not None and is_image_name(fields[0]) and " " in fields[-1] and not is_column_name(fields[-1])
+
+
+def read_captions_folder(captions: Path, folder: Path, problems: Problems) -> tuple[str, list[Entry]]:
+    """What was read, in words, and an entry an image in the order of the file `captions`. Raises InputError.
+
+    No image outside of `folder` is looked for.
+    """
+    file = read_caption_file(str(captions), problems.add)
+    if not file.rows:
+        raise InputError(f"{captions}: no caption in it; a row is `image,caption`")
+    images = _images_folder(captions, folder, file.rows)
+    entries = entries_of(file.rows, images, problems)
+    splits = _split_paths(captions.parent)
+    split_of = _read_splits(splits, {entry.file_name for entry in entries}, captions.name, problems)
+    for entry in entries:
+        entry.split = split_of.get(entry.file_name, entry.split)
+    check_captioned(images.iterdir(), entries, captions.name, problems)
+    form = f"{captions} ({file.form}), images in {images}"
+    return f"{form}, split of {next(iter(splits.values())).name} ..." if splits else form, entries
+
+
+def _images_folder(captions: Path, folder: Path, rows: list[CaptionRow]) -> Path:
+    """The folder that holds most of the images: those known by name first, then any near the captions."""
+    base = captions.parent
+    near = [base] if base == folder else [base, base.parent]
+    named = [place / name for place in near for name in IMAGES_FOLDERS]
+    inside = [path for place in near for path in sorted(place.iterdir()) if path.is_dir()]
+    # A zip that was unpacked into a folder of its own name.
+    nested = [path / path.name for path in inside]
+    wanted = {row.image for row in rows}
+    candidates = [path for path in dict.fromkeys((*named, base, *inside, *nested)) if path.is_dir()]
+    return max(candidates, key=lambda path: sum((path / name).is_file() for name in wanted), default=base)
+
+
+def _split_paths(base: Path) -> dict[str, Path]:
+    splits: dict[str, Path] = {}
+    for split, name in SPLIT_FILES.items():
+        for place in SPLIT_FOLDERS:
+            if (base / place / name).is_file():
+                splits[split] = base / place / name
+                break
+    return splits
+
+
+def _read_splits(splits: dict[str, Path], known: set[str], captions_name: str, problems: Problems) -> dict[str, str]:
+    """File name to official split; empty where there are no split files."""
+    if splits and len(splits) < len(SPLIT_FILES):
+        missing = [name for split, name in SPLIT_FILES.items() if split not in splits]
+        present = next(iter(splits.values()))
+        problems.add(str(present), f"{' and '.join(missing)} should stand beside it")
+    split_of: dict[str, str] = {}
+    for split, path in splits.items():
+        for number, line in numbered_lines(path.read_bytes(), str(path), problems.add):
+            name = image_name(line.strip())
+            place = f"{path}:{number}"
+            if not name:
+                continue
+            if name not in known:
+                problems.add(place, f"unknown id {name!r}, not an image of {captions_name}")
+            elif name in split_of:
+                problems.add(place, f"{name!r} is already in the {split_of[name]} split")
+            else:
+                split_of[name] = split
+    return split_of

@@ -1,0 +1,227 @@
+"""Captioned photographs of any source, checked in full before anything is written.
+
+What a reader of one format yields is an `Entry` an image; what jobs/prepare.py writes is a `Photo` an image.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from mmcore.data.caption_files import CaptionRow
+from mmcore.errors import InputError
+from mmcore.images import IMAGE_SUFFIXES, decode_image
+
+SPLIT_COLUMNS = ("split_report", "split_report_generation", "split_karpathy")
+UNUSED = "unused"
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""What sources call their splits, in lower case, and what the prepared data call them."""
+
+Progress = Callable[[int, int], None]
+
+
+class Problems:
+    """What is wrong with a source: the first problem is raised, or all are listed with `skip_bad`."""
+
+    def __init__(self, skip_bad: bool = False) -> None:
+        self.skip_bad = skip_bad
+        self.skipped: list[str] = []
+
+    def add(self, place: str, reason: str) -> None:
+        """Raises InputError without `skip_bad`."""
+        if not self.skip_bad:
+            raise InputError(f"{place}: {reason}; mend it, or leave it out with --skip-bad")
+        self.skipped.append(f"{place}: {reason}")
+
+
+@dataclass
+class Entry:
+    """An image as its source has it: `file_name` among the source's images, `path` its file, `place` its first row.
+
+    `split` is the source's own name of it, None where it has none.
+    """
+
+    file_name: str
+    place: str
+    path: Path
+    captions: list[str] = field(default_factory=list)
+    split: str | None = None
+
+    @property
+    def image_id(self) -> str:
+        return name_to_id(self.file_name)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image before its bytes are read: `path` is its file, `num_bytes` that file's size when checked."""
+
+    image_id: str
+    file_name: str
+    captions: tuple[str, ...]
+    split_report: str
+    split_report_generation: str
+    split_karpathy: str
+    path: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The photos in the order of the source, and what it was read as (`form`).
+
+    `skipped` says what was left out and why, `notes` what else a user should know.
+    """
+
+    form: str
+    photos: tuple[Photo, ...]
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def name_to_id(file_name: str) -> str:
+    """`sub/dog.jpg` -> `sub-dog`: an image_id is one file name, without an ending."""
+    return PurePosixPath(file_name).with_suffix("").as_posix().replace("/", "-")
+
+
+def report_splits(num_images: int) -> tuple[int, int]:
+    """How many images, from the first, train in the report's captioning and in its generation protocol.
+
+    6,472 and 7,000 of the 8,091 images of Flickr8k; for any other number the same parts of it.
+    """
+    return int(num_images * 0.8), round(num_images * 7000 / 8091)
+
+
+def entries_of(rows: Iterable[CaptionRow], images: Path, problems: Problems) -> list[Entry]:
+    """One entry for each image that `rows` name, its file looked for in the folder `images`."""
+    entries: list[Entry] = []
+    by_name: dict[str, Entry] = {}
+    by_id: dict[str, Entry] = {}
+    for row in rows:
+        captions = [caption for caption in row.captions if caption.strip()]
+        name = PurePosixPath(row.image).as_posix()
+        other = by_id.get(name_to_id(name)) if row.image else None
+        if not row.image or not captions:
+            problems.add(row.place, f"the row has no {'caption' if row.image else 'image name'}")
+        elif (
+            PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or "\\" in name or ".." in Path(name).parts
+        ):
+            problems.add(row.place, f"the image name {row.image!r} is not a plain file name")
+        elif entries and entries[-1].file_name == name and entries[-1].split == row.split:
+            entries[-1].captions.extend(captions)
+        elif name in by_name:
+            problems.add(row.place, f"duplicate id: {name!r} had its captions from {_line(by_name[name])} on")
+        elif other is not None:
+            problems.add(row.place, f"duplicate id: {name!r} and {other.file_name!r} of {_line(other)}")
+        else:
+            entry = Entry(name, row.place, images / name, captions, row.split)
+            entries.append(entry)
+            by_name[name] = by_id[entry.image_id] = entry
+    return entries
+
+
+def _line(entry: Entry) -> str:
+    number = entry.place.rpartition(":")[2]
+    return f"line {number}" if number.isdigit() else entry.place
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether `path` is an image's file by its ending, and none of those that desktops hide."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def check_captioned(paths: Iterable[Path], entries: Iterable[Entry], source: str, problems: Problems) -> None:
+    """Every image of `paths` should have a caption in `source`."""
+    known = {entry.path for entry in entries}
+    for path in sorted(paths):
+        if path not in known and is_image_file(path):
+            problems.add(str(path), f"no caption for this image in {source}")
+
+
+def check_photos(form: str, entries: list[Entry], problems: Problems, progress: Progress | None = None) -> Photos:
+    """Decode every image to its last byte and cut the splits over those that are left.
+
+    `progress(done, total)` counts checked images. Raises InputError where no image is left.
+    """
+    checked = _check_images(entries, problems, progress)
+    if not checked:
+        raise InputError(f"{form}: not one image with a caption is left")
+    num_train, num_generation_train = report_splits(len(checked))
+    photos = tuple(
+        Photo(
+            image_id=entry.image_id,
+            file_name=entry.file_name,
+            captions=tuple(entry.captions),
+            split_report="train" if index < num_train else "validation",
+            split_report_generation="train" if index < num_generation_train else "test",
+            split_karpathy=SPLIT_NAMES.get((entry.split or "").strip().lower(), UNUSED),
+            path=str(entry.path.absolute()),
+            num_bytes=num_bytes,
+        )
+        for index, (entry, num_bytes) in enumerate(checked)
+    )
+    return Photos(form, photos, tuple(problems.skipped), tuple(_split_notes([entry for entry, _ in checked])))
+
+
+def _split_notes(entries: list[Entry]) -> list[str]:
+    if not any(entry.split for entry in entries):
+        return ["no official split (split files, or a column `split`): split_karpathy is `unused` for all"]
+    counts = Counter(entry.split for entry in entries if (entry.split or "").strip().lower() not in SPLIT_NAMES)
+    del counts[None]
+    return [f"split {name!r} is not known: its {count:,} images are `unused`" for name, count in counts.items()]
+
+
+def _check_images(entries: list[Entry], problems: Problems, progress: Progress | None) -> list[tuple[Entry, int]]:
+    """The entries whose image decodes, each with the size of its file in bytes."""
+
+    def check(entry: Entry) -> tuple[int, str]:
+        """Size; or what is wrong."""
+        if not entry.path.is_file():
+            return 0, f"missing image {entry.path}"
+        data = entry.path.read_bytes()
+        try:
+            decode_image(data, name=str(entry.path))
+        except InputError as error:
+            return 0, str(error)
+        return len(data), ""
+
+    checked: list[tuple[Entry, int]] = []
+    # Threads are enough: Pillow lets other threads run while it decodes.
+    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    try:
+        for done, (entry, (num_bytes, reason)) in enumerate(zip(entries, pool.map(check, entries), strict=True), 1):
+            if reason:
+                problems.add(entry.place, reason)
+            else:
+                checked.append((entry, num_bytes))
+            if progress is not None:
+                progress(done, len(entries))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return checked
+
+
+def photo_row(photo: Photo) -> dict[str, Any]:
+    """The row of the prepared dataset, image bytes as they are in the file. Raises InputError."""
+    data = Path(photo.path).read_bytes()
+    if len(data) != photo.num_bytes:
+        raise InputError(f"{photo.path}: was {photo.num_bytes} bytes when checked and is {len(data)} now; run again")
+    return {
+        "image_id": photo.image_id,
+        "file_name": photo.file_name,
+        "image": data,
+        "captions": list(photo.captions),
+        **{column: getattr(photo, column) for column in SPLIT_COLUMNS},
+    }
