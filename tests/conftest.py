@@ -93,10 +93,10 @@ def short_tmp() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def ray_local(short_tmp: Path) -> Iterator[None]:
-    """A local Ray in this process, shared by all tests that only need tasks, actors or Ray Data.
+def ray_local(short_tmp: Path, _s3_endpoint: str) -> Iterator[None]:
+    """A local Ray in this process, shared by all tests that need one, whose workers reach `s3_server` too.
 
-    Its workers have the environment of its start: a test that needs `s3_server` in a worker runs a job.
+    Its workers have the environment of its start: a test that needs another one there runs a job with its own Ray.
     """
     import ray
 
@@ -108,7 +108,11 @@ def ray_local(short_tmp: Path) -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", str(short_tmp))
         patch.setenv("MMCORE_CACHE", str(short_tmp / "cache"))
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
-        connect()
+        with pytest.MonkeyPatch.context() as of_its_start:
+            set_aws(of_its_start, _s3_endpoint)
+            # Jobs that join ship the repository, beside which their workers import what lies in tests/.
+            of_its_start.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+            connect()
         yield
         ray.shutdown()
         for name in [name for name in os.environ if name.startswith("RAY_")]:
@@ -149,23 +153,41 @@ def _s3_endpoint() -> Iterator[str]:
         end_group(process)
 
 
-@pytest.fixture
-def s3_server(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://bucket/prefix` of a new bucket; the AWS_* variables lead this process and `run_job` there."""
-    import boto3
-
+def set_aws(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def s3_server(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://bucket/prefix` of a new bucket; the AWS_* variables lead this process and `run_job` there."""
+    import boto3
+
+    set_aws(monkeypatch, _s3_endpoint)
     bucket = f"bucket-{secrets.token_hex(6)}"
     # A session of its own: boto3's default one keeps the credentials it saw first.
     boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/prefix"
+
+
+@pytest.fixture(scope="session")
+def shared_ray(ray_local: None) -> dict[str, str]:
+    """The environment of a job that joins `ray_local`: `start_job(..., env={**shared_ray, "GATE": ...})`.
+
+    A job that is killed leaves it as it is, and spares the ten seconds of its own. kills.py finds such a job's workers.
+    """
+    import ray
+
+    # The modes of tokens on both sides, whatever a file in the home folder would make of it.
+    kept = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+    address = ray.get_runtime_context().gcs_address
+    return {**kept, "RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @pytest.fixture

@@ -19,17 +19,20 @@ from jobs.runtime.commandline import run
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
 
+# Read by the driver: its workers are told by what they are sent, in a Ray of other environment too.
+GATE = os.environ.get("GATE", "")
+
 
 class GatedCaptions(CaptionImages):
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
-        Gate(os.environ["GATE"]).begin(rows["image_id"][0])
+        Gate(GATE).begin(rows["image_id"][0])
         return super().__call__(rows)
 
 
 def gated(setup: Callable[..., Setup]) -> Callable[..., Setup]:
     def gated_setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
         """Called on each worker, before it trains."""
-        gate, report = Gate(os.environ["GATE"]), ray.train.report
+        gate, report = Gate(GATE), ray.train.report
         is_first = ray.train.get_context().get_world_rank() == 0
 
         def report_once_allowed(metrics: dict[str, Any], **checkpoint: Any) -> None:

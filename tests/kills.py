@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import ray
 from gate import Gate
 
 from mmcore.storage import Storage
@@ -89,16 +90,30 @@ def _lives(process: psutil.Process) -> bool:
 def workers(process: "subprocess.Popen[bytes]", kind: str = TRAIN_WORKER) -> list[psutil.Process]:
     """The processes in which Ray Train, or Ray Data (`MAP_WORKER`), runs this job's workers."""
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for each in [*psutil.Process(process.pid).children(recursive=True), *actors(process)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any(kind in word for word in child.cmdline()[:1]):
-                found.append(child)
+            if any(kind in word for word in each.cmdline()[:1]):
+                found.append(each)
+    return found
+
+
+def actors(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """Of a job that joined the Ray of this test process: all that live and work for it."""
+    if not ray.is_initialized():
+        return []
+    state: Any = ray._private.state
+    own = {job["JobID"] for job in state.jobs() if job["DriverPid"] == process.pid}
+    pids = [each["Pid"] for each in state.actors().values() if each["JobID"] in own and each["State"] == "ALIVE"]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
     return found
 
 
 def kill_with_all_it_started(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL to the driver and, before its workers end the run without it, to all of its Ray."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    """SIGKILL to the driver and, before its workers end the run without it, to them and to all of its own Ray."""
+    family = [*actors(process), *psutil.Process(process.pid).children(recursive=True)]
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=0.2)

@@ -73,7 +73,7 @@ def read_csv(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.soak)])
-def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_path, start_job, call_job):
+def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_path, start_job, call_job, shared_ray):
     out = tmp_path / "out"
     command = ["--run", run_folder, "--images", images, "--out", out]
     command += ["--rows-per-block", str(ROWS_PER_BLOCK), "--num-beams", "8"]
@@ -83,7 +83,7 @@ def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_
         wanted = len(parts.list(".parquet")) + 1
         # Of the twelve blocks some are left for the next run, however late the kill comes.
         gate.allow_more(3)
-        job = start_job("tests/gated_job.py", "caption", *command, env={"GATE": str(tmp_path)})
+        job = start_job("tests/gated_job.py", "caption", *command, env={**shared_ray, "GATE": str(tmp_path)})
         # A block more than before the start.
         wait_for_blocks(parts, wanted, job)
         actors = workers(job, MAP_WORKER)
@@ -118,12 +118,12 @@ def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_
 
 
 @pytest.mark.soak  # test_sweep_kills.py kills actors of what both sweeps share
-def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job):
+def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job, shared_ray):
     out = tmp_path / "out"
     gate = Gate(tmp_path)
     gate.allow(2)
     command = ["tests/gated_job.py", "caption", "--run", run_folder, "--images", images, "--out", out]
-    job = start_job(*command, "--rows-per-block", "2", "--num-beams", "8", env={"GATE": str(tmp_path)})
+    job = start_job(*command, "--rows-per-block", "2", "--num-beams", "8", env={**shared_ray, "GATE": str(tmp_path)})
     wait_for_blocks(Storage(str(out / "parts")), 1, job)
     (actor,) = workers(job, MAP_WORKER)
     actor.kill()
@@ -200,14 +200,14 @@ def test_a_broken_image_names_itself(run_folder, images, tmp_path, call_job):
     assert not (tmp_path / "out" / "captions.csv").exists()
 
 
-def test_on_s3(run_folder, images, s3_server, run_job):
+def test_on_s3(run_folder, images, s3_server, call_job):
     storage = Storage(s3_server)
     for path in images.iterdir():
         storage.upload(path, f"images/{path.name}")
     for path in (run_folder / "model").iterdir():
         storage.upload(path, f"runs/resnet_captioner/tiny/model/{path.name}")
-    run_job(
-        "jobs/caption.py",
+    call_job(
+        main,
         *("--run", f"{s3_server}/runs/resnet_captioner/tiny", "--images", f"{s3_server}/images"),
         *("--out", f"{s3_server}/captions", "--rows-per-block", "16", "--num-beams", "1"),
     )

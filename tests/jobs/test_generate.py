@@ -391,13 +391,13 @@ def test_another_commit_is_told_and_listed(sweep, run_folder, tmp_path, monkeypa
     assert "going on at" not in capsys.readouterr().out
 
 
-def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, start_job):
+def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, start_job, shared_ray):
     run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
     prompts, out = tiny_sweep.write_prompts(tmp_path / "prompts.txt", 40), tmp_path / "out"
     command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", out, "--batch-size", "4"]
     gate = Gate(run_folder)
     gate.allow(3)
-    job = start_job(*command)
+    job = start_job(*command, env=shared_ray)
     wait_for_blocks(Storage(str(out / "manifest")), 1, job)
     actors = workers(job, MAP_WORKER)
     # As a terminal does it: to the job and to all that it started and left in its group.
@@ -418,6 +418,7 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, 
     assert len(tiny_sweep.calls(run_folder)) <= 10 + 2
 
 
+@pytest.mark.nightly  # what a cluster lacks is named in test_cluster.py
 def test_what_a_sweep_waits_for_is_named(tmp_path, run_job):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, for which the sweep would not wait")

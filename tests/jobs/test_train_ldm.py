@@ -186,8 +186,12 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
     assert generator.scaling_factor == facts["scaling_factor"]
 
 
+@pytest.mark.nightly  # test_train_pixel_diffusion.py trains on one
 def test_on_a_frozen_text_encoder(
-    call_job: Callable[..., Any], reference: Storage, storage: Storage, tmp_path: Path
+    call_job: Callable[..., Any],
+    reference: Storage,
+    storage: Storage,
+    tmp_path: Path,
 ) -> None:
     """As `report` does it: hidden states computed once, the empty text's among them, and both encoders left alone."""
     clip = tiny_runs.write_clip(tmp_path / "clip")
@@ -208,7 +212,9 @@ def test_on_a_frozen_text_encoder(
 
 
 def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(
-    reference: Storage, storage: Storage, tmp_path: Path
+    reference: Storage,
+    storage: Storage,
+    tmp_path: Path,
 ) -> None:
     """Where samples are decoded, and once the run has its copy: never another decoder than the latents' own."""
     begun = read_begun(reference, LatentDiffusionRecipe, DiffusionFacts)
@@ -234,12 +240,17 @@ def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(
 
 @pytest.mark.soak  # restarts: test_train_resume.py; of latents in one process: mmcore/test_pixel_diffusion.py
 def test_an_interrupted_run_ends_as_if_nothing_had_been(
-    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, reference: Storage, tmp_path: Path
+    start_job: Callable[..., Any],
+    call_job: Callable[..., Any],
+    storage: Storage,
+    reference: Storage,
+    tmp_path: Path,
+    shared_ray: dict[str, str],
 ) -> None:
     command = [*FLAGS, "--storage", storage, "--name", "interrupted", "--vqvae", storage / "runs" / "vqvae" / "first"]
     log = tmp_path / "job.log"
     Gate(tmp_path).allow(12 + AHEAD)
-    process = start_job("tests/gated_job.py", "train_ldm", *command, env={"GATE": str(tmp_path)}, log=log)
+    process = start_job("tests/gated_job.py", "train_ldm", *command, env={**shared_ray, "GATE": str(tmp_path)}, log=log)
     wait_for_step(run_folder(storage, "interrupted"), 12, process)
     time.sleep(moments().uniform(0, 0.2))
     os.kill(process.pid, signal.SIGINT)

@@ -151,6 +151,7 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
         open_generator(run_.uri, text_encoder=str(other)).load()
 
 
+@pytest.mark.nightly  # test_train_ldm.py trains one along
 def test_with_a_text_encoder_that_is_trained_along(call_job: Callable[..., Any], storage: Storage) -> None:
     """The smoke variant, in patches of pixels as `shapes` has them: nothing is needed but the data."""
     flags = ["--variant", "smoke", "--patch-size", "2", "--num-epochs", "2", "--max-steps", "6"]

@@ -110,6 +110,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
     storage: Storage,
     tmp_path: Path,
     worker_kills: list[int],
+    shared_ray: dict[str, str],
 ) -> None:
     """Two workers: one of them is killed at each of `worker_kills`, then the driver with all that is left."""
     draw = moments()
@@ -119,7 +120,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
     name = f"killed-{len(worker_kills)}"
     run, again, gate = run_folder(storage, name), [*flags, "--name", name], Gate(tmp_path)
     gate.allow(0)
-    process = start_job(*JOB, *again, env={"GATE": str(tmp_path)})
+    process = start_job(*JOB, *again, env={**shared_ray, "GATE": str(tmp_path)})
     killed: set[int] = set()
     for step in worker_kills:
         gate.allow(step + AHEAD)
@@ -153,13 +154,17 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
-    start_job: Callable[..., Any], call_job: Callable[..., Any], storage: Storage, tmp_path: Path
+    start_job: Callable[..., Any],
+    call_job: Callable[..., Any],
+    storage: Storage,
+    tmp_path: Path,
+    shared_ray: dict[str, str],
 ) -> None:
     """Five steps are an epoch: one that was interrupted is read anew, and no step is taken twice or left out."""
     run = run_folder(storage, "streamed")
     flags = [*FLAGS, "--stream", "--num-workers", NUM_WORKERS, "--storage", storage, "--name", "streamed"]
     Gate(tmp_path).allow(12 + AHEAD)
-    process = start_job(*JOB, *flags, env={"GATE": str(tmp_path)})
+    process = start_job(*JOB, *flags, env={**shared_ray, "GATE": str(tmp_path)})
     wait_for_step(run, 12, process)
     kill_with_all_it_started(process)
     stopped = committed_step(run)
@@ -176,12 +181,15 @@ def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_worker_that_crashes_again_and_again_ends_the_run(
-    start_job: Callable[..., Any], storage: Storage, tmp_path: Path
+    start_job: Callable[..., Any],
+    storage: Storage,
+    tmp_path: Path,
+    shared_ray: dict[str, str],
 ) -> None:
     log, gate = tmp_path / "job.log", Gate(tmp_path)
     gate.allow(2 + AHEAD)
     flags = [*FLAGS, "--storage", storage, "--name", "crashes"]
-    process = start_job(*JOB, *flags, env={"GATE": str(tmp_path)}, log=log)
+    process = start_job(*JOB, *flags, env={**shared_ray, "GATE": str(tmp_path)}, log=log)
     for crashes in range(4):
         # Once it trains: Ray counts what dies before that otherwise.
         wait_for_step(run_folder(storage, "crashes"), 2, process)
@@ -265,12 +273,13 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     reference: dict[str, Any],
     small_disk: Path,
     tmp_path: Path,
+    shared_ray: dict[str, str],
 ) -> None:
     run = run_folder(storage, "disk-full")
     command = [*FLAGS, "--storage", storage, "--name", "disk-full"]
     log, gate = tmp_path / "job.log", Gate(tmp_path)
     gate.allow(10)
-    process = start_job(*JOB, *command, env={"GATE": str(tmp_path)}, log=log)
+    process = start_job(*JOB, *command, env={**shared_ray, "GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 10, process)
     # The room of a third one, which Ray removes after that step, would be enough for a whole one.
     wait_until(lambda: len(list(small_disk.glob("checkpoint_2*"))) <= 2, process, "removal of a checkpoint")

@@ -212,13 +212,14 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     storage: Storage,
     reference: dict[str, Any],
     tmp_path: Path,
+    shared_ray: dict[str, str],
 ) -> None:
     """SIGKILL to the worker while only the generator trains; then to the driver, once its opponent does."""
     run = run_folder(storage, "killed")
     command = [*FLAGS, "--storage", storage, "--name", "killed"]
     gate = Gate(tmp_path)
     gate.allow(4 + AHEAD)
-    process = start_job("tests/gated_job.py", "train_vqvae", *command, env={"GATE": str(tmp_path)})
+    process = start_job("tests/gated_job.py", "train_vqvae", *command, env={**shared_ray, "GATE": str(tmp_path)})
     wait_for_step(run, 4, process)
     (worker,) = workers(process)
     worker.kill()

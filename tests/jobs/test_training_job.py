@@ -274,6 +274,7 @@ def test_an_unfinished_run_with_another_vocabulary_is_refused(
     assert "vocabulary" in line
 
 
+@pytest.mark.nightly  # a start for what the diverging run shows of retries, and mmcore/test_checkpoint.py of damage
 def test_a_damaged_checkpoint_is_refused_without_retries(
     call_job: CallJob, storage: Storage, finished: Storage
 ) -> None:
@@ -323,6 +324,7 @@ def test_help_shows_the_variants_own_values(run_job: RunJob) -> None:
     assert "384" not in report
 
 
+@pytest.mark.nightly  # what a cluster lacks is named in test_cluster.py
 @pytest.mark.usefixtures("finished")  # has encoded the images, for which there is room
 def test_a_job_that_cannot_be_placed_says_what_is_missing(run_job: RunJob, storage: Storage, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
