@@ -1,5 +1,6 @@
 """What the driver of a training knows of its workers: their progress, restarts and mistakes."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -28,6 +29,43 @@ class RestartBudget:
         return max(0, self.num_starts - 1 - len(self.machines - alive))
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What the monitor knows: `progress` of the workers, the `machines` they ran on, and the crashes among restarts."""
+
+    progress: dict[str, Any]
+    machines: frozenset[str]
+    num_crashes: int
+    crash: str
+    trace: str
+
+
+class Restarts:
+    """What a driver says of restarts: each lost machine and each crash once."""
+
+    def __init__(self) -> None:
+        self.lost: set[str] = set()
+        self.num_crashes, self.trace = 0, ""
+
+    def lines(self, state: RunState, nodes: list[dict[str, Any]]) -> list[str]:
+        """`nodes`: those of `ray.nodes()`, which lists dead ones too."""
+        step = state.progress.get("committed")
+        going_on = f"going on from {'the start' if step is None else f'step {step}'}"
+        dead = [node for node in nodes if not node["Alive"] and node["NodeID"] in state.machines - self.lost]
+        self.lost |= {node["NodeID"] for node in dead}
+        lines = []
+        if dead:
+            names = ", ".join(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in dead)
+            lines.append(f"lost {names}; {going_on}")
+        # The one that is too many ends the run, which says so.
+        if self.num_crashes < state.num_crashes <= MAX_CRASHES:
+            lines.append(f"crash {state.num_crashes} of at most {MAX_CRASHES}: {state.crash}; {going_on}")
+            if state.trace != self.trace:
+                lines.append(state.trace)
+            self.num_crashes, self.trace = state.num_crashes, state.trace
+        return lines
+
+
 @ray.remote(num_cpus=0)
 class RunMonitor:
     """The newest progress of a run, its restarts and the mistakes that its workers met. Lives beside the driver."""
@@ -36,16 +74,17 @@ class RunMonitor:
         self.progress: dict[str, Any] = {}
         self.mistakes: dict[int, str] = {}
         self.budget = RestartBudget()
-        self.crash = "a worker was killed"
+        self.crash, self.trace = "a worker was killed", ""
+        self.num_crashes = 0
 
     def start(self, rank: int, machine: str) -> str | None:
         """A worker starts on `machine`, a node of Ray. Returns the mistake for which it must not."""
         self.budget.runs_on(machine)
         if rank == 0 and not self.mistakes:
-            num_crashes = self.budget.started({node["NodeID"] for node in ray.nodes() if node["Alive"]})
-            if num_crashes > MAX_CRASHES:
+            self.num_crashes = self.budget.started({node["NodeID"] for node in ray.nodes() if node["Alive"]})
+            if self.num_crashes > MAX_CRASHES:
                 self.mistakes[rank] = (
-                    f"training crashed {num_crashes} times, last: {self.crash}; "
+                    f"training crashed {self.num_crashes} times, last: {self.crash}; "
                     "the same command goes on from the last checkpoint"
                 )
         return self.first_mistake()
@@ -53,11 +92,12 @@ class RunMonitor:
     def update(self, progress: dict[str, Any]) -> None:
         self.progress |= progress
 
-    def latest(self) -> dict[str, Any]:
-        return self.progress
+    def state(self) -> RunState:
+        machines = frozenset(self.budget.machines)
+        return RunState(self.progress, machines, self.num_crashes, self.crash, self.trace)
 
-    def add_crash(self, text: str) -> None:
-        self.crash = text
+    def add_crash(self, text: str, trace: str = "") -> None:
+        self.crash, self.trace = text, trace
 
     def add_mistake(self, rank: int, text: str) -> int:
         """Returns how many workers have met one."""

@@ -1,10 +1,10 @@
 """What runs on each worker of a training: the loop with its hooks, and the word between workers and driver."""
 
 import contextlib
-import logging
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +55,6 @@ class Setup:
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
     monitor, rank = config["monitor"], ray.train.get_context().get_world_rank()
-    # Two lines at each report, which the run's own progress says better; Ray's log file keeps them.
-    for handler in logging.getLogger("ray.train").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
     try:
         mistake = ray.get(monitor.start.remote(rank, ray.get_runtime_context().get_node_id()))
         if mistake:
@@ -70,7 +66,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         if is_full_disk(error):
             return _mistake(monitor, rank, InputError(one_line(error)))
         text = str(error).strip().splitlines() or [""]
-        ray.get(monitor.add_crash.remote(f"{type(error).__name__}: {text[0]} (worker {rank})"))
+        ray.get(monitor.add_crash.remote(f"{type(error).__name__}: {text[0]} (worker {rank})", traceback.format_exc()))
         raise
 
 
@@ -82,8 +78,6 @@ def _mistake(monitor: Any, rank: int, error: InputError) -> dict[str, Any]:
     deadline = time.monotonic() + _MISTAKE_S
     while ray.get(monitor.add_mistake.remote(rank, str(error))) < ray.train.get_context().get_world_size():
         if time.monotonic() > deadline:
-            # The mistake is told by the next group, in one line, and not by Ray as a crash.
-            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
             raise error
         time.sleep(0.1)
     return {"error": ray.get(monitor.first_mistake.remote())}
@@ -135,6 +129,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
         if folder is not None:
             shutil.rmtree(folder)
+            update({"committed": training.state.step}, at_once=True)
             publisher.publish(training.state.history)
 
     def samples(model: nn.Module, step: int) -> dict[str, Any]:

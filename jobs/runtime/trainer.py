@@ -18,18 +18,18 @@ from typing import Any, TypeVar
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime import ray_private
 from jobs.runtime.cluster import connect, max_gpus
-from jobs.runtime.commandline import one_line
+from jobs.runtime.commandline import one_line, say
 from jobs.runtime.job import Job, R
 from jobs.runtime.lease import Lease
 from jobs.runtime.progress import progress
 from jobs.runtime.run_folder import open_run, remove_unfinished_uploads
-from jobs.runtime.run_monitor import RunMonitor
+from jobs.runtime.run_monitor import Restarts, RunMonitor, RunState
 from jobs.runtime.train_worker import Doing, Setup, train_on_worker
 from jobs.runtime.watchdog import Watchdog
 from mmcore.errors import InputError
@@ -37,6 +37,7 @@ from mmcore.errors import InputError
 # Crashes are counted by the run's monitor; this ends workers that fail before they can tell it.
 _MAX_RESTARTS = 100
 _POLL_S = 0.5
+_NODES_S = 2.0
 F = TypeVar("F")
 
 
@@ -102,6 +103,9 @@ def _fit(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=_MAX_RESTARTS, max_preemption_failures=-1),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            # Its controller says of a lost machine what fills two screens, and the follower says it in a line. The
+            # log files of Ray Train's own ("sys") keep all of it.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     start = time.perf_counter()
@@ -165,13 +169,19 @@ class _Follower:
         self.watchdog.__exit__(*details)
 
     def _follow(self) -> None:
-        seen: dict[str, Any] = {}
+        seen, restarts, nodes_at = None, Restarts(), 0.0
+        nodes: list[dict[str, Any]] = []
         with progress(f"train {self.job.recipe_name}", "steps") as report:
             while not self.stop.wait(_POLL_S):
                 try:
-                    latest = ray.get(self.monitor.latest.remote(), timeout=10)
+                    state: RunState = ray.get(self.monitor.state.remote(), timeout=10)
+                    if time.monotonic() >= nodes_at:
+                        nodes, nodes_at = ray.nodes(), time.monotonic() + _NODES_S
                 except ray.exceptions.RayError:
                     continue  # the monitor comes back or the run ends; the watchdog speaks meanwhile
+                for line in restarts.lines(state, nodes):
+                    say(f"train {self.job.recipe_name}: {line}")
+                latest = state.progress
                 if latest == seen:
                     continue
                 seen = latest

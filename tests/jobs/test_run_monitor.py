@@ -1,9 +1,12 @@
 """What tells a crash from a machine that was taken away, and when crashes end a run."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import ray
 
-from jobs.runtime.run_monitor import MAX_CRASHES, RestartBudget, RunMonitor
+from jobs.runtime.run_monitor import MAX_CRASHES, RestartBudget, Restarts, RunMonitor, RunState
 
 
 def test_the_first_start_is_no_crash_and_each_further_one_is() -> None:
@@ -33,6 +36,24 @@ def test_an_idle_machine_that_is_taken_back_buys_no_crash() -> None:
     budget.runs_on("spot-0")
     assert budget.started({"spot-0", "idle"}) == 0
     assert budget.started({"spot-0"}) == 1
+
+
+def node(name: str, alive: bool) -> dict[str, Any]:
+    return {"NodeID": name, "Alive": alive, "NodeManagerHostname": name, "NodeManagerAddress": "10.0.0.1"}
+
+
+def test_a_lost_machine_and_a_crash_are_each_said_once() -> None:
+    """Of the machines that the run was on; a crash of the workers that a lost machine leaves behind is none."""
+    restarts, gone = Restarts(), [node("idle", False), node("spot-1", False), node("spot-2", False)]
+    state = RunState({}, frozenset({"spot-1"}), 0, "a worker was killed", "")
+    assert restarts.lines(state, [node("spot-1", True)]) == []
+    assert restarts.lines(state, gone) == ["lost spot-1 (10.0.0.1); going on from the start"]
+    crash, both = "RuntimeError: peer closed (worker 1)", frozenset({"spot-1", "spot-2"})
+    state = RunState({"committed": 200}, both, 0, crash, "Traceback of gloo")
+    assert restarts.lines(state, gone) == ["lost spot-2 (10.0.0.1); going on from step 200"]
+    lines = [restarts.lines(dataclasses.replace(state, num_crashes=crashes), gone) for crashes in (1, 1, 2, 4)]
+    first, second = (f"crash {each} of at most 3: {crash}; going on from step 200" for each in (1, 2))
+    assert lines == [[first, "Traceback of gloo"], [], [second], []]
 
 
 @pytest.mark.usefixtures("ray_local")
