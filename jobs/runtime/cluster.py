@@ -130,7 +130,7 @@ def _join(address: str) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({in_one_line(error)})") from error
     # .rayignore leaves them out anyway.
-    logging.getLogger(ray_private.WORKING_DIR_LOGGER).setLevel(logging.ERROR)
+    ray_private.spend_warnings_of_excludes()
     try:
         context = ray.init(address=address, runtime_env=runtime_env or None, logging_level=logging.WARNING)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:

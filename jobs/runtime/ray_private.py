@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.working_dir import _LOG_ONCE_DEFAULT_EXCLUDE_PREFIX
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated.autoscaler_pb2 import NodeStatus  # type: ignore[attr-defined]
-
-WORKING_DIR_LOGGER = "ray._private.runtime_env.working_dir"
-"""Announces at each start that .git and .venv are left out."""
+from ray.util.debug import log_once
 
 
 def cpus() -> int:
@@ -33,6 +33,12 @@ def token_exists() -> bool:
 def reload_auth_mode() -> None:
     """Ray reads RAY_AUTH_MODE once, when it is imported; `ray.init` itself reloads it by this call."""
     Config.initialize("")
+
+
+def spend_warnings_of_excludes() -> None:
+    """Ray announces at each start what folders it leaves out of a working directory, such as .git and .venv."""
+    for folder in get_runtime_env_default_excludes():
+        log_once(f"{_LOG_ONCE_DEFAULT_EXCLUDE_PREFIX}{folder}")
 
 
 def largest_resources() -> Mapping[str, float]:
