@@ -31,26 +31,31 @@ class RestartBudget:
 
 @dataclass(frozen=True)
 class RunState:
-    """What the monitor knows: `progress` of the workers, the `machines` they ran on, and the crashes among restarts."""
+    """What the monitor knows: `progress` of the workers, the `machines` they ran on, and the crashes among restarts.
+
+    `resumes` holds the step and the total of each start from a checkpoint.
+    """
 
     progress: dict[str, Any]
     machines: frozenset[str]
     num_crashes: int
     crash: str
     trace: str
+    resumes: tuple[tuple[int, int], ...] = ()
 
 
 class Restarts:
-    """What a driver says of restarts: each lost machine and each crash once."""
+    """What a driver says of restarts: each lost machine, each crash and each resume once."""
 
     def __init__(self) -> None:
         self.lost: set[str] = set()
         self.num_crashes, self.trace = 0, ""
+        self.num_resumes = 0
 
     def lines(self, state: RunState, nodes: list[dict[str, Any]]) -> list[str]:
         """`nodes`: those of `ray.nodes()`, which lists dead ones too."""
-        step = state.progress.get("committed")
-        going_on = f"going on from {'the start' if step is None else f'step {step}'}"
+        committed = state.progress.get("committed")
+        going_on = f"going on from {'the start' if committed is None else f'step {committed}'}"
         dead = [node for node in nodes if not node["Alive"] and node["NodeID"] in state.machines - self.lost]
         self.lost |= {node["NodeID"] for node in dead}
         lines = []
@@ -63,6 +68,8 @@ class Restarts:
             if state.trace != self.trace:
                 lines.append(state.trace)
             self.num_crashes, self.trace = state.num_crashes, state.trace
+        lines += [f"resumed at step {step} of {total}" for step, total in state.resumes[self.num_resumes :]]
+        self.num_resumes = len(state.resumes)
         return lines
 
 
@@ -76,6 +83,7 @@ class RunMonitor:
         self.budget = RestartBudget()
         self.crash, self.trace = "a worker was killed", ""
         self.num_crashes = 0
+        self.resumes: list[tuple[int, int]] = []
 
     def start(self, rank: int, machine: str) -> str | None:
         """A worker starts on `machine`, a node of Ray. Returns the mistake for which it must not."""
@@ -94,7 +102,11 @@ class RunMonitor:
 
     def state(self) -> RunState:
         machines = frozenset(self.budget.machines)
-        return RunState(self.progress, machines, self.num_crashes, self.crash, self.trace)
+        return RunState(self.progress, machines, self.num_crashes, self.crash, self.trace, tuple(self.resumes))
+
+    def add_resume(self, step: int, total: int) -> None:
+        """The workers go on from the checkpoint of `step`."""
+        self.resumes.append((step, total))
 
     def add_crash(self, text: str, trace: str = "") -> None:
         self.crash, self.trace = text, trace

@@ -159,7 +159,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
                     resume_name=str(run / Path(checkpoint.path).name),
                 )
             if rank == 0:
-                print(f"resumed at step {training.state.step} of {training.total_steps}", flush=True)
+                # Not printed here: what a worker prints may reach the driver after its end, or never.
+                ray.get(monitor.add_resume.remote(training.state.step, training.total_steps))
         weights = training.run()
         if rank == 0:
             with busy("writing the model"):

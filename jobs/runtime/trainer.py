@@ -37,6 +37,8 @@ from mmcore.errors import InputError
 # Crashes are counted by the run's monitor; this ends workers that fail before they can tell it.
 _MAX_RESTARTS = 100
 _POLL_S = 0.5
+# For what the monitor knows at the end, which may have come after the follower's last look.
+_LAST_LOOK_S = 10.0
 _NODES_S = 2.0
 F = TypeVar("F")
 
@@ -158,6 +160,8 @@ class _Follower:
         self.stop = threading.Event()
         self.watchdog = Watchdog(f"train {job.recipe_name}/{job.options.name}", job.options.stall_timeout)
         self.thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self.restarts, self.nodes_at = Restarts(), 0.0
+        self.nodes: list[dict[str, Any]] = []
 
     def __enter__(self) -> None:
         self.watchdog.__enter__()
@@ -166,21 +170,25 @@ class _Follower:
     def __exit__(self, *details: Any) -> None:
         self.stop.set()
         self.thread.join(timeout=5)
+        with contextlib.suppress(ray.exceptions.RayError):  # the monitor is gone with its machine
+            self._say_restarts(ray.get(self.monitor.state.remote(), timeout=_LAST_LOOK_S))
         self.watchdog.__exit__(*details)
 
+    def _say_restarts(self, state: RunState) -> None:
+        for line in self.restarts.lines(state, self.nodes):
+            say(f"train {self.job.recipe_name}: {line}")
+
     def _follow(self) -> None:
-        seen, restarts, nodes_at = None, Restarts(), 0.0
-        nodes: list[dict[str, Any]] = []
+        seen = None
         with progress(f"train {self.job.recipe_name}", "steps") as report:
             while not self.stop.wait(_POLL_S):
                 try:
                     state: RunState = ray.get(self.monitor.state.remote(), timeout=10)
-                    if time.monotonic() >= nodes_at:
-                        nodes, nodes_at = ray.nodes(), time.monotonic() + _NODES_S
+                    if time.monotonic() >= self.nodes_at:
+                        self.nodes, self.nodes_at = ray.nodes(), time.monotonic() + _NODES_S
                 except ray.exceptions.RayError:
                     continue  # the monitor comes back or the run ends; the watchdog speaks meanwhile
-                for line in restarts.lines(state, nodes):
-                    say(f"train {self.job.recipe_name}: {line}")
+                self._say_restarts(state)
                 latest = state.progress
                 if latest == seen:
                     continue

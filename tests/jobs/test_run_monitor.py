@@ -56,6 +56,13 @@ def test_a_lost_machine_and_a_crash_are_each_said_once() -> None:
     assert lines == [[first, "Traceback of gloo"], [], [second], []]
 
 
+def test_each_resume_is_said_once() -> None:
+    restarts, state = Restarts(), RunState({}, frozenset(), 0, "", "", ((10, 40),))
+    assert restarts.lines(state, []) == ["resumed at step 10 of 40"]
+    later = dataclasses.replace(state, resumes=((10, 40), (24, 40)))
+    assert [restarts.lines(later, []) for _ in range(2)] == [["resumed at step 24 of 40"], []]
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_the_monitor_ends_a_run_that_crashes_again_and_again() -> None:
     monitor = RunMonitor.remote()  # type: ignore[attr-defined]
