@@ -14,6 +14,8 @@ import pytest
 FIXTURES_OF_PROCESSES = {"ray_local", "job_environment", "_s3_endpoint", "browser"}
 # Programs that libraries ask about the machine or the sources: over in milliseconds, and nothing waits for them.
 QUESTIONS = {"git", "uname", "lscpu", "ldconfig", "nvidia-smi", "sh", "df", "getconf"}
+# What the gate sees of the page; all else in a browser is nightly.
+PAGE_AT_THE_GATE = "test_page_with_service.py"
 
 _running: pytest.Item | None = None
 
@@ -52,10 +54,13 @@ def pytest_runtest_teardown() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
         # A fixture with the parameter "s3" asks for its server when it is set up.
         params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if FIXTURES_OF_PROCESSES & set(getattr(item, "fixturenames", ())) or any(each == "s3" for each in params):
+        if FIXTURES_OF_PROCESSES & fixtures or any(each == "s3" for each in params):
             item.add_marker("process")
+        if "browser" in fixtures and item.path.name != PAGE_AT_THE_GATE:
+            item.add_marker("nightly")
         for mark in item.iter_markers("flaky"):
             check_flaky(item.nodeid, mark)
             item.add_marker("nightly")
