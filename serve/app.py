@@ -21,12 +21,13 @@ from ray import get_runtime_context, serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from mmcore import recipe
 from mmcore.errors import InputError
 from mmcore.storage import Storage
-from serve.captioner import Captioner, load_captioner
+from serve.captioner import Captioner
 from serve.clients import Deployed, Model
 from serve.errors import ApiError
-from serve.generator import Generator, load_generator
+from serve.generator import Generator
 from serve.image_jobs import Jobs
 from serve.limits import Limits
 from serve.metrics import configure_logging
@@ -205,11 +206,11 @@ def build(args: Args) -> Application:
     Keys(os.environ, open_to_all=args.open)
     return application(
         {
-            name: partial(load_captioner, Storage(uri).uri, _local(encoders.get(name)))
+            name: partial(_load_captioner, Storage(uri).uri, _local(encoders.get(name)))
             for name, uri in captioners.items()
         },
         {
-            name: partial(load_generator, Storage(uri).uri, _local(encoders.get(name)))
+            name: partial(_load_generator, Storage(uri).uri, _local(encoders.get(name)))
             for name, uri in generators.items()
         },
         limits=Limits.from_environment(os.environ),
@@ -223,12 +224,34 @@ def build(args: Args) -> Application:
 
 def check_runs(args: Args) -> None:
     """Raises InputError where a URI holds no finished run of its kind: in one line, before anything is started."""
-    from mmcore.catalogue import Kind, read_model_file
+    encoders = named(args.encoder, "encoder")
+    for name, uri in named(args.captioner, "captioner").items():
+        _open_captioner(uri, _local(encoders.get(name)))
+    for name, uri in named(args.generator, "generator").items():
+        _open_generator(uri, _local(encoders.get(name)))
 
-    kinds: tuple[tuple[Kind, str], ...] = (("captioner", args.captioner), ("generator", args.generator))
-    for kind, text in kinds:
-        for uri in named(text, kind).values():
-            read_model_file(Storage(uri), kind)
+
+# What opens models is imported where it is needed: the process that answers requests is to do without PyTorch's models.
+
+
+def _open_captioner(source: str, encoder: str | None) -> recipe.Captioner:
+    from mmcore.trained.captioner import open_captioner
+
+    return open_captioner(source, encoder=encoder)
+
+
+def _open_generator(source: str, encoder: str | None) -> recipe.Generator:
+    from mmcore.trained.generator import open_generator
+
+    return open_generator(source, text_encoder=encoder)
+
+
+def _load_captioner(source: str, encoder: str | None, device: str) -> recipe.Captioner:
+    return _open_captioner(source, encoder).load(device)
+
+
+def _load_generator(source: str, encoder: str | None, device: str) -> recipe.Generator:
+    return _open_generator(source, encoder).load(device)
 
 
 def _local(folder: str | None) -> str | None:

@@ -115,7 +115,7 @@ class Model:
         """As `info`, and whether it is ready; of one that is not, what it said last, or what is known without it."""
         info = await self.told()
         known = {"id": self.name, "object": "model", "created": self._created, "owned_by": "mmcore", "kind": self.kind}
-        unknown = {"resolution": None, "defaults": None, "limits": None}
+        unknown = {"resolution": None, "options": None, "defaults": None, "limits": None}
         return {**known, **unknown, **(self._info[1] if info is None else info), "ready": info is not None}
 
     async def refusal(self, work: GenerateWork) -> ApiError | None:

@@ -1,96 +1,30 @@
 """A generator of images in a replica: batches of equal settings and one size, progress, and work that can be let go."""
 
 import asyncio
-import dataclasses
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
+from mmcore import recipe
 from mmcore.device import compute_thread
 from mmcore.errors import OptionError
-from mmcore.storage import Storage
+from mmcore.images import png_bytes
 from serve import hardware
 from serve.batching import Batcher
 from serve.errors import ApiError, bad_value
 from serve.limits import Limits
 from serve.metrics import configure_logging, facts_of, log_work
-from serve.schemas import GenerateWork
+from serve.options import options_of, png_text, refusal_of, tell, texts_of
+from serve.schemas import GenerateWork, size_text
 
-# As jobs/generate.py does by default.
-_SAMPLER: Literal["dpmsolver++"] = "dpmsolver++"
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 4, 8
 
-# What an image of a batch is made of: prompt, negative prompt, seed.
-Sample = tuple[str, str | None, int]
-
-
-class GeneratorModel(Protocol):
-    """What the replica needs of a generator; the only place that knows the trained ones is `load_generator`."""
-
-    resolution: int
-    device: str
-    defaults: dict[str, Any]
-
-    def check(self, work: GenerateWork, max_tokens: int) -> None:
-        """Raise ApiError for what this model cannot do."""
-
-    def generate(
-        self, samples: Sequence[Sample], steps: int, guidance: float, on_step: Callable[[int, int], None]
-    ) -> np.ndarray:
-        """uint8 (B, H, W, 3)."""
-
-    def png(self, image: np.ndarray, text: dict[str, str]) -> bytes: ...
-
-
-class _Trained:
-    """A finished run of a generator."""
-
-    def __init__(self, run: Storage, text_encoder: str | None, device: str) -> None:
-        from mmcore.trained.generator import open_generator
-
-        self.device = device
-        self._generator = open_generator(run.uri, text_encoder=text_encoder).load(device)
-        self.resolution = self._generator.size[0]
-        options = self._generator.options
-        self.defaults = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
-
-    def check(self, work: GenerateWork, max_tokens: int) -> None:
-        most = min(max_tokens, self._generator.max_tokens)
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(work, name)
-            num_tokens = self._generator.num_tokens([text])[0] if text is not None else 0
-            if num_tokens > most:
-                raise bad_value(name, f"{num_tokens} tokens with begin and end; at most {most}")
-        options = self._options(work.num_inference_steps, work.guidance_scale, work.negative_prompt)
-        names = {each.name: each.metadata.get("api", each.name) for each in dataclasses.fields(options)}
-        try:
-            # Computes nothing: this is the thread of the requests (see `compute_thread`).
-            self._generator.check(options, self._generator.size)
-        except OptionError as error:
-            raise bad_value(names.get(error.option, error.option), error.problem) from None
-
-    def _options(self, steps: int, guidance: float, negative_prompt: str | None) -> Any:
-        changes = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt or ""}
-        return dataclasses.replace(self._generator.options, **changes)
-
-    def generate(
-        self, samples: Sequence[Sample], steps: int, guidance: float, on_step: Callable[[int, int], None]
-    ) -> np.ndarray:
-        prompts, negatives, seeds = zip(*samples, strict=True)
-        # Equal for all of a batch, as `stream` groups them.
-        return self._generator.generate(prompts, seeds, self._options(steps, guidance, negatives[0]), on_step=on_step)
-
-    def png(self, image: np.ndarray, text: dict[str, str]) -> bytes:
-        from mmcore.images import png_bytes
-
-        return png_bytes(image, text)
-
-
-def load_generator(run: str, text_encoder: str | None, device: str) -> GeneratorModel:
-    """The generator of a finished run, local or in S3."""
-    return _Trained(Storage(run), text_encoder, device)
+# What images of a batch have in common: the generator's options, height and width.
+Group = tuple[Any, tuple[int, int]]
+# What an image of a batch is made of beside those: prompt, seed.
+Sample = tuple[str, int]
 
 
 class _Progress:
@@ -136,13 +70,13 @@ class _Listener:
 class Generator:
     """The replica. An image depends on its prompt, its seed and the request's settings, and on nothing else."""
 
-    def __init__(self, name: str, load: Callable[[str], GeneratorModel], limits: Limits) -> None:
+    def __init__(self, name: str, load: Callable[[str], recipe.Generator], limits: Limits) -> None:
         """`load` is given the device."""
         configure_logging()
         self.name, self.limits = name, limits
-        thread = compute_thread(hardware.num_threads(limits))
-        self.model = thread.submit(load, hardware.device()).result()
-        default = _CPU_BATCH_SIZE if self.model.device == "cpu" else _GPU_BATCH_SIZE
+        device, thread = hardware.device(), compute_thread(hardware.num_threads(limits))
+        self.model = thread.submit(load, device).result()
+        default = _CPU_BATCH_SIZE if device == "cpu" else _GPU_BATCH_SIZE
         self.batcher: Batcher[Sample, np.ndarray] = Batcher(
             self._run,
             batch_size=limits.generator_batch_size or default,
@@ -157,14 +91,18 @@ class Generator:
 
     async def describe(self) -> dict[str, Any]:
         """As GET /v1/models shows it."""
-        resolution, limits = self.model.resolution, self.limits
+        (height, width), limits, options = self.model.size, self.limits, tell(self.model.options)
         return {
             "id": self.name,
             "object": "model",
             "owned_by": "mmcore",
             "kind": "generator",
-            "resolution": resolution,
-            "defaults": {**self.model.defaults, "size": f"{resolution}x{resolution}"},
+            "resolution": height if height == width else None,
+            "options": options,
+            "defaults": {
+                **{name: each["default"] for name, each in options.items()},
+                "size": size_text((height, width)),
+            },
             "limits": {
                 "n": limits.max_n,
                 "job_n": limits.max_job_n,
@@ -177,10 +115,28 @@ class Generator:
     async def check(self, work: GenerateWork) -> dict[str, Any] | None:
         """Why the model refuses the work, as `ApiError.as_dict`; None where it does not."""
         try:
-            self.model.check(work, self.limits.max_prompt_tokens)
+            self._group(work)
         except ApiError as error:
             return error.as_dict()
         return None
+
+    def _group(self, work: GenerateWork) -> Group:
+        """What decides with whom the work can share a batch. Raises ApiError for what the model cannot do.
+
+        Computes nothing: this is the thread of the requests (see `compute_thread`).
+        """
+        model = self.model
+        options, size = options_of(work.options, model.options), work.size or model.size
+        most = min(self.limits.max_prompt_tokens, model.max_tokens)
+        texts = {"prompt": work.prompt, **texts_of(work.options, model.options)}
+        for name, num_tokens in zip(texts, model.num_tokens(list(texts.values())), strict=True):
+            if num_tokens > most:
+                raise bad_value(name, f"{num_tokens} tokens with begin and end; at most {most}")
+        try:
+            model.check(options, size)
+        except OptionError as error:
+            raise refusal_of(error, model.options) from None
+        return options, size
 
     async def generate(self, work: GenerateWork) -> dict[str, Any]:
         """The last event of `stream`."""
@@ -195,16 +151,15 @@ class Generator:
 
     async def stream(self, work: GenerateWork) -> AsyncGenerator[dict[str, Any], None]:
         """Events: queued (position), progress (step, total), and at the end done (images as PNG, facts) or refused."""
-        if (refusal := await self.check(work)) is not None:
-            yield {"event": "refused", "error": refusal}
+        try:
+            group = self._group(work)
+        except ApiError as error:
+            yield {"event": "refused", "error": error.as_dict()}
             return
         events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         progress = _Progress(len(work.seeds), events)
-        group = (work.num_inference_steps, work.guidance_scale, work.negative_prompt)
         tasks = [
-            asyncio.ensure_future(
-                self.batcher.submit(group, (work.prompt, work.negative_prompt, seed), progress.listener(index))
-            )
+            asyncio.ensure_future(self.batcher.submit(group, (work.prompt, seed), progress.listener(index)))
             for index, seed in enumerate(work.seeds)
         ]
 
@@ -228,7 +183,7 @@ class Generator:
         began = loop.time()
         images = await asyncio.gather(
             *(
-                loop.run_in_executor(self._encoders, self.model.png, result.value, self._text(work, seed))
+                loop.run_in_executor(self._encoders, png_bytes, result.value, self._text(work.prompt, seed, group))
                 for result, seed in zip(results, work.seeds, strict=True)
             )
         )
@@ -236,24 +191,15 @@ class Generator:
         log_work("generated", work.request_id, self.name, facts)
         yield {"event": "done", "images": list(images), "facts": facts}
 
-    def _text(self, work: GenerateWork, seed: int) -> dict[str, str]:
+    def _text(self, prompt: str, seed: int, group: Group) -> dict[str, str]:
         """What is written into the PNG, under the names of a sweep's images."""
-        text = {
-            "prompt": work.prompt,
-            "seed": str(seed),
-            "steps": str(work.num_inference_steps),
-            "guidance": str(work.guidance_scale),
-            "sampler": _SAMPLER,
-            "model": self.name,
-        }
-        return text if work.negative_prompt is None else {**text, "negative_prompt": work.negative_prompt}
+        return {"prompt": prompt, "seed": str(seed), **png_text(group[0]), "model": self.name}
 
-    def _run(
-        self, group: tuple[int, float, str | None], samples: list[Sample], on_step: Callable[[int, int], None]
-    ) -> list[np.ndarray]:
-        steps, guidance, _ = group
+    def _run(self, group: Group, samples: list[Sample], on_step: Callable[[int, int], None]) -> list[np.ndarray]:
+        options, size = group
         # Kernels round differently for different sizes of a batch. Filled up to one size, an image is the same to the
         # bit whoever shares its batch.
         padded = samples + samples[-1:] * (self.batcher.batch_size - len(samples))
-        images = self.model.generate(padded, steps, guidance, on_step)
+        prompts, seeds = [prompt for prompt, _ in padded], [seed for _, seed in padded]
+        images = self.model.generate(prompts, seeds, options, size=size, on_step=on_step)
         return list(images[: len(samples)])

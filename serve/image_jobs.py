@@ -222,9 +222,8 @@ class Jobs:
         """Take up one that is pending; None where there is none, or it cannot be read."""
         try:
             fields = json.loads(await asyncio.to_thread(self._storage.read, f"{_PENDING}/{job_id}.json"))
-            work = fields.pop("work")
-            work["seeds"] = tuple(work["seeds"])
-            job = _Job(job_id, work=GenerateWork(**work), **fields)
+            work = GenerateWork.from_json(fields.pop("work"))
+            job = _Job(job_id, work=work, **fields)
         except FileNotFoundError:
             return None
         except Exception:
@@ -300,7 +299,7 @@ class Jobs:
         if replica is None:
             raise ApiError(404, f"the model {job.model!r} is not served any more", code="model_not_found")
         # A few at a time, so that whoever waits for an answer does not wait for a whole job.
-        size, seeds, steps = self._limits.max_n, job.work.seeds, job.work.num_inference_steps
+        size, seeds = self._limits.max_n, job.work.seeds
         starts = range(0, len(seeds), size)
         for number, start in enumerate(starts):
             # What an attempt before this one has put into the storage is not made again.
@@ -311,6 +310,7 @@ class Jobs:
             async with contextlib.aclosing(replica.stream("stream", replace(job.work, seeds=part))) as events:
                 async for event in events:
                     if event["event"] == "progress":
+                        steps = event["total"]
                         job.progress = {"step": number * steps + event["step"], "total": len(starts) * steps}
                     last = event
             if last["event"] == "refused":

@@ -19,6 +19,7 @@ from serve.front import Front, facts_of_request
 from serve.image_jobs import new_id
 from serve.images import to_base64
 from serve.metrics import logger
+from serve.options import with_options
 from serve.parsing import parse
 from serve.schemas import GenerateWork
 from serve.security import Receive, Scope, Send
@@ -60,15 +61,21 @@ class ImageRoutes:
             return JSONResponse(await self._answer(model, work, done, links))
 
     async def _work(
-        self, request: Request, fields: Any, max_n: int
+        self, request: Request, fields: Any, max_n: int, *where: str
     ) -> tuple[schemas.GenerationRequest, Model, GenerateWork, Storage | None]:
-        """What is asked for, of which model, in full, and where it is put to be linked to. Raises ApiError."""
-        asked = parse(schemas.GenerationRequest, fields)
-        model, links = self._front.named(asked.model, "generator"), self._links(asked.response_format)
+        """What is asked for, of which model, in full, and where it is put to be linked to. Raises ApiError.
+
+        `fields` stand at `where` in the body.
+        """
+        model = self._front.named(schemas.model_of(fields), "generator")
         info = await model.info()
-        facts = facts_of_request(request)
+        asked = parse(with_options(schemas.GenerationRequest, info["options"]), fields, *where)
+        links, facts = self._links(asked.response_format), facts_of_request(request)
         work = schemas.generate_work(asked, info, self._front.limits, max_n, facts["request_id"])
         facts.update(model=model.name, n=len(work.seeds))
+        if asked.size not in (None, "auto", info["defaults"]["size"]) and (refusal := await model.refusal(work)):
+            # What the model says of it is told before a stream begins.
+            raise refusal
         return asked, model, work, links
 
     def _links(self, response_format: str) -> Storage | None:
@@ -161,10 +168,10 @@ class ImageRoutes:
     async def submit_job(self, request: Request) -> Response:
         front, jobs = self._front, self._need_jobs()
         fields = await front.json(request, front.limits.max_json_bytes)
-        asked = parse(schemas.JobRequest, fields).request
+        inner = parse(schemas.JobRequest, fields).request
+        asked, model, work, _ = await self._work(request, inner, front.limits.max_job_n, "request")
         if asked.stream:
             raise bad_value("request.stream", "a job is fetched, not streamed")
-        _, model, work, _ = await self._work(request, fields["request"], front.limits.max_job_n)
         if (refusal := await model.refusal(work)) is not None:
             raise refusal
         caller = request.scope["state"]["caller"]
@@ -191,7 +198,7 @@ class ImageRoutes:
                 data = await self._presigned(links, job["keys"])
             else:
                 data = [{"b64_json": to_base64(image)} for image in await jobs.call("images", job["keys"])]
-            result = schemas.generation_answer(GenerateWork(**job["work"]), job["model"], job["created"], data)
+            result = schemas.generation_answer(GenerateWork.from_json(job["work"]), job["model"], job["created"], data)
         names = ("id", "status", "progress", "error")
         return JSONResponse({**{name: job[name] for name in names}, "result": result})
 

@@ -1,15 +1,18 @@
 """How a request is read: JSON with no surprises, and objects whose fields are all known. What is wrong is named."""
 
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve.errors import ApiError, quoted
+from serve.errors import ApiError, bad_value, quoted
 
 # A body that means more values than this is an attack on the parser: images are few and long.
 _MAX_JSON_VALUES = 2000
+# Control characters but tab and line breaks, and halves of surrogate pairs, which no tokenizer can be given.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # Of what pydantic says, which repeats some values whole.
 MAX_REASON = 300
 _UNKNOWN = "unknown_field"
@@ -111,8 +114,8 @@ def parse_json(body: bytes | bytearray) -> Any:
         raise ApiError(400, f"the body is no JSON: {str(error)[:200]}", code="invalid_json") from None
 
 
-def parse(kind: type[_T], value: Any) -> _T:
-    """Build a request. Raises ApiError that names the first field that is wrong."""
+def parse(kind: type[_T], value: Any, *where: str) -> _T:
+    """Build a request that stands at `where` in the body. Raises ApiError that names the first field that is wrong."""
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     try:
@@ -121,12 +124,12 @@ def parse(kind: type[_T], value: Any) -> _T:
         # An unknown field first: it is often the cause of what else is wrong. Then the deepest: of the branches of a
         # union it is the one that was meant.
         detail = min(error.errors(include_url=False), key=lambda each: (each["type"] != _UNKNOWN, -len(each["loc"])))
-        path = _path(detail["loc"])
+        path = [*where, *_path(detail["loc"])]
         if detail["type"] == _UNKNOWN:
             name, known = detail["ctx"]["field"], detail["ctx"]["known"]
-            where = ".".join(path)[:200] or "the body"
+            owner = ".".join(path)[:200] or "the body"
             param = ".".join([*path, name])[:200]
-            message = f"unknown or unsupported field {quoted(param)}; {where} has {known}"
+            message = f"unknown or unsupported field {quoted(param)}; {owner} has {known}"
             raise ApiError(400, message, param=param, code=_UNKNOWN) from None
         param = ".".join(path)[:200]
         message = f"{param}: {detail['msg'][:1].lower()}{detail['msg'][1:MAX_REASON]}"
@@ -139,3 +142,11 @@ def _path(places: tuple[int | str, ...]) -> list[str]:
     """Without the branches of unions, which are no part of what the client knows."""
     path = [str(each) for i, each in enumerate(places) if not (each in _BRANCHES and isinstance(places[i - 1], int))]
     return [each for each in path if each != "str" and not each.startswith("list[")]
+
+
+def check_text(text: str, max_chars: int, param: str) -> None:
+    """Raise ApiError for a text that is longer, or that no tokenizer can be given."""
+    if len(text) > max_chars:
+        raise bad_value(param, f"{len(text)} characters; at most {max_chars}")
+    if found := _UNPRINTABLE.search(text):
+        raise bad_value(param, f"character U+{ord(found.group()):04X} at {found.start()} is none of a text")

@@ -5,7 +5,6 @@ anyway is taken. A field that nobody reads is taken too, and the answer names it
 the answer and cannot be done is refused by its name.
 """
 
-import math
 import re
 import secrets
 import time
@@ -17,10 +16,11 @@ from pydantic import BeforeValidator, Field
 from mmcore.seeding import MAX_IMAGE_SEED
 from serve.errors import bad_value, quoted
 from serve.limits import Limits
-from serve.parsing import MAX_REASON, UNREAD, Strict, only, unread_fields
+from serve.options import asked_options
+from serve.parsing import MAX_REASON, UNREAD, Strict, check_text, only, unread_fields
 
-# Control characters but tab and line breaks, and halves of surrogate pairs, which no tokenizer can be given.
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+# WIDTHxHEIGHT.
+_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 _UnreadText = Annotated[str | None, UNREAD]
 _UnreadObject = Annotated[dict[str, Any] | None, UNREAD]
@@ -34,7 +34,7 @@ _NO_PENALTY = "the search for a caption has no penalties; leave it out"
 
 
 class GenerationRequest(Strict):
-    """POST /v1/images/generations."""
+    """POST /v1/images/generations, but for the options of the model that is asked (``options.with_options``)."""
 
     prompt: str
     model: str | None = None
@@ -42,9 +42,6 @@ class GenerationRequest(Strict):
     size: str | None = None
     seed: int | None = None
     response_format: Literal["b64_json", "url"] = "b64_json"
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
     stream: bool = False
     quality: Annotated[str | None, only("auto", "standard", why="images have one quality; leave it out")] = None
     background: Annotated[str | None, only("auto", "opaque", why="images have no transparency; leave it out")] = None
@@ -60,7 +57,8 @@ class GenerationRequest(Strict):
 class JobRequest(Strict):
     """POST /v1/jobs."""
 
-    request: GenerationRequest
+    request: dict[str, Any]
+    """A GenerationRequest."""
 
 
 class _ImageUrl(Strict):
@@ -153,22 +151,40 @@ class GenerateWork:
 
     prompt: str
     seeds: tuple[int, ...]
-    num_inference_steps: int
-    guidance_scale: float
-    negative_prompt: str | None
+    options: dict[str, Any]
+    """By the API's names, as ``options.asked_options`` gives them."""
+    size: tuple[int, int] | None = None
+    """Height and width; None is the model's own."""
     request_id: str = ""
     """Of the request that asked for it, for the logs."""
-    size: str | None = None
-    """WIDTHxHEIGHT, as the answer says it."""
     ignored: tuple[str, ...] = ()
     """Fields of the request that have no part in it, as the answer says them."""
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "GenerateWork":
+        """Of what ``dataclasses.asdict`` gave. Raises TypeError for fields that are none of it."""
+        # Written before generators had options of their own.
+        old = ("num_inference_steps", "guidance_scale", "negative_prompt")
+        kept: dict[str, Any] = {name: value for name, value in fields.items() if name not in old}
+        kept.setdefault("options", {name: fields[name] for name in old if fields.get(name) is not None})
+        # JSON has lists alone.
+        for name in ("seeds", "ignored", "size"):
+            if name == "seeds" or kept.get(name) is not None:
+                kept[name] = tuple(kept[name])
+        return cls(**kept)
 
-def check_prompt(text: str, limits: Limits, param: str) -> None:
-    if len(text) > limits.max_prompt_chars:
-        raise bad_value(param, f"{len(text)} characters; at most {limits.max_prompt_chars}")
-    if found := _UNPRINTABLE.search(text):
-        raise bad_value(param, f"character U+{ord(found.group()):04X} at {found.start()} is none of a text")
+
+def model_of(fields: Any) -> str | None:
+    """The model that a GenerationRequest asks, on which it depends what else it may say. Raises ApiError."""
+    name = fields.get("model") if isinstance(fields, dict) else None
+    if name is not None and not isinstance(name, str):
+        raise bad_value("model", f"{quoted(name)}; the name of a model")
+    return name
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Of (height, width), as OpenAI's clients know it."""
+    return f"{size[1]}x{size[0]}"
 
 
 def generate_work(
@@ -176,44 +192,24 @@ def generate_work(
 ) -> GenerateWork:
     """The request with the model's defaults filled in and every range checked. Raises ApiError.
 
-    `info`: the model as GET /v1/models describes it.
+    `request` has the model's options; `info` is the model as GET /v1/models describes it.
     """
-    defaults, resolution = info["defaults"], info["resolution"]
-    check_prompt(request.prompt, limits, "prompt")
+    check_text(request.prompt, limits.max_prompt_chars, "prompt")
     if not request.prompt.strip():
         raise bad_value("prompt", "is empty")
     if not 1 <= request.n <= max_n:
         raise bad_value("n", f"{quoted(request.n)} images; from 1 to {max_n}")
-    if request.size not in (None, "auto", defaults["size"]):
-        message = f"{quoted(request.size)}; the model {info['id']!r} makes images of {resolution}x{resolution}"
-        raise bad_value("size", message)
-    steps = defaults["num_inference_steps"] if request.num_inference_steps is None else request.num_inference_steps
-    if not 1 <= steps <= limits.max_steps:
-        raise bad_value("num_inference_steps", f"{quoted(steps)}; from 1 to {limits.max_steps}")
-    guidance = defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale
-    # JSON has no NaN, but 1e999 is read as infinity.
-    if not (math.isfinite(guidance) and 1 <= guidance <= limits.max_guidance_scale):
-        raise bad_value("guidance_scale", f"{guidance}; from 1 (none) to {limits.max_guidance_scale:g}")
-    if request.negative_prompt is not None:
-        check_prompt(request.negative_prompt, limits, "negative_prompt")
-        if guidance == 1:
-            raise bad_value(
-                "negative_prompt", "works by guidance, and a guidance_scale of 1 is none; give a larger one"
-            )
+    asked_size = info["defaults"]["size"] if request.size in (None, "auto") else request.size
+    if (match := _SIZE.fullmatch(asked_size)) is None:
+        raise bad_value("size", f"{quoted(asked_size)}; auto or WIDTHxHEIGHT, such as {info['defaults']['size']}")
+    size = (int(match.group(2)), int(match.group(1)))
+    most = {"num_inference_steps": limits.max_steps, "guidance_scale": limits.max_guidance_scale}
+    options = asked_options(request, info["options"], most, limits.max_prompt_chars)
     seed = secrets.randbelow(MAX_IMAGE_SEED - request.n) if request.seed is None else request.seed
     if not 0 <= seed <= MAX_IMAGE_SEED - request.n:
         raise bad_value("seed", f"{quoted(seed)}; from 0 to {MAX_IMAGE_SEED - request.n}")
     seeds = tuple(range(seed, seed + request.n))
-    return GenerateWork(
-        request.prompt,
-        seeds,
-        steps,
-        float(guidance),
-        request.negative_prompt,
-        request_id,
-        defaults["size"],
-        tuple(unread_fields(request)),
-    )
+    return GenerateWork(request.prompt, seeds, options, size, request_id, tuple(unread_fields(request)))
 
 
 def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
@@ -271,7 +267,13 @@ def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignor
 def generation_answer(work: GenerateWork, model: str, created: int, images: list[dict[str, str]]) -> dict[str, Any]:
     """`images`: ``{"b64_json": ...}`` or ``{"url": ...}`` for each seed."""
     data = [{**image, "seed": seed, "revised_prompt": None} for image, seed in zip(images, work.seeds, strict=True)]
-    about = {"created": created, "model": model, "size": work.size, "background": "opaque", "output_format": "png"}
+    about = {
+        "created": created,
+        "model": model,
+        "size": work.size and size_text(work.size),
+        "background": "opaque",
+        "output_format": "png",
+    }
     return {**about, "data": data, **({"ignored": list(work.ignored)} if work.ignored else {})}
 
 

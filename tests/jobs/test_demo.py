@@ -15,9 +15,9 @@ from pyarrow.fs import FileSelector
 from jobs.demo import MIN_CORRECT, STAGES, failures
 from jobs.runtime.demo_page import captioned_pictures
 from mmcore.storage import Storage
+from mmcore.trained.captioner import open_captioner
+from mmcore.trained.generator import open_generator
 from serve.app import Args, build
-from serve.captioner import load_captioner
-from serve.generator import load_generator
 from serve.proxy import VALUE, VARIABLE
 
 # Of one demo, and no more than a guard against one that hangs.
@@ -102,8 +102,8 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     arguments = Args.model_validate(dict(word.split("=", 1) for word in words))
     assert build(arguments)
     assert set(arguments.model_fields_set) == {"captioner", "generator", "gallery"}
-    assert load_captioner(arguments.captioner.removeprefix("captions:"), None, "cpu").resolution > 0
-    assert load_generator(arguments.generator.removeprefix("images:"), None, "cpu").resolution > 0
+    assert open_captioner(arguments.captioner.removeprefix("captions:")).load().image_size > 0
+    assert open_generator(arguments.generator.removeprefix("images:")).load().size > (0, 0)
     result = json.loads((storage / "scores" / "resnet_captioner").read("default-attributes.json"))
     assert result["all"]["num_scenes"] == 12
     made = kept_files(storage)

@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -24,12 +25,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import uvicorn
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
+from mmcore.errors import OptionError
 from mmcore.storage import Storage
 from serve.captioner import Captioner
 from serve.clients import Model
-from serve.errors import bad_value
 from serve.generator import Generator
 from serve.image_jobs import Jobs
 from serve.limits import Limits
@@ -53,36 +54,54 @@ def opened() -> threading.Event:
     return event
 
 
+@dataclass(frozen=True)
+class FakeOptions:
+    """Those of a diffusion, which takes no time to import."""
+
+    steps: int = field(default=4, metadata={"api": "num_inference_steps"})
+    guidance: float = field(default=3.0, metadata={"api": "guidance_scale"})
+    sampler: Literal["dpmsolver++", "ddim"] = "dpmsolver++"
+    negative_prompt: str = ""
+
+
 class FakeGenerator:
     """Images of one colour that prompt, seed and settings decide.
 
     Its work stands still between two steps while `gate` is closed; work of a single step does not.
     """
 
-    device = "cpu"
+    max_tokens = 1000
+    options: Any = FakeOptions()
 
     def __init__(self, step_s: float = 0.0, resolution: int = SIZE, gate: Any = None) -> None:
-        self.resolution, self.step_s = resolution, step_s
+        self.size, self.step_s = (resolution, resolution), step_s
         self.gate = gate or opened()
-        self.defaults: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
         self.batches: list[list[tuple[str, str | None, int]]] = []
         self.num_steps = 0
         self.threads: set[int] = set()
 
-    def check(self, work: GenerateWork, max_tokens: int) -> None:
-        if len(work.prompt.split()) > max_tokens:
-            raise bad_value("prompt", f"{len(work.prompt.split())} tokens; at most {max_tokens}")
-        if work.num_inference_steps > TIMESTEPS:
-            raise bad_value("num_inference_steps", f"{work.num_inference_steps}; give 1 to {TIMESTEPS}")
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [len(prompt.split()) for prompt in prompts]
+
+    def check(self, options: Any, size: tuple[int, int]) -> None:
+        if size != self.size:
+            raise OptionError("size", f"{size[1]}x{size[0]}: this model makes images of {self.size[1]}x{self.size[0]}")
+        if options.steps > TIMESTEPS:
+            raise OptionError("steps", f"{options.steps}; give 1 to {TIMESTEPS}")
+        if options.guidance == 1 and options.negative_prompt:
+            raise OptionError("negative_prompt", "works by guidance")
 
     def generate(
         self,
-        samples: Sequence[tuple[str, str | None, int]],
-        steps: int,
-        guidance: float,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: Any,
+        *,
+        size: tuple[int, int],
         on_step: Callable[[int, int], None],
     ) -> np.ndarray:
-        self.batches.append(list(samples))
+        negative, steps = options.negative_prompt or None, options.steps
+        self.batches.append([(prompt, negative, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
         self.threads.add(threading.get_ident())
         for step in range(1, steps + 1):
             if step > 1:
@@ -90,16 +109,8 @@ class FakeGenerator:
             time.sleep(self.step_s)
             self.num_steps += 1
             on_step(step, steps)
-        colours = [colour_of(prompt, seed, steps, guidance, negative) for prompt, negative, seed in samples]
-        return np.stack([np.full((self.resolution, self.resolution, 3), colour, np.uint8) for colour in colours])
-
-    def png(self, image: np.ndarray, text: dict[str, str]) -> bytes:
-        chunks = PngImagePlugin.PngInfo()
-        for key, value in text.items():
-            chunks.add_text(key, value)
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks)
-        return buffer.getvalue()
+        colours = [colour_of(*pair, steps, options.guidance, negative) for pair in zip(prompts, seeds, strict=True)]
+        return np.stack([np.full((*size, 3), colour, np.uint8) for colour in colours])
 
 
 def wait_at(gate: Any, still_here: Callable[[], None]) -> None:
@@ -111,6 +122,10 @@ def wait_at(gate: Any, still_here: Callable[[], None]) -> None:
         still_here()
 
 
+def wanted(prompt: str = "x", seeds: tuple[int, ...] = (1,), steps: int = 4, guidance: float = 3.0) -> GenerateWork:
+    return GenerateWork(prompt, seeds, {"num_inference_steps": steps, "guidance_scale": guidance})
+
+
 def colour_of(
     prompt: str, seed: int, steps: int = 4, guidance: float = 3.0, negative: str | None = None
 ) -> tuple[int, int, int]:
@@ -118,28 +133,34 @@ def colour_of(
     return digest[0], digest[1], digest[2]
 
 
+@dataclass(frozen=True)
+class FakeSearch:
+    num_beams: int = 3
+    max_length: int = 30
+
+
 class FakeCaptioner:
     """Names the colour of an image. A batch is not finished while `gate` is closed."""
 
-    device = "cpu"
+    options: Any = FakeSearch()
 
     def __init__(self, prefix: str = "a", batch_s: float = 0.0, resolution: int = SIZE) -> None:
-        self.resolution, self.prefix, self.batch_s = resolution, prefix, batch_s
+        self.image_size, self.prefix, self.batch_s = resolution, prefix, batch_s
         self.gate = opened()
         self.batches: list[int] = []
         self.num_beams: set[int] = set()
         self.num_threads: set[int] = set()
 
-    def caption(self, pixels: np.ndarray, *, num_beams: int, max_words: int) -> list[str]:
-        assert pixels.shape[1:] == (self.resolution, self.resolution, 3)
+    def caption(self, pixels: np.ndarray, options: FakeSearch) -> list[str]:
+        assert pixels.shape[1:] == (self.image_size, self.image_size, 3)
         self.batches.append(len(pixels))
-        self.num_beams.add(num_beams)
+        self.num_beams.add(options.num_beams)
         self.num_threads.add(torch.get_num_threads())
         time.sleep(self.batch_s)
         wait_at(self.gate, lambda: None)
         means = pixels.reshape(len(pixels), -1, 3).mean(axis=1)
         names = [min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], mean)).sum()) for mean in means]
-        return [" ".join(f"{self.prefix} {name} picture".split()[:max_words]) for name in names]
+        return [" ".join(f"{self.prefix} {name} picture".split()[: options.max_length]) for name in names]
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any) -> bytes:

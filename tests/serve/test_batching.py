@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import HANG_S, SIZE, Served, run, until
+from serving import HANG_S, SIZE, Served, run, until, wanted
 
 from mmcore.errors import InputError
 from serve import batching
 from serve.batching import Abandoned, Batcher
 from serve.errors import bad_value
 from serve.limits import Limits
-from serve.schemas import GenerateWork
 
 
 class Recorder:
@@ -371,7 +370,7 @@ def test_a_replica_whose_model_hangs_for_a_request_s_time_is_not_healthy(kind: s
     async def main() -> None:
         replica = getattr(served, kind)
         ask = {
-            "generator": lambda: served.generator.generate(GenerateWork("x", (1,), 4, 3.0, None)),
+            "generator": lambda: served.generator.generate(wanted()),
             "captioner": lambda: served.captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "id"),
         }[kind]
         asking = asyncio.ensure_future(ask())

@@ -369,7 +369,7 @@ def test_a_job_that_is_handed_in_twice_is_there_once(tmp_path: Path) -> None:
         await second.close()
 
     run(main())
-    assert second.fake_generator.num_steps == WORK.num_inference_steps, "it was made twice"
+    assert second.fake_generator.num_steps == WORK.options["num_inference_steps"], "it was made twice"
 
 
 def test_a_job_that_has_its_end_is_not_cancelled_any_more(tmp_path: Path) -> None:

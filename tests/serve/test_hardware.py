@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import ray
 import torch
-from serving import SIZE, FakeCaptioner, FakeGenerator, run
+from serving import SIZE, FakeCaptioner, FakeGenerator, FakeSearch, run, wanted
 
 from serve import hardware
 from serve.captioner import Captioner
 from serve.generator import Generator
 from serve.limits import Limits
-from serve.schemas import GenerateWork
 
 
 @pytest.mark.parametrize(("given", "device"), [([], "cpu"), ([0], "cuda"), (["GPU-1"], "cuda"), (None, "cpu")])
@@ -50,9 +49,9 @@ def test_a_model_is_loaded_in_the_thread_that_it_works_in() -> None:
             self.threads: set[int] = set()
             loaded.append((threading.get_ident(), torch.get_num_threads()))
 
-        def caption(self, pixels: np.ndarray, *, num_beams: int, max_words: int) -> list[str]:
+        def caption(self, pixels: np.ndarray, options: FakeSearch) -> list[str]:
             self.threads.add(threading.get_ident())
-            return super().caption(pixels, num_beams=num_beams, max_words=max_words)
+            return super().caption(pixels, options)
 
     class Shapes(FakeGenerator):
         def __init__(self) -> None:
@@ -64,7 +63,7 @@ def test_a_model_is_loaded_in_the_thread_that_it_works_in() -> None:
 
     async def main() -> None:
         await captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "r1")
-        await generator.generate(GenerateWork("a red circle", (1,), 2, 1.0, None))
+        await generator.generate(wanted("a red circle", steps=2))
 
     run(main())
     assert isinstance(captioner.model, Words)

@@ -8,14 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import AUTHORIZED, HANG_S, KEY, TIMESTEPS, InProcess, Served, colour, colour_of, error, run, until
+from serving import AUTHORIZED, HANG_S, KEY, TIMESTEPS, InProcess, Served, colour, colour_of, error, run, until, wanted
 
 from mmcore.storage import Storage
 from serve import clients
 from serve.clients import model_unavailable
 from serve.image_jobs import Jobs, new_id
 from serve.limits import Limits
-from serve.schemas import GenerateWork
 from serve.security import Keys
 
 JOBS = "/v1/jobs"
@@ -205,7 +204,7 @@ def test_whoever_waits_for_an_answer_does_not_wait_for_a_job() -> None:
     assert next(number for number, of_batch in enumerate(prompts) if "short" in of_batch) < len(batches) / 2
 
 
-WORK = GenerateWork("x", tuple(range(3)), 4, 3.0, None)
+WORK = wanted(seeds=(0, 1, 2))
 
 
 def test_a_job_survives_its_process(tmp_path: Path) -> None:

@@ -11,15 +11,21 @@ import pytest
 from serving import chat, data_uri
 
 from mmcore.errors import InputError
-from serve import limits, parsing, schemas
+from serve import limits, options, parsing, schemas
 from serve.errors import ApiError, quoted
 from serve.limits import Limits
 from serve.queueing import Admission
 
-INFO = {
+INFO: dict[str, Any] = {
     "id": "shapes",
     "resolution": 64,
-    "defaults": {"num_inference_steps": 50, "guidance_scale": 3.0, "size": "64x64"},
+    "defaults": {"size": "64x64"},
+    "options": {
+        "num_inference_steps": {"type": "integer", "default": 50},
+        "guidance_scale": {"type": "number", "default": 3.0},
+        "sampler": {"type": "string", "default": "dpmsolver++", "enum": ["dpmsolver++", "ddim"]},
+        "negative_prompt": {"type": "string", "default": ""},
+    },
 }
 
 
@@ -68,14 +74,18 @@ def test_limits_that_exclude_each_other() -> None:
     assert Limits.from_environment({"SERVE_BATCH_WAIT_S": "0", "SERVE_URL_EXPIRES_S": "604800"}).batch_wait_s == 0
 
 
+DEFAULTS = {name: option["default"] for name, option in INFO["options"].items()}
+
+
 def generation(**fields: Any) -> schemas.GenerateWork:
-    asked = parsing.parse(schemas.GenerationRequest, {"prompt": "a red square", **fields})
+    kind = options.with_options(schemas.GenerationRequest, INFO["options"])
+    asked = parsing.parse(kind, {"prompt": "a red square", **fields})
     return schemas.generate_work(asked, INFO, Limits(), 8)
 
 
 def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
     work = generation(n=3, seed=41)
-    assert work == schemas.GenerateWork("a red square", (41, 42, 43), 50, 3.0, None, size="64x64")
+    assert work == schemas.GenerateWork("a red square", (41, 42, 43), DEFAULTS, (64, 64))
     drawn = generation(n=2)
     assert drawn.seeds[1] == drawn.seeds[0] + 1
     assert generation().seeds != generation().seeds
@@ -85,7 +95,8 @@ def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"steps": 3}, "steps", "unknown or unsupported field 'steps'; the body has prompt, model, n, size, seed,"),
-    ({"sampler": "me", "n": 99}, "sampler", "unknown"),
+    ({"cfg": 3, "n": 99}, "cfg", "safety_identifier, num_inference_steps, guidance_scale, sampler, negative_prompt"),
+    ({"sampler": "me"}, "sampler", "'ddim', got 'me'"),
     ({"quality": "hd"}, "quality", "images have one quality; leave it out, got 'hd'"),
     ({"background": "transparent"}, "background", "no transparency"),
     ({"output_format": "webp"}, "output_format", "PNG"),
@@ -107,8 +118,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": "2"}, "n", "integer"),
     ({"n": 2.0}, "n", "integer"),
     ({"prompt": None}, "prompt", "string"),
-    ({"size": "1024x1024"}, "size", "64x64"),
-    ({"size": "64X64"}, "size", "64x64"),
+    ({"size": "64X64"}, "size", "auto or WIDTHxHEIGHT, such as 64x64"),
+    ({"size": "0x64"}, "size", "WIDTHxHEIGHT"),
+    ({"size": "9" * 400 + "x64"}, "size", "WIDTHxHEIGHT"),
     ({"size": 64}, "size", "string"),
     ({"seed": -1}, "seed", "from 0"),
     ({"seed": 2**32}, "seed", "from 0"),
@@ -121,7 +133,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"guidance_scale": float("inf")}, "guidance_scale", "inf"),
     ({"guidance_scale": float("nan")}, "guidance_scale", "nan"),
     ({"guidance_scale": "3"}, "guidance_scale", "number"),
-    ({"negative_prompt": "blue", "guidance_scale": 1}, "negative_prompt", "guidance"),
+    ({"negative_prompt": "a\x00b"}, "negative_prompt", "U+0000 at 1"),
     ({"negative_prompt": "b" * 1001}, "negative_prompt", "1001"),
     ({"response_format": "png"}, "response_format", "b64_json"),
     ({"stream": "yes"}, "stream", "boolean"),
@@ -153,14 +165,14 @@ def test_fields_that_are_wrong(fields: dict[str, Any], param: str, words: str) -
 )
 def test_what_clients_send_and_changes_nothing(fields: dict[str, Any], ignored: tuple[str, ...]) -> None:
     work = generation(seed=1, **fields)
-    assert work == schemas.GenerateWork("a red square", (1,), 50, 3.0, None, size="64x64", ignored=ignored)
+    assert work == schemas.GenerateWork("a red square", (1,), DEFAULTS, (64, 64), ignored=ignored)
     answer = schemas.generation_answer(work, "shapes", 5, [{"b64_json": "x"}])
     assert answer.get("ignored", []) == list(ignored)
     assert (answer["size"], answer["output_format"], answer["background"]) == ("64x64", "png", "opaque")
 
 
 def test_a_whole_number_is_a_guidance_scale() -> None:
-    assert generation(guidance_scale=5).guidance_scale == 5.0
+    assert repr(generation(guidance_scale=5).options["guidance_scale"]) == "5.0"
 
 
 BAD_JSON: dict[str, tuple[bytes, str]] = {

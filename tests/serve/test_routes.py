@@ -153,7 +153,14 @@ def test_models() -> None:
     ]
     generator = body["data"][2]
     assert generator["resolution"] == SIZE
-    assert generator["defaults"] == {"num_inference_steps": 4, "guidance_scale": 3.0, "size": "16x16"}
+    assert generator["options"] == {
+        "num_inference_steps": {"type": "integer", "default": 4},
+        "guidance_scale": {"type": "number", "default": 3.0},
+        "sampler": {"type": "string", "default": "dpmsolver++", "enum": ["dpmsolver++", "ddim"]},
+        "negative_prompt": {"type": "string", "default": ""},
+    }
+    defaults = {name: option["default"] for name, option in generator["options"].items()}
+    assert generator["defaults"] == {**defaults, "size": "16x16"}
     assert (generator["object"], generator["owned_by"]) == ("model", "mmcore")
 
 

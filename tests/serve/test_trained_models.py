@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import AUTHORIZED, KEY, InProcess, chat, data_uri, run
+from serving import AUTHORIZED, KEY, InProcess, chat, data_uri, run, wanted
 from tiny_runs import write_clip, write_latent_run, write_pixel_run, write_resnet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.device import compute_thread
-from mmcore.errors import InputError
 from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.text_context import TextSettings
@@ -27,11 +26,11 @@ from mmcore.trained.captioner import open_captioner
 from mmcore.trained.generator import open_generator
 from serve import hardware
 from serve.bench.measuring import write_captioner
-from serve.captioner import Captioner, load_captioner
+from serve.captioner import Captioner
 from serve.clients import Model
-from serve.errors import ApiError
-from serve.generator import Generator, load_generator
+from serve.generator import Generator
 from serve.limits import Limits
+from serve.options import options_of
 from serve.routes import Service
 from serve.schemas import GenerateWork
 from serve.security import Keys
@@ -64,7 +63,7 @@ def test_a_captioner_says_what_it_says_in_bulk(captioner_run: tuple[Storage, str
     trained = open_captioner(folder.uri, encoder=encoder).load()
     pixels = pixels_from_bytes(images, trained.image_size, [""] * 5)
     expected = trained.caption(pixels, SearchOptions(num_beams=LIMITS.caption_beams))
-    captioner = Captioner("tiny", lambda device: load_captioner(folder.uri, encoder, device), LIMITS)
+    captioner = Captioner("tiny", open_captioner(folder.uri, encoder=encoder).load, LIMITS)
     service = Service(
         models=[Model("tiny", "captioner", InProcess(captioner))], keys=Keys({"SERVE_API_KEYS": KEY}), limits=LIMITS
     )
@@ -81,20 +80,6 @@ def test_a_captioner_says_what_it_says_in_bulk(captioner_run: tuple[Storage, str
         captioner.batcher.close()
 
     run(main(), timeout_s=120)
-
-
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    for load in (load_captioner, load_generator):
-        with pytest.raises(InputError, match="no model/ there"):
-            load(str(tmp_path / "nothing"), None, "cpu")
-
-
-def test_another_encoder_than_that_of_the_run_is_refused(tmp_path: Path) -> None:
-    run_folder = Storage(str(tmp_path / "run"))
-    write_captioner(run_folder, smoke=True, encoder=str(write_resnet(tmp_path / "encoder")))
-    (tmp_path / "encoder" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
-    with pytest.raises(InputError, match="not the encoder that"):
-        load_captioner(run_folder.uri, None, "cpu")
 
 
 @pytest.fixture(
@@ -118,7 +103,7 @@ def generator_run(
 @pytest.fixture
 def generator(generator_run: tuple[Storage, str | None]) -> Iterator[Generator]:
     run_folder, encoder = generator_run
-    made = Generator("tiny", lambda device: load_generator(run_folder.uri, encoder, device), LIMITS)
+    made = Generator("tiny", open_generator(run_folder.uri, text_encoder=encoder).load, LIMITS)
     yield made
     made.batcher.close()
 
@@ -132,8 +117,7 @@ async def in_threads_of(limits: Limits, make: Callable[[], np.ndarray]) -> np.nd
 def test_a_generator_makes_what_it_makes_in_bulk(
     generator: Generator, generator_run: tuple[Storage, str | None]
 ) -> None:
-    size = generator.model.resolution
-    work = GenerateWork("a red circle", (5, 6), 4, 1.0, None)
+    work = wanted("a red circle", (5, 6), 4, 1.0)
 
     async def make(*works: GenerateWork) -> list[np.ndarray]:
         done = await asyncio.gather(*(generator.generate(each) for each in works))
@@ -143,7 +127,7 @@ def test_a_generator_makes_what_it_makes_in_bulk(
     async def main() -> None:
         alone = await make(work)
         # In other company, in another place of the batch: the same to the bit.
-        other = GenerateWork("a blue square", (9,), 4, 1.0, None)
+        other = wanted("a blue square", (9,), 4, 1.0)
         assert all(np.array_equal(*pair) for pair in zip(alone, (await make(other, work))[1:], strict=True))
         # And what a sweep with its own sampler and this size of batch makes.
         run_folder, encoder = generator_run
@@ -152,23 +136,31 @@ def test_a_generator_makes_what_it_makes_in_bulk(
         options = DiffusionOptions(steps=4, guidance=1.0)
         bulk = await in_threads_of(LIMITS, lambda: trained.generate(prompts, seeds, options))
         assert all(np.array_equal(*pair) for pair in zip(alone, bulk[:2], strict=True))
-        assert alone[0].shape == (size, size, 3)
+        assert alone[0].shape == (*generator.model.size, 3)
         assert not np.array_equal(*alone)
 
     run(main(), timeout_s=240)
 
 
 def test_the_defaults_are_those_of_a_sweep(generator: Generator) -> None:
-    options = DiffusionOptions()
-    assert generator.model.defaults == {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
+    told = run(generator.describe())["defaults"]
+    assert (told["num_inference_steps"], told["guidance_scale"]) == (DiffusionOptions().steps, 3.0)
+    assert options_of({}, generator.model.options) == DiffusionOptions()
 
 
 @pytest.mark.parametrize(
     ("work", "param", "words"),
     [
-        (GenerateWork("x", (1,), 1001, 1.0, None), "num_inference_steps", "give 1 to 1000"),
-        (GenerateWork("red " * 300, (1,), 4, 1.0, None), "prompt", "tokens with begin and end"),
-        (GenerateWork("x", (1,), 4, 3.0, "red " * 300), "negative_prompt", "tokens with begin and end"),
+        (wanted(steps=1001), "num_inference_steps", "give 1 to 1000"),
+        (wanted("red " * 300), "prompt", "tokens with begin and end"),
+        (GenerateWork("x", (1,), {"negative_prompt": "red " * 300}), "negative_prompt", "tokens with begin and end"),
+        (GenerateWork("x", (1,), {"negative_prompt": "x", "guidance_scale": 1.0}), "negative_prompt", "guidance"),
+        (
+            GenerateWork("x", (1,), {"temperature": 1.0}),
+            "temperature",
+            "no option of this model; it has ",
+        ),
+        (GenerateWork("x", (1,), {}, (512, 768)), "size", "768x512: this model makes images of "),
     ],
 )
 def test_a_generator_refuses_what_it_cannot_do(
@@ -196,16 +188,23 @@ def test_a_request_is_checked_without_pytorch(generator: Generator) -> None:
     """What it computes in the thread of the requests makes the model's thread 1.7 times as slow (`compute_thread`)."""
     with _Operators() as operators:
         torch.ones(2)
-        generator.model.check(GenerateWork("a red circle", (1,), 4, 3.0, "a blue square"), 100)
+        run(generator.check(GenerateWork("a red circle", (1,), {"negative_prompt": "a blue square"})))
     assert len(operators.seen) == 1, operators.seen
 
 
-def test_guidance_and_negative_prompts_reach_the_model(generator: Generator) -> None:
-    model = generator.model
-    if model.defaults["guidance_scale"] == 1:
-        with pytest.raises(ApiError, match="guidance_scale"):
-            model.check(GenerateWork("x", (1,), 4, 3.0, None), 100)
-        return
-    plain = model.generate([("red", None, 1)] * 3, 4, 3.0, lambda done, total: None)
-    negative = model.generate([("red", "blue", 1)] * 3, 4, 3.0, lambda done, total: None)
-    assert not np.array_equal(plain[0], negative[0])
+def test_options_reach_the_model(generator: Generator) -> None:
+    """Two requests share a batch only where all options are equal; each image is that of its own."""
+    changes = (
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "blue"},
+        {"sampler": "ddim"},
+        {"num_inference_steps": 5},
+    )
+    works = [GenerateWork("red", (1,), {"num_inference_steps": 4, **each}) for each in changes]
+
+    async def main() -> list[bytes]:
+        done = await asyncio.gather(*(generator.generate(work) for work in works))
+        return [np.asarray(Image.open(io.BytesIO(each["images"][0]))).tobytes() for each in done]
+
+    assert len(set(run(main()))) == len(works)
