@@ -46,6 +46,7 @@ from mmcore.data.shapes_oracle import score_prompt
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion, vqvae
 from mmcore.generators.diffusion import SamplerName
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.images import decode_image
@@ -345,10 +346,8 @@ def generate_images(demo: Demo) -> str:
             storage=demo.storage.uri,
             count=count,
             out=demo.sweep.uri,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            sampler=SAMPLER,
-        )
+        ),
+        DiffusionOptions(settings.steps, settings.guidance, SAMPLER),
     )
     demo.facts["sweep"] = facts
     return f"{facts['num_images']:,} images, {facts['images_per_s']:.3g} images/s"

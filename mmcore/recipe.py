@@ -67,7 +67,8 @@ class Generator(Protocol):
     size: tuple[int, int]
     """Height and width of an image where nobody asks for another size."""
     options: Any
-    """The default sampling: a frozen dataclass whose fields become flags, columns, text chunks and request fields."""
+    """The default sampling: a frozen dataclass whose fields become flags, columns, text chunks and request fields. Its
+    method ``shortened`` gives the same with as little work as shows every kernel."""
     max_tokens: int
     """Tokens of a prompt, with begin and end, beyond which its tail is lost."""
     decides_by_code: bool

@@ -15,6 +15,7 @@ import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, generate
 from jobs.runtime.blocks import Blocks
 from jobs.runtime.image_blocks import read_block
+from mmcore.generators.diffusion_options import DiffusionOptions
 
 
 @pytest.fixture
@@ -58,11 +59,13 @@ def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sweep(without_ray: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out."""
+    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out; `changes` are of settings and options."""
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", tiny_sweep.NUM)
 
     def run(**changes: Any) -> dict[str, Any]:
         settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"), batch_size=tiny_sweep.BATCH)
-        return generate(dataclasses.replace(settings, **changes), tiny_sweep.TinyWorker)
+        options = {name: changes.pop(name) for name in DiffusionOptions.__dataclass_fields__ if name in changes}
+        settings = dataclasses.replace(settings, **changes)
+        return generate(settings, DiffusionOptions(**options), tiny_sweep.TinyWorker)
 
     return run

@@ -6,54 +6,76 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow.parquet as pq
 import ray._private.utils
 import torch
-import tyro
 from gate import Gate
 
 import jobs.runtime.cluster
-from jobs.generate import GenerateImages, GenerateSettings, generate
+from jobs.generate import GenerateSettings, generate
 from jobs.runtime.commandline import run
+from jobs.runtime.image_sweep import GenerateImages
+from jobs.runtime.model_flags import parse_with_options
+from mmcore.catalogue import read_model_file
 from mmcore.data.prompts import Prompt
+from mmcore.errors import OptionError
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
+from mmcore.trained.generator import TrainedDiffusion
 
 SIZE = 16
 # Of the sweep of tests/sweep_fixtures.py: images, and the size of a batch.
 NUM, BATCH = 10, 4
 
 
-def tiny_image(prompt: str, seed: int) -> np.ndarray:
-    """Noise that prompt and seed decide: uint8 (SIZE, SIZE, 3)."""
+def tiny_image(prompt: str, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> np.ndarray:
+    """Noise that prompt and seed decide: uint8 (*size, 3)."""
     key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
-    return np.random.default_rng([seed, key]).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    return np.random.default_rng([seed, key]).integers(0, 256, (*size, 3), np.uint8)
 
 
-class TinyGenerator:
-    decides_by_code = False
+class TinyGenerator(TrainedDiffusion):
+    """Makes images of any size, up to 64 a side."""
 
-    def generate(self, prompts: list[str], seeds: list[int], options: Any) -> np.ndarray:
-        return np.stack([tiny_image(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
+    of_codes = False
+
+    def check(self, options: DiffusionOptions, size: tuple[int, int]) -> None:
+        super().check(options, self.size)
+        if max(size) > 64:
+            raise OptionError("size", f"{size[1]}x{size[0]}: at most 64 a side")
+
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        self.decides_by_code = self.of_codes
+        return self
+
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return [2 + len(prompt.split()) for prompt in prompts]
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: Any, **how: Any) -> np.ndarray:
+        return np.stack([tiny_image(prompt, seed, **how) for prompt, seed in zip(prompts, seeds, strict=True)])
+
+
+def open_tiny(source: str, text_encoder: str | None = None) -> TinyGenerator:
+    run = Storage(source)
+    return TinyGenerator(run, read_model_file(run, "generator"), text_encoder)
 
 
 class TinyWorker(GenerateImages):
-    """Writes down each block before it generates it, and waits before that at the gate in the run's folder."""
+    """Writes down each batch before it generates it, and waits before that at the gate in the run's folder."""
 
-    def load(self, run: Storage, text_encoder: str | None) -> TinyGenerator:
-        self.gate = Gate(run.uri)
-        return TinyGenerator()
+    open = staticmethod(open_tiny)
 
-    def generate(self, prompts: Sequence[Prompt], steps: int) -> np.ndarray:
+    def generate(self, prompts: Sequence[Prompt], size: tuple[int, int], options: Any) -> np.ndarray:
         if prompts[0].image_id:
-            self.gate.begin(f"{prompts[0].image_id} {len(prompts)}")
-        return super().generate(prompts, steps)
+            Gate(self.settings.run).begin(f"{prompts[0].image_id} {len(prompts)}")
+        return super().generate(prompts, size, options)
 
 
 def write_run(folder: Path, recipe: PixelDiffusionRecipe | None = None) -> Path:
@@ -108,7 +130,8 @@ def check_image(data: bytes, prompt: str, seed: int) -> None:
 def main() -> None:
     jobs.runtime.cluster.MIN_LOCAL_CPUS = 2
     ray._private.utils.get_num_cpus = lambda *_, **__: 2
-    generate(tyro.cli(GenerateSettings), TinyWorker)
+    settings, options = parse_with_options(GenerateSettings, open_tiny, DiffusionOptions(), "", "tiny_sweep")
+    generate(settings, options, TinyWorker)
 
 
 if __name__ == "__main__":

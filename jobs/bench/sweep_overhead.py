@@ -39,6 +39,7 @@ from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.pixel_diffusion import VARIANTS
 from mmcore.images import png_bytes
 from mmcore.recipe import Generator
@@ -47,7 +48,6 @@ from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
 TARGET = 0.97
-_SAMPLER: Literal["dpmsolver++"] = "dpmsolver++"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def write_random_run(folder: Path, bench: SweepBench) -> Storage:
 
 
 def make(generator: Generator, prompts: list[str], seeds: list[int], steps: int) -> Any:
-    return generator.generate(prompts, seeds, dataclasses.replace(generator.options, steps=steps))
+    return generator.generate(prompts, seeds, DiffusionOptions(steps))
 
 
 def steps_that_take(generator: Generator, bench: SweepBench) -> int:
@@ -130,13 +130,11 @@ def sweep(source: Storage, bench: SweepBench, steps: int, num_workers: int, out:
         out=out.uri,
         count=bench.count,
         batch_size=bench.batch_size,
-        steps=steps,
-        sampler=_SAMPLER,
         num_workers=num_workers,
         num_threads=bench.threads,
     )
     try:
-        return float(generate(settings)["images_per_s"])
+        return float(generate(settings, DiffusionOptions(steps))["images_per_s"])
     finally:
         ray.shutdown()
         out.delete_tree()

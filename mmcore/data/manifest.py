@@ -1,12 +1,14 @@
 """A sweep of generated images as it lies in the storage: the manifest that says which there are, and the images.
 
 ``manifest/*.parquet`` has one row an image: image_id, key (of the image, relative to the sweep), sha256 (of its bytes),
-prompt, seed, steps, guidance, sampler, dtype, device, seconds. An image counts if and only if it stands there.
+prompt, seed, height, width, steps, guidance, sampler (null where the generator has no such option), options (all of the
+generator's, as JSON), dtype, device, seconds. An image counts if and only if it stands there.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,15 +25,52 @@ MANIFEST, IMAGES = "manifest", "images"
 BLOCK = "block"
 
 
+def manifest_table(
+    *,
+    image_id: Sequence[str],
+    key: Sequence[str],
+    sha256: Sequence[str],
+    prompt: Sequence[str],
+    seed: Sequence[int],
+    sizes: Sequence[tuple[int, ...]],
+    options: Any,
+    dtype: str,
+    device: str,
+    seconds: Sequence[float],
+) -> pa.Table:
+    """The rows of one block. `sizes`: height and width of each image; `options`: the generator's, of all of them."""
+    number, said = len(image_id), dataclasses.asdict(options)
+    columns = {
+        "image_id": pa.array(image_id, pa.string()),
+        "key": pa.array(key, pa.string()),
+        "sha256": pa.array(sha256, pa.string()),
+        "prompt": pa.array(prompt, pa.string()),
+        "seed": pa.array(seed, pa.int64()),
+        "height": pa.array([size[0] for size in sizes], pa.int64()),
+        "width": pa.array([size[1] for size in sizes], pa.int64()),
+        "steps": pa.array([said.get("steps")] * number, pa.int64()),
+        "guidance": pa.array([said.get("guidance")] * number, pa.float64()),
+        "sampler": pa.array([said.get("sampler")] * number, pa.string()),
+        "options": pa.array([json.dumps(said)] * number, pa.string()),
+        "dtype": pa.array([dtype] * number, pa.string()),
+        "device": pa.array([device] * number, pa.string()),
+        "seconds": pa.array(seconds, pa.float64()),
+    }
+    return pa.table(columns)
+
+
 def read_manifest(sweep: Storage) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The rows of all blocks in the order of the prompts, and what each block says of itself.
 
+    Blocks of earlier versions have neither height, width nor options: their values are null beside those of others.
     Raises InputError where there is no manifest.
     """
     tables = read_tables(sweep / MANIFEST)
     if not tables:
         raise InputError(f"{sweep}: no sweep of images there (no {MANIFEST}/*.parquet)")
-    return pa.concat_tables(tables), [json.loads(table.schema.metadata[BLOCK.encode()]) for table in tables]
+    return pa.concat_tables(tables, promote_options="default"), [
+        json.loads(table.schema.metadata[BLOCK.encode()]) for table in tables
+    ]
 
 
 def read_images(sweep: Storage, manifest: pa.Table) -> Iterator[np.ndarray]:

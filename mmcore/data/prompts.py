@@ -18,7 +18,9 @@ from mmcore.seeding import MAX_IMAGE_SEED, derive_seed
 from mmcore.storage import Storage
 
 FLICKR8K_TEST, SHAPES_TEST = "flickr8k:report-test", "shapes-test"
-COLUMNS = ("prompt", "image_id", "seed")
+COLUMNS = ("prompt", "image_id", "seed", "height", "width")
+# Far beyond what any generator makes: a larger number is a slip of the hand.
+_MAX_SIDE = 65_536
 # An image_id is the name of a file and of an object; with ".png" and a temporary ending it stays below 255 bytes.
 IMAGE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,199}")
 
@@ -30,6 +32,13 @@ class Prompt:
     image_id: str
     prompt: str
     seed: int
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; None where they are the sweep's."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ class _Row:
     prompt: Any
     image_id: Any = None
     seed: Any = None
+    height: Any = None
+    width: Any = None
 
 
 def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, count: int | None = None) -> list[Prompt]:
@@ -95,7 +106,13 @@ def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
     seed = derive_seed(sweep_seed, image_id) & MAX_IMAGE_SEED if _is_absent(seed) else _whole_number(seed)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_IMAGE_SEED:
         raise InputError(f"{row.place}: seed is {seed!r}; give a whole number from 0 to {MAX_IMAGE_SEED}")
-    return Prompt(image_id, prompt, seed)
+    height, width = (None if _is_absent(side) else _whole_number(side) for side in (row.height, row.width))
+    for name, side in (("height", height), ("width", width)):
+        if height is width is None:
+            break
+        if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= _MAX_SIDE:
+            raise InputError(f"{row.place}: {name} is {side!r}; give height and width as whole numbers, or neither")
+    return Prompt(image_id, prompt, seed, height, width)
 
 
 def _is_absent(value: Any) -> bool:
@@ -151,5 +168,6 @@ def _check_names(names: list[str], place: str) -> None:
     """InputError for a missing or unknown column: a mistyped `image_id` must not be passed over."""
     if "prompt" not in names or not set(names).issubset(COLUMNS):
         raise InputError(
-            f"{place}: columns {', '.join(map(repr, names))}; expected prompt, and if wanted image_id, seed"
+            f"{place}: columns {', '.join(map(repr, names))}; expected prompt, and if wanted image_id, seed, height, "
+            "width"
         )

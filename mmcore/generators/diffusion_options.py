@@ -1,5 +1,6 @@
 """The sampling options of a diffusion: flags of a job, columns of a manifest, text chunks and fields of a request."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -19,6 +20,11 @@ class DiffusionOptions:
     """Sampler of the diffusion; ddim and ddpm need more steps, and ddim a divisor of the 1,000 timesteps."""
     negative_prompt: str = ""
     """What the guidance leads away from; by default the empty text."""
+
+    def shortened(self) -> "DiffusionOptions":
+        """The same with as few steps as show every kernel, to warm up."""
+        # Two steps show them all; one does of ddim, which may not take two where it takes the steps asked for.
+        return dataclasses.replace(self, steps=1 if self.sampler == "ddim" else min(2, self.steps))
 
     def check(self, num_timesteps: int, guides: bool) -> None:
         """Raise OptionError for what cannot be.

@@ -25,7 +25,7 @@ import jobs.generate
 import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
 from jobs.runtime.lease import Lease
-from mmcore.data.prompts import read_prompts
+from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.errors import InputError
 from mmcore.generators import pixel_diffusion
 from mmcore.generators.diffusion_options import DiffusionOptions
@@ -36,8 +36,9 @@ from mmcore.trained.generator import open_generator
 
 pytest_plugins = ("sweep_fixtures",)
 COLUMNS = {
-    "image_id": "string", "key": "string", "sha256": "string", "prompt": "string", "seed": "int64", "steps": "int64",
-    "guidance": "double", "sampler": "string", "dtype": "string", "device": "string", "seconds": "double",
+    "image_id": "string", "key": "string", "sha256": "string", "prompt": "string", "seed": "int64", "height": "int64",
+    "width": "int64", "steps": "int64", "guidance": "double", "sampler": "string", "options": "string",
+    "dtype": "string", "device": "string", "seconds": "double",
 }  # fmt: skip
 
 
@@ -65,6 +66,8 @@ def test_what_a_sweep_writes(sweep, run_folder, tmp_path, capsys):
     assert {name: plan["settings"][name] for name in wanted} == wanted
     assert plan["settings"]["num_threads"] >= 1
     assert (rows[0]["steps"], rows[0]["guidance"], rows[0]["dtype"]) == (7, 2.5, "float32")
+    assert json.loads(rows[0]["options"]) == dataclasses.asdict(DiffusionOptions(steps=7, guidance=2.5))
+    assert (rows[0]["height"], rows[0]["width"]) == (tiny_sweep.SIZE, tiny_sweep.SIZE)
     # The last batch is filled up, so that its images are made as all others are.
     log = [line.split() for line in Gate(run_folder).begun()]
     assert log == [["000000", "4"], ["000004", "4"], ["000008", "2"]]
@@ -159,7 +162,7 @@ def test_an_image_of_another_kind_of_cpu_is_adopted(sweep, tmp_path, monkeypatch
     def resumed(there: np.ndarray, decides_by_code: bool) -> None:
         path.write_bytes(png_bytes(there, text))
         (out / "manifest" / "part-000001.parquet").unlink(missing_ok=True)
-        monkeypatch.setattr(tiny_sweep.TinyGenerator, "decides_by_code", decides_by_code)
+        monkeypatch.setattr(tiny_sweep.TinyGenerator, "of_codes", decides_by_code)
         sweep()
 
     resumed(step, False)
@@ -232,7 +235,7 @@ def test_a_dry_run_writes_nothing(sweep, tmp_path, capsys):
 
 def test_many_prompts_stay_in_ten_thousand_blocks(monkeypatch):
     monkeypatch.setattr(jobs.generate, "MAX_BLOCKS", 10)
-    prompts = [jobs.generate.Prompt(f"{i}", "a dog", i) for i in range(95)]
+    prompts = [Prompt(f"{i}", "a dog", i) for i in range(95)]
     blocks = jobs.generate._blocks(prompts, 4)
     sizes = [len(item["columns"]["seed"]) for item in blocks.items]
     assert sizes == [12] * 7 + [11]
@@ -254,7 +257,8 @@ def test_many_prompts_stay_in_ten_thousand_blocks(monkeypatch):
     ],
 )
 def test_the_batch_goes_by_device_and_resolution(device, resolution, num_images, gpu_gib, expected):
-    assert auto_batch_size(device, resolution, num_images, gpu_gib * 2**30) == expected
+    assert auto_batch_size(device, (resolution, resolution), num_images, gpu_gib * 2**30) == expected
+    assert auto_batch_size(device, (2 * resolution, resolution // 2), num_images, gpu_gib * 2**30) == expected
 
 
 def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
@@ -281,16 +285,15 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
         ({"run": "nowhere"}, "no model/ there"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"count": 11}, "--count 11: "),
-        ({"steps": 0}, "--steps 0 sampling steps: give 1 to 1000"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
-        ({"guidance": 0.5}, "--guidance 0.5: must be at least 1"),
-        ({"guidance": math.nan}, "--guidance nan: must be at least 1"),
-        ({"guidance": math.inf}, "--guidance inf: must be at least 1, which leaves guidance out, and finite"),
-        ({"sampler": "ddim", "steps": 7}, "7 sampling steps: ddim takes a divisor of the 1000 timesteps"),
-        ({"steps": 1001}, "1001 sampling steps: give 1 to 1000"),
-        ({"sampler": "ddim", "steps": 7, "dry_run": True}, "7 sampling steps: ddim takes a divisor"),
-        ({"dry_run": True, "run": "never-without-prompt"}, "--guidance 3: .*never saw a prompt missing"),
-        ({"guidance": 1.0, "negative_prompt": "blur"}, "--negative-prompt works by guidance"),
+        ({"options": DiffusionOptions(steps=7, sampler="ddim")}, "--steps 7 sampling steps: ddim takes a divisor"),
+        (
+            {"options": DiffusionOptions(guidance=2.0), "dry_run": True, "run": "never-without-prompt"},
+            "--guidance 2: .*never saw a prompt missing",
+        ),
+        ({"size": "65x16"}, "--size 65x16: at most 64 a side"),
+        ({"size": "64"}, "--size 64: write WIDTHxHEIGHT"),
+        ({"prompts": "large.csv"}, "prompt of b: size 16x128: at most 64 a side"),
         ({"prompts": "shapes-test", "storage": "nowhere"}, "no prepared dataset"),
     ],
 )
@@ -299,9 +302,11 @@ def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypa
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", NUM)
     recipe = dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], drop_text=0.0, sample_guidance=1.0)
     tiny_sweep.write_run(tmp_path / "never-without-prompt", recipe=recipe)
+    (tmp_path / "large.csv").write_text("image_id,prompt,height,width\na,a dog,,\nb,a cat,128,16\n")
     settings = GenerateSettings(str(run_folder), str(prompts), str(tmp_path / "out"))
+    options = flags.pop("options", None)
     with pytest.raises(InputError, match=message):
-        generate(dataclasses.replace(settings, **flags), tiny_sweep.TinyWorker)
+        generate(dataclasses.replace(settings, **flags), options, tiny_sweep.TinyWorker)
     assert not (tmp_path / "out").exists()
 
 
@@ -316,11 +321,11 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, one_thread, tm
     """Equal bytes with one worker and two, in any order, beside any prompts; other batch sizes round elsewhere."""
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
     prompts = read_prompts("shapes-test", count=12)
-    settings = GenerateSettings(str(run), "shapes-test", "", count=12, batch_size=5, steps=4, num_threads=1)
+    settings = GenerateSettings(str(run), "shapes-test", "", count=12, batch_size=5, num_threads=1)
     bytes_of = []
     for num_workers in (1, 2):
         out = tmp_path / f"out-{num_workers}"
-        generate(dataclasses.replace(settings, out=str(out), num_workers=num_workers))
+        generate(dataclasses.replace(settings, out=str(out), num_workers=num_workers), DiffusionOptions(steps=4))
         bytes_of.append({path.stem: path.read_bytes() for path in (out / "images").iterdir()})
     assert bytes_of[0] == bytes_of[1]
     sweep = np.stack([np.asarray(decode_image(bytes_of[0][each.image_id], name="image")) for each in prompts])
@@ -343,18 +348,18 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, one_thread, tm
 
 def test_settings_that_do_not_work_begin_no_sweep(without_ray, tmp_path):
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
-    settings = GenerateSettings(
-        str(run), "shapes-test", str(tmp_path / "out"), count=3, batch_size=3, steps=7, sampler="ddim"
-    )
+    settings = GenerateSettings(str(run), "shapes-test", str(tmp_path / "out"), count=3, batch_size=3)
     with pytest.raises(InputError, match="7 sampling steps: ddim takes a divisor"):
-        generate(settings)
+        generate(settings, DiffusionOptions(steps=7, sampler="ddim"))
     assert not (tmp_path / "out" / "sweep.json").exists()
     # Found by a worker alone.
-    other = dataclasses.replace(settings, steps=5, text_encoder="nowhere")
-    with pytest.raises(InputError, match="--text-encoder 'nowhere': this run's was trained with it"):
-        generate(other)
+    weights = run / "model" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"model\.safetensors: missing; copy the whole folder"):
+        generate(settings, DiffusionOptions(steps=4))
     assert not (tmp_path / "out" / "sweep.json").exists()
-    assert generate(dataclasses.replace(settings, steps=4))["num_images"] == 3
+    (tmp_path / "elsewhere").rename(weights)
+    assert generate(settings, DiffusionOptions(steps=4))["num_images"] == 3
 
 
 def test_an_odd_number_of_timesteps_is_warmed_up_for(without_ray, tmp_path):
@@ -363,8 +368,8 @@ def test_an_odd_number_of_timesteps_is_warmed_up_for(without_ray, tmp_path):
     recipe = dataclasses.replace(smoke, noise=dataclasses.replace(smoke.noise, num_timesteps=15))
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a", recipe)
     out = str(tmp_path / "out")
-    settings = GenerateSettings(str(run), "shapes-test", out, count=1, batch_size=1, steps=3, sampler="ddim")
-    assert generate(settings)["num_images"] == 1
+    settings = GenerateSettings(str(run), "shapes-test", out, count=1, batch_size=1)
+    assert generate(settings, DiffusionOptions(steps=3, sampler="ddim"))["num_images"] == 1
 
 
 @pytest.mark.parametrize(
@@ -374,7 +379,7 @@ def test_an_odd_number_of_timesteps_is_warmed_up_for(without_ray, tmp_path):
 def test_the_threads_are_those_of_the_smallest_machine(machines, num_workers, threads, without_ray, monkeypatch):
     monkeypatch.setattr(jobs.generate, "machine_cpus", lambda device: machines)
     settings = GenerateSettings("run", "prompts", "out", num_workers=num_workers, device="cpu")
-    assert jobs.generate._resolved(settings, 64, 100)["num_threads"] == threads
+    assert jobs.generate._resolved(settings, (64, 64), 100)["num_threads"] == threads
 
 
 def test_another_commit_is_told_and_listed(sweep, run_folder, tmp_path, monkeypatch, capsys):
@@ -413,7 +418,7 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, 
     done = len(list((out / "manifest").glob("*.parquet")))
     assert 0 < done < 10
     settings = GenerateSettings(str(run_folder), str(prompts), str(out), batch_size=4)
-    generate(settings, tiny_sweep.TinyWorker)
+    generate(settings, None, tiny_sweep.TinyWorker)
     tiny_sweep.check_complete(Storage(str(out)), 40)
     assert len(tiny_sweep.calls(run_folder)) <= 10 + 2
 

@@ -185,18 +185,18 @@ def test_all_of_a_worker_s_computing_is_on_one_thread(sweep, monkeypatch):
     """Each further one has a team of OpenMP's of its own, which slows all of them down; writing is beside it."""
     seen: dict[str, set[int]] = {"compute": set(), "write": set()}
 
-    def watched(name: str, kind: str) -> None:
-        method = getattr(tiny_sweep.TinyWorker, name)
+    def watched(owner: type, name: str, kind: str) -> None:
+        method = getattr(owner, name)
 
         def call(self: Any, *args: Any) -> Any:
             seen[kind].add(threading.get_ident())
             return method(self, *args)
 
-        monkeypatch.setattr(tiny_sweep.TinyWorker, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    watched("load", "compute")
-    watched("generate", "compute")
-    watched("write", "write")
+    watched(tiny_sweep.TinyGenerator, "load", "compute")
+    watched(tiny_sweep.TinyWorker, "generate", "compute")
+    watched(tiny_sweep.TinyWorker, "write", "write")
     sweep()
     assert len(seen["compute"]) == 1
     assert seen["write"]

@@ -60,6 +60,14 @@ def test_numbers_are_read_alike_in_every_form(tmp_path: Path) -> None:
         assert read_prompts(file) == [Prompt("139", "a", 5), Prompt("285", "b", derive_seed(0, "285") & MAX_IMAGE_SEED)]
 
 
+def test_a_row_may_give_its_size(tmp_path: Path) -> None:
+    csv = write(tmp_path / "p.csv", "prompt,height,width\na,64,32\nb,,\n")
+    # As pandas has whole numbers beside missing ones.
+    parquet = write_parquet(tmp_path / "p.parquet", prompt=["a", "b"], height=[64.0, None], width=[32.0, None])
+    for file in (csv, parquet):
+        assert [prompt.size for prompt in read_prompts(file)] == [(64, 32), None]
+
+
 def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> None:
     file = write(tmp_path / "p.txt", "\ufeffa dog\r\na cat, black\n  a bird \n\n\n")
     prompts = read_prompts(file, seed=7)
@@ -119,6 +127,10 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a dog"\n', r"p.jsonl:1: broken JSON"),
         ("p.jsonl", '{"prompt": "a dog", "seed": 1.5}\n', r"p.jsonl:1: seed is 1.5"),
         ("p.jsonl", '{"prompt": "a dog", "image_id": 1.0}\n', r"p.jsonl:1: image_id is 1.0"),
+        ("p.csv", "prompt,height,width\na dog,64,\n", r"p.csv:2: width is None; give height and width"),
+        ("p.csv", "prompt,height\na dog,64\n", r"p.csv:2: width is None; give height and width"),
+        ("p.jsonl", '{"prompt": "a dog", "height": 64, "width": 0}\n', r"p.jsonl:1: width is 0; give height and width"),
+        ("p.jsonl", '{"prompt": "a", "height": "64px", "width": 64}\n', r"p.jsonl:1: height is '64px'; give height"),
         ("p.jsonl", '["a dog"]\n', r"p.jsonl:1: expected an object"),
         ("p.jsonl", '{"text": "a dog"}\n', r"p.jsonl:1: columns 'text'; expected prompt"),
         ("p.parquet", "no parquet", r"p.parquet: broken Parquet"),

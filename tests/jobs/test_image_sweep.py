@@ -1,0 +1,104 @@
+"""What a row of a sweep decides: the size of its image, and whether its prompt was read to its end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny_runs
+import tiny_sweep
+from tiny_sweep import BATCH, NUM, SIZE, tiny_image
+
+from jobs.generate import GenerateSettings, generate
+from mmcore.errors import InputError
+from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.images import decode_image
+
+pytest_plugins = ("sweep_fixtures",)
+OTHER = (24, 32)
+
+
+def write_prompts(folder: Path) -> str:
+    """Every third one with a size of its own."""
+    rows = [{"prompt": f"picture {row} of a dog"} for row in range(NUM)]
+    for row in rows[::3]:
+        row |= dict(zip(("height", "width"), OTHER, strict=True))
+    path = folder / "sizes.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def test_each_image_has_the_size_of_its_row(sweep, tmp_path, monkeypatch):
+    batches, make = [], tiny_sweep.TinyGenerator.generate
+
+    def watched(self, prompts, seeds, options, size):
+        batches.append((len(prompts), len(set(prompts)), size))
+        return make(self, prompts, seeds, options, size=size)
+
+    monkeypatch.setattr(tiny_sweep.TinyGenerator, "generate", watched)
+    prompts, out = write_prompts(tmp_path), tmp_path / "out"
+    sweep(prompts=prompts)
+    rows = pq.read_table(out / "manifest").to_pylist()
+    assert [(row["height"], row["width"]) for row in rows] == [
+        OTHER if row % 3 == 0 else (SIZE, SIZE) for row in range(NUM)
+    ]
+    for row in rows:
+        image = np.asarray(decode_image((out / row["key"]).read_bytes(), name="image"))
+        assert (image == tiny_image(row["prompt"], row["seed"], (row["height"], row["width"]))).all()
+    # To warm up, then two sizes a block, each in full batches of one size.
+    square = (SIZE, SIZE)
+    assert batches[0] == (BATCH, 1, square)
+    assert sorted(batches[1:]) == sorted(
+        [
+            (BATCH, 2, OTHER),
+            (BATCH, 2, square),
+            (BATCH, 1, OTHER),
+            (BATCH, 3, square),
+            (BATCH, 1, OTHER),
+            (BATCH, 1, square),
+        ]
+    )
+
+    # Killed, the images without rows are adopted, and are those of no other size.
+    (out / "manifest" / "part-000001.parquet").unlink()
+    sweep(prompts=prompts)
+    assert pq.read_table(out / "manifest").num_rows == NUM
+    with pytest.raises(InputError, match="resolution was 16 and is now '16x32'"):
+        sweep(prompts=prompts, size="16x32")
+    with pytest.raises(InputError, match="a sweep of other images"):
+        sweep()
+
+
+def test_the_size_of_all_images_is_a_flag(sweep, tmp_path):
+    assert sweep(size="32x8")["resolution"] == "32x8"
+    (row, *_) = pq.read_table(tmp_path / "out" / "manifest").to_pylist()
+    image = np.asarray(decode_image((tmp_path / "out" / row["key"]).read_bytes(), name="image"))
+    assert image.shape == (row["height"], row["width"], 3) == (8, 32, 3)
+
+
+def test_prompts_that_were_cut_are_counted_and_named(without_ray, tmp_path, capsys):
+    """By the run's own tokenizer, which reads 16 tokens with begin and end."""
+    run = tiny_runs.write_pixel_run(tmp_path / "run")
+    longest = "a red circle " * 4 + "a star"
+    texts = [f"{longest} below it", longest, "a red circle", *[f"{longest} below a square"] * 5]
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"image_id": f"p{row}", "prompt": text} for row, text in enumerate(texts)]
+    prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = GenerateSettings(str(run), str(prompts), str(tmp_path / "out"), batch_size=4)
+    summary = generate(settings, DiffusionOptions(steps=2, negative_prompt=f"{longest} above"))
+    # Of each block three are named, of the summary five.
+    cut = {"max_tokens": 16, "num_prompts_cut": 6, "prompts_cut": ["p0", "p3", "p4", "p5", "p6"]}
+    assert {name: summary[name] for name in cut} == cut
+    assert summary["negative_prompt_is_cut"]
+    told = capsys.readouterr().out
+    assert told.count("generate: the prompt of p0 has 18 tokens; its end beyond 16 is not read") == 1
+    assert "generate: 6 prompts are longer than the 16 tokens that the text encoder reads" in told
+    assert "were cut off: p0, p3, p4, p5, p6, ..." in told
+    assert "the negative prompt is longer than 16 tokens" in told
+
+
+def test_nothing_is_said_of_prompts_that_are_read_whole(sweep, capsys):
+    summary = sweep()
+    assert (summary["num_prompts_cut"], summary["prompts_cut"], summary["negative_prompt_is_cut"]) == (0, [], False)
+    assert "cut off" not in capsys.readouterr().out
