@@ -204,6 +204,20 @@ def test_whoever_waits_for_an_answer_does_not_wait_for_a_job() -> None:
     assert next(number for number, of_batch in enumerate(prompts) if "short" in of_batch) < len(batches) / 2
 
 
+def test_a_job_names_what_nobody_reads_and_what_it_does_not_know() -> None:
+    async def main() -> None:
+        async with Served().client() as client:
+            job = (await client.post(JOBS, json={"request": {"prompt": "x", "size": "auto", "user": "me"}})).json()
+            assert job["ignored"] == ["user"]
+            result = (await finished(client, job["id"]))["result"]
+            assert (result["ignored"], result["size"]) == (["user"], "16x16")
+            refused = error(await client.post(JOBS, json={"request": {"prompt": "x", "cfg": 3}}))
+            assert refused["param"] == "request.cfg"
+            assert "'request.cfg'; request has prompt, model, n, " in refused["message"]
+
+    run(main())
+
+
 WORK = wanted(seeds=(0, 1, 2))
 
 
