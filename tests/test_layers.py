@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmcore", "jobs", "serve")
 FORBIDDEN_IMPORTS = {"mmcore": {"ray", "jobs", "serve"}, "jobs": {"serve"}, "serve": {"jobs"}}
+# Inside mmcore: a package imports itself and those of later lines, never one beside it; the rest are files at the root.
+ORDER = ({"trained"}, {"catalogue"}, {"captioners", "generators", "metrics"}, {"frozen", "data"})
 MAX_LINES = 500
 
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -63,6 +65,22 @@ def private_apis(tree: ast.AST) -> set[str]:
     return {name for name in named if name.startswith("ray.") and (name.startswith(PRIVATE) or "._internal" in name)}
 
 
+def upward_imports(tree: ast.AST, path: str) -> set[str]:
+    """What a file of mmcore imports from beside or above its own package."""
+    *_, package, name = Path(path).with_suffix("").parts
+    levels = {each: level for level, packages in enumerate(ORDER) for each in packages}
+    own = package if package in levels else name
+    found = set()
+    for module in imported_modules(tree, ".".join(Path(path).parts[:-1])):
+        parts = module.split(".")
+        if parts[0] == "mmcore" and len(parts) > 1 and parts[1] != own:
+            # At the root is what no line of the order names.
+            above = levels.get(parts[1], len(ORDER)) <= levels.get(own, len(ORDER))
+            if above and (parts[1] in levels or own in levels):
+                found.add(module)
+    return found
+
+
 def unsafe_calls(tree: ast.AST) -> list[str]:
     """Whatever unpickles what came from outside, or runs code that came with weights."""
     found = []
@@ -100,6 +118,7 @@ def test_layers_and_safety(path):
     tree = ast.parse(path.read_text())
     assert not forbidden_imports(tree, name_of(path))
     assert not unsafe_calls(tree)
+    assert path.parts[len(ROOT.parts)] != "mmcore" or not upward_imports(tree, name_of(path))
     assert path.name == "ray_private.py" or not private_apis(tree)
 
 
@@ -127,6 +146,30 @@ def test_there_are_sources_to_check():
 )
 def test_the_check_of_imports_finds(path, source):
     assert forbidden_imports(ast.parse(source), path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("mmcore/storage.py", "import mmcore.data.parquet"),
+        ("mmcore/rows.py", "from mmcore import catalogue"),
+        ("mmcore/data/x.py", "from mmcore.frozen.text import NO_TEXT"),
+        ("mmcore/frozen/x.py", "def f():\n    from mmcore.data import columns"),
+        ("mmcore/generators/x.py", "from mmcore.captioners.decoder import CaptionDecoder"),
+        ("mmcore/metrics/x.py", "from mmcore.trained.generator import open_generator"),
+        ("mmcore/captioners/x.py", "from mmcore.catalogue import read_model_file"),
+        ("mmcore/catalogue.py", "from mmcore.trained import generator"),
+    ],
+)
+def test_the_check_of_the_order_finds(path, source):
+    assert upward_imports(ast.parse(source), path)
+
+
+def test_the_check_of_the_order_accepts_what_is_below():
+    below = "from mmcore import checkpoint, generators\nimport mmcore.catalogue\nfrom mmcore.data import pixels"
+    assert not upward_imports(ast.parse(below), "mmcore/trained/x.py")
+    assert not upward_imports(ast.parse("from mmcore.errors import InputError"), "mmcore/storage.py")
+    assert not upward_imports(ast.parse("from mmcore.generators import vqvae"), "mmcore/generators/x.py")
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import pytest
 import tiny_runs
 import torch
 
-from jobs.export import TOLERANCE, ExportSettings, export
+from jobs.export import ExportSettings, export
 from mmcore.errors import InputError
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.text_context import TextSettings
 from mmcore.generators.vqvae import VQVAE
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
+from mmcore.trained.to_diffusers import TOLERANCE
 
 
 # A VQ-VAE that makes 8 pixels of a latent, as diffusers' pipeline has it, and one that makes 4.
