@@ -37,7 +37,10 @@ print({"cpus": ray.cluster_resources()["CPU"], "answer": answer, "auth": os.envi
 """
 
 
-@pytest.mark.parametrize("history", ["none", "token from earlier", "mode disabled"])
+@pytest.mark.parametrize(
+    "history",
+    ["none", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("token from earlier", "mode disabled"))],
+)
 def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path, short_tmp):
     killed = short_tmp / "mmcore-ray-of-a-killed-job"
     killed.mkdir(exist_ok=True)

@@ -392,9 +392,14 @@ def test_killed_while_moving_it_leaves_no_dataset_and_runs_again(
 # --- elsewhere ---------------------------------------------------------------------------------------------
 
 
-def test_s3(s3_server: str, source: Path, run_job: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+def test_s3(
+    s3_server: str,
+    source: Path,
+    call_job: Callable[..., "subprocess.CompletedProcess[str]"],
+    run_job: Callable[..., "subprocess.CompletedProcess[str]"],
+) -> None:
     arguments = ("--dataset", "flickr8k", "--source", source, "--storage", s3_server)
-    result = run_job("jobs/prepare.py", *arguments)
+    result = call_job(prepare_module.main, *arguments)
     assert "25 images, 50 captions" in result.stdout
     folder = Storage(s3_server) / "data" / "flickr8k"
     assert folder.list() == ["_SUCCESS", "part-00000.parquet"]

@@ -263,7 +263,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     assert 12 <= stopped < NUM_STEPS
     before = rows_until(run, stopped)
     call_job(main, *command)
-    assert rows_until(run, stopped) == before
+    assert rows_until(run, stopped)[: len(before)] == before
     assert outcome(run) == outcome(reference)
 
 

@@ -299,7 +299,7 @@ def losses_of(run: tiny.Run) -> list[float]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", ["latents", pytest.param("pixels", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     ("precision", "num_steps", "largest"),
     # In fp64 and within 1e-9 the captioner's loop, which is this one, is compared in test_training.py.

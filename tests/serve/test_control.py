@@ -80,7 +80,10 @@ def test_a_process_that_may_not_start_says_one_line(run_job: RunJob) -> None:
     assert line.startswith("error: no key")
 
 
-@pytest.mark.parametrize(("folder", "words"), [("nowhere", "No such file"), ("long" * 30, "Ray does not start")])
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [pytest.param("nowhere", "No such file", marks=pytest.mark.nightly), ("long" * 30, "Ray does not start")],
+)
 def test_a_place_where_ray_does_not_start_is_told_in_one_line(
     folder: str, words: str, tmp_path: Path, run_job: RunJob
 ) -> None:
@@ -98,12 +101,18 @@ def test_a_place_where_ray_does_not_start_is_told_in_one_line(
     assert "RAY_TMPDIR" in line
 
 
-def test_what_it_can_do_is_told(run_job: RunJob) -> None:
-    told = run_job(*CONTROL, "--help").stdout
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2)])
+def test_what_it_can_do_is_told(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["control", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        control.main()
+    assert ended.value.code == code
+    told = capsys.readouterr().out
     assert "serve.control stop" in told
     assert "gallery= " in told
     assert "A sweep of jobs/generate.py" in told
-    assert run_job(*CONTROL, check=False).returncode == 2
 
 
 @pytest.mark.soak
