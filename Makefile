@@ -3,8 +3,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-# Test files that run side by side: each may start a Ray of its own. As they are found, those of jobs first: xdist's own
-# order leaves the longest files, which hold few tests, for the end, where one of them runs alone.
+# Test files that run side by side: each may start a Ray of its own. In the order of tests/marks.py: xdist's own leaves
+# the longest files, which hold few tests, for the end, where one of them runs alone.
 TEST_WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -21,6 +21,7 @@ from marks import pytest_collection_modifyitems, pytest_runtest_setup, pytest_ru
 # Threads of OpenMP that wait for each other sleep: otherwise they hold the processor for what the tests beside them,
 # each with processes and threads of its own, could do (three times the same tests at once: 95 s, so 25 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What asks a hub of models or data for anything fails, on a machine with a network too.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

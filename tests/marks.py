@@ -5,7 +5,6 @@ A test that starts a process is marked `process`: by the fixture that starts it,
 
 import os
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def pytest_runtest_teardown() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         # A fixture with the parameter "s3" asks for its server when it is set up.
@@ -64,6 +63,9 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
         for mark in item.iter_markers("flaky"):
             check_flaky(item.nodeid, mark)
             item.add_marker("nightly")
+    # Files that take long come first: at the end, of two workers neither is alone with one.
+    long = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def check_flaky(name: str, mark: pytest.Mark) -> None:
