@@ -41,8 +41,12 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copy saved weights into `model`; a missing, unknown or differently shaped weight is an error."""
-    own = trainable_state(model)
+    """Copy saved weights into `model`; a missing, unknown or differently shaped weight is an InputError."""
+    copy_state(trainable_state(model), state, where)
+
+
+def copy_state(own: dict[str, Tensor], state: dict[str, Tensor], where: str) -> None:
+    """Copy the saved weights `state` into the tensors `own`, as `load_trainable` does."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
         raise InputError(

@@ -91,15 +91,35 @@ def only(phase: Phase, phases: list[Phase]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the weights; early steps move it faster, so that it forgets the initial weights.
+class Average:
+    """The exponential moving average of the weights that train, and of nothing else.
 
     State buffers are copied: what a model averages by itself, such as a codebook, needs no second average.
     """
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        averages, weights = (list(checkpoint.trainable_parameters(each).values()) for each in (ema, model))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        copies, buffers = (checkpoint.state_buffers(each) for each in (ema, model))
-        for name, buffer in buffers.items():
-            copies[name].copy_(buffer)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {name: value.clone() for name, value in checkpoint.trainable_state(model).items()}
+        """By name, as in a checkpoint."""
+
+    def update(self, model: nn.Module, decay: float, step: int) -> None:
+        """Move towards the weights; early steps move it faster, so that it forgets the initial weights."""
+        decay = min(decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            weights = checkpoint.trainable_parameters(model)
+            torch._foreach_lerp_([self.weights[name] for name in weights], list(weights.values()), 1 - decay)
+            for name, buffer in checkpoint.state_buffers(model).items():
+                self.weights[name].copy_(buffer)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """`model` has the average for its weights. Both change places, so nothing is copied."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    def _swap(self, model: nn.Module) -> None:
+        moving = {name: p for name, p in model.named_parameters() if p.requires_grad} | checkpoint.state_buffers(model)
+        for name, tensor in moving.items():
+            tensor.data, self.weights[name] = self.weights[name], tensor.data

@@ -151,6 +151,9 @@ class TrainSettings:
     """Decay of the exponential moving average of the weights that is validated and kept; None keeps the weights."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """auto is bf16 autocast where the device has it, else fp32."""
+    frozen_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of a model's frozen parts. auto holds in bf16 what bf16 autocast would cast anew each time, with equal
+    results, and leaves the rest as it was loaded; any other computes a frozen part in that precision throughout."""
     seed: int = 2024
     """Everything random derives from it."""
     keep: Literal["best", "last"] = "best"

@@ -18,13 +18,11 @@ A model may have more, all of it optional:
 """
 
 import contextlib
-import copy
 import itertools
 import json
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
+from mmcore.frozen_weights import digests, frozen_parts, hold_frozen
 from mmcore.losses import TOTAL, Denominators, Outputs, Sums
-from mmcore.optimization import Phase, build_phases, lr_factor, only, update_ema
+from mmcore.optimization import Average, Phase, build_phases, lr_factor, only
 from mmcore.recipe import TrainSettings
 from mmcore.rows import Batch, Rows, prefetched
 from mmcore.seeding import derive_seed, permutation
@@ -162,10 +162,9 @@ class Training:
         self.precision = resolve_precision(settings, device)
         # With this flag DDP keeps its first layout of gradients. Without it the second step has another one, and with
         # three workers or more a resumed run would add up in another order than the run that went on.
-        keep_layout = DistributedDataParallelKwargs(find_unused_parameters=True)
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        # Autocast is entered below: accelerate would fix one precision for the whole process.
         # A phase leaves the weights of the others without a gradient, too, which DDP must look for.
+        keep_layout = DistributedDataParallelKwargs(find_unused_parameters=True)
+        # Autocast is entered below: accelerate would fix one precision for the whole process.
         self.accelerator = Accelerator(
             cpu=not on_gpu, step_scheduler_with_optimizer=False, kwargs_handlers=[keep_layout]
         )
@@ -183,17 +182,19 @@ class Training:
             raise InputError("no row to validate on: the validation split is empty; choose another with --split")
         if self.precision == "fp64":
             model = model.double()
+        hold_frozen(model, settings.frozen_precision, self.precision)
         self.model = model.to(self.accelerator.device)
-        self.frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = digests(self.model)
+        self._agree_on_frozen()
         self.phases = build_phases(self.model, settings)
-        self.ema = copy.deepcopy(self.model) if settings.ema_decay is not None else None
+        self.ema = Average(self.model) if settings.ema_decay is not None else None
         self.best: dict[str, Tensor] = {}
         self.state = Progress()
         if resume_from is not None:
             self._load(resume_from, resume_name or str(resume_from))
         # The last step that is safe; a checkpoint that resumes is.
         self.committed_step = self.state.step
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped = self.model if self.world_size == 1 else self.accelerator.prepare_model(_Replica(self.model))
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -203,7 +204,7 @@ class Training:
         for phase in self.phases:
             checkpoint.load_optimizer(phase.optimizer, tensors[phase.group])
         if self.ema is not None:
-            checkpoint.load_trainable(self.ema, tensors["ema"], where)
+            checkpoint.copy_state(self.ema.weights, tensors["ema"], where)
         self.best = tensors.get("best", {})
         parallelism = {"num_workers": self.world_size, "num_threads": torch.get_num_threads()}
         if self.rank == 0 and state["parallelism"] != parallelism:
@@ -226,7 +227,7 @@ class Training:
             for phase in self.phases:
                 tensors[phase.group] = checkpoint.optimizer_state(phase.optimizer)
             if self.ema is not None:
-                tensors["ema"] = checkpoint.trainable_state(self.ema)
+                tensors["ema"] = self.ema.weights
             if self.best:
                 tensors["best"] = self.best
             checkpoint.save(
@@ -286,7 +287,7 @@ class Training:
     def _step(self, micro_batches: list[Batch]) -> dict[str, float]:
         """One step of each phase that is active; returns the means over the whole batch."""
         settings, step = self.settings, self.state.step
-        self.wrapped.train()
+        self._train_mode()
         active = self.model.active_phases(step) if self.phases[0].name else (None,)  # type: ignore[operator]
         lr = settings.lr * lr_factor(settings, step, self.total_steps, self.steps_per_epoch)
         means: dict[str, float] = {}
@@ -300,7 +301,7 @@ class Training:
             with torch.no_grad():
                 self.model.after_step(statistics, step)  # type: ignore[operator]
         if self.ema is not None and settings.ema_decay is not None:
-            update_ema(self.ema, self.model, settings.ema_decay, step)
+            self.ema.update(self.model, settings.ema_decay, step)
         return {**means, **self._summary(statistics), "lr": lr}
 
     def _phase_step(
@@ -359,8 +360,8 @@ class Training:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Means over the validation rows; each worker takes every W-th batch."""
-        model, phase = self.eval_model(), self.phases[0]
+        """Means over the validation rows, of the evaluated model; each worker takes every W-th batch."""
+        model, phase = self.model, self.phases[0]
         batch_size = self.settings.batch_size
 
         def outputs_of(start: int) -> Outputs:
@@ -379,13 +380,34 @@ class Training:
         means = sums.means() | self._summary(sums.statistics)
         return {f"validation_{name}": value for name, value in means.items()}
 
-    def eval_model(self) -> nn.Module:
-        """The weights that are validated, sampled and kept: their average where there is one."""
-        return (self.model if self.ema is None else self.ema).eval()
+    def _train_mode(self) -> None:
+        """What is frozen drops nothing out and keeps the statistics that it came with."""
+        self.model.train()
+        for part in frozen_parts(self.model).values():
+            part.eval()
+
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """The model has the weights that are validated, sampled and kept: their average where there is one."""
+        self.model.eval()
+        with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
+            yield
+
+    def _agree_on_frozen(self) -> None:
+        """Raise InputError where a worker has loaded other frozen weights, which DDP is not to send around."""
+        if self.world_size > 1:
+            workers = gather_object([self.frozen])
+            for rank, frozen in enumerate(workers):
+                other = [name for name, digest in workers[0].items() if frozen.get(name) != digest]
+                if other:
+                    raise InputError(
+                        f"frozen weight {other[0]} of worker {rank} is not that of worker 0; give all machines the "
+                        "same pretrained files"
+                    )
 
     def _check_frozen(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if name in self.frozen and not torch.equal(self.frozen[name], parameter):
+        for name, digest in digests(self.model).items():
+            if self.frozen[name] != digest:
                 raise AssertionError(f"frozen weight {name} has moved")
 
     def run(self) -> dict[str, Tensor]:
@@ -423,20 +445,43 @@ class Training:
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
         """Validate, keep the weights if they are the best so far or only the last count, and write samples down."""
         state = self.state
-        metrics = {**row, **self._validate()}
-        if self.settings.keep == "last" or metrics["validation_loss"] < state.best_loss:
-            state.best_loss, state.best_step = metrics["validation_loss"], state.step
-            # Tied weights are saved once; a copy, since training goes on under it.
-            source = checkpoint.trainable_state(self.eval_model())
-            self.best = {name: value.clone() for name, value in source.items()}
-        if not math.isfinite(metrics["validation_loss"]):
-            raise self._diverged(f"the validation loss is {metrics['validation_loss']}", state.step)
-        entry = {**metrics, "seconds": round(state.seconds, 3)}
-        if self.rank == 0:
-            seed_step(self.settings.seed, "samples")
-            entry["samples"] = self.hooks.samples(self.eval_model(), state.step)
+        with self._evaluated():
+            metrics = {**row, **self._validate()}
+            if self.settings.keep == "last" or metrics["validation_loss"] < state.best_loss:
+                state.best_loss, state.best_step = metrics["validation_loss"], state.step
+                # Tied weights are saved once; a copy, since training goes on under it, and not in a GPU's memory.
+                source = checkpoint.trainable_state(self.model)
+                self.best = {name: value.to("cpu", copy=True) for name, value in source.items()}
+            if not math.isfinite(metrics["validation_loss"]):
+                raise self._diverged(f"the validation loss is {metrics['validation_loss']}", state.step)
+            entry = {**metrics, "seconds": round(state.seconds, 3)}
+            if self.rank == 0:
+                seed_step(self.settings.seed, "samples")
+                entry["samples"] = self.hooks.samples(self.model, state.step)
         state.history.append(entry)
         return metrics
+
+
+class _Replica(nn.Module):
+    """What DDP wraps.
+
+    DDP warns on every worker where it looked for weights without a gradient and found none, and no filter of Python's
+    sees that warning. `without_gradient` is one that it finds, in a bucket of its own by its type, so the layout of the
+    others is as if it were not there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        self.without_gradient = nn.Parameter(torch.zeros(1, dtype=torch.float16, device=device))
+        frozen = [
+            f"model.{part}.{name}" for part, module in frozen_parts(model).items() for name in module.state_dict()
+        ]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+
+    def forward(self, *arguments: Any) -> Outputs:
+        return self.model(*arguments)
 
 
 def write_history(history: list[dict[str, Any]]) -> bytes:

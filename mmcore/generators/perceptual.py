@@ -43,6 +43,9 @@ def _squared_differences(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
 class PerceptualDistance(nn.Module):
     """Never trained: no gradient reaches the weights, and BatchNorm always uses its stored statistics."""
 
+    # Depthwise convolutions leave autocast, and the weights of channels meet fp32 distances.
+    own_precision = True
+
     def freeze(self) -> None:
         self.requires_grad_(False)
         self.eval()

@@ -149,6 +149,11 @@ def train_as_worker(rank: int, port: int, folder: Path) -> None:
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
     torch.set_num_threads(1)
+    unlike = Two()
+    unlike.frozen = nn.Linear(2, 2).requires_grad_(False)
+    unlike.frozen.weight.data.fill_(rank)
+    with pytest.raises(InputError, match=r"frozen weight frozen\.weight of worker 1 is not that of worker 0"):
+        trained(unlike, folder)
     for model in (Two(), Contrastive()):
         training = trained(model, folder)
         assert training.world_size == 2

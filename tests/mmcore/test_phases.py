@@ -21,7 +21,7 @@ from mmcore.errors import InputError
 from mmcore.generators.quantizer import Quantizer
 from mmcore.generators.vqvae import DISCRIMINATOR, GENERATOR, VQVAETraining
 from mmcore.losses import Outputs
-from mmcore.optimization import build_phases, update_ema
+from mmcore.optimization import Average, build_phases
 from mmcore.recipe import TrainSettings
 from mmcore.seeding import permutation
 from mmcore.training import Training
@@ -40,7 +40,7 @@ def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:
     for phase in training.phases:
         tensors[phase.group] = checkpoint.optimizer_state(phase.optimizer)
     if training.ema is not None:
-        tensors["ema"] = checkpoint.trainable_state(training.ema)
+        tensors["ema"] = training.ema.weights
     return tensors
 
 
@@ -246,13 +246,13 @@ def test_outputs_that_are_statistics_are_summarised_and_never_logged(tmp_path: P
 
 def test_the_average_copies_what_a_model_averages_itself() -> None:
     recipe = tiny_vqvae.recipe()
-    model, ema = tiny_vqvae.model_of(recipe, 0), tiny_vqvae.model_of(recipe, 1)
+    model, ema = tiny_vqvae.model_of(recipe, 0), Average(tiny_vqvae.model_of(recipe, 1))
     model.vqvae.quantizer.ema_counts += 3
-    before = checkpoint.trainable_parameters(ema)["vqvae.quant_conv.bias"].clone()
-    update_ema(ema, model, 0.5, step=100)
+    before = ema.weights["vqvae.quant_conv.bias"].clone()
+    ema.update(model, 0.5, step=100)
     for name in BUFFERS:
-        assert torch.equal(ema.get_buffer(name), model.get_buffer(name))
-    torch.testing.assert_close(ema.vqvae.quant_conv.bias, (before + model.vqvae.quant_conv.bias) / 2)
+        assert torch.equal(ema.weights[name], model.get_buffer(name))
+    torch.testing.assert_close(ema.weights["vqvae.quant_conv.bias"], (before + model.vqvae.quant_conv.bias) / 2)
 
 
 # -- what stops it -------------------------------------------------------------------------------------------------

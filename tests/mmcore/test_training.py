@@ -41,7 +41,7 @@ def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:
         "best": training.best,
     }
     if training.ema is not None:
-        tensors["ema"] = checkpoint.trainable_state(training.ema)
+        tensors["ema"] = training.ema.weights
     return tensors
 
 
@@ -144,6 +144,9 @@ def train_as_worker(
         LOCAL_WORLD_SIZE=str(world_size),
     )
     os.environ.pop("OMP_NUM_THREADS", None)
+    # The process's own, since it is C++ that would warn of it.
+    folder.mkdir(exist_ok=True)
+    os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     recipe = tiny.recipe(**train)
     run = tiny.train(recipe, folder / f"rank-{rank}", resume_from=resume_from, num_validation=21)
     assert run.training.world_size == world_size
@@ -162,6 +165,7 @@ def histories(tmp_path: Path, **train: Any) -> tuple[list[dict[str, Any]], list[
     mine, theirs = (torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in range(2))
     assert_identical({"weights": mine}, {"weights": theirs})
     assert not list((tmp_path / "rank-1").glob("step-*")), "only rank 0 writes checkpoints"
+    assert "find_unused_parameters" not in (tmp_path / "stderr-0").read_text()
     return alone.state.history, json.loads((tmp_path / "history-0.json").read_text())
 
 
