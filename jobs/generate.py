@@ -41,7 +41,7 @@ from jobs.runtime.sweep import (
 )
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.manifest import IMAGES, MANIFEST, read_manifest
-from mmcore.data.prompts import Prompt, read_prompts
+from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError, OptionError
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.recipe import Generator
@@ -130,11 +130,10 @@ def _asked_size(settings: GenerateSettings, generator: Generator) -> tuple[int, 
     return int(match[2]), int(match[1])
 
 
-def _check_options(generator: Generator, options: Any, size: tuple[int, int], prompts: list[Prompt]) -> None:
+def _check_options(generator: Generator, options: Any, size: tuple[int, int], prompts: Prompts) -> None:
     """Refuse here what the generator cannot do, before machines are started for it."""
     generator.check(options, size)
-    sizes = {prompt.size: prompt for prompt in reversed(prompts)}
-    for prompt_size, prompt in sizes.items():
+    for prompt_size, prompt in prompts.sizes.items():
         if prompt_size is None:
             continue
         try:
@@ -143,8 +142,8 @@ def _check_options(generator: Generator, options: Any, size: tuple[int, int], pr
             raise InputError(f"prompt of {prompt.image_id}: {error.option} {error.problem}") from None
 
 
-def _largest(size: tuple[int, int], prompts: list[Prompt]) -> tuple[int, int]:
-    return max({prompt.size or size for prompt in prompts}, key=math.prod)
+def _largest(size: tuple[int, int], prompts: Prompts) -> tuple[int, int]:
+    return max((asked or size for asked in prompts.sizes), key=math.prod)
 
 
 def _resolved(settings: GenerateSettings, size: tuple[int, int], num_images: int) -> dict[str, Any]:
@@ -176,15 +175,14 @@ def _kept(settings: GenerateSettings, there: dict[str, Any]) -> dict[str, Any]:
     return {name: there[name] if value in (None, "auto") else value for name, value in given.items()}
 
 
-def _blocks(prompts: list[Prompt], batch_size: int) -> Blocks:
+def _blocks(prompts: Prompts, batch_size: int) -> Blocks:
     """A block is a batch, or as many batches as keep the manifest at `MAX_BLOCKS` files."""
     batches_per_block = -(-len(prompts) // (batch_size * MAX_BLOCKS))
     names = [field.name for field in dataclasses.fields(Prompt)]
-    if not any(prompt.size for prompt in prompts):
+    if set(prompts.sizes) == {None}:
         # As sweeps were planned that knew no sizes, whose digests are of what is here.
         names = [name for name in names if name not in ("height", "width")]
-    columns = {name: [getattr(each, name) for each in prompts] for name in names}
-    return blocks_of_rows(columns, batch_size * batches_per_block)
+    return blocks_of_rows({name: prompts.column(name) for name in names}, batch_size * batches_per_block)
 
 
 def generate(

@@ -82,7 +82,7 @@ def differences(images: np.ndarray, others: np.ndarray) -> dict[str, float]:
 
 
 def measure(bench: BatchSizes) -> dict[str, Any]:
-    prompts = read_prompts(bench.prompts, storage=bench.storage, count=bench.count)
+    prompts = list(read_prompts(bench.prompts, storage=bench.storage, count=bench.count))
     generator = open_generator(bench.run).load("cuda" if torch.cuda.is_available() else "cpu")
     first, *others = bench.batch_sizes
     images = generated(generator, prompts, bench, first)

@@ -1,6 +1,7 @@
 """What runs on each worker of a training: the loop with its hooks, and the word between workers and driver."""
 
 import contextlib
+import logging
 import shutil
 import threading
 import time
@@ -55,6 +56,11 @@ class Setup:
 def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
     monitor, rank = config["monitor"], ray.train.get_context().get_world_rank()
+    # Two lines at each report, which the run's own progress says better, come by the root logger (Ray 2.60 names theirs
+    # by its file). It shares this handler; Ray's log file keeps them.
+    for handler in logging.getLogger("ray.train").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)
     try:
         mistake = ray.get(monitor.start.remote(rank, ray.get_runtime_context().get_node_id()))
         if mistake:

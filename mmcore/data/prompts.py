@@ -5,10 +5,15 @@ A file holds one prompt a line (``.txt``) or a column ``prompt``, and where they
 first captions of the 1,091 images that the report's generators never saw, and ``shapes-test``.
 """
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, overload
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmcore.data.prepared import read_prepared
 from mmcore.data.shapes import ShapesSettings, shapes_row
@@ -21,6 +26,11 @@ FLICKR8K_TEST, SHAPES_TEST = "flickr8k:report-test", "shapes-test"
 COLUMNS = ("prompt", "image_id", "seed", "height", "width")
 # Far beyond what any generator makes: a larger number is a slip of the hand.
 _MAX_SIDE = 65_536
+_SCHEMA = pa.schema(
+    {"image_id": pa.string(), "prompt": pa.string(), "seed": pa.int64(), "height": pa.int64(), "width": pa.int64()}
+)
+# Prompts that are objects at once.
+_BATCH_ROWS = 4096
 # An image_id is the name of a file and of an object; with ".png" and a temporary ending it stays below 255 bytes.
 IMAGE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,199}")
 
@@ -41,6 +51,73 @@ class Prompt:
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
+class Prompts(Sequence[Prompt]):
+    """Any number of prompts, as columns of Arrow: about as many bytes as their text, and no object for each of them."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, prompts: Iterable[Prompt]) -> "Prompts":
+        batches = []
+        left = iter(prompts)
+        while some := list(itertools.islice(left, _BATCH_ROWS)):
+            columns = [[getattr(each, name) for each in some] for name in _SCHEMA.names]
+            arrays = [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)]
+            batches.append(pa.record_batch(arrays, schema=_SCHEMA))
+        return cls(pa.Table.from_batches(batches, _SCHEMA))
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Prompts": ...
+    def __getitem__(self, index: int | slice) -> "Prompt | Prompts":
+        if isinstance(index, int):
+            index = range(len(self))[index]
+            (row,) = self.table.slice(index, 1).to_pylist()
+            return Prompt(**row)
+        start, stop, step = index.indices(len(self))
+        assert step == 1, "rows that follow each other"
+        return Prompts(self.table.slice(start, max(0, stop - start)))
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for batch in self.table.to_batches():
+            yield from map(Prompt, *(batch[name].to_pylist() for name in _SCHEMA.names))
+
+    def column(self, name: str) -> "PromptColumn":
+        return PromptColumn(self.table[name])
+
+    @cached_property
+    def sizes(self) -> dict[tuple[int, int] | None, Prompt]:
+        """The sizes that they ask for, each with the first prompt that does."""
+        if self.table["height"].null_count == len(self):
+            return {None: self[0]}
+        found: dict[tuple[int, int] | None, Prompt] = {}
+        for prompt in self:
+            found.setdefault(prompt.size, prompt)
+        return found
+
+
+class PromptColumn(Sequence[Any]):
+    """One value of each prompt; those of a slice are made when it is asked for."""
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, rows: int) -> Any: ...
+    @overload
+    def __getitem__(self, rows: slice) -> list[Any]: ...
+    def __getitem__(self, rows: int | slice) -> Any:
+        return self.values[rows].to_pylist() if isinstance(rows, slice) else self.values[rows].as_py()
+
+
 @dataclass(frozen=True)
 class _Row:
     """A prompt as it was found; `place` is its file and line."""
@@ -53,7 +130,7 @@ class _Row:
     width: Any = None
 
 
-def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, count: int | None = None) -> list[Prompt]:
+def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, count: int | None = None) -> Prompts:
     """The first `count` prompts of `source`, or all.
 
     Args:
@@ -69,24 +146,32 @@ def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, coun
         raise InputError(f"--seed {seed}: must lie between 0 and {MAX_IMAGE_SEED}")
     if count is not None and count < 1:
         raise InputError(f"--count {count}: must be at least 1")
-    rows = list(_rows(source, storage, count))
-    if not rows:
+    rows: Iterable[_Row] = _Rows(source, storage, count)
+    if source in (FLICKR8K_TEST, SHAPES_TEST):
+        rows = list(rows)  # some thousands at most, which take longer to make than to hold
+    # Read twice, as the width of an image's number is that of the last: many rows would fill the memory.
+    num_rows = sum(1 for _ in rows)
+    if not num_rows:
         raise InputError(f"{source}: holds no prompts")
-    if count is not None and count > len(rows):
-        raise InputError(f"--count {count}: {source} holds {len(rows)} prompts; ask for no more, or give more prompts")
-    width = max(6, len(str(len(rows) - 1)))
+    if count is not None and count > num_rows:
+        raise InputError(f"--count {count}: {source} holds {num_rows} prompts; ask for no more, or give more prompts")
+    width = max(6, len(str(num_rows - 1)))
+    prompts = Prompts.of(_checked(row, f"{index:0{width}d}", seed) for index, row in enumerate(rows))
+    ids = prompts.table["image_id"]
+    if pc.count_distinct(ids).as_py() < len(ids):
+        _refuse_twins(prompts, rows)
+    return prompts[:count]
+
+
+def _refuse_twins(prompts: Prompts, rows: Iterable[_Row]) -> None:
     places: dict[str, str] = {}
-    prompts = []
-    for index, row in enumerate(rows):
-        prompt = _checked(row, f"{index:0{width}d}", seed)
+    for prompt, row in zip(prompts, rows, strict=True):
         if prompt.image_id in places:
             raise InputError(
                 f"{row.place}: image_id {prompt.image_id!r} is that of {places[prompt.image_id]} too; give each image "
                 "its own"
             )
         places[prompt.image_id] = row.place
-        prompts.append(prompt)
-    return prompts[:count]
 
 
 def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
@@ -129,6 +214,18 @@ def _whole_number(value: Any) -> Any:
 
 def _is_encodable(text: str) -> bool:
     return text.encode("utf-8", "replace").decode() == text
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of `read_prompts`, read anew each time."""
+
+    source: str
+    storage: str | None
+    count: int | None
+
+    def __iter__(self) -> Iterator[_Row]:
+        return _rows(self.source, self.storage, self.count)
 
 
 def _rows(source: str, storage: str | None, count: int | None) -> Iterator[_Row]:

@@ -25,7 +25,7 @@ import jobs.generate
 import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
 from jobs.runtime.lease import Lease
-from mmcore.data.prompts import Prompt, read_prompts
+from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError
 from mmcore.generators import pixel_diffusion
 from mmcore.generators.diffusion_options import DiffusionOptions
@@ -235,7 +235,7 @@ def test_a_dry_run_writes_nothing(sweep, tmp_path, capsys):
 
 def test_many_prompts_stay_in_ten_thousand_blocks(monkeypatch):
     monkeypatch.setattr(jobs.generate, "MAX_BLOCKS", 10)
-    prompts = [Prompt(f"{i}", "a dog", i) for i in range(95)]
+    prompts = Prompts.of(Prompt(f"{i}", "a dog", i) for i in range(95))
     blocks = jobs.generate._blocks(prompts, 4)
     sizes = [len(item["columns"]["seed"]) for item in blocks.items]
     assert sizes == [12] * 7 + [11]

@@ -1,12 +1,15 @@
 """mmcore/data/prompts.py: every form of a list of prompts, seeds of their own, errors that name file and line."""
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import mmcore.data.prompts
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.data.shapes import ShapesSettings, shapes_row
 from mmcore.errors import InputError
@@ -43,7 +46,7 @@ def test_all_forms_give_the_same_prompts(tmp_path: Path) -> None:
         ),
     ]
     for file in files:
-        assert read_prompts(file, seed=3) == wanted, file
+        assert list(read_prompts(file, seed=3)) == wanted, file
 
 
 def test_numbers_are_read_alike_in_every_form(tmp_path: Path) -> None:
@@ -57,7 +60,10 @@ def test_numbers_are_read_alike_in_every_form(tmp_path: Path) -> None:
         write_parquet(tmp_path / "p.parquet", prompt=["a", "b"], image_id=[139, 285], seed=[5.0, float("nan")]),
     ]
     for file in files:
-        assert read_prompts(file) == [Prompt("139", "a", 5), Prompt("285", "b", derive_seed(0, "285") & MAX_IMAGE_SEED)]
+        assert list(read_prompts(file)) == [
+            Prompt("139", "a", 5),
+            Prompt("285", "b", derive_seed(0, "285") & MAX_IMAGE_SEED),
+        ]
 
 
 def test_a_row_may_give_its_size(tmp_path: Path) -> None:
@@ -70,18 +76,39 @@ def test_a_row_may_give_its_size(tmp_path: Path) -> None:
 
 def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> None:
     file = write(tmp_path / "p.txt", "\ufeffa dog\r\na cat, black\n  a bird \n\n\n")
-    prompts = read_prompts(file, seed=7)
+    prompts = list(read_prompts(file, seed=7))
     assert [(each.image_id, each.prompt) for each in prompts] == [
         ("000000", "a dog"), ("000001", "a cat, black"), ("000002", "a bird"),
     ]  # fmt: skip
     assert [each.seed for each in prompts] == [derive_seed(7, each.image_id) & MAX_IMAGE_SEED for each in prompts]
     assert len({each.seed for each in prompts} | {each.seed for each in read_prompts(file, seed=8)}) == 6
     # A longer list or a smaller count leaves the others as they are.
-    assert read_prompts(file, seed=7, count=2) == prompts[:2]
+    assert list(read_prompts(file, seed=7, count=2)) == prompts[:2]
+
+
+def test_many_prompts_are_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they are read, checked and planned, no more of them live at once than are looked at."""
+    monkeypatch.setattr(mmcore.data.prompts, "_BATCH_ROWS", 16)
+    alive: weakref.WeakSet[Prompt] = weakref.WeakSet()
+    most = 0
+
+    def count(self: Prompt, /, *values: Any, **named: Any) -> None:
+        nonlocal most
+        init(self, *values, **named)
+        alive.add(self)
+        most = max(most, len(alive))
+
+    init = Prompt.__init__
+    monkeypatch.setattr(Prompt, "__init__", count)
+    prompts = read_prompts(write(tmp_path / "p.txt", "".join(f"a dog {row}\n" for row in range(1000))))
+    assert [prompts.sizes[None].prompt, prompts[-1].prompt] == ["a dog 0", "a dog 999"]
+    assert prompts.column("prompt")[998:] == ["a dog 998", "a dog 999"]
+    assert sum(1 for _ in prompts[10:900]) == 890
+    assert most <= 3 * 16, most
 
 
 def test_shapes_need_no_storage() -> None:
-    prompts = read_prompts("shapes-test", count=500)
+    prompts = list(read_prompts("shapes-test", count=500))
     assert len(prompts) == 500
     row = shapes_row(ShapesSettings(num_test=500), "test", 499)
     assert (prompts[499].image_id, prompts[499].prompt) == (row["image_id"], row["captions"][0])
@@ -99,7 +126,7 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         pq.write_table(table, folder / "part-00000.parquet")
         (folder / "_SUCCESS").write_text("{}")
     for source, dataset in (("flickr8k:report-test", "flickr8k"), ("shapes-test", "shapes")):
-        prompts = read_prompts(source, storage=storage.uri)
+        prompts = list(read_prompts(source, storage=storage.uri))
         assert [(each.image_id, each.prompt) for each in prompts] == [
             ("x", f"{dataset} first 1"), ("z", f"{dataset} first 3"),
         ]  # fmt: skip
