@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmcore.captioners import cross_attention
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
 from mmcore.generators import denoiser, latent_diffusion, pixel_diffusion, vqvae
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
@@ -28,7 +29,7 @@ RECIPES: dict[str, Entry] = {
     "resnet_captioner": Entry(
         "captioner",
         cross_attention.CrossAttentionCaptionerRecipe,
-        cross_attention.CaptionerFacts,
+        CaptionerFacts,
         cross_attention.VARIANTS,
         table_1=(34.2, 21.5),
     ),

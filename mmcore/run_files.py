@@ -22,6 +22,8 @@ from mmcore.temporary import temporary_folder
 R = TypeVar("R")
 F = TypeVar("F")
 _WEIGHTS, _RECIPE = "model.safetensors", "recipe.json"
+# Folder under model/ of a tokenizer.
+TOKENIZER_ASSET = "tokenizer"
 # Fields of the file itself; all others are facts.
 _OWN = ("recipe", "variant", "settings", "commit", "weights_sha256")
 
@@ -38,9 +40,8 @@ class RunFile(Generic[R, F]):
     commit: str
     weights_sha256: str = ""
     """Of the weights beside it, in the folder model/."""
-    settings: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The recipe as it was written: a field that a later version adds must not change a fingerprint of what is there.
-    Empty where it was not read from a file."""
+    written: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The file as it was read: what a later version adds must not change a fingerprint of what is there."""
 
     def to_json(self) -> dict[str, Any]:
         own = {"recipe": self.recipe_name, "variant": self.variant, "settings": recipe_to_json(self.recipe)}
@@ -56,15 +57,16 @@ def facts_to_json(facts: Any) -> dict[str, Any]:
 def run_file_from_json(fields: dict[str, Any], recipe_type: type[R], facts_type: type[F], where: str) -> RunFile[R, F]:
     """Raises InputError, naming `where`, for unknown and for missing fields."""
     facts = {name: value for name, value in fields.items() if name not in _OWN}
-    settings = fields.get("settings", {})
+    if (upgraded := getattr(facts_type, "upgraded", None)) is not None:
+        facts = upgraded(facts)
     return RunFile(
         fields.get("recipe", ""),
         fields.get("variant", ""),
-        recipe_from_json(recipe_type, settings, where),
+        recipe_from_json(recipe_type, fields.get("settings", {}), where),
         recipe_from_json(facts_type, facts, where),
         fields.get("commit", ""),
         fields.get("weights_sha256", ""),
-        settings,
+        fields,
     )
 
 

@@ -1,14 +1,54 @@
-"""Words to ids and back: the vocabulary of the captioners that learn their words from the captions."""
+"""Captions to ids and back: what a captioner needs of a tokenizer, and the words of captioners that learn theirs.
 
+Other tokenizers are in `mmcore.frozen.text`.
+"""
+
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(len(SPECIAL))
+# The file of a WordVocabulary.
+WORDS_FILE = "words.json"
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The ids that a decoder must know."""
+
+    size: int
+    """Ids are from 0 to below it."""
+    bos_id: int
+    """Begins a caption."""
+    eos_id: int
+    """Ends a caption."""
+    silent_ids: tuple[int, ...]
+    """Never written into a caption, as they carry no word: padding, begin, unknown and the like."""
+
+
+class CaptionTokenizer(Protocol):
+    """Captions to ids and back."""
+
+    @property
+    def token_ids(self) -> TokenIds: ...
+
+    def encode(self, caption: str, max_length: int) -> list[int]:
+        """Begin, the caption, end: at most `max_length` ids. A longer caption loses its tail and has no end."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The caption up to the first end; begin, padding and unknown are left out."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides the ids."""
+
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer as files by name, for `mmcore.frozen.text.read_caption_tokenizer`."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +70,16 @@ class WordVocabulary:
 
     def __len__(self) -> int:
         return len(SPECIAL) + len(self.words)
+
+    @property
+    def token_ids(self) -> TokenIds:
+        return TokenIds(len(self), BOS_ID, EOS_ID, (PAD_ID, BOS_ID, UNK_ID))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        return {WORDS_FILE: self.to_json().encode()}
 
     @cached_property
     def ids(self) -> dict[str, int]:

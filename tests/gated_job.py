@@ -15,6 +15,7 @@ from gate import Gate
 
 import jobs.caption
 from jobs.caption import CaptionImages
+from jobs.runtime import training_flow
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
@@ -30,7 +31,7 @@ class GatedCaptions(CaptionImages):
 
 
 def gated(setup: Callable[..., Setup]) -> Callable[..., Setup]:
-    def gated_setup(job: Job, facts: dict[str, Any], doing: Doing) -> Setup:
+    def gated_setup(job: Job[Any], facts: Any, doing: Doing) -> Setup:
         """Called on each worker, before it trains."""
         gate, report = Gate(GATE), ray.train.report
         is_first = ray.train.get_context().get_world_rank() == 0
@@ -54,7 +55,8 @@ def main() -> None:
     if module is jobs.caption:
         module.CaptionImages = GatedCaptions
     else:
-        module.setup = gated(module.setup)
+        run_training = training_flow.run_training
+        training_flow.run_training = lambda job, setup, *more: run_training(job, gated(setup), *more)
     module.main()
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.captioners.cross_attention import (
     VARIANTS,
-    CaptionerFacts,
     CrossAttentionCaptioner,
     CrossAttentionCaptionerRecipe,
 )
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.data.columns import Column
 from mmcore.data.prepared import CaptionTable
 from mmcore.recipe import TrainSettings
@@ -106,7 +106,7 @@ def vocabulary(recipe: CrossAttentionCaptionerRecipe, facts: CaptionTable | None
 
 def model_of(recipe: CrossAttentionCaptionerRecipe, seed: int = 0) -> CrossAttentionCaptioner:
     torch.manual_seed(seed)
-    return recipe.build(CaptionerFacts(vocabulary(recipe).to_json(), NUM_TOKENS, ENCODER_WIDTH))
+    return recipe.build(CaptionerFacts(vocabulary(recipe).token_ids, NUM_TOKENS, ENCODER_WIDTH))
 
 
 @dataclasses.dataclass

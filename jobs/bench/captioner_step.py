@@ -32,9 +32,9 @@ from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
 from jobs.bench.timing import clock, publish, ratio_with_encoding, training_in_turn, verdict
 from jobs.runtime.commandline import run
-from jobs.train_resnet_captioner import build_vocabulary
 from mmcore.captioners.caption_rows import CaptionRows
-from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts, CrossAttentionCaptionerRecipe
+from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.data.prepared import read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.vision import FrozenVisionEncoder
@@ -95,7 +95,9 @@ def load_data(
         pixels = inputs.synthetic_pixels(bench.num_images, recipe.image_size, seed)
     else:
         storage = Storage(bench.storage)
-        vocabulary = build_vocabulary(recipe, read_captions(storage, recipe.dataset, recipe.split))
+        words = recipe.build_tokenizer(read_captions(storage, recipe.dataset, recipe.split))
+        assert isinstance(words, WordVocabulary)
+        vocabulary = words
         data, names, captions = inputs.prepared_images(storage, recipe.dataset, bench.num_images)
         pixels = inputs.prepared_pixels(data, names, recipe.image_size)
     inputs.encode(encoder, pixels[: bench.our_batch])  # warm-up
@@ -152,7 +154,7 @@ def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEn
         recipe, data.vocabulary, inputs.caption_table(data.captions, bench.our_batch), data.features
     )
     torch.manual_seed(recipe.train.seed)
-    model = recipe.build(CaptionerFacts(data.vocabulary.to_json(), *data.features.shape[1:]))
+    model = recipe.build(CaptionerFacts(data.vocabulary.token_ids, *data.features.shape[1:]))
     figures = training_in_turn(
         variant,
         "captions/s",

@@ -32,16 +32,16 @@ from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.runtime.commandline import run
 from mmcore.captioners.cross_attention import (
     VARIANTS,
-    CaptionerFacts,
     CrossAttentionCaptioner,
     CrossAttentionCaptionerRecipe,
 )
 from mmcore.captioners.decoder import CaptionDecoder
 from mmcore.captioners.decoding import greedy
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
 from mmcore.seeding import derive_seed, generator
 from mmcore.storage import Storage
-from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
 from mmcore.trained.captioner import open_captioner
 
 TARGET = 20.0
@@ -73,7 +73,7 @@ class DecodeBench:
 
 
 @torch.inference_mode()
-def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor) -> None:
+def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor, token_ids: TokenIds) -> None:
     """Set the end mark's row of the output layer so that greedy captions end after about `lengths_B` words.
 
     The row is the weighted least-squares answer to "words so far minus words wanted" on the decoder's last hidden
@@ -89,7 +89,7 @@ def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor) 
     decoder.output.bias[EOS_ID] = -torch.inf
     decoder.output.weight[EOS_ID] = 0.0
     handle = decoder.output.register_forward_hook(watch)
-    greedy(decoder, memory_BLD, MAX_LENGTH)
+    greedy(decoder, memory_BLD, MAX_LENGTH, token_ids)
     handle.remove()
     x_TBD, highest_TB = torch.stack(hidden), torch.stack(highest)
     words_T1 = torch.arange(MAX_LENGTH, device=x_TBD.device, dtype=torch.float64)[:, None]
@@ -114,7 +114,7 @@ def synthetic_model(
     seed = recipe.train.seed
     torch.manual_seed(derive_seed(seed, "weights"))
     vocabulary = inputs.synthetic_vocabulary(inputs.NUM_VOCABULARY["report"], recipe.lowercase)
-    facts = CaptionerFacts(vocabulary.to_json(), inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)
+    facts = CaptionerFacts(vocabulary.token_ids, inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)
     model = recipe.build(facts).eval().to(device)
     lengths_B = torch.from_numpy(inputs.caption_lengths(bench.num_images, seed)).to(device)
     shape = (bench.num_images, inputs.IMAGE_TOKENS, inputs.ENCODER_WIDTH)
@@ -123,7 +123,7 @@ def synthetic_model(
     scaled_B = (lengths_B - lengths_B.double().mean()) / lengths_B.double().std()
     with torch.inference_mode():
         memory_BLD = model.memory(tokens_BLE + scaled_B.float()[:, None, None] * direction_E)
-    fit_lengths(model.decoder, memory_BLD, lengths_B)
+    fit_lengths(model.decoder, memory_BLD, lengths_B, model.token_ids)
     return model, memory_BLD
 
 
@@ -177,7 +177,7 @@ def measure(bench: DecodeBench) -> dict[str, Any]:
         assert bench.storage is not None
         model, memory_BLD = trained_model(bench, bench.run, bench.storage, device)
     recipe = model.recipe
-    report = ReportCaptioner(recipe, len(model.vocabulary), 1).to(device).eval()
+    report = ReportCaptioner(recipe, model.token_ids.size, 1).to(device).eval()
     report.load_decoder(model.decoder)
     batches = memory_BLD.split(bench.batch_size)
     max_length = min(MAX_LENGTH, recipe.max_length)
@@ -185,7 +185,9 @@ def measure(bench: DecodeBench) -> dict[str, Any]:
 
     def ours() -> float:
         started = clock()
-        captions["ours"] = [ids for batch in batches for ids in greedy(model.decoder, batch, max_length)]
+        captions["ours"] = [
+            ids for batch in batches for ids in greedy(model.decoder, batch, max_length, model.token_ids)
+        ]
         return len(memory_BLD) / (clock() - started)
 
     def theirs() -> float:
@@ -205,7 +207,7 @@ def measure(bench: DecodeBench) -> dict[str, Any]:
         verdict("target", figures["ratio"]["median"] >= TARGET, TARGET, bench.smoke)
         | {
             "sizes": {name: getattr(recipe, name) for name in ("width", "num_layers", "num_heads", "ffn_width")},
-            "vocabulary": len(model.vocabulary),
+            "vocabulary": model.token_ids.size,
             "max_length": max_length,
             "precision": "fp32",
             "captions": len(lengths),

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mmcore.captioners.caption_rows import CaptionRows
-from mmcore.captioners.cross_attention import CaptionerFacts, CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
+from mmcore.captioners.cross_attention import CrossAttentionCaptioner, CrossAttentionCaptionerRecipe
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.data.columns import Column
 from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable
 from mmcore.frozen.vision import pixels_from_bytes
@@ -141,4 +142,4 @@ def synthetic_training(
     features = generator.standard_normal((num_images, num_tokens, ENCODER_WIDTH), dtype=np.float32).astype(np.float16)
     rows = caption_rows(recipe, vocabulary, caption_table(captions, recipe.train.batch_size), features)
     torch.manual_seed(derive_seed(seed, "weights"))
-    return recipe.build(CaptionerFacts(vocabulary.to_json(), num_tokens, ENCODER_WIDTH)), rows
+    return recipe.build(CaptionerFacts(vocabulary.token_ids, num_tokens, ENCODER_WIDTH)), rows

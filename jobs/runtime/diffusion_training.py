@@ -1,44 +1,106 @@
 """What the jobs that train a diffusion model share: the text's way in, the rows, the sample images, what is printed."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jobs.prepare import SHAPES
 from jobs.runtime.features import cached_text_column, read_null
 from jobs.runtime.job import Job
-from jobs.runtime.run_folder import check_new_run
 from jobs.runtime.train_worker import Doing, Setup
-from mmcore.data.columns import SUCCESS, default_cache, open_column
+from jobs.runtime.training_flow import Encoded, Flow, train_by
+from mmcore.data.columns import default_cache, open_column
 from mmcore.data.pixels import to_pixels
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
-from mmcore.frozen.text import WORDS, FrozenTextEncoder, PromptTokenizer, TextInputs
+from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
+from mmcore.frozen.tokenizers import WORDS
 from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion import check_timesteps
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
-from mmcore.recipe import recipe_to_json
+from mmcore.run_files import TOKENIZER_ASSET
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.trained.generator import TOKENIZER_ASSET
 from mmcore.training import num_steps, resolve_precision
 
 Text = PromptTokenizer | FrozenTextEncoder
 
 
-def check(job: Job[Any]) -> None:
-    """Raise InputError for what can be refused without looking at any data."""
-    check_new_run(job)
+@dataclass(frozen=True)
+class Samples:
+    """What x_0 is: pixels, or the latents of another model."""
+
+    facts: Callable[[Job[Any], TextInputs], DiffusionFacts]
+    """Facts of that kind, with the shape of a sample and the size of an image."""
+    encode: Callable[[Job[Any], CaptionTable, DiffusionFacts], Encoded[Any, DiffusionFacts]]
+    """Makes the columns of samples."""
+    setup: Callable[[Job[Any], DiffusionFacts, Doing], Setup]
+    """Model and rows, on a worker."""
+    reads: Callable[[Job[Any]], str] = lambda job: ""
+    """What is read for it beside the data, for a dry run."""
+    check: Callable[[Job[Any]], object] = lambda job: None
+    """Raises InputError for what can be refused without any data."""
+
+
+def train_diffusion(job: Job[Any], samples: Samples) -> dict[str, Any]:
+    """Make what is missing (Shapes, samples, the frozen encoder's hidden states), then train. Returns the summary."""
+    opened: list[Text] = []  # once, as a frozen encoder may be large
+
+    def plan(job: Job[Any], table: CaptionTable) -> DiffusionFacts:
+        opened.append(open_text(job.recipe, table))
+        facts = samples.facts(job, text_inputs(opened[0]))
+        return dataclasses.replace(facts, dataset_fingerprint=table.facts.get("fingerprint", ""))
+
+    def describe(job: Job[Any], facts: DiffusionFacts, num_train: int) -> None:
+        _describe(job, facts, opened[0], num_train)
+
+    def encode(job: Job[Any], table: CaptionTable, facts: DiffusionFacts) -> Encoded[Any, DiffusionFacts]:
+        encoded = samples.encode(job, table, facts)
+        return dataclasses.replace(encoded, facts=with_text(encoded.job, encoded.facts, table, opened[0]))
+
+    def reads(job: Job[Any]) -> str:
+        text = job.recipe.text
+        return ", ".join(filter(None, [samples.reads(job), "" if text.is_scratch else text.text_encoder]))
+
+    def check(job: Job[Any]) -> Job[Any]:
+        samples.check(job)
+        return _check(job)
+
+    return train_by(Flow(check, plan, describe, encode, samples.setup, reads), job)
+
+
+def _check(job: Job[Any]) -> Job[Any]:
     if job.options.stream:
         raise InputError("--stream: this recipe looks its rows up on the worker's disk; leave it out")
     check_timesteps("ddim", job.recipe.noise.num_timesteps, job.recipe.sample_steps)
+    # As a worker, and whoever reads the finished run from elsewhere, finds them.
+    text = job.recipe.text
+    text = dataclasses.replace(
+        text, text_encoder=absolute_folder(text.text_encoder), tokenizer=absolute_folder(text.tokenizer)
+    )
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
+
+
+def _describe(job: Job[Any], facts: DiffusionFacts, text: Text, num_train: int) -> None:
+    """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
+    recipe = job.recipe
+    with torch.device("meta"):
+        model = recipe.build(facts)
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    frozen = f"{count(text.model):.2f} M of the frozen {text.name}" if isinstance(text, FrozenTextEncoder) else "none"
+    steps_per_epoch, total = num_steps(recipe.train, num_train)
+    print(
+        f"parameters: {count(model.unet):.2f} M of the U-Net on {' x '.join(map(str, facts.x_0_shape))}, "
+        f"{count(model.text):.2f} M of the text's way in; frozen text encoder: {frozen}\n"
+        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
+        flush=True,
+    )
 
 
 # -- text ----------------------------------------------------------------------------------------------------------
@@ -161,46 +223,3 @@ def diffusion_setup(
     if recipe.text.is_scratch:
         kept[TOKENIZER_ASSET] = _text_folder(job, facts)
     return Setup(model, rows, samples, kept)
-
-
-# -- on the driver -------------------------------------------------------------------------------------------------
-
-
-def with_absolute_folders(job: Job[Any]) -> Job[Any]:
-    """Folders of pretrained parts as a worker, and whoever reads the finished run from elsewhere, finds them."""
-    text = job.recipe.text
-    text = dataclasses.replace(
-        text, text_encoder=absolute_folder(text.text_encoder), tokenizer=absolute_folder(text.tokenizer)
-    )
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
-
-
-def describe(job: Job[Any], text: Text, x_0_shape: tuple[int, int, int], num_train: int) -> None:
-    """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
-    recipe, inputs = job.recipe, text_inputs(text)
-    with torch.device("meta"):
-        model = recipe.build(DiffusionFacts(inputs, x_0_shape))
-    count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
-    frozen = f"{count(text.model):.2f} M of the frozen {text.name}" if isinstance(text, FrozenTextEncoder) else "none"
-    steps_per_epoch, total = num_steps(recipe.train, num_train)
-    print(
-        f"parameters: {count(model.unet):.2f} M of the U-Net on {' x '.join(map(str, x_0_shape))}, "
-        f"{count(model.text):.2f} M of the text's way in; frozen text encoder: {frozen}\n"
-        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
-        flush=True,
-    )
-
-
-def dry_run(job: Job[Any], x_0_shape: tuple[int, int, int], reads: str) -> None:
-    """Print the resolved recipe and what would be read and written; nothing is written."""
-    recipe, storage = job.recipe, job.storage
-    makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS)
-    table = None if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
-    text = None if table is None else open_text(recipe, table)
-    print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
-    print(f"reads:  {storage}/data/{recipe.dataset}, {reads}, {storage}/features (encoded first where missing)")
-    print(f"writes: {job.run}, {storage}/tokenizers, copies of the features in {default_cache()}")
-    if table is None or text is None:
-        print("sizes and steps: known once the Shapes data is made, which this job does first")
-    else:
-        describe(job, text, x_0_shape, len(table.rows(TRAIN)))

@@ -1,6 +1,6 @@
 """Captioned images as rows that a captioner trains on.
 
-Shapes: B images, C captions an image, T words."""
+Shapes: B images, C captions an image, T tokens."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable
 from mmcore.errors import InputError
 from mmcore.rows import Batch
 from mmcore.seeding import uniform
-from mmcore.text import WordVocabulary
+from mmcore.text import CaptionTokenizer
 
 
 class CaptionRows:
@@ -22,7 +22,7 @@ class CaptionRows:
         self,
         table: CaptionTable,
         views: list[Column],
-        vocabulary: WordVocabulary,
+        tokenizer: CaptionTokenizer,
         *,
         captions_per_image: int,
         max_length: int,
@@ -39,7 +39,7 @@ class CaptionRows:
         self.train, self.validation = np.array(table.rows(TRAIN)), np.array(table.rows(VALIDATION))
         self.num_train, self.num_validation = len(self.train), len(self.validation)
         encoded = [
-            [vocabulary.encode(caption, max_length) for caption in captions[:captions_per_image]]
+            [tokenizer.encode(caption, max_length) for caption in captions[:captions_per_image]]
             for captions in table.captions
         ]
         width = max(len(ids) for captions in encoded for ids in captions)

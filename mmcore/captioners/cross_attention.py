@@ -1,6 +1,6 @@
-"""Row 1 of the report's Table 1: a convolutional image encoder, cross-attention, a Transformer decoder over words.
+"""Row 1 of the report's Table 1: a frozen image encoder of any kind, cross-attention, a Transformer decoder.
 
-Shapes: B images, C captions an image, T words, L image tokens, E channels of the encoder, D width of the decoder.
+Shapes: B images, C captions an image, T tokens, L image tokens, E channels of the encoder, D width of the decoder.
 """
 
 import dataclasses
@@ -13,31 +13,18 @@ from torch import Tensor, nn
 
 from mmcore.captioners.decoder import CaptionDecoder, Packing, dropout
 from mmcore.captioners.decoding import beam_search, greedy
+from mmcore.captioners.facts import CaptionerFacts
+from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.errors import InputError
+from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
 from mmcore.frozen.vision import SCRATCH, ScratchEncoder
 from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
-from mmcore.text import WordVocabulary
+from mmcore.text import CaptionTokenizer, WordVocabulary
 
 
 def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
-
-
-@dataclass(frozen=True)
-class CaptionerFacts:
-    """What a run of a captioner knows beside its settings."""
-
-    vocabulary: str
-    """The words, as JSON."""
-    image_tokens: int
-    """Tokens of an image by the frozen encoder; of no meaning where the recipe trains its own."""
-    encoder_width: int
-    """Channels of such a token."""
-    encoder_fingerprint: str = ""
-    dataset_fingerprint: str = ""
-    columns: tuple[str, ...] = ()
-    """Folders under STORAGE/features: the images, and the mirrored ones where half are to be mirrored."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,8 @@ class CrossAttentionCaptionerRecipe:
     """Pixels a side that images are squashed to for the encoder."""
     flip: bool = False
     """Mirror half of the images, drawn anew each epoch (the frozen encoder then runs on both views)."""
+    tokenizer: str = WORDS
+    """`words` are those of the captions; else the pieces of Hugging Face's tokenizer of that name or folder."""
     vocabulary_source: Literal["first_captions", "train_captions"] = "first_captions"
     """Captions that the words come from: the first of every image (the report's), or those that are trained on."""
     min_word_count: int = 2
@@ -63,7 +52,7 @@ class CrossAttentionCaptionerRecipe:
     lowercase: bool = True
     """Lower-case the captions."""
     max_length: int = 50
-    """Longest caption, in words with begin and end; longer ones lose their tail."""
+    """Longest caption, in tokens with begin and end; longer ones lose their tail."""
     width: int = 512
     """Width of the decoder."""
     num_layers: int = 6
@@ -121,10 +110,24 @@ class CrossAttentionCaptionerRecipe:
                 f"{self.width} and image_size {self.image_size}; mend it with --width and --image-size"
             )
 
+    def without_effect(self) -> dict[str, str]:
+        """As `mmcore.recipe.check_effect` wants it."""
+        of_words = ("vocabulary_source", "min_word_count", "lowercase")
+        return {} if self.tokenizer == WORDS else dict.fromkeys(of_words, f"--tokenizer {WORDS}")
+
+    def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
+        """Raises InputError for a pretrained tokenizer that is not to be had."""
+        if self.tokenizer != WORDS:
+            return PieceTokenizer(load_tokenizer(self.tokenizer, "--tokenizer"))
+        if self.vocabulary_source == "first_captions":
+            captions = [captions[0] for captions in table.captions]
+        else:
+            captions = [text for row in table.rows(TRAIN) for text in table.captions[row][: self.captions_per_image]]
+        return WordVocabulary.build(captions, min_count=self.min_word_count, lowercase=self.lowercase)
+
     def build(self, facts: CaptionerFacts) -> "CrossAttentionCaptioner":
         """The trainable half."""
-        vocabulary = WordVocabulary.from_json(facts.vocabulary)
-        return CrossAttentionCaptioner(self, vocabulary, (facts.image_tokens, facts.encoder_width))
+        return CrossAttentionCaptioner(self, facts)
 
 
 def _num_predicted(lengths: Tensor) -> Tensor:
@@ -135,12 +138,10 @@ def _num_predicted(lengths: Tensor) -> Tensor:
 class CrossAttentionCaptioner(nn.Module):
     """Projected image tokens, then the decoder; the frozen encoder itself stays outside and runs once."""
 
-    def __init__(
-        self, recipe: CrossAttentionCaptionerRecipe, vocabulary: WordVocabulary, encoder_shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, recipe: CrossAttentionCaptionerRecipe, facts: CaptionerFacts) -> None:
         super().__init__()
-        self.recipe, self.vocabulary = recipe, vocabulary
-        num_tokens, encoder_width = encoder_shape
+        self.recipe, self.token_ids = recipe, facts.token_ids
+        num_tokens, encoder_width = facts.image_tokens, facts.encoder_width
         self.encoder = None
         if recipe.encoder == SCRATCH:
             self.encoder = ScratchEncoder(recipe.width)
@@ -149,7 +150,7 @@ class CrossAttentionCaptioner(nn.Module):
         self.image_norm = nn.LayerNorm(recipe.width) if recipe.image_norm else nn.Identity()
         self.image_positions_LD = nn.Parameter(torch.zeros(num_tokens, recipe.width)) if recipe.image_norm else None
         self.decoder = CaptionDecoder(
-            vocabulary_size=len(vocabulary),
+            vocabulary_size=facts.token_ids.size,
             width=recipe.width,
             num_layers=recipe.num_layers,
             num_heads=recipe.num_heads,
@@ -198,15 +199,16 @@ class CrossAttentionCaptioner(nn.Module):
     @torch.inference_mode()
     def caption(
         self, images: Tensor, *, num_beams: int = 1, max_length: int = 30, length_penalty: float = 1.0
-    ) -> list[str]:
-        """A caption of each image; `images` as `memory` takes them. One beam is greedy search."""
+    ) -> list[list[int]]:
+        """The ids of a caption of each image, without begin and end; `images` as `memory` takes them.
+
+        One beam is greedy search.
+        """
         max_length = min(max_length, self.recipe.max_length)  # no position was trained beyond it
         memory_BLD = self.memory(images)
         if num_beams == 1:
-            ids = greedy(self.decoder, memory_BLD, max_length)
-        else:
-            ids = beam_search(self.decoder, memory_BLD, max_length, num_beams, length_penalty)
-        return [self.vocabulary.decode(row) for row in ids]
+            return greedy(self.decoder, memory_BLD, max_length, self.token_ids)
+        return beam_search(self.decoder, memory_BLD, max_length, self.token_ids, num_beams, length_penalty)
 
 
 _REPORT = CrossAttentionCaptionerRecipe()

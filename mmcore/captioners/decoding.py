@@ -7,20 +7,17 @@ import torch
 from torch import Tensor
 
 from mmcore.captioners.decoder import CaptionDecoder
-from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-
-# Never written into a caption: they carry no word.
-_SUPPRESSED = (PAD_ID, BOS_ID, UNK_ID)
+from mmcore.text import TokenIds
 
 
-def _log_probabilities(decoder: CaptionDecoder, last_R: Tensor, state) -> Tensor:
+def _log_probabilities(decoder: CaptionDecoder, last_R: Tensor, state, tokens: TokenIds) -> Tensor:
     logits_RV = decoder.step(last_R, state).float()
-    logits_RV[:, _SUPPRESSED] = -torch.inf
+    logits_RV[:, tokens.silent_ids] = -torch.inf
     return logits_RV.log_softmax(dim=-1)
 
 
 @torch.inference_mode()
-def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int) -> list[list[int]]:
+def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int, tokens: TokenIds) -> list[list[int]]:
     """The most probable word each time, until the end mark or `max_length` words.
 
     A caption that has ended leaves the batch, so the work shrinks with it. Returns ids without begin and end.
@@ -28,14 +25,14 @@ def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int) -> list
     num_images = memory_BLD.shape[0]
     captions: list[list[int]] = [[] for _ in range(num_images)]
     running_R = torch.arange(num_images, device=memory_BLD.device)
-    last_R = torch.full((num_images,), BOS_ID, device=memory_BLD.device)
+    last_R = torch.full((num_images,), tokens.bos_id, device=memory_BLD.device)
     state = decoder.start(memory_BLD, 1, max_length)
     for _ in range(max_length):
-        last_R = _log_probabilities(decoder, last_R, state).argmax(dim=-1)
+        last_R = _log_probabilities(decoder, last_R, state, tokens).argmax(dim=-1)
         for image, word in zip(running_R.tolist(), last_R.tolist(), strict=True):
-            if word != EOS_ID:
+            if word != tokens.eos_id:
                 captions[image].append(word)
-        going_R = (last_R != EOS_ID).nonzero().squeeze(1)
+        going_R = (last_R != tokens.eos_id).nonzero().squeeze(1)
         if going_R.numel() == 0:
             break
         if going_R.numel() < last_R.numel():
@@ -47,7 +44,12 @@ def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int) -> list
 
 @torch.inference_mode()
 def beam_search(
-    decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int, num_beams: int, length_penalty: float = 1.0
+    decoder: CaptionDecoder,
+    memory_BLD: Tensor,
+    max_length: int,
+    tokens: TokenIds,
+    num_beams: int,
+    length_penalty: float = 1.0,
 ) -> list[list[int]]:
     """The caption with the highest log-probability / length**length_penalty that `num_beams` beams find.
 
@@ -58,19 +60,19 @@ def beam_search(
     best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * num_images
     running_B = torch.arange(num_images, device=device)
     state = decoder.start(memory_BLD, num_beams, max_length)
-    last_R = torch.full((num_images * num_beams,), BOS_ID, device=device)
+    last_R = torch.full((num_images * num_beams,), tokens.bos_id, device=device)
     scores_BK = torch.full((num_images, num_beams), -torch.inf, device=device)
     scores_BK[:, 0] = 0.0  # all beams begin alike: let one of them branch
     words_RT = torch.zeros(num_images * num_beams, 0, dtype=torch.long, device=device)
 
     for length in range(1, max_length + 1):
-        log_probs_RV = _log_probabilities(decoder, last_R, state)
+        log_probs_RV = _log_probabilities(decoder, last_R, state, tokens)
         vocabulary_size = log_probs_RV.shape[1]
         totals_BX = (scores_BK.flatten()[:, None] + log_probs_RV).view(len(running_B), -1)
         # 2K candidates hold at least K that do not end, since each beam ends in one way only.
         top_BX, index_BX = totals_BX.topk(2 * num_beams, dim=1)
         beam_BX, word_BX = index_BX // vocabulary_size, index_BX % vocabulary_size
-        ended_BX = word_BX == EOS_ID
+        ended_BX = word_BX == tokens.eos_id
         for row, candidate in ended_BX.nonzero().tolist():
             score = top_BX[row, candidate].item() / length**length_penalty
             image = int(running_B[row])

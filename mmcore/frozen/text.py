@@ -12,15 +12,13 @@ from torch import Tensor
 
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import load_frozen, sha256_of
+from mmcore.frozen.tokenizers import TOKENIZER_FILES, load_tokenizer, marks, read_tokenizer, tokenizer_files
 from mmcore.storage import Storage
-from mmcore.temporary import temporary_folder
 from mmcore.text import BOS, EOS, PAD, SPECIAL, UNK
 
 SCRATCH = "scratch"
-WORDS = "words"
 # Of the tokenizer that is made of the captions: a word that occurs once is not learned, but becomes <unk>.
 _MIN_WORD_COUNT = 2
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         """Raises InputError for a tokenizer without an end mark."""
-        self.bos_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-        self.eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        if self.eos_id is None:
-            raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end mark; choose another with --tokenizer")
+        self.bos_id, self.eos_id = marks(tokenizer)
         if tokenizer.pad_token_id is None:
             # As CLIP's does; nothing after the first end mark is looked for.
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.eos_id)
@@ -53,20 +48,7 @@ class PromptTokenizer:
     @classmethod
     def from_name(cls, name: str, max_tokens: int, flag: str = "--tokenizer") -> "PromptTokenizer":
         """Raises InputError, naming `flag`, where `name` is neither a folder with a tokenizer.json nor on the hub."""
-        from transformers import AutoTokenizer
-        from transformers.utils import cached_file
-
-        try:
-            # Without this file transformers makes an empty tokenizer up and says nothing.
-            if cached_file(name, _TOKENIZER_FILES[0], _raise_exceptions_for_missing_entries=False) is None:
-                raise OSError(f"no {_TOKENIZER_FILES[0]} there")
-            tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"{flag} {name!r}: no tokenizer in such a folder, and none by that name can be had ({reason})"
-            ) from None
-        return cls(tokenizer, max_tokens)
+        return cls(load_tokenizer(name, flag), max_tokens)
 
     @classmethod
     def of_words(cls, captions: Iterable[str], max_tokens: int) -> "PromptTokenizer":
@@ -90,26 +72,16 @@ class PromptTokenizer:
     @classmethod
     def read(cls, folder: Storage, max_tokens: int) -> "PromptTokenizer":
         """What `files` gave, from a folder of the storage."""
-        from transformers import AutoTokenizer
-
-        with temporary_folder("tokenizer") as local:
-            for name in _TOKENIZER_FILES:
-                folder.download(name, local / name)
-            return cls(AutoTokenizer.from_pretrained(local, use_fast=True, trust_remote_code=False), max_tokens)
+        return cls(read_tokenizer(folder), max_tokens)
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer as files that transformers reads, by name."""
-        # What the last call padded to would be written down too.
-        self.tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer.backend_tokenizer.no_truncation()
-        with temporary_folder("tokenizer") as local:
-            self.tokenizer.save_pretrained(local)
-            return {name: (local / name).read_bytes() for name in _TOKENIZER_FILES}
+        return tokenizer_files(self.tokenizer)
 
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the ids (the other file also says where the tokenizer was read from)."""
         marks = json.dumps([self.max_tokens, dataclasses.asdict(self.inputs())])
-        return hashlib.sha256(marks.encode() + self.files()[_TOKENIZER_FILES[0]]).hexdigest()
+        return hashlib.sha256(marks.encode() + self.files()[TOKENIZER_FILES[0]]).hexdigest()
 
     def inputs(self) -> TextInputs:
         return TextInputs(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
-from mmcore.frozen.text import SCRATCH, WORDS, TextInputs
+from mmcore.frozen.text import SCRATCH, TextInputs
+from mmcore.frozen.tokenizers import WORDS
 
 
 @dataclass(frozen=True)

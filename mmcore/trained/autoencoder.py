@@ -63,7 +63,7 @@ class TrainedVQVAE:
     def fingerprint(self) -> str:
         """SHA-256 over all that decides latents and images: the weights and the settings."""
         # As they were written: a field that a later version adds must not change the fingerprint of what is there.
-        settings = {name: value for name, value in self.file.settings.items() if name != "train"}
+        settings = {name: value for name, value in self.file.written["settings"].items() if name != "train"}
         return sha256_of(self.model, settings)
 
     @torch.inference_mode()

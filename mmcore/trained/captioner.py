@@ -7,15 +7,17 @@ import numpy as np
 import torch
 
 from mmcore import checkpoint
-from mmcore.captioners.cross_attention import CaptionerFacts
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
+from mmcore.frozen.tokenizers import read_caption_tokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.recipe import Captioner, Identity
-from mmcore.run_files import RunFile, read_weights
+from mmcore.run_files import TOKENIZER_ASSET, RunFile, read_weights
 from mmcore.storage import Storage
+from mmcore.text import CaptionTokenizer, WordVocabulary
 
 
 def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
@@ -59,6 +61,7 @@ class TrainedCaptioner:
         """Raises InputError where the weights or the frozen encoder are others than the facts name."""
         facts = self.file.facts
         self.device = torch.device(device)
+        self.tokenizer = self._tokenizer()
         self.model = self.recipe.build(facts)
         checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
         self.model.eval().to(self.device)
@@ -71,14 +74,21 @@ class TrainedCaptioner:
                 )
         return self
 
+    def _tokenizer(self) -> CaptionTokenizer:
+        """The copy that the run keeps. Up to commit 34e6a7a it was words, which recipe.json held."""
+        if "vocabulary" in self.file.written:
+            return WordVocabulary.from_json(self.file.written["vocabulary"])
+        return read_caption_tokenizer(self.run / "model" / TOKENIZER_ASSET)
+
     @torch.inference_mode()
     def caption(self, pixels: np.ndarray, options: SearchOptions, prompts: Sequence[str] | None = None) -> list[str]:
         if prompts is not None:
             raise ValueError("this captioner takes no words beside an image")
         inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-        return self.model.caption(
+        captions = self.model.caption(
             inputs,
             num_beams=options.num_beams,
             max_length=options.max_length,
             length_penalty=options.length_penalty,
         )
+        return [self.tokenizer.decode(ids) for ids in captions]

@@ -18,12 +18,12 @@ from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer
 from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.recipe import Generator, Identity
-from mmcore.run_files import RunFile, read_weights
+from mmcore.run_files import TOKENIZER_ASSET, RunFile, read_weights
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
-# Folders under model/ of what a run needs beside its weights.
-TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
+# Folder under model/ of the VQ-VAE whose latents a run was trained on.
+VQVAE_ASSET = "vqvae"
 
 
 def open_generator(source: str, *, text_encoder: str | None = None) -> Generator:

@@ -26,9 +26,10 @@ import torch
 from PIL import Image
 
 from mmcore import checkpoint
-from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts
+from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
-from mmcore.run_files import RunFile, write_model
+from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 
@@ -79,13 +80,15 @@ def write_captioner(run: Storage, *, smoke: bool, encoder: str = SCRATCH) -> Sto
     )
     words = [f"word{number}" for number in range(50 if smoke else _NUM_WORDS)]
     vocabulary = WordVocabulary(tuple(words), lowercase=True)
-    facts = CaptionerFacts(vocabulary.to_json(), 0, 0)
+    facts = CaptionerFacts(vocabulary.token_ids, 0, 0)
     if encoder != SCRATCH:
         frozen = FrozenVisionEncoder(encoder, recipe.image_size)
         num_tokens, width = frozen.token_shape
-        facts = CaptionerFacts(vocabulary.to_json(), num_tokens, width, frozen.fingerprint())
+        facts = CaptionerFacts(vocabulary.token_ids, num_tokens, width, frozen.fingerprint())
     torch.manual_seed(0)
     model = recipe.build(facts)
+    for file, data in vocabulary.files().items():
+        (run / "model" / TOKENIZER_ASSET).write(file, data)
     variant = "smoke" if smoke else "report"
     write_model(run, checkpoint.trainable_state(model), RunFile("resnet_captioner", variant, recipe, facts, ""))
     return run

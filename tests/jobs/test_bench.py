@@ -17,8 +17,9 @@ from jobs.bench import decode_captions, inputs, ray_train_overhead, timing
 from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
 from jobs.runtime.ray_private import cpus
-from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts
+from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.decoder import Packing
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion
 from mmcore.recipe import recipe_to_json
@@ -87,7 +88,7 @@ def test_the_reports_decoder_with_our_weights_gives_our_logits(variant):
     recipe = inputs.tiny(VARIANTS[variant])
     vocabulary = inputs.synthetic_vocabulary(100, recipe.lowercase)
     torch.manual_seed(0)
-    model = recipe.build(CaptionerFacts(vocabulary.to_json(), 4, 8)).eval()
+    model = recipe.build(CaptionerFacts(vocabulary.token_ids, 4, 8)).eval()
     report = ReportCaptioner(recipe, len(vocabulary), 8).eval()
     report.load_decoder(model.decoder)
     ids_BT, memory_BLD = torch.randint(1, 100, (3, 7)), torch.randn(3, 4, recipe.width)
@@ -195,7 +196,7 @@ def test_decode_captions():
 def test_a_caption_that_differs_is_found():
     bench = decode_captions.DecodeBench(smoke=True, num_images=32)
     model, memory = decode_captions.synthetic_model(bench, inputs.tiny(VARIANTS["report"]), "cpu")
-    report = ReportCaptioner(model.recipe, len(model.vocabulary), 1).eval()
+    report = ReportCaptioner(model.recipe, model.token_ids.size, 1).eval()
     report.load_decoder(model.decoder)
     right = [decode_captions.up_to_end(ids) for ids in report.greedy(memory).tolist()]
     assert decode_captions.count_ties(report, memory, right, right) == 0

@@ -18,12 +18,13 @@ from kills import MAP_WORKER, TIMEOUT_S, wait_for_blocks, wait_until_gone, worke
 
 from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
-from mmcore.captioners.cross_attention import VARIANTS, CaptionerFacts
+from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
 from mmcore.frozen.vision import pixels_from_bytes
-from mmcore.run_files import RunFile, write_model
+from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 from mmcore.trained.captioner import open_captioner
@@ -38,10 +39,13 @@ def write_run(folder: Path, seed: int = 0) -> Path:
     words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
     vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
     torch.manual_seed(seed)
-    facts = CaptionerFacts(vocabulary.to_json(), 0, 0)
+    facts = CaptionerFacts(vocabulary.token_ids, 0, 0)
     model = recipe.build(facts)
     file = RunFile("resnet_captioner", "smoke", recipe, facts, "")
-    write_model(Storage(str(folder)), checkpoint.trainable_state(model), file)
+    run = Storage(str(folder))
+    for name, data in vocabulary.files().items():
+        (run / "model" / TOKENIZER_ASSET).write(name, data)
+    write_model(run, checkpoint.trainable_state(model), file)
     return folder
 
 

@@ -14,7 +14,8 @@ import torch
 from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Model
 
 from jobs.prepare import PrepareSettings, prepare
-from jobs.runtime.features import EncodeImages, cached_image_column, cached_latent_column, cached_text_column, read_null
+from jobs.runtime.encoders import EncodeImages
+from jobs.runtime.features import cached_image_column, cached_latent_column, cached_text_column, read_null
 from mmcore.data.columns import open_column
 from mmcore.data.prepared import read_captions
 from mmcore.data.shapes import ShapesSettings, shapes_rows

@@ -11,7 +11,7 @@ import tiny
 from jobs import train_ldm, train_resnet_captioner
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.run_folder import open_run
-from mmcore.captioners.cross_attention import CaptionerFacts
+from mmcore.captioners.facts import CaptionerFacts, tokenizer_path
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.denoiser import DiffusionFacts
@@ -120,9 +120,10 @@ def test_a_captioner_of_34e6a7a_goes_on(tmp_path: Path) -> None:
         "columns": ["pixels"],
         "vocabulary": vocabulary.to_json(),
     }
-    mine = CaptionerFacts(vocabulary.to_json(), 4096, 3, "pixels", "of the data", ("pixels",))
+    fingerprint, path = vocabulary.fingerprint(), tokenizer_path(vocabulary)
+    mine = CaptionerFacts(vocabulary.token_ids, 4096, 3, "pixels", "of the data", ("pixels",), fingerprint, path)
     begun_by_34e6a7a(same, facts)
     open_run(same, mine)
     begun_by_34e6a7a(same, facts | {"vocabulary": vocabulary.to_json().replace('"square"', '"circle"')})
-    with pytest.raises(InputError, match="other settings: vocabulary: "):
+    with pytest.raises(InputError, match=r"other settings: text: .*text_fingerprint: "):
         open_run(same, mine)

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, RunOptions
-from jobs.train_ldm import main, setup
+from jobs.runtime.latent_training import setup
+from jobs.train_ldm import main
 from mmcore.errors import InputError
 from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions

@@ -29,7 +29,8 @@ from PIL import Image
 
 from jobs.runtime.commandline import run
 from jobs.runtime.job import RunOptions
-from jobs.train_vqvae import default_job, main, with_absolute_paths
+from jobs.runtime.vqvae_training import default_job, with_absolute_paths
+from jobs.train_vqvae import main
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network, to_pixels
 from mmcore.generators.vqvae import VARIANTS, psnr

@@ -259,15 +259,15 @@ def test_an_unfinished_run_with_another_vocabulary_is_refused(
     line = refusal(call_job(main, *command, "--min-word-count", "30", check=False))
     assert "unfinished run of other settings" in line
     assert "min_word_count: 30 (there: 1)" in line
-    assert "vocabulary: " in line
+    assert "text_fingerprint: " in line
     assert "--fresh" in line
 
     # The same flags over captions that have changed since.
     facts = json.loads(folder.read("recipe.json"))
-    facts["vocabulary"] = facts["vocabulary"].replace('"square"', '"circle"')
+    facts["text_fingerprint"] = "of other words"
     folder.write("recipe.json", json.dumps(facts).encode())
     line = refusal(call_job(main, *command, check=False))
-    assert "vocabulary" in line
+    assert "text_fingerprint: " in line
 
 
 @pytest.mark.nightly  # a start for what the diverging run shows of retries, and mmcore/test_checkpoint.py of damage

@@ -18,7 +18,9 @@ from mmcore.captioners.decoder import (
     split_heads,
 )
 from mmcore.captioners.decoding import beam_search, greedy
-from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID
+from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
+
+IDS = TokenIds(40, BOS_ID, EOS_ID, (PAD_ID, BOS_ID, UNK_ID))
 
 
 @pytest.fixture(autouse=True)
@@ -242,9 +244,9 @@ def prone_to_end(decoder: CaptionDecoder, by: float) -> CaptionDecoder:
 def test_greedy_of_a_batch_is_greedy_of_each_image_without_a_cache() -> None:
     decoder = prone_to_end(decoder_of(), 3.5)
     memory_BLD = memory_of(12)
-    together = greedy(decoder, memory_BLD, 12)
+    together = greedy(decoder, memory_BLD, 12, IDS)
     assert together == [greedy_without_cache(decoder, memory_BLD[i : i + 1], 12) for i in range(12)]
-    assert together == [greedy(decoder, memory_BLD[i : i + 1], 12)[0] for i in range(12)]
+    assert together == [greedy(decoder, memory_BLD[i : i + 1], 12, IDS)[0] for i in range(12)]
     assert len({len(words) for words in together}) > 2, "the images are to end at different lengths"
     assert not any({PAD_ID, BOS_ID, EOS_ID, UNK_ID} & set(words) for words in together)
 
@@ -252,17 +254,17 @@ def test_greedy_of_a_batch_is_greedy_of_each_image_without_a_cache() -> None:
 def test_beam_search_of_a_batch_is_that_of_each_image() -> None:
     decoder = prone_to_end(decoder_of(), 3.5)
     memory_BLD = memory_of(12)
-    together = beam_search(decoder, memory_BLD, 12, 3)
-    assert together == [beam_search(decoder, memory_BLD[i : i + 1], 12, 3)[0] for i in range(12)]
+    together = beam_search(decoder, memory_BLD, 12, IDS, 3)
+    assert together == [beam_search(decoder, memory_BLD[i : i + 1], 12, IDS, 3)[0] for i in range(12)]
     assert len({len(words) for words in together}) > 1
-    assert together != greedy(decoder, memory_BLD, 12)
+    assert together != greedy(decoder, memory_BLD, 12, IDS)
 
 
 def test_one_beam_is_greedy() -> None:
     """With no length penalty: with one, a beam may go on past the end mark for a better mean."""
     decoder = prone_to_end(decoder_of(), 3.5)
     memory_BLD = memory_of(12)
-    assert beam_search(decoder, memory_BLD, 12, 1, length_penalty=0.0) == greedy(decoder, memory_BLD, 12)
+    assert beam_search(decoder, memory_BLD, 12, IDS, 1, length_penalty=0.0) == greedy(decoder, memory_BLD, 12, IDS)
 
 
 @torch.inference_mode()
@@ -285,7 +287,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions(length_penalty: float) -> No
     """Three words and the end mark, at most four: 3^3 unfinished prefixes fit into 40 beams."""
     decoder = decoder_of(vocabulary_size=7, max_length=4)
     memory_BLD = memory_of(6)
-    found = beam_search(decoder, memory_BLD, 4, 40, length_penalty)
+    found = beam_search(decoder, memory_BLD, 4, IDS, 40, length_penalty)
     assert found == [best_of_all(decoder, memory_BLD[i : i + 1], 4, length_penalty) for i in range(6)]
     assert len({tuple(words) for words in found}) > 1
 
@@ -297,24 +299,24 @@ def test_searches_stop_early_and_at_the_limit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(decoder, "step", lambda ids_R, state: calls.append(len(ids_R)) or step(ids_R, state))
     with torch.no_grad():
         decoder.output.bias[EOS_ID] = -1e4
-    assert [len(words) for words in greedy(decoder, memory_of(3), 7)] == [7, 7, 7]
+    assert [len(words) for words in greedy(decoder, memory_of(3), 7, IDS)] == [7, 7, 7]
     assert calls == [3] * 7
     calls.clear()
-    assert [len(words) for words in beam_search(decoder, memory_of(3), 7, 2)] == [7, 7, 7]
+    assert [len(words) for words in beam_search(decoder, memory_of(3), 7, IDS, 2)] == [7, 7, 7]
     assert calls == [6] * 7
 
     with torch.no_grad():
         decoder.output.bias[EOS_ID] = 1e4
-    for search, rows in ((greedy, 3), (lambda d, m, n: beam_search(d, m, n, 2), 6)):
+    for search, rows in ((greedy, 3), (lambda d, m, n, ids: beam_search(d, m, n, ids, 2), 6)):
         calls.clear()
-        assert search(decoder, memory_of(3), 12) == [[], [], []]
+        assert search(decoder, memory_of(3), 12, IDS) == [[], [], []]
         assert calls == [rows]
 
     with torch.no_grad():
         decoder.output.bias[EOS_ID] = 0
     prone_to_end(decoder, 3.5)
     calls.clear()
-    lengths = sorted(len(words) for words in greedy(decoder, memory_of(12), 12))
+    lengths = sorted(len(words) for words in greedy(decoder, memory_of(12), 12, IDS))
     expected = [sum(length >= k for length in lengths) for k in range(min(lengths[-1] + 1, 12))]
     assert calls == expected, "each image is decoded until its own end and no further"
     assert sum(calls) < 12 * 12

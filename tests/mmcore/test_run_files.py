@@ -40,7 +40,7 @@ def test_what_was_written_is_read(run: Storage) -> None:
     fields, where = read_fields(run)
     read = run_file_from_json(fields, TinyRecipe, TinyFacts, where)
     assert dataclasses.replace(read, weights_sha256="") == FILE
-    assert read.settings == {"width": 3}
+    assert read.written == fields
     weights = read_weights(run, read.weights_sha256)
     assert weights.keys() == {"a.weight", "b", "turned"}
     assert all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())

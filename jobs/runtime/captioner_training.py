@@ -1,0 +1,151 @@
+"""How a captioner is trained: its tokenizer, the frozen tokens of images, sample captions, what is printed."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+import torch
+from torch import nn
+
+from jobs.runtime.cluster import connect
+from jobs.runtime.features import PIXELS, cached_image_column
+from jobs.runtime.job import Job
+from jobs.runtime.streaming import StreamedCaptionRows, streamed_column
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.training_flow import Encoded, Flow, train_by
+from mmcore.captioners.caption_rows import CaptionRows
+from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path
+from mmcore.catalogue import RECIPES
+from mmcore.data.columns import default_cache, open_column
+from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable, read_captions
+from mmcore.errors import InputError
+from mmcore.frozen.pretrained import absolute_folder
+from mmcore.frozen.tokenizers import read_caption_tokenizer
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
+from mmcore.run_files import TOKENIZER_ASSET
+from mmcore.seeding import derive_seed
+from mmcore.text import CaptionTokenizer
+from mmcore.training import num_steps
+
+Remark = Callable[[Job[Any], CaptionerFacts, int], None]
+
+
+def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_frozen: None) -> dict[str, Any]:
+    """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary.
+
+    `remark(job, facts, num_frozen)`: prints what is to be said of the recipe's own sizes; `num_frozen` counts the
+    parameters of the frozen encoder.
+    """
+    tokenizers: list[CaptionTokenizer] = []
+    num_frozen = 0
+
+    def plan(job: Job[Any], table: CaptionTable) -> CaptionerFacts:
+        nonlocal num_frozen
+        recipe: CaptionerRecipe = job.recipe
+        tokenizers.append(recipe.build_tokenizer(table))
+        fingerprint, num_tokens, width = PIXELS, recipe.image_size**2, 3
+        if recipe.encoder != SCRATCH:
+            encoder = FrozenVisionEncoder(absolute_folder(recipe.encoder), recipe.image_size)
+            fingerprint, (num_tokens, width) = encoder.fingerprint(), encoder.token_shape
+            num_frozen = sum(parameter.numel() for parameter in encoder.model.parameters())
+        return CaptionerFacts(
+            tokenizers[0].token_ids,
+            num_tokens,
+            width,
+            fingerprint,
+            table.facts.get("fingerprint", ""),
+            text_fingerprint=tokenizers[0].fingerprint(),
+            text=tokenizer_path(tokenizers[0]),
+        )
+
+    def describe(job: Job[Any], facts: CaptionerFacts, num_train: int) -> None:
+        _describe(job, facts, num_frozen, num_train)
+        remark(job, facts, num_frozen)
+
+    def encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encoded[Any, CaptionerFacts]:
+        for name, data in tokenizers[0].files().items():
+            (job.storage / "/".join(facts.text)).create(name, data)
+        return _encode(job, table, facts)
+
+    return train_by(Flow(_check, plan, describe, encode, setup), job)
+
+
+def _check(job: Job[Any]) -> Job[Any]:
+    if job.options.stream and job.recipe.flip:
+        raise InputError("--stream reads one view of each image; add --no-flip")
+    return job
+
+
+def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:
+    """Print sizes, beside the report's where it has such a model, and steps."""
+    recipe: CaptionerRecipe = job.recipe
+    trainable = sum(parameter.numel() for parameter in recipe.build(facts).parameters())
+    entry = RECIPES.get(job.recipe_name)
+    table_1 = entry.table_1 if entry else None
+    theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 else ""
+    steps_per_epoch, total = num_steps(recipe.train, num_train)
+    print(
+        f"parameters: {(trainable + num_frozen) / 1e6:.2f} M in all, {trainable / 1e6:.2f} M trainable{theirs}; "
+        f"vocabulary {facts.token_ids.size:,} words\n"
+        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
+        flush=True,
+    )
+
+
+def _encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encoded[Any, CaptionerFacts]:
+    recipe: CaptionerRecipe = job.recipe
+    columns = [
+        cached_image_column(
+            job.storage,
+            recipe.dataset,
+            encoder=recipe.encoder,
+            image_size=recipe.image_size,
+            flip=flip,
+            stall_timeout_s=job.options.stall_timeout,
+        )
+        for flip in ([False, True] if recipe.flip else [False])
+    ]
+    datasets = None
+    if job.options.stream:
+        connect()
+        image_ids = [table.image_ids[row] for row in table.rows(TRAIN)]
+        datasets = {"train": streamed_column(columns[0], image_ids, job.options.num_workers)}
+    names = tuple(column.folder.name for column in columns)
+    return Encoded(job, dataclasses.replace(facts, columns=names), datasets)
+
+
+def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing) -> Setup:
+    """Model and rows, on a worker."""
+    recipe: CaptionerRecipe = job.recipe
+    text = job.storage / "/".join(facts.text)
+    tokenizer = read_caption_tokenizer(text)
+    table = read_captions(job.storage, recipe.dataset, recipe.split)
+    folders = [job.storage / "features" / key for key in facts.columns]
+    keywords = {
+        "captions_per_image": recipe.captions_per_image,
+        "max_length": recipe.max_length,
+        "seed": recipe.train.seed,
+    }
+    rows: CaptionRows
+    if job.options.stream:
+        only = [table.image_ids[row] for row in table.rows(VALIDATION)]
+        views = [open_column(folder, default_cache(), only, doing) for folder in folders]
+        shard = ray.train.get_dataset_shard("train")
+        shape, dtype = views[0].values.shape[1:], str(views[0].values.dtype)
+        rows = StreamedCaptionRows(table, views, tokenizer, shard=shard, shape=shape, dtype=dtype, **keywords)
+    else:
+        views = [open_column(folder, default_cache(), doing=doing) for folder in folders]
+        rows = CaptionRows(table, views, tokenizer, **keywords)
+    torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+    model = recipe.build(facts)
+
+    def samples(model: nn.Module, step: int) -> dict[str, Any]:
+        chosen = rows.validation[: recipe.train.num_samples]
+        parameter = next(model.parameters())
+        images = rows.images(chosen, None).to(parameter.device)
+        images = images.to(parameter.dtype) if images.is_floating_point() else images
+        captions = [tokenizer.decode(ids) for ids in model.caption(images)]  # type: ignore[operator]
+        return dict(zip([rows.image_ids[row] for row in chosen], captions, strict=True))
+
+    return Setup(model, rows, samples, {TOKENIZER_ASSET: text})

@@ -1,0 +1,91 @@
+"""What encodes on the workers of Ray Data: images and captions into tensors of a column, one an image."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmcore.frozen.text import FrozenTextEncoder
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.storage import Storage
+from mmcore.trained.autoencoder import open_autoencoder
+
+# Rows that an encoder takes at once.
+_ENCODE_BATCH = 32
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _column_table(image_ids: Sequence[str], values: np.ndarray) -> pa.Table:
+    """One tensor an image. The shape travels in the schema, so that a finished cache describes itself."""
+    schema = pa.schema(
+        [("image_id", pa.string()), ("value", pa.binary())],
+        metadata={"shape": json.dumps(values.shape[1:]), "dtype": str(values.dtype)},
+    )
+    return pa.table({"image_id": image_ids, "value": [value.tobytes() for value in values]}, schema=schema)
+
+
+def _pixel_batches(rows: dict[str, Any], image_size: int, flip: bool) -> Iterator[np.ndarray]:
+    """The images of `rows` as uint8 (B, P, P, 3), mirrored with `flip`, a batch at a time."""
+    for start in range(0, len(rows["image"]), _ENCODE_BATCH):
+        stop = start + _ENCODE_BATCH
+        pixels = pixels_from_bytes(rows["image"][start:stop], image_size, rows["file_name"][start:stop])
+        yield np.ascontiguousarray(pixels[:, :, ::-1]) if flip else pixels
+
+
+class EncodeImages:
+    """Images -> frozen tokens in fp16, or the squashed pixels for a recipe that trains its encoder."""
+
+    def __init__(self, encoder: str, image_size: int, flip: bool) -> None:
+        self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, _device())
+        self.image_size, self.flip = image_size, flip
+
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        batches = _pixel_batches(rows, self.image_size, self.flip)
+        if self.encoder is None:
+            values = list(batches)
+        else:
+            values = [self.encoder(pixels).half().cpu().numpy() for pixels in batches]
+        return _column_table(rows["image_id"], np.concatenate(values))
+
+
+class EncodeLatents:
+    """Images -> latents (C, h, w) of a trained VQ-VAE before they are quantised, in fp16."""
+
+    def __init__(self, vqvae: Storage, flip: bool) -> None:
+        self.vqvae, self.flip = open_autoencoder(vqvae.uri).load(_device()), flip
+
+    @torch.inference_mode()
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        values = []
+        for pixels in _pixel_batches(rows, self.vqvae.image_size, self.flip):
+            values.append(self.vqvae.encode(pixels).half().cpu().numpy())
+        return _column_table(rows["image_id"], np.concatenate(values))
+
+
+class EncodeText:
+    """Captions -> hidden states (K, T, E) of a frozen text encoder in fp16; zeros where an image has fewer."""
+
+    def __init__(self, encoder: str, max_tokens: int, captions_per_image: int) -> None:
+        self.encoder = FrozenTextEncoder(encoder, max_tokens, _device())
+        self.captions_per_image = captions_per_image
+
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        # As many captions at once as images, several times over: these are short.
+        texts = [text for captions in rows["captions"] for text in captions]
+        hidden = [
+            self.encoder(texts[start : start + 2 * _ENCODE_BATCH]).half().cpu().numpy()
+            for start in range(0, len(texts), 2 * _ENCODE_BATCH)
+        ]
+        hidden_NTE = np.concatenate(hidden)
+        values = np.zeros((len(rows["captions"]), self.captions_per_image, *hidden_NTE.shape[1:]), np.float16)
+        start = 0
+        for row, captions in enumerate(rows["captions"]):
+            values[row, : len(captions)] = hidden_NTE[start : start + len(captions)]
+            start += len(captions)
+        return _column_table(rows["image_id"], values)

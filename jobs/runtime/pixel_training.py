@@ -1,0 +1,34 @@
+"""How a diffusion model on pixels is trained: its samples are the images themselves."""
+
+import dataclasses
+from typing import Any
+
+from jobs.runtime.diffusion_training import Samples, diffusion_setup, train_diffusion
+from jobs.runtime.features import cached_image_column
+from jobs.runtime.job import Job
+from jobs.runtime.training_flow import Encoded
+from mmcore.data.prepared import CaptionTable
+from mmcore.frozen.text import TextInputs
+from mmcore.frozen.vision import SCRATCH
+from mmcore.generators.denoiser import DiffusionFacts
+
+
+def train_pixel_diffusion(job: Job[Any]) -> dict[str, Any]:
+    """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
+    return train_diffusion(job, Samples(_facts, _encode, diffusion_setup))
+
+
+def _facts(job: Job[Any], inputs: TextInputs) -> DiffusionFacts:
+    size = job.recipe.image_size
+    return DiffusionFacts(inputs, (3, size, size), size)
+
+
+def _encode(job: Job[Any], table: CaptionTable, facts: DiffusionFacts) -> Encoded[Any, DiffusionFacts]:
+    column = cached_image_column(
+        job.storage,
+        job.recipe.dataset,
+        encoder=SCRATCH,
+        image_size=job.recipe.image_size,
+        stall_timeout_s=job.options.stall_timeout,
+    )
+    return Encoded(job, dataclasses.replace(facts, columns=(column.folder.name,)))

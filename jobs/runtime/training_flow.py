@@ -1,0 +1,93 @@
+"""The way of every training job: refuse, dry run, dataset, table, sizes, frozen features, training."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ray.data import Dataset
+
+from jobs.prepare import SHAPES, PrepareSettings, prepare
+from jobs.runtime.job import Job, R
+from jobs.runtime.run_folder import check_new_run
+from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import run_training
+from mmcore.data.columns import SUCCESS, default_cache
+from mmcore.data.prepared import TRAIN, CaptionTable, read_captions, shapes_table
+from mmcore.data.shapes import ShapesSettings
+from mmcore.recipe import recipe_to_json
+from mmcore.storage import Storage
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True)
+class Encoded(Generic[R, F]):
+    """A job whose frozen features are there."""
+
+    job: Job[R]
+    """With the runs and folders that were found or made."""
+    facts: F
+    datasets: dict[str, Dataset] | None = None
+    """Ray Datasets that a streamed run splits over its workers."""
+
+
+@dataclass(frozen=True)
+class Flow(Generic[R, F]):
+    """What a kind of recipe does at each place of the way."""
+
+    check: Callable[[Job[R]], Job[R]]
+    """Raises InputError for what can be refused without any data; returns the job with absolute folders."""
+    plan: Callable[[Job[R], CaptionTable], F]
+    """The facts that decide the sizes of the model, before anything is encoded or written."""
+    describe: Callable[[Job[R], F, int], None]
+    """Prints sizes and steps for a number of training rows. Raises InputError for what does not fit."""
+    encode: Callable[[Job[R], CaptionTable, F], Encoded[R, F]]
+    """Makes what is missing: the cached features, and models that the recipe builds on."""
+    setup: Callable[[Job[R], F, Doing], Setup]
+    """Model and rows, on a worker."""
+    reads: Callable[[Job[R]], str] = lambda job: ""
+    """What a training reads beside its data and features, for a dry run."""
+    writes: str = "tokenizers"
+    """Folder of the storage that a training writes beside its run, for a dry run."""
+
+
+def train_by(flow: Flow[R, F], job: Job[R]) -> dict[str, Any]:
+    """Make what is missing, then train. Returns the run's summary, of a dry run nothing.
+
+    Raises InputError before anything is written for a run, settings or data that cannot be.
+    """
+    check_new_run(job)
+    job = flow.check(job)
+    if job.options.dry_run:
+        _dry_run(flow, job)
+        return {}
+    ensure_dataset(job.storage, job.recipe.dataset)
+    table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
+    facts = flow.plan(job, table)
+    flow.describe(job, facts, len(table.rows(TRAIN)))
+    encoded = flow.encode(job, table, facts)
+    return run_training(encoded.job, flow.setup, encoded.facts, encoded.datasets)
+
+
+def ensure_dataset(storage: Storage, dataset: str) -> None:
+    """Make the built-in data where it is wanted and missing. Any settings will do: somebody may have made more."""
+    if dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS):
+        prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
+
+
+def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
+    """Print the resolved recipe and what would be read and written; nothing is written."""
+    recipe, storage = job.recipe, job.storage
+    makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS)
+    # What is missing is said before fifty lines of settings.
+    table = shapes_table(ShapesSettings()) if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
+    facts = flow.plan(job, table)
+    print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
+    if makes_shapes:
+        print(f"first:  makes the Shapes data, {ShapesSettings()}")
+    reads = [f"{storage}/data/{recipe.dataset}", flow.reads(job), f"{storage}/features (encoded first where missing)"]
+    writes = [str(job.run), flow.writes and f"{storage}/{flow.writes}", f"copies of the features in {default_cache()}"]
+    print(f"reads:  {', '.join(filter(None, reads))}")
+    print(f"writes: {', '.join(filter(None, writes))}")
+    flow.describe(job, facts, len(table.rows(TRAIN)))
