@@ -3,30 +3,51 @@
 Shapes: B images, K beams an image, R rows still running, V words, T words so far.
 """
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
-from mmcore.captioners.decoder import CaptionDecoder
 from mmcore.text import TokenIds
 
 
-def _log_probabilities(decoder: CaptionDecoder, last_R: Tensor, state, tokens: TokenIds) -> Tensor:
+class State(Protocol):
+    """What a decoder remembers of its rows, of which an image has as many as beams."""
+
+    def select_rows(self, rows_R: Tensor) -> None:
+        """Keep the rows `rows_R`, in that order."""
+
+    def select_images(self, images_B: Tensor) -> None:
+        """Keep the images `images_B`, in that order."""
+
+
+class Decoder(Protocol):
+    """Writes word after word from the memory of an image."""
+
+    def start(self, memory: Tensor, rows_per_image: int, num_positions: int, /) -> Any:
+        """The State of `rows_per_image` rows of each image (B, ...), for at most `num_positions` words."""
+
+    def step(self, ids_R: Tensor, state: Any, /) -> Tensor:
+        """Logits (R, V) of the word after `ids_R`; moves `state` on."""
+
+
+def _log_probabilities(decoder: Decoder, last_R: Tensor, state: State, tokens: TokenIds) -> Tensor:
     logits_RV = decoder.step(last_R, state).float()
     logits_RV[:, tokens.silent_ids] = -torch.inf
     return logits_RV.log_softmax(dim=-1)
 
 
 @torch.inference_mode()
-def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int, tokens: TokenIds) -> list[list[int]]:
+def greedy(decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds) -> list[list[int]]:
     """The most probable word each time, until the end mark or `max_length` words.
 
     A caption that has ended leaves the batch, so the work shrinks with it. Returns ids without begin and end.
     """
-    num_images = memory_BLD.shape[0]
+    num_images = memory.shape[0]
     captions: list[list[int]] = [[] for _ in range(num_images)]
-    running_R = torch.arange(num_images, device=memory_BLD.device)
-    last_R = torch.full((num_images,), tokens.bos_id, device=memory_BLD.device)
-    state = decoder.start(memory_BLD, 1, max_length)
+    running_R = torch.arange(num_images, device=memory.device)
+    last_R = torch.full((num_images,), tokens.bos_id, device=memory.device)
+    state = decoder.start(memory, 1, max_length)
     for _ in range(max_length):
         last_R = _log_probabilities(decoder, last_R, state, tokens).argmax(dim=-1)
         for image, word in zip(running_R.tolist(), last_R.tolist(), strict=True):
@@ -44,8 +65,8 @@ def greedy(decoder: CaptionDecoder, memory_BLD: Tensor, max_length: int, tokens:
 
 @torch.inference_mode()
 def beam_search(
-    decoder: CaptionDecoder,
-    memory_BLD: Tensor,
+    decoder: Decoder,
+    memory: Tensor,
     max_length: int,
     tokens: TokenIds,
     num_beams: int,
@@ -56,10 +77,10 @@ def beam_search(
     An image is done when its best ended caption scores at least what its best running beam could still reach.
     Returns ids without begin and end.
     """
-    device, num_images = memory_BLD.device, memory_BLD.shape[0]
+    device, num_images = memory.device, memory.shape[0]
     best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * num_images
     running_B = torch.arange(num_images, device=device)
-    state = decoder.start(memory_BLD, num_beams, max_length)
+    state = decoder.start(memory, num_beams, max_length)
     last_R = torch.full((num_images * num_beams,), tokens.bos_id, device=device)
     scores_BK = torch.full((num_images, num_beams), -torch.inf, device=device)
     scores_BK[:, 0] = 0.0  # all beams begin alike: let one of them branch
