@@ -11,6 +11,7 @@ from conftest import RunJob
 ROOT = Path(__file__).resolve().parents[1]
 # A line that names a file in backticks, then the file's text.
 BLOCK = re.compile(r"^`([\w/]+\.py)`:\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RECIPES = "RECIPES: dict[str, Entry] = {\n"
 JOB = "jobs/train_recurrent_captioner.py"
 # Through the doors of bulk captioning and the service, which know the recipe by the catalogue alone.
 CAPTION = """
@@ -41,24 +42,21 @@ def add_recipe(root: Path) -> dict[str, str]:
         if not path.exists():
             path.write_text(text)
             continue
-        new_import, _, entry = text.partition("\n\n")
-        there = path.read_text()
-        for before, new in (("\nfrom mmcore.", new_import), ("RECIPES: dict[str, Entry] = {\n", entry)):
-            place = there.index(before) + (1 if before.startswith("\n") else len(before))
-            there = f"{there[:place]}{new.rstrip()}\n{there[place:]}"
-        path.write_text(there)
+        imports, _, entry = text.partition("\n\n")
+        there = re.sub(r"^from mmcore\.captioners import .*$", imports, path.read_text(), flags=re.MULTILINE)
+        assert there.count(imports) == there.count(RECIPES) == 1
+        path.write_text(there.replace(RECIPES, RECIPES + entry))
     return blocks
 
 
 def test_a_recipe_is_added_by_what_contributing_says(tmp_path: Path, run_job: RunJob) -> None:
     root = copy_of_the_repository(tmp_path / "copy")
     blocks = add_recipe(root)
-    model, job, catalogue, test = blocks
+    _model, job, catalogue, test = blocks
     assert (job, catalogue) == (JOB, "mmcore/catalogue.py")
     assert len(blocks[job].splitlines()) <= 60
     # Ruff as it is configured: a newcomer's `make check` must not stumble over the example.
-    names = [model, job, test]
-    subprocess.run([sys.executable, "-m", "ruff", "check", "-q", *names], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "ruff", "check", "-q", *blocks], cwd=root, check=True)
     here = {"PYTHONPATH": str(root)}
     run_job("-m", "pytest", "-q", "-p", "no:cacheprovider", test, cwd=root, env=here)
     storage = tmp_path / "out"
