@@ -15,7 +15,8 @@ from small_disk import SmallDisk, small_disk
 
 from mmcore import checkpoint
 from mmcore.data.columns import open_column
-from mmcore.run_files import write_model
+from mmcore.generators.vqvae import VQVAEFacts, VQVAERecipe
+from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 
 DATA = bytes(1_000_000)
@@ -62,7 +63,9 @@ DOORS: dict[str, Door] = {
     "copy_files": lambda storage, source: copy_by_arrow(storage, source),
     "save_tensors": lambda storage, source: checkpoint.save(Path(storage.uri), {"weights": TENSORS}, {}),
     "state.json": lambda storage, source: checkpoint.save(Path(storage.uri), {}, {"history": "x" * 1_000_000}),
-    "write_model": lambda storage, source: write_model(storage, TENSORS, {}),
+    "write_model": lambda storage, source: write_model(
+        storage, TENSORS, RunFile("tiny", "smoke", VQVAERecipe(), VQVAEFacts(), "")
+    ),
     "open_column": lambda storage, source: open_column(Storage(str(source.parent / "column")), Path(storage.uri)),
 }
 
