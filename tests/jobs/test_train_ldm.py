@@ -37,28 +37,10 @@ from mmcore.trained.generator import open_generator
 
 JOB = "jobs/train_ldm.py"
 FLAGS = [
-    "--variant",
-    "smoke",
-    "--dataset",
-    "tiny",
-    "--split",
-    "split",
-    "--flip",
-    "--num-epochs",
-    "8",
-    "--max-steps",
-    "40",
-    "--validate-every-epochs",
-    "4",
-    "--checkpoint-every-steps",
-    "2",
-    "--log-every-steps",
-    "1",
-    "--num-threads",
-    "1",
-    "--precision",
-    "fp32",
-]
+    "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--flip", "--num-epochs", "8", "--max-steps", "40",
+    "--validate-every-epochs", "4", "--checkpoint-every-steps", "2", "--log-every-steps", "1", "--num-threads", "1",
+    "--precision", "fp32",
+]  # fmt: skip
 NUM_STEPS = 40
 
 

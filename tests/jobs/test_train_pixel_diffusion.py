@@ -26,36 +26,10 @@ from mmcore.trained.generator import open_generator
 JOB = "jobs/train_pixel_diffusion.py"
 # `report` in all but its sizes: the frozen encoder, the projection, no dropped texts.
 FLAGS = [
-    "--variant",
-    "report",
-    "--dataset",
-    "tiny",
-    "--split",
-    "split",
-    "--image-size",
-    "16",
-    "--channels",
-    "32",
-    "32",
-    "--attention-levels",
-    "1",
-    "--num-heads",
-    "2",
-    "--layers-per-block",
-    "1",
-    "--projection-width",
-    "24",
-    "--sample-steps",
-    "4",
-    "--num-samples",
-    "3",
-    "--num-epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--num-threads",
-    "1",
-]
+    "--variant", "report", "--dataset", "tiny", "--split", "split", "--image-size", "16", "--channels", "32", "32",
+    "--attention-levels", "1", "--num-heads", "2", "--layers-per-block", "1", "--projection-width", "24",
+    "--sample-steps", "4", "--num-samples", "3", "--num-epochs", "2", "--batch-size", "8", "--num-threads", "1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -40,29 +40,10 @@ from mmcore.storage import Storage
 JOB = ["tests/gated_job.py", "train_resnet_captioner"]
 # 40 steps of 8 epochs; dropout, so that a resume that forgot randomness would show.
 FLAGS = [
-    "--variant",
-    "smoke",
-    "--dataset",
-    "tiny",
-    "--split",
-    "split",
-    "--image-size",
-    "32",
-    "--num-epochs",
-    "8",
-    "--max-steps",
-    "40",
-    "--batch-size",
-    "8",
-    "--checkpoint-every-steps",
-    "2",
-    "--log-every-steps",
-    "1",
-    "--dropout",
-    "0.1",
-    "--num-threads",
-    "1",
-]
+    "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "32", "--num-epochs", "8",
+    "--max-steps", "40", "--batch-size", "8", "--checkpoint-every-steps", "2", "--log-every-steps", "1",
+    "--dropout", "0.1", "--num-threads", "1",
+]  # fmt: skip
 NUM_STEPS = 40
 NUM_WORKERS = 2
 

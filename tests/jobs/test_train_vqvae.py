@@ -40,29 +40,10 @@ from mmcore.trained.autoencoder import open_autoencoder
 JOB = "jobs/train_vqvae.py"
 # The smoke variant: averages, revival and a discriminator from step 10 on, on 16x16 pixels.
 FLAGS = [
-    "--variant",
-    "smoke",
-    "--dataset",
-    "tiny",
-    "--split",
-    "split",
-    "--image-size",
-    "16",
-    "--num-epochs",
-    "20",
-    "--max-steps",
-    "40",
-    "--validate-every-epochs",
-    "4",
-    "--checkpoint-every-steps",
-    "2",
-    "--log-every-steps",
-    "1",
-    "--num-samples",
-    "3",
-    "--num-threads",
-    "1",
-]
+    "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "16", "--num-epochs", "20",
+    "--max-steps", "40", "--validate-every-epochs", "4", "--checkpoint-every-steps", "2", "--log-every-steps", "1",
+    "--num-samples", "3", "--num-threads", "1",
+]  # fmt: skip
 NUM_STEPS = 40
 
 

@@ -22,27 +22,9 @@ from mmcore.storage import Storage
 
 JOB = "jobs/train_resnet_captioner.py"
 FLAGS = [
-    "--variant",
-    "smoke",
-    "--dataset",
-    "tiny",
-    "--split",
-    "split",
-    "--image-size",
-    "32",
-    "--num-epochs",
-    "4",
-    "--max-steps",
-    "20",
-    "--batch-size",
-    "8",
-    "--log-every-steps",
-    "1",
-    "--num-threads",
-    "1",
-    "--precision",
-    "fp32",
-]
+    "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "32", "--num-epochs", "4",
+    "--max-steps", "20", "--batch-size", "8", "--log-every-steps", "1", "--num-threads", "1", "--precision", "fp32",
+]  # fmt: skip
 THE_JOB = """
 from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import main
@@ -219,17 +201,9 @@ def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoin
     call_job: CallJob, storage: Storage
 ) -> None:
     flags = [
-        "--lr",
-        "1e30",
-        "--warmup-steps",
-        "0",
-        "--schedule",
-        "constant",
-        "--clip-grad-norm",
-        "None",
-        "--checkpoint-every-steps",
-        "1",
-    ]
+        "--lr", "1e30", "--warmup-steps", "0", "--schedule", "constant", "--clip-grad-norm", "None",
+        "--checkpoint-every-steps", "1",
+    ]  # fmt: skip
     command = [*FLAGS, *flags, "--storage", storage, "--name", "diverges"]
     before = num_workers_started()
     line = refusal(call_job(main, *command, check=False))
