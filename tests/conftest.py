@@ -269,12 +269,18 @@ CallJob = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def call_job(ray_local: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CallJob:
+def call_job(ray_local: None, call_here: CallJob) -> CallJob:
     """`call_job(main, "--flag", ...)` -> CompletedProcess: as `run_job`, but in this process and its Ray.
 
     It spares the start of Python and of Ray, ten seconds a job. Jobs that are killed, that a stall ends or that need
     another environment are run. What a worker prints is no promise: Ray brings it late, and on a busy machine never.
     """
+    return call_here
+
+
+@pytest.fixture
+def call_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CallJob:
+    """`call_job` without Ray: for what a job says before it needs one."""
 
     def call(main: Callable[[], None], *args: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
         from jobs.runtime.commandline import run

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from job_output import error_line, own_lines
 from kills import TIMEOUT_S, committed_step, moments, rows_until, wait_for_step
 from safetensors.torch import load_file
 
-from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.latent_training import setup
 from jobs.train_ldm import main
@@ -35,7 +33,6 @@ from mmcore.run_files import read_begun
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
-JOB = "jobs/train_ldm.py"
 FLAGS = [
     "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--flip", "--num-epochs", "8", "--max-steps", "40",
     "--validate-every-epochs", "4", "--checkpoint-every-steps", "2", "--log-every-steps", "1", "--num-threads", "1",
@@ -81,45 +78,9 @@ def reference(call_job: Callable[..., Any], storage: Storage) -> Storage:
 # -- refused before any work ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--vqvae", "no/such/run"], ["no/such/run: no model/ there"]),
-        (["--stream"], ["--stream", "leave it out"]),
-        (["--drop-text", "0"], ["sample_guidance 3.0", "--drop-text 0.1"]),
-        (["--channels", "30", "60"], ["channels (30, 60)", "--channels"]),
-        (["--tokenizer", "no/such/folder"], ["--tokenizer 'no/such/folder'"]),
-        (["--text-encoder", "no/such/folder"], ["--text-encoder 'no/such/folder'"]),
-        (["--sample-steps", "3"], ["3 sampling steps", "ddim takes a divisor"]),
-        (["--variant", "report", "--num-epochs", "1"], ["--vqvae is missing", "train_vqvae.py --variant report"]),
-        (["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
-    ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
-)
-def test_a_bad_setting_is_refused_in_one_line(
-    storage: Storage,
-    flags: list[str],
-    named: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Callable[..., Any]) -> None:
     before = sorted(Path(storage.uri).rglob("*"))
-    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "refused", *flags])
-    with pytest.raises(SystemExit) as caught:
-        run(main)
-    assert caught.value.code == 1
-    line = error_line(capsys.readouterr().err)
-    assert all(part in line for part in named), line
-    assert sorted(Path(storage.uri).rglob("*")) == before
-
-
-def test_dry_run_prints_sizes_and_writes_nothing(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = sorted(Path(storage.uri).rglob("*"))
-    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "dry", "--dry-run"])
-    main()
-    printed = capsys.readouterr().out
+    printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
     assert "of the U-Net on 4 x 8 x 8" in printed
     assert "steps: 40 of 8 images, 5 an epoch" in printed
     assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
@@ -128,19 +89,11 @@ def test_dry_run_prints_sizes_and_writes_nothing(
 
 @pytest.mark.parametrize("num_heads", [0, 1, 2])
 def test_what_cannot_be_exported_is_said_at_the_start(
-    num_heads: int,
-    storage: Storage,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    num_heads: int, storage: Storage, tmp_path: Path, call_here: Callable[..., Any]
 ) -> None:
     tiny_diffusion.write_vqvae_run(Storage(str(tmp_path)), num_heads=num_heads)
-    flags = ["--storage", str(storage), "--name", "dry", "--vqvae", str(tmp_path), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, *flags])
-    main()
-    assert ("2 heads in its attention: what is trained on it cannot be exported" in capsys.readouterr().out) == (
-        num_heads == 2
-    )
+    told = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--vqvae", tmp_path, "--dry-run").stdout
+    assert ("2 heads in its attention: what is trained on it cannot be exported" in told) == (num_heads == 2)
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -263,16 +216,13 @@ def test_two_workers_through_ray_agree_with_one(
 
 
 def test_a_vqvae_of_other_settings_is_not_taken_silently(
-    reference: Storage, storage: Storage, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    reference: Storage, storage: Storage, call_here: Callable[..., Any]
 ) -> None:
     vqvae = storage / "runs" / "vqvae"
     facts = json.loads((vqvae / "first").read("recipe.json"))
     facts["settings"]["num_codes"] = 7
     (vqvae / "other").write("recipe.json", json.dumps(facts).encode())
     (vqvae / "other").write("_SUCCESS", b"{}")
-    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "other"])
-    with pytest.raises(SystemExit):
-        run(main)
-    line = error_line(capfd.readouterr().err)
+    line = error_line(call_here(main, *FLAGS, "--storage", storage, "--name", "other", check=False).stderr)
     assert "is finished with other settings: num_codes: 64 (there: 7)" in line
     assert "--vqvae" in line

@@ -1,7 +1,6 @@
 """The job of pixel diffusion: with a frozen text encoder, whose hidden states are computed once, and from scratch."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from job_output import error_line
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from jobs.runtime.commandline import run
 from jobs.train_pixel_diffusion import main
 from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer
@@ -23,7 +20,6 @@ from mmcore.images import decode_image
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
-JOB = "jobs/train_pixel_diffusion.py"
 # `report` in all but its sizes: the frozen encoder, the projection, no dropped texts.
 FLAGS = [
     "--variant", "report", "--dataset", "tiny", "--split", "split", "--image-size", "16", "--channels", "32", "32",
@@ -54,34 +50,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run_folder(storage: Storage, name: str) -> Storage:
     return storage / "runs" / "pixel_diffusion" / name
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--channels", "32", "64", "64", "64", "64", "64"], ["levels need sides divisible by 32", "--channels"]),
-        (["--sample-guidance", "2"], ["sample_guidance 2.0", "--drop-text 0.1"]),
-        (["--max-tokens", "40"], ["max_tokens 40", "takes 32", "--max-tokens"]),
-    ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
-)
-def test_a_bad_setting_is_refused_in_one_line(
-    storage: Storage,
-    bert: str,
-    flags: list[str],
-    named: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    before = sorted(Path(storage.uri).rglob("*"))
-    command = [JOB, *FLAGS, "--text-encoder", bert, "--storage", str(storage), "--name", "refused", *flags]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as caught:
-        run(main)
-    assert caught.value.code == 1
-    line = error_line(capsys.readouterr().err)
-    assert all(part in line for part in named), line
-    assert sorted(Path(storage.uri).rglob("*")) == before
 
 
 def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path) -> None:

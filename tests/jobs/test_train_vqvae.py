@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import tiny
 import torch
 from gate import AHEAD, Gate
-from job_output import driver_lines
 from kills import (
     committed_step,
     kill_with_all_it_started,
@@ -27,7 +25,6 @@ from kills import (
 )
 from PIL import Image
 
-from jobs.runtime.commandline import run
 from jobs.runtime.job import RunOptions
 from jobs.runtime.vqvae_training import default_job, with_absolute_paths
 from jobs.train_vqvae import main
@@ -37,7 +34,6 @@ from mmcore.generators.vqvae import VARIANTS, psnr
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
-JOB = "jobs/train_vqvae.py"
 # The smoke variant: averages, revival and a discriminator from step 10 on, on 16x16 pixels.
 FLAGS = [
     "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "16", "--num-epochs", "20",
@@ -66,43 +62,9 @@ def history(run: Storage) -> list[dict[str, Any]]:
 # -- refused before any work ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--image-size", "18"], ["image_size 18", "--image-size"]),
-        (["--stream"], ["--stream"]),
-        (["--dataset", "nothing"], ["data/nothing", "jobs/prepare.py --dataset nothing"]),
-        (["--perceptual", "lpips"], ["--vgg16 FILE", "--lpips-heads FILE", "--perceptual None"]),
-        (["--perceptual", "lpips", "--vgg16", "no.pth", "--lpips-heads", "no.pth"], ["--vgg16", "no.pth"]),
-        (["--perceptual", "no/such/folder"], ["--perceptual 'no/such/folder'"]),
-        (["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
-    ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
-)
-def test_a_bad_setting_is_refused_in_one_line(
-    storage: Storage,
-    flags: list[str],
-    named: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "refused", *flags])
-    with pytest.raises(SystemExit) as caught:
-        run(main)
-    assert caught.value.code == 1
-    (line,) = driver_lines(capsys.readouterr().err)
-    assert line.startswith("error: ")
-    assert all(part in line for part in named), line
-    assert not run_folder(storage, "refused").exists()
-
-
-def test_dry_run_prints_sizes_and_writes_nothing(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Callable[..., Any]) -> None:
     before = {path: path.read_bytes() for path in Path(storage.uri).rglob("*") if path.is_file()}
-    monkeypatch.setattr(sys, "argv", [JOB, *FLAGS, "--storage", str(storage), "--name", "dry", "--dry-run"])
-    main()
-    printed = capsys.readouterr().out
+    printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
     assert "images 16x16x3 -> latents 4x4x4, 64 codes" in printed
     assert "steps: 40 of 8 images, 5 an epoch" in printed
     assert {path: path.read_bytes() for path in Path(storage.uri).rglob("*") if path.is_file()} == before

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from job_output import PATIENT_WATCHDOG, error_line
 from kills import TRAIN_WORKER
 
 from jobs.runtime import source
-from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import main
 from mmcore.storage import Storage
 
@@ -91,46 +88,6 @@ def everything_in(storage: Storage) -> dict[str, bytes]:
 
 
 # -- refused before any work ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--variant", "shmoke"], ["--variant 'shmoke'", "report, best, shapes, smoke"]),
-        (["--batch-size", "9", "--num-workers", "2"], ["batch_size 9", "2 workers", "--batch-size"]),
-        (["--gradient-accumulation", "3"], ["batch_size 8", "3 micro-batches", "--batch-size"]),
-        (["--max-steps", "0"], ["max_steps 0", "--max-steps"]),
-        (["--dataset", "nothing"], ["data/nothing", "jobs/prepare.py --dataset nothing"]),
-        (["--split", "split_x"], ["--split 'split_x'", "has split"]),
-        (["--encoder", "no/such/folder"], ["--encoder 'no/such/folder'"]),
-        (["--storage", "gs://bucket"], ["'gs://bucket'", "s3://bucket/prefix"]),
-        (["--num-heads", "3"], ["num_heads 3", "width 32", "--num-heads"]),
-        (["--dropout", "1.0"], ["dropout 1.0", "--dropout"]),
-        (["--batch-size", "64"], ["batch_size 64", "40 training rows", "--batch-size"]),
-        (["--name", ""], ["--name ''", "a letter or digit first"]),
-        (["--name", ".."], ["--name '..'", "a letter or digit first"]),
-        (["--name", "a/b"], ["--name 'a/b'", "a letter or digit first"]),
-        (["--num-threads", "0"], ["--num-threads 0", "at least 1"]),
-        (["--lr", "-1"], ["lr -1.0", "--lr"]),
-        (["--warmup-steps", "-5"], ["warmup_steps -5", "--warmup-steps"]),
-        (["--clip-grad-norm", "0"], ["clip_grad_norm 0.0", "--clip-grad-norm"]),
-        (["--ema-decay", "1"], ["ema_decay 1.0", "--ema-decay"]),
-    ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) and value[0].startswith("--") else "",
-)
-def test_a_bad_setting_is_refused_in_one_line(
-    storage: Storage, flags: list[str], named: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    """In this process, to spare starts of Python; `run` is all that the job adds."""
-    variant = [] if "--variant" in flags else FLAGS
-    before = everything_in(storage)
-    monkeypatch.setattr(sys, "argv", [JOB, *variant, "--storage", str(storage), "--name", "refused", *flags])
-    with pytest.raises(SystemExit) as caught:
-        run(main)
-    printed = capfd.readouterr()
-    line = refusal(subprocess.CompletedProcess([], caught.value.code, printed.out, printed.err))
-    assert all(part in line for part in named), line
-    assert everything_in(storage) == before, "nothing is written before the settings are known to work"
 
 
 def test_a_refusal_as_a_user_sees_it(run_job: RunJob, storage: Storage) -> None:
