@@ -6,7 +6,7 @@ import sys
 
 import pyarrow.fs
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 
 from jobs.runtime.commandline import one_line
 
@@ -32,7 +32,7 @@ def test_a_reader_that_is_gone_ends_a_job_silently() -> None:
         done = subprocess.run(
             [sys.executable, "jobs/evaluate.py", "--help"],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=writer, stderr=subprocess.PIPE, text=True,
-            timeout=120,
+            timeout=HANG_S,
         )  # fmt: skip
     finally:
         os.close(writer)

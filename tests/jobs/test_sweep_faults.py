@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_sweep
+from conftest import HANG_S
 
 from jobs.generate import GenerateSettings, generate
 from jobs.runtime.image_blocks import plan_blocks, read_block
@@ -83,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        upstream = http.client.HTTPConnection(self.server.target, timeout=60)
+        upstream = http.client.HTTPConnection(self.server.target, timeout=HANG_S)
         try:
             headers = {
                 name: value for name, value in self.headers.items() if name.lower() not in ("expect", "connection")
@@ -98,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Half of a PUT reaches the server, which was told of the whole."""
         half = self.rfile.read(length // 2)
         host, _, port = self.server.target.partition(":")
-        with socket.create_connection((host, int(port)), timeout=60) as upstream:
+        with socket.create_connection((host, int(port)), timeout=HANG_S) as upstream:
             lines = [f"{self.command} {self.path} HTTP/1.1"]
             lines += [f"{name}: {value}" for name, value in self.headers.items() if name.lower() != "expect"]
             upstream.sendall("\r\n".join([*lines, "", ""]).encode() + half)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 
-from serving import run
+from serving import HANG_S, run
 
 from serve.batching import Batcher
 
@@ -14,13 +14,13 @@ def test_a_batch_is_counted_though_its_first_caller_hung_up() -> None:
 
     def work(group: object, payloads: list[int], on_step: object) -> list[int]:
         at_work.set()
-        assert go.wait(10)
+        assert go.wait(HANG_S)
         return payloads
 
     async def main() -> list[int | None]:
         batcher: Batcher[int, int] = Batcher(work, batch_size=3, wait_s=5.0)
         first, *others = [asyncio.ensure_future(batcher.submit("group", i)) for i in range(3)]
-        await asyncio.to_thread(at_work.wait, 10)
+        await asyncio.to_thread(at_work.wait, HANG_S)
         first.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await first

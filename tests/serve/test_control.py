@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import RunJob, StartJob, free_port
-from serving import AUTHORIZED, KEY, chat, data_uri, picture, wait_ready
+from serving import AUTHORIZED, HANG_S, KEY, chat, data_uri, picture, wait_ready
 from tiny_runs import write_resnet
 
 from mmcore.errors import InputError
@@ -74,7 +74,7 @@ def test_runs_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_a_process_that_may_not_start_says_one_line(run_job: RunJob) -> None:
-    done = run_job(*CONTROL, "start", "captioner=a:/x", env=CLOSED, check=False, timeout_s=120)
+    done = run_job(*CONTROL, "start", "captioner=a:/x", env=CLOSED, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: no key")
@@ -93,7 +93,7 @@ def test_a_place_where_ray_does_not_start_is_told_in_one_line(
     run_folder = write_captioner(Storage(str(tmp_path)) / "run", smoke=True)
     command = (*CONTROL, "start", f"captioner=tiny:{run_folder}", f"port={free_port()}")
     variables = {**CLOSED, "SERVE_API_KEYS": KEY, "RAY_TMPDIR": str(tmp_path / folder)}
-    done = run_job(*command, env=variables, check=False, timeout_s=300)
+    done = run_job(*command, env=variables, check=False)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: "), done.stderr
@@ -122,7 +122,7 @@ def test_a_model_that_does_not_load_is_told_in_one_line(tmp_path: Path, run_job:
     run_folder = write_captioner(Storage(str(tmp_path)) / "run", smoke=True, encoder=str(encoder))
     encoder.rename(tmp_path / "elsewhere")
     command = (*CONTROL, "start", f"captioner=tiny:{run_folder}", f"port={free_port()}")
-    done = run_job(*command, env={**CLOSED, "SERVE_API_KEYS": KEY}, check=False, timeout_s=300)
+    done = run_job(*command, env={**CLOSED, "SERVE_API_KEYS": KEY}, check=False)
     assert done.returncode == 1
     # The last of them, behind what Ray brings from its processes.
     line = done.stderr.splitlines()[-1]
@@ -142,7 +142,7 @@ def test_start_and_stop(tmp_path: Path, start_job: StartJob, run_job: RunJob) ->
     wait_ready(url, process, log)
     assert httpx.get(f"{url}/v1/models").status_code == 401
     body = {**chat(data_uri(picture())), "model": "tiny"}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=AUTHORIZED, timeout=60)
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=AUTHORIZED, timeout=HANG_S)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"]
     # Another key, without a restart.
@@ -151,14 +151,14 @@ def test_start_and_stop(tmp_path: Path, start_job: StartJob, run_job: RunJob) ->
     other = {"authorization": "Bearer another-key-0123456789"}
     assert httpx.get(f"{url}/v1/models", headers=other).json()["data"][0]["id"] == "tiny"
 
-    second = run_job(*command, env=environment, check=False, timeout_s=120)
+    second = run_job(*command, env=environment, check=False)
     assert second.returncode == 1
     assert f"port={port}: a service runs there" in second.stderr
 
-    done = run_job(*CONTROL, "stop", f"port={port}", env=CLOSED, timeout_s=120)
+    done = run_job(*CONTROL, "stop", f"port={port}", env=CLOSED)
     assert done.returncode == 0
     # `stop` comes back when all is over.
-    assert process.wait(10) == 0, log.read_text()[-3000:]
+    assert process.wait(HANG_S) == 0, log.read_text()[-3000:]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
     assert "no service" in run_job(*CONTROL, "stop", f"port={port}", env=CLOSED, check=False).stderr

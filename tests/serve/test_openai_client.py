@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from openai.types import ImageGenCompletedEvent
 from PIL import Image
-from serving import KEY, SIZE, TIMESTEPS, Served, colour_of, data_uri, listening, picture
+from serving import HANG_S, KEY, SIZE, TIMESTEPS, Served, colour_of, data_uri, listening, picture
 
 from serve.limits import Limits
 
@@ -197,13 +197,13 @@ def test_a_client_that_hangs_up_early_does_no_harm() -> None:
         head = f"POST /v1/captions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         head += "Content-Type: application/json\r\n"
         for hang_up in (True, False):
-            with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            with socket.create_connection(("127.0.0.1", port), HANG_S) as connection:
                 connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
                 if not hang_up:
-                    connection.settimeout(10)
+                    connection.settimeout(HANG_S)
                     assert b" 408 " in connection.recv(1000)
         assert openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0).models.list().data
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + HANG_S
         while served.service.front.in_flight and time.monotonic() < deadline:
             time.sleep(0.02)
         assert served.service.front.in_flight == 0

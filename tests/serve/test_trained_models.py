@@ -79,7 +79,7 @@ def test_a_captioner_says_what_it_says_in_bulk(captioner_run: tuple[Storage, str
             assert answer["choices"][0]["message"]["content"] == expected[2]
         captioner.batcher.close()
 
-    run(main(), timeout_s=120)
+    run(main())
 
 
 @pytest.fixture(
@@ -139,7 +139,7 @@ def test_a_generator_makes_what_it_makes_in_bulk(
         assert alone[0].shape == (*generator.model.size, 3)
         assert not np.array_equal(*alone)
 
-    run(main(), timeout_s=240)
+    run(main())
 
 
 def test_the_defaults_are_those_of_a_sweep(generator: Generator) -> None:
