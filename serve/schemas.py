@@ -110,10 +110,13 @@ class ChatRequest(Strict):
     n: Annotated[int | None, only(1, why="an image has one caption; give 1")] = None
     temperature: _UnreadNumber = None
     top_p: _UnreadNumber = None
+    # Of servers of open models, as `min_p` and `repetition_penalty`.
     top_k: Annotated[int | None, UNREAD] = None
+    min_p: _UnreadNumber = None
     seed: Annotated[int | None, UNREAD] = None
     presence_penalty: Annotated[float | None, only(0, why=_NO_PENALTY)] = None
     frequency_penalty: Annotated[float | None, only(0, why=_NO_PENALTY)] = None
+    repetition_penalty: Annotated[float | None, only(1, why=_NO_PENALTY)] = None
     stop: Annotated[str | list[str] | None, only([], why="a caption ends by itself; leave it out")] = None
     logit_bias: Annotated[dict[str, float] | None, only({}, why="words have no weights; leave it out")] = None
     logprobs: Annotated[bool | None, only(False, why=_NO_LOGPROBS)] = None

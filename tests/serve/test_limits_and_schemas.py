@@ -255,6 +255,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
             ("stream", True, "at once"), ("n", 2, "one caption"), ("n", True, "integer"), ("n", "1", "integer"),
             ("temperature", -1, "greater"), ("temperature", "hot", "number"), ("top_p", True, "number"),
             ("presence_penalty", 0.5, "no penalties"), ("frequency_penalty", -1, "no penalties"),
+            ("repetition_penalty", 1.2, "no penalties"),
             ("stop", "\n", "ends by itself"), ("stop", ["."], "ends by itself"), ("logit_bias", {"5": -100}, "weights"),
             ("logprobs", True, "probabilities"), ("top_logprobs", 2, "probabilities"),
             ("response_format", {"type": "json_object"}, "is text"), ("modalities", ["text", "audio"], "is text"),
@@ -285,11 +286,12 @@ def test_a_chat_has_one_image() -> None:
 def test_what_programs_send_along_is_named() -> None:
     done_anyway: dict[str, Any] = {
         "n": 1, "stream": False, "stop": [], "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
         "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "logit_bias": {},
         "stream_options": None, "store": False, "modalities": ["text"], "top_logprobs": 0, "verbosity": "medium",
     }  # fmt: skip
     unread: dict[str, Any] = {
-        "stream_options": {"include_usage": True}, "temperature": 0.7, "top_p": 1, "top_k": 40, "seed": 5,
+        "stream_options": {"include_usage": True}, "temperature": 0.7, "top_p": 1, "top_k": 40, "min_p": 0, "seed": 5,
         "parallel_tool_calls": True, "reasoning_effort": "none", "metadata": {"a": "b"}, "service_tier": "auto",
         "prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k", "safety_identifier": "x",
         "user": "me",
