@@ -21,6 +21,7 @@ import tyro
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.source import output_storage
 from mmcore.errors import InputError
+from mmcore.storage import writing
 from mmcore.trained.generator import open_generator
 from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline
 
@@ -58,7 +59,8 @@ def export(settings: ExportSettings) -> float:
     pipeline = to_pipeline(generator)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        pipeline.save_pretrained(folder)
+        with writing(out):
+            pipeline.save_pretrained(folder)
         found = difference(generator, DiffusionPipeline.from_pretrained(folder, trust_remote_code=False))
         if not found <= TOLERANCE:
             raise RuntimeError(

@@ -44,7 +44,7 @@ from mmcore.data.photos import SPLIT_COLUMNS, photo_row
 from mmcore.data.shapes import SPLITS, ShapesSettings, shapes_row
 from mmcore.data.sources import read_source
 from mmcore.errors import InputError
-from mmcore.storage import Storage
+from mmcore.storage import Storage, writing
 from mmcore.temporary import temporary_folder
 
 SHAPES = "shapes"
@@ -152,7 +152,7 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
         print(f"{target} is finished and was made with the same settings: kept (--fresh makes it anew)")
         _print_summary(finished, settings)
         return finished
-    with temporary_folder("prepare") as scratch:
+    with temporary_folder("prepare") as scratch, writing(scratch):
         plan = _plan_shapes(settings) if settings.dataset == SHAPES else _plan_photos(settings, scratch)
         connect()
         summary = _write(settings, plan, target)

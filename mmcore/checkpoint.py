@@ -7,13 +7,10 @@ one: a folder that is incomplete or damaged does not load.
 
 import hashlib
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,8 +18,6 @@ from mmcore.errors import InputError
 from mmcore.storage import writing
 
 STATE = "state.json"
-# How safetensors, which is written in Rust, tells of an error of the system.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -90,14 +85,9 @@ def sha256_file(path: Path) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file. Raises OSError that names it where the system cannot, on a full disk above all."""
-    try:
+    """Write a safetensors file. Raises OSError that names it where the disk cannot hold it."""
+    with writing(path):
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
-    except SafetensorError as error:
-        code = _OS_ERROR.search(str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def save(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import errno
 import io
 import mimetypes
 import os
+import re
 import shutil
 import time
 import uuid
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from mmcore.errors import InputError
 from mmcore.s3 import S3, S3_BACKOFF_S, S3_MAX_ATTEMPTS, S3File, s3_backoff, s3_client
@@ -30,19 +32,27 @@ from mmcore.s3 import S3, S3_BACKOFF_S, S3_MAX_ATTEMPTS, S3File, s3_backoff, s3_
 # Before a conditional write that met another one is tried again.
 _CONFLICT_PAUSE_S = 0.1
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
 # What file systems without hard links answer (FAT and exFAT, some network and user-space ones).
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """What is raised in the block without a file's name, as the system does for a full disk, names `path`."""
+    """Errors of a disk that are raised in the block without a file's name, as a full one's are, name `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno not in _DISK_ERRORS or error.filename is not None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        code = _RUST_OS_ERROR.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 class _WholeFile:

@@ -23,7 +23,7 @@ from mmcore.errors import InputError
 from mmcore.images import decode_image, png_bytes
 from mmcore.rows import Rows
 from mmcore.run_files import read_begun, write_model
-from mmcore.storage import Storage
+from mmcore.storage import Storage, writing
 from mmcore.temporary import temporary_folder
 from mmcore.training import RunHooks, Training, write_history
 
@@ -146,7 +146,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             for name, value in setup.samples(model, step).items()
         }
 
-    with temporary_folder("run") as workdir:
+    with temporary_folder("run") as workdir, writing(workdir):
         publisher = Publisher(run, workdir)
         setup: Setup = config["setup"](job, config["facts"], doing)
         hooks = RunHooks(commit=commit, progress=send_progress, doing=doing, samples=samples)
