@@ -38,6 +38,7 @@ from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
 from mmcore.captioners import cross_attention as resnet
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.captioners.search_options import SearchOptions
+from mmcore.catalogue import RECIPES
 from mmcore.data.manifest import MANIFEST, read_manifest
 from mmcore.data.prepared import read_prepared
 from mmcore.data.prompts import SHAPES_TEST
@@ -53,6 +54,7 @@ from mmcore.images import decode_image
 from mmcore.metrics.shapes import score_captions
 from mmcore.page import Html, page, paragraph, section, table
 from mmcore.recipe import difference, recipe_to_json
+from mmcore.run_files import RunFile, read_begun
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
@@ -150,6 +152,23 @@ class Demo:
 # -- training ------------------------------------------------------------------------------------------------------
 
 
+def _begun(job: Job[Any]) -> RunFile[Any, Any]:
+    return read_begun(job.run, type(job.recipe), RECIPES[job.recipe_name].facts_type)
+
+
+def _changes(demo: Demo, job: Job[Any]) -> list[str]:
+    """In what the run that is there differs from `job`: its settings, its data, the VQ-VAE that it works on."""
+    try:
+        there = _begun(job)
+    except InputError as error:  # of another version
+        return [str(error)]
+    facts = {"dataset_fingerprint": demo.facts["data"]["fingerprint"]}
+    if job.recipe_name == demo.ldm.recipe_name:
+        facts["vqvae_fingerprint"] = demo.facts["vqvae_fingerprint"]
+    theirs = {"settings": recipe_to_json(there.recipe), **{name: getattr(there.facts, name) for name in facts}}
+    return difference({"settings": recipe_to_json(job.recipe), **facts}, theirs)
+
+
 def _trained(
     demo: Demo, job: Job, train: Callable[[Job], dict[str, Any]], made_of_it: Storage, parts: str = PARTS
 ) -> str:
@@ -157,19 +176,13 @@ def _trained(
     one, a sweep with its blocks in `parts`, is removed."""
     fresh = demo.settings.fresh
     if not fresh and job.run.exists("recipe.json"):
-        there = json.loads(job.run.read("recipe.json"))
-        names = ["settings", "dataset_fingerprint"]
-        mine = {"settings": recipe_to_json(job.recipe), "dataset_fingerprint": demo.facts["data"]["fingerprint"]}
-        if job.recipe_name == demo.ldm.recipe_name:
-            names.append("vqvae_fingerprint")
-            mine["vqvae_fingerprint"] = demo.facts["vqvae_fingerprint"]
-        changes = difference(mine, {name: there.get(name) for name in names})
+        changes = _changes(demo, job)
         if changes:
             print(f"the run that is there differs ({'; '.join(changes[:3])}): trained anew", flush=True)
             fresh = True
         elif job.run.exists("_SUCCESS"):
             print(
-                f"{job.run} is finished, trained at commit {there['commit']} (now {source_commit()}): kept "
+                f"{job.run} is finished, trained at commit {_begun(job).commit} (now {source_commit()}): kept "
                 "(--fresh trains anew)",
                 flush=True,
             )

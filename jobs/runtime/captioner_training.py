@@ -28,6 +28,9 @@ from mmcore.seeding import derive_seed
 from mmcore.text import CaptionTokenizer
 from mmcore.training import num_steps
 
+# Fields of a recipe that may name a folder.
+_FOLDERS = ("encoder", "tokenizer")
+
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
 
 
@@ -46,7 +49,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
         tokenizers.append(recipe.build_tokenizer(table))
         fingerprint, num_tokens, width = PIXELS, recipe.image_size**2, 3
         if recipe.encoder != SCRATCH:
-            encoder = FrozenVisionEncoder(absolute_folder(recipe.encoder), recipe.image_size)
+            encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size)
             fingerprint, (num_tokens, width) = encoder.fingerprint(), encoder.token_shape
             num_frozen = sum(parameter.numel() for parameter in encoder.model.parameters())
         return CaptionerFacts(
@@ -74,7 +77,9 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
 def _check(job: Job[Any]) -> Job[Any]:
     if job.options.stream and job.recipe.flip:
         raise InputError("--stream reads one view of each image; add --no-flip")
-    return job
+    # As whoever reads the finished run from elsewhere finds them.
+    folders = {name: absolute_folder(getattr(job.recipe, name)) for name in _FOLDERS if hasattr(job.recipe, name)}
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **folders))
 
 
 def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +19,9 @@ from mmcore.frozen.text import TextInputs
 from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_rows import scaling_factor
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
-from mmcore.generators.vqvae import VQVAERecipe
+from mmcore.generators.vqvae import VQVAEFacts, VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
+from mmcore.run_files import read_begun
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 from mmcore.trained.generator import VQVAE_ASSET
@@ -72,8 +72,9 @@ def ensure_vqvae(job: Job[LatentDiffusionRecipe]) -> Storage:
                 f"the VQ-VAE {own.run}: {error} (train it with jobs/train_vqvae.py, then name it with --vqvae)"
             ) from error
         return own.run
-    there = json.loads(own.run.read("recipe.json"))["settings"]
-    differences = difference(recipe_to_json(own.recipe), there)
+    # A field that is younger than the run has its default, which is how the run was trained.
+    there = read_begun(own.run, VQVAERecipe, VQVAEFacts).recipe
+    differences = difference(recipe_to_json(own.recipe), recipe_to_json(there))
     if differences:
         raise InputError(
             f"{own.run} is finished with other settings: {'; '.join(differences[:5])}; name it with --vqvae if it is "

@@ -12,6 +12,9 @@ from torch import nn
 
 from mmcore.errors import InputError
 
+# What recipes say instead of a model's name. A folder of such a name is none of theirs.
+_NO_MODELS = ("scratch", "words")
+
 
 @contextmanager
 def quiet_load() -> Iterator[None]:
@@ -67,4 +70,4 @@ def sha256_of(model: nn.Module, facts: Any) -> str:
 
 def absolute_folder(name: str) -> str:
     """A local folder's absolute path, since a worker's working directory is not the driver's; other names as is."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
+    return str(Path(name).absolute()) if name not in _NO_MODELS and Path(name).is_dir() else name

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmcore.errors import InputError
-from mmcore.frozen.pretrained import load_frozen
+from mmcore.frozen.pretrained import absolute_folder, load_frozen
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.storage import Storage
 
@@ -51,3 +51,11 @@ def test_code_of_others_is_refused_unasked(
         load(folder)
     assert not asked
     assert not (folder.parent / "ran").exists()
+
+
+def test_a_folder_is_made_absolute_and_no_model_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("encoder", "scratch", "words"):
+        (tmp_path / name).mkdir()
+    names = ["encoder", "scratch", "words", "microsoft/resnet-18"]
+    assert [absolute_folder(name) for name in names] == [str(tmp_path / "encoder"), *names[1:]]

@@ -1,0 +1,29 @@
+"""The catalogue, the job files and the recipes say the same."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmcore.catalogue import RECIPES
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+MAX_LINES = 60
+
+
+def test_each_job_that_trains_has_an_entry() -> None:
+    assert {path.stem.removeprefix("train_") for path in JOBS.glob("train_*.py")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_job_is_short_and_of_its_entry(name: str) -> None:
+    path, entry = JOBS / f"train_{name}.py", RECIPES[name]
+    job: Any = importlib.import_module(f"jobs.{path.stem}")
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    assert job.VARIANTS is entry.variants
+    assert {"shapes", "smoke"} <= set(entry.variants), "what runs without --variant, and what runs with no network"
+    assert {type(recipe) for recipe in entry.variants.values()} == {entry.recipe_type}
+    assert dataclasses.is_dataclass(entry.facts_type)
+    assert all(words in job.__doc__ for words in ("Paper: ", "Hardware", f"python jobs/{path.name} --variant"))

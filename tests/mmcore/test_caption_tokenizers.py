@@ -1,0 +1,141 @@
+"""Tokenizers of captions: words, and pieces of tokenizers that mark begin and end as BERT's do and as GPT-2's do."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mmcore import checkpoint
+from mmcore.captioners.cross_attention import VARIANTS
+from mmcore.captioners.facts import CaptionerFacts
+from mmcore.errors import InputError
+from mmcore.frozen.tokenizers import PieceTokenizer, read_caption_tokenizer
+from mmcore.recipe import check_effect, recipe_to_json
+from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
+from mmcore.storage import Storage
+from mmcore.text import CaptionTokenizer
+from mmcore.trained.captioner import open_captioner
+
+CAPTIONS = [text for row in range(20) for text in tiny.captions_of(row)]
+MARKS = {
+    "bert": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
+    "gpt2": {"eos_token": "<|endoftext|>"},
+}
+
+
+def pieces(kind: str) -> Any:
+    tokenizer = Tokenizer(models.BPE(unk_token=MARKS[kind].get("unk_token")))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = list(MARKS[kind].values())
+    tokenizer.train_from_iterator(CAPTIONS, trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **MARKS[kind])
+
+
+def tokenizer_of(kind: str) -> CaptionTokenizer:
+    return tiny.vocabulary(tiny.recipe()) if kind == "words" else PieceTokenizer(pieces(kind))
+
+
+@pytest.mark.parametrize("kind", ["words", "bert", "gpt2"])
+def test_captions_become_ids_and_come_back(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids, text = tokenizer.token_ids, CAPTIONS[0]
+    encoded = tokenizer.encode(text, 50)
+    assert (encoded[0], encoded[-1]) == (ids.bos_id, ids.eos_id)
+    assert max(encoded) < ids.size
+    assert not {*ids.silent_ids, ids.eos_id} & set(encoded[1:-1])
+    assert ids.eos_id not in ids.silent_ids, "a caption must be able to end"
+    assert tokenizer.decode(encoded) == tokenizer.decode(encoded[1:]) == tokenizer.decode([*encoded, 5, 5]) == text
+    assert tokenizer.encode(text, 4) == encoded[:4], "a longer caption loses its tail and its end"
+
+    before, folder = tokenizer.fingerprint(), Storage(str(tmp_path))
+    for name, data in tokenizer.files().items():
+        folder.write(name, data)
+    again = read_caption_tokenizer(folder)
+    assert (type(again), again.token_ids, again.fingerprint()) == (type(tokenizer), ids, before)
+    assert [again.encode(each, 50) for each in CAPTIONS] == [tokenizer.encode(each, 50) for each in CAPTIONS]
+
+
+def test_tokenizers_that_differ_have_other_fingerprints() -> None:
+    assert len({tokenizer_of(kind).fingerprint() for kind in ("words", "bert", "gpt2")}) == 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_captioner_learns_to_write_pieces(kind: str, tmp_path: Path) -> None:
+    pieces(kind).save_pretrained(tmp_path)
+    recipe = dataclasses.replace(tiny.recipe(), tokenizer=str(tmp_path), max_length=40)
+    tokenizer = recipe.build_tokenizer(tiny.table(4, 0))
+    assert isinstance(tokenizer, PieceTokenizer)
+    torch.manual_seed(0)
+    model = recipe.build(CaptionerFacts(tokenizer.token_ids, image_tokens=1, encoder_width=4))
+    wanted = [tiny.captions_of(row)[0] for row in range(4)]
+    ids = [tokenizer.encode(text, 40) for text in wanted]
+    input_ids = torch.zeros(4, 1, max(map(len, ids)), dtype=torch.long)
+    for row, each in enumerate(ids):
+        input_ids[row, 0, : len(each)] = torch.tensor(each)
+    images, lengths = torch.eye(4)[:, None], torch.tensor([[len(each)] for each in ids])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = model({"images": images, "input_ids": input_ids, "lengths": lengths}).losses["loss"]
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+    model.eval()
+    for num_beams in (1, 2):
+        captions = model.caption(images, num_beams=num_beams, max_length=40)
+        assert [tokenizer.decode(each) for each in captions] == wanted
+
+
+def test_a_tokenizer_is_refused_with_flags_of_words_and_where_it_is_none(tmp_path: Path) -> None:
+    best = VARIANTS["best"]
+    with pytest.raises(InputError, match="--min-word-count 9: has no effect without --tokenizer words"):
+        check_effect(dataclasses.replace(best, tokenizer="gpt2", min_word_count=9), best)
+    with pytest.raises(InputError, match=r"^--tokenizer .*: no tokenizer in such a folder"):
+        dataclasses.replace(best, tokenizer=str(tmp_path)).build_tokenizer(tiny.table(4, 0))
+    without_end = PreTrainedTokenizerFast(tokenizer_object=pieces("gpt2").backend_tokenizer)
+    with pytest.raises(InputError, match="has no end mark"):
+        PieceTokenizer(without_end)
+
+
+# -- finished runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_captioner_of_34e6a7a_opens_and_says_the_same(tmp_path: Path) -> None:
+    """Its recipe.json holds the words, and model/ no tokenizer."""
+    recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32)
+    words = tiny.vocabulary(recipe)
+    facts = CaptionerFacts(words.token_ids, 32 * 32, 3, text_fingerprint=words.fingerprint())
+    torch.manual_seed(0)
+    weights = checkpoint.trainable_state(recipe.build(facts))
+    now, then = Storage(str(tmp_path / "now")), Storage(str(tmp_path / "then"))
+    for run in (now, then):
+        write_model(run, weights, RunFile("resnet_captioner", "smoke", recipe, facts, "commit"))
+    for name, data in words.files().items():
+        (now / "model" / TOKENIZER_ASSET).write(name, data)
+    settings = recipe_to_json(recipe)
+    del settings["tokenizer"]
+    old = {
+        "recipe": "resnet_captioner",
+        "variant": "smoke",
+        "settings": settings,
+        "encoder_fingerprint": "pixels",
+        "image_tokens": 32 * 32,
+        "encoder_width": 3,
+        "dataset_fingerprint": "of the data",
+        "columns": ["pixels"],
+        "vocabulary": words.to_json(),
+        "commit": "34e6a7a",
+        "weights_sha256": json.loads((now / "model").read("recipe.json"))["weights_sha256"],
+    }
+    (then / "model").write("recipe.json", json.dumps(old).encode())
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    before, after = (open_captioner(run.uri).load() for run in (then, now))
+    captions = after.caption(pixels, after.options)
+    assert before.caption(pixels, before.options) == captions
+    assert any(captions)
