@@ -130,16 +130,15 @@ def _asked_size(settings: GenerateSettings, generator: Generator) -> tuple[int, 
     return int(match[2]), int(match[1])
 
 
-def _check_options(generator: Generator, options: Any, size: tuple[int, int], prompts: Prompts) -> None:
-    """Refuse here what the generator cannot do, before machines are started for it."""
-    generator.check(options, size)
+def _check_sizes(generator: Generator, options: Any, prompts: Prompts, source: str) -> None:
+    """Refuse the sizes of rows that the generator cannot make, before machines are started for it."""
     for prompt_size, prompt in prompts.sizes.items():
         if prompt_size is None:
             continue
         try:
             generator.check(options, prompt_size)
         except OptionError as error:
-            raise InputError(f"prompt of {prompt.image_id}: {error.option} {error.problem}") from None
+            raise InputError(f"{source}: image_id {prompt.image_id!r}: {error.option} {error.problem}") from None
 
 
 def _largest(size: tuple[int, int], prompts: Prompts) -> tuple[int, int]:
@@ -199,7 +198,7 @@ def generate(
     options, size = generator.options if options is None else options, _asked_size(settings, generator)
     generator.check(options, size)
     prompts = read_prompts(settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count)
-    _check_options(generator, options, size, prompts)
+    _check_sizes(generator, options, prompts, settings.prompts)
     run = Storage(settings.run)
     print(f"generate: {len(prompts)} images of {settings.prompts} by {run} -> {out}", flush=True)
     plan = read_plan(out, MANIFEST)

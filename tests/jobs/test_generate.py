@@ -25,6 +25,7 @@ import jobs.generate
 import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
 from jobs.runtime.lease import Lease
+from jobs.runtime.model_flags import parse_with_options
 from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError
 from mmcore.generators import pixel_diffusion
@@ -293,7 +294,7 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
         ),
         ({"size": "65x16"}, "--size 65x16: at most 64 a side"),
         ({"size": "64"}, "--size 64: write WIDTHxHEIGHT"),
-        ({"prompts": "large.csv"}, "prompt of b: size 16x128: at most 64 a side"),
+        ({"prompts": "large.csv"}, "large.csv: image_id 'b': size 16x128: at most 64 a side"),
         ({"prompts": "shapes-test", "storage": "nowhere"}, "no prepared dataset"),
     ],
 )
@@ -308,6 +309,22 @@ def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypa
     with pytest.raises(InputError, match=message):
         generate(dataclasses.replace(settings, **flags), options, tiny_sweep.TinyWorker)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_options_of_the_run_are_flags_with_its_defaults(run_folder, tmp_path):
+    recipe = dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], drop_text=0.0, sample_guidance=1.0)
+    unguided = tiny_sweep.write_run(tmp_path / "never-without-prompt", recipe=recipe)
+
+    def options(run: Path, *flags: str) -> DiffusionOptions:
+        argv = ["--prompts", "p.txt", "--out", "out", "--run", str(run), *flags]
+        settings, options = parse_with_options(GenerateSettings, open_generator, DiffusionOptions(), "", "x", argv)
+        assert settings == GenerateSettings(str(run), "p.txt", "out")
+        return options
+
+    assert options(run_folder, "--steps", "7") == DiffusionOptions(steps=7)
+    assert options(unguided) == DiffusionOptions(guidance=1.0)
+    with pytest.raises(InputError, match="no model/ there"):
+        options(tmp_path)
 
 
 def test_the_run_of_a_captioner_makes_no_images(run_folder, tmp_path):
