@@ -162,7 +162,9 @@ def test_latents_are_made_once_and_of_both_views(storage: Storage, tmp_path: Pat
         np.testing.assert_allclose(values[:5].astype(np.float32), expected, atol=0.004)
 
 
-def test_hidden_states_of_captions_are_made_once(storage: Storage, tmp_path: Path) -> None:
+def test_hidden_states_of_captions_are_made_once(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = read_captions(storage, "shapes", "split")
     captions = [text for row in table.captions for text in row]
     torch.manual_seed(0)
@@ -176,8 +178,11 @@ def test_hidden_states_of_captions_are_made_once(storage: Storage, tmp_path: Pat
     )
     column = make(2)
     assert (column.encoded_now, column.shape, column.dtype) == (NUM_IMAGES, (2, 12, 16), "float16")
-    assert make(2).encoded_now == 0
-    assert make(1).encoded_now == NUM_IMAGES, "another number of captions is another column"
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.runtime.features.run_sweep", lambda **asked: pytest.fail("encoded anew"))
+        assert make(2).encoded_now == 0
+        with pytest.raises(pytest.fail.Exception, match="encoded anew"):
+            make(1)  # another number of captions is another column
     opened = open_column(column.folder, tmp_path)
     assert list(opened.image_ids) == table.image_ids
     for row in (0, 70, NUM_IMAGES - 1):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import HANG_S, ROOT, end_group, free_port, run_command, wait_for_http
 
@@ -197,12 +198,12 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
         user = base | {"RAY_API_SERVER_ADDRESS": dashboard, "PYTHONPATH": str(checkout)}
         yield Cluster(checkout, user, gcs_address, {})
     finally:
+        below = [each for process in started for each in psutil.Process(process.pid).children(recursive=True)]
         for process in reversed(started):
-            process.terminate()  # with --block, `ray start` ends the processes that it started, and only those
-        for process in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
             end_group(process)
+        for each in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def result_of(output: str) -> dict[str, str]:

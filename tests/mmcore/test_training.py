@@ -194,6 +194,7 @@ def test_two_workers_agree_with_one_in_fp64(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.nightly  # jobs/test_train_resume.py resumes two
 def test_three_workers_resumed_end_bit_identical(tmp_path: Path) -> None:
     """Three summands add up in the order that the layout of the gradients gives, which must not change on resume."""
     from conftest import free_port
