@@ -1,16 +1,13 @@
 """Files of captions: delimited text, JSON lines or Parquet, told apart by their content; every row with its place."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mmcore.data.caption_columns import Columns, find_columns
 from mmcore.data.caption_text import Layout, find_layout, image_name
-from mmcore.data.tables import JSONL, PARQUET, read_bytes, read_rows, table_format
+from mmcore.data.tables import JSONL, PARQUET, Bad, read_bytes, read_rows, refuse, table_format
 from mmcore.errors import InputError
-
-Bad = Callable[[str, str], None]
-"""Told the place and the fault of a row that is left out; it may raise."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +26,6 @@ class CaptionFile:
 
     form: str
     rows: list[CaptionRow]
-
-
-def refuse(place: str, reason: str) -> None:
-    """The `Bad` of a file that must be right in every row: InputError."""
-    raise InputError(f"{place}: {reason}")
 
 
 def read_caption_file(location: str, bad: Bad = refuse, *, keep_quotes: bool = False) -> CaptionFile:
@@ -89,14 +81,23 @@ def _text_rows(lines: list[tuple[int, str]], layout: Layout, location: str, bad:
 
 
 def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
-    found: list[Columns] = []
+    found: list[Columns | None] = []
 
     def look(names: list[str], place: str) -> None:
-        found.append(find_columns(names, place))
+        try:
+            found.append(find_columns(names, place))
+        except InputError as error:
+            if not found:
+                raise
+            # One line of JSON among others.
+            bad(place, str(error).removeprefix(f"{place}: "))
+            found.append(None)
 
     rows = []
-    for row in read_rows(location, check_names=look):
+    for row in read_rows(location, check_names=look, bad=bad):
         columns = found[-1]
+        if columns is None:
+            continue
         assert columns.image is not None
         image = as_name(row.values[columns.image])
         captions = as_captions([row.values[name] for name in columns.captions])
@@ -109,7 +110,7 @@ def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
             bad(row.place, f"{' and '.join(columns.captions)}: expected text, got {_shown(row.values, columns)}")
         else:
             rows.append(CaptionRow(row.place, image, captions, split if isinstance(split, str) else None))
-    return CaptionFile(f"{form}, {found[-1].described()}" if found else form, rows)
+    return CaptionFile(f"{form}, {found[0].described()}" if found and found[0] else form, rows)
 
 
 def as_name(value: Any) -> str | None:

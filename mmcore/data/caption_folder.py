@@ -33,6 +33,7 @@ SPLIT_FILES = {
 SPLIT_FOLDERS = ("splits", ".", "Flickr8k_text")
 _TEXT_ENDINGS = (".txt", ".csv", ".tsv", ".token")
 _HEAD_BYTES = 4096
+_NUM_NAMES_TRIED = 100
 
 
 def captions_file(folder: Path) -> Path | None:
@@ -92,7 +93,7 @@ def _images_folder(captions: Path, folder: Path, rows: list[CaptionRow]) -> Path
     inside = [path for place in near for path in sorted(place.iterdir()) if path.is_dir()]
     # A zip that was unpacked into a folder of its own name.
     nested = [path / path.name for path in inside]
-    wanted = {row.image for row in rows}
+    wanted = list(dict.fromkeys(row.image for row in rows))[:_NUM_NAMES_TRIED]
     candidates = [path for path in dict.fromkeys((*named, base, *inside, *nested)) if path.is_dir()]
     return max(candidates, key=lambda path: sum((path / name).is_file() for name in wanted), default=base)
 

@@ -4,6 +4,7 @@ The package ``datasets`` is needed for this alone and is installed with the tool
 from a hub is never run (`datasets` 4 and later cannot).
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Callable
@@ -42,8 +43,8 @@ def read_dataset(
     The images stand in a column ``image``, their captions in one that caption_columns.py knows, each a list or one
     string. The split is that of a column ``split``, else that of the dataset where it has several. Where every image
     has a file name of its own, in itself or in a column, they are in the order of their names, as in Flickr8k's
-    captions.txt; else they are named SPLIT-INDEX and keep the order of the dataset. Image bytes stay as they are.
-    Raises InputError.
+    captions.txt; else they are named SPLIT-INDEX and keep the order of the dataset. Rows of one image, such as one a
+    caption, are joined. Image bytes stay as they are. Raises InputError.
     """
     splits = _load(source)
     columns = {split: _columns(source, split, dataset) for split, dataset in splits.items()}
@@ -52,7 +53,7 @@ def read_dataset(
     several = len({SPLIT_NAMES.get(split.lower()) for split in splits}) > 1
     total = sum(len(dataset) for dataset in splits.values())
     folder.mkdir(parents=True)
-    entries: list[Entry] = []
+    entries: dict[str, Entry] = {}
     done = 0
     for split, dataset in splits.items():
         for index, row in enumerate(dataset):
@@ -67,15 +68,20 @@ def read_dataset(
                 problems.add(place, f"`{' and '.join(columns[split].captions)}` holds no text")
             else:
                 name = names[split, index] if names else f"{split}-{index:06d}{_suffix(data)}"
-                (folder / name).write_bytes(data)
-                own = split if several else None
-                entries.append(Entry(name, place, folder / name, list(captions), of_column[split](row) or own))
+                key = name if names else f"{split} {_digest(data)}"
+                row_split = of_column[split](row) or (split if several else None)
+                if key not in entries:
+                    (folder / name).write_bytes(data)
+                    entries[key] = Entry(name, place, folder / name, [], row_split)
+                if entries[key].split == row_split:
+                    entries[key].captions.extend(captions)
+                else:
+                    problems.add(place, f"{name!r} is already in the {entries[key].split} split")
             if progress is not None:
                 progress(done, total)
-    if names:
-        entries.sort(key=lambda entry: entry.file_name)
+    found = sorted(entries.values(), key=lambda entry: entry.file_name) if names else list(entries.values())
     described = {f"{IMAGE_COLUMN} and {each.described()}" for each in columns.values()}
-    return f"Hugging Face dataset {source} ({'; '.join(sorted(described))})", entries
+    return f"Hugging Face dataset {source} ({total:,} rows; {'; '.join(sorted(described))})", found
 
 
 def _load(source: str) -> dict[str, Any]:
@@ -124,6 +130,7 @@ def _column_of_splits(dataset: Any, columns: Columns) -> Callable[[dict[str, Any
 def _file_names(splits: dict[str, Any], columns: dict[str, Columns]) -> dict[tuple[str, int], str]:
     """(split, index) to file name where every image has one, and each its own; else empty."""
     names: dict[tuple[str, int], str] = {}
+    images: dict[str, tuple[str, str]] = {}
     for split, dataset in splits.items():
         column = columns[split].image
         for index, row in enumerate(dataset.select_columns([IMAGE_COLUMN, column] if column else [IMAGE_COLUMN])):
@@ -133,8 +140,15 @@ def _file_names(splits: dict[str, Any], columns: dict[str, Columns]) -> dict[tup
             name = PureWindowsPath(PurePosixPath(path or "").name).name
             if not name or name == "..":
                 return {}
+            image = name, _digest(_image_bytes(row[IMAGE_COLUMN]) or b"")
+            if images.setdefault(name_to_id(name), image) != image:
+                return {}
             names[split, index] = name
-    return names if len(set(map(name_to_id, names.values()))) == len(names) else {}
+    return names
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _image_bytes(image: Any) -> bytes | None:

@@ -5,9 +5,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmcore.data.caption_files import CaptionRow, numbered_lines, read_caption_file, refuse
+from mmcore.data.caption_files import CaptionRow, numbered_lines, read_caption_file
 from mmcore.data.caption_text import Layout, find_layout, image_name, is_image_name
-from mmcore.data.tables import JSONL, PARQUET, read_bytes, split_location, table_format
+from mmcore.data.tables import JSONL, PARQUET, read_bytes, refuse, split_location, table_format
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 

@@ -42,6 +42,9 @@ def read_source(
     problems = Problems(skip_bad)
     unpacked = scratch / "source"
     if path.is_file():
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise InputError(f"--source {source}: a file and no zip; give the folder that holds it and the images")
         unpacked.mkdir()
         problems.skipped += unpack_zip(path, unpacked, skip_bad=skip_bad)
     elif not path.is_dir() and not looks_like_hub_name(source):

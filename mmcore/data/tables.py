@@ -35,6 +35,8 @@ _UNNAMED_INDEX = re.compile(r"__index_level_[0-9]+__")
 _UNNAMED_FIRST = ("", "Unnamed: 0")
 
 CheckNames = Callable[[list[str], str], None]
+Bad = Callable[[str, str], None]
+"""Told the place and the fault of a row that is left out; it may raise."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Row:
 
     place: str
     values: dict[str, Any]
+
+
+def refuse(place: str, reason: str) -> None:
+    """The `Bad` of a file that must be right in every row: InputError."""
+    raise InputError(f"{place}: {reason}")
 
 
 def split_location(location: str) -> tuple[Storage, str]:
@@ -131,7 +138,12 @@ def table_format(location: str) -> str | None:
 
 
 def read_rows(
-    location: str, *, known: Collection[str] | None = None, text: str = "text", check_names: CheckNames | None = None
+    location: str,
+    *,
+    known: Collection[str] | None = None,
+    text: str = "text",
+    check_names: CheckNames | None = None,
+    bad: Bad | None = None,
 ) -> Iterator[Row]:
     """The rows of a table, one by one.
 
@@ -141,6 +153,7 @@ def read_rows(
         text: name of the only value of a row of plain text, where each line is one, empty lines at the end are none.
         check_names: called with the columns and their place, for JSON lines with those of each row that has others
             than the row before; it may raise InputError.
+        bad: told of a line of JSON that is none, which is then left out; without it that is an InputError too.
 
     Raises InputError that names file and line for what cannot be read.
     """
@@ -150,7 +163,7 @@ def read_rows(
     elif form == CSV:
         yield from _csv_rows(location, check_names)
     elif form == JSONL:
-        yield from _jsonl_rows(location, check_names)
+        yield from _jsonl_rows(location, check_names, bad or refuse)
     elif form == PARQUET:
         yield from _parquet_rows(location, known, check_names)
     else:
@@ -196,7 +209,7 @@ def _csv_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
         raise InputError(f"{location}:{reader.line_num}: broken CSV: {error}") from None
 
 
-def _jsonl_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
+def _jsonl_rows(location: str, check_names: CheckNames | None, bad: Bad) -> Iterator[Row]:
     before: list[str] = []
     for place, line in read_lines(location):
         if not line.strip():
@@ -204,11 +217,14 @@ def _jsonl_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{place}: broken JSON: {error}") from None
+            bad(place, f"broken JSON: {error}")
+            continue
         except RecursionError:
-            raise InputError(f"{place}: broken JSON: nested too deeply") from None
+            bad(place, "broken JSON: nested too deeply")
+            continue
         if not isinstance(row, dict):
-            raise InputError(f'{place}: expected an object such as {{"prompt": "a dog"}}, got {line[:60]!r}')
+            bad(place, f'expected an object such as {{"prompt": "a dog"}}, got {line[:60]!r}')
+            continue
         if (names := list(row)) != before:
             _check(names, place, check_names)
             before = names

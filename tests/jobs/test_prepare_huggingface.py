@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs.prepare import PrepareSettings, prepare
+from mmcore.data.sources import read_source
 from mmcore.errors import InputError
 
 
@@ -85,6 +86,18 @@ def test_hugging_face_without_names(
     assert summary["splits"]["split_karpathy"] == {"unused": 3}
 
 
+@pytest.mark.parametrize("names", [["b.jpg", "a.jpg", "b.jpg", "b.jpg"], [None] * 4])
+def test_hugging_face_with_a_row_for_each_caption(
+    saved_dataset: Callable[..., Path], tmp_path: Path, names: list[str | None]
+) -> None:
+    rows = [{"bytes": jpeg(shade), "path": name} for shade, name in zip([1, 2, 1, 1], names, strict=True)]
+    folder = saved_dataset({"all": {"image": rows, "text": ["one", "two", "three", "four"]}})
+    photos = read_source(str(folder), tmp_path).photos
+    of_first = ("one", "three", "four")
+    assert [photo.captions for photo in photos] == ([("two",), of_first] if names[0] else [of_first, ("two",)])
+    assert [photo.image_id for photo in photos] == (["a", "b"] if names[0] else ["all-000000", "all-000001"])
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_hugging_face_with_its_split_in_a_column(
     saved_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -103,7 +116,7 @@ def test_hugging_face_with_its_split_in_a_column(
     split_of = {row["file_name"]: row["split_karpathy"] for row in read(tmp_path / "out")}
     assert split_of == {"a.jpg": "unused", "b.jpg": "test", "c.jpg": "validation", "d.jpg": "train"}
     printed = capsys.readouterr().out
-    assert "(image and columns filename, caption and split; not read: sentids)" in printed
+    assert "(4 rows; image and columns filename, caption and split; not read: sentids)" in printed
     assert "split 'restval' is not known: its 1 images are `unused`" in printed
 
 

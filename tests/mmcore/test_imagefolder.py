@@ -61,6 +61,8 @@ def test_a_column_of_splits_counts_before_the_folders(tmp_path: Path) -> None:
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "c.png", "text": "y"}\n', 2, "missing image .*c.png"),
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": null}\n', 2, "text: expected text"),
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "../a.png", "text": "y"}\n', 2, "the image name .* plain"),
+        ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"\n', 2, "broken JSON"),
+        ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"}\n', 2, "the columns are 'file_name'; none"),
     ],
 )
 def test_bad_rows_are_named_by_line_and_can_be_left_out(tmp_path: Path, rows: str, line: int, reason: str) -> None:

@@ -343,6 +343,11 @@ def test_empty_and_ambiguous_folders(tmp_path: Path) -> None:
         read(one)
 
 
+def test_a_file_that_is_no_zip_is_sent_to_its_folder(source: Path) -> None:
+    with pytest.raises(InputError, match=r"captions\.txt: a file and no zip; give the folder that holds it"):
+        read(source / "captions.txt")
+
+
 def test_image_that_changes_after_the_check_is_refused(source: Path) -> None:
     photo = read(source).photos[0]
     truncate(Path(photo.path))
