@@ -114,9 +114,9 @@ def parse_job(
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)
     job = dataclasses.replace(parsed, options=options)
     if source == "no --variant":
+        report = f"; the report's recipe is `{command} --variant report{report_needs} --storage URI`"
         print(
-            f"no --variant given: running `shapes`, self-contained on built-in data; "
-            f"the report's recipe is `{command} --variant report{report_needs} --storage URI`",
+            f"no --variant given: running `shapes`, self-contained on built-in data{report * ('report' in variants)}",
             flush=True,
         )
     return job

@@ -79,3 +79,12 @@ def test_with_what_it_needs_it_is_taken(name: str, flags: list[str]) -> None:
 def test_every_variant_takes_the_flag_that_changes_a_part(name: str, flags: list[str], variant: str) -> None:
     """Though it leaves sizes that the variant chose for the other part without effect."""
     assert parsed(name, "--variant", variant, *flags).variant == variant
+
+
+def test_without_a_variant_the_report_is_named_where_it_has_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    variants = train_ldm.VARIANTS
+    for those, named in ((variants, True), ({"shapes": variants["shapes"]}, False)):
+        parse_job(train_ldm.__file__, those, "", [])
+        said = capsys.readouterr().out
+        assert said.startswith("no --variant given: running `shapes`")
+        assert ("--variant report" in said) == named
