@@ -1,13 +1,13 @@
 """What encodes on the workers of Ray Data: images and captions into tensors of a column, one an image."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.storage import Storage
@@ -19,15 +19,6 @@ _ENCODE_BATCH = 32
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _column_table(image_ids: Sequence[str], values: np.ndarray) -> pa.Table:
-    """One tensor an image. The shape travels in the schema, so that a finished cache describes itself."""
-    schema = pa.schema(
-        [("image_id", pa.string()), ("value", pa.binary())],
-        metadata={"shape": json.dumps(values.shape[1:]), "dtype": str(values.dtype)},
-    )
-    return pa.table({"image_id": image_ids, "value": [value.tobytes() for value in values]}, schema=schema)
 
 
 def _pixel_batches(rows: dict[str, Any], image_size: int, flip: bool) -> Iterator[np.ndarray]:
@@ -51,7 +42,7 @@ class EncodeImages:
             values = list(batches)
         else:
             values = [self.encoder(pixels).half().cpu().numpy() for pixels in batches]
-        return _column_table(rows["image_id"], np.concatenate(values))
+        return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 
 class EncodeLatents:
@@ -65,7 +56,7 @@ class EncodeLatents:
         values = []
         for pixels in _pixel_batches(rows, self.vqvae.image_size, self.flip):
             values.append(self.vqvae.encode(pixels).half().cpu().numpy())
-        return _column_table(rows["image_id"], np.concatenate(values))
+        return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 
 class EncodeText:
@@ -88,4 +79,4 @@ class EncodeText:
         for row, captions in enumerate(rows["captions"]):
             values[row, : len(captions)] = hidden_NTE[start : start + len(captions)]
             start += len(captions)
-        return _column_table(rows["image_id"], values)
+        return column_table(rows["image_id"], {VALUE: values})

@@ -17,7 +17,7 @@ from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
 from jobs.runtime.encoders import EncodeImages, EncodeLatents, EncodeText
 from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.sweep import run_sweep
-from mmcore.data.columns import SUCCESS
+from mmcore.data.columns import SUCCESS, facts_of_parts
 from mmcore.data.prepared import CaptionTable, read_dataset_facts
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder
@@ -77,7 +77,8 @@ def _cached_column(
             stall_timeout_s=stall_timeout_s,
         )
         encoded_now = done["rows_done_now"]
-        _finish(folder, digest, plan.num_rows)
+        facts = {"fingerprint": digest, "num_rows": plan.num_rows, **facts_of_parts(folder)}
+        folder.write(SUCCESS, json.dumps(facts).encode())
     facts = json.loads(folder.read(SUCCESS))
     return CachedColumn(
         folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now, encoder_fingerprint
@@ -163,18 +164,3 @@ def cached_text_column(
 def read_null(folder: Storage) -> np.ndarray:
     """fp16 (T, E): the hidden states of no text that belong to a column of texts."""
     return np.load(io.BytesIO(folder.read(_NULL)), allow_pickle=False)
-
-
-def _finish(folder: Storage, key: str, num_rows: int) -> None:
-    import pyarrow.parquet as pq
-
-    parts = folder / "parts"
-    with parts.open(parts.list(".parquet")[0]) as first:
-        metadata = pq.read_schema(first).metadata
-    facts = {
-        "fingerprint": key,
-        "num_rows": num_rows,
-        "shape": json.loads(metadata[b"shape"]),
-        "dtype": metadata[b"dtype"].decode(),
-    }
-    folder.write(SUCCESS, json.dumps(facts).encode())

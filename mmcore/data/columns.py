@@ -123,7 +123,8 @@ def column_table(image_ids: Sequence[str], tensors: Mapping[str, Sequence[np.nda
         assert all(each.dtype == first.dtype and each.shape[ragged:] == first.shape[ragged:] for each in values)
         specs[name] = TensorSpec(str(first.dtype), shape)
         columns[name] = pa.array([np.ascontiguousarray(each).tobytes() for each in values], pa.binary())
-    metadata = {name: json.dumps(value) for name, value in facts_of(specs).items()}
+    # The dtype is plain text, as it was before tensors had names: a cache that was begun then is finished now.
+    metadata = {name: value if name == "dtype" else json.dumps(value) for name, value in facts_of(specs).items()}
     schema = pa.schema([("image_id", pa.string()), *((name, pa.binary()) for name in columns)], metadata=metadata)
     return pa.table({"image_id": pa.array(image_ids, pa.string()), **columns}, schema=schema)
 
@@ -140,7 +141,8 @@ def facts_of_parts(folder: Storage) -> dict[str, Any]:
     parts = folder / "parts"
     with parts.open(parts.list(".parquet")[0]) as first:
         metadata = {key.decode(): value.decode() for key, value in pq.read_schema(first).metadata.items()}
-    return {name: json.loads(metadata[name]) for name in ("dtype", "shape", "tensors") if name in metadata}
+    kept = {name: metadata[name] for name in ("dtype", "shape", "tensors") if name in metadata}
+    return {name: value if name == "dtype" else json.loads(value) for name, value in kept.items()}
 
 
 def specs_of(facts: Mapping[str, Any], where: str) -> dict[str, TensorSpec]:
@@ -152,8 +154,10 @@ def specs_of(facts: Mapping[str, Any], where: str) -> dict[str, TensorSpec]:
             np.dtype(spec.dtype)
         except TypeError:
             raise InputError(f"{where}: tensor {name} is of type {spec.dtype}, which numpy does not know") from None
-        if not _NAME.fullmatch(name) or None in spec.shape[1:]:
-            raise InputError(f"{where}: tensor {name!r} of shape {spec.shape}: only a first axis can be ragged")
+        if None in spec.shape[1:]:
+            raise InputError(f"{where}: tensor {name} is of shape {spec.shape}, and only a first axis can be ragged")
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{where}: tensor {name!r} has a name that is not of letters, digits and underscores")
     return specs
 
 
@@ -241,7 +245,8 @@ def open_column(
                             image_ids.append(image_id)
                 if len(image_ids) != num_rows:
                     raise InputError(f"{folder}: {len(image_ids)} rows in its parts where {num_rows} are expected")
-            (target / f"{_IDS}.tmp").write_text(json.dumps(image_ids))
+            with writing(target / f"{_IDS}.tmp"):
+                (target / f"{_IDS}.tmp").write_text(json.dumps(image_ids))
             # All under other names until they are whole: a copy that is killed must not be taken for one beside what
             # a cleaner left, nor empty the file that another process still has mapped.
             for file in files:
@@ -266,6 +271,7 @@ class _Writer:
             self.file, self.offsets = open(path, "wb"), np.zeros(self.num_rows + 1, np.int64)
         else:
             self.values = np.lib.format.open_memmap(path, "w+", self.dtype, (self.num_rows, *self.spec.fixed_shape))
+            _reserve(path)
         return self
 
     def add(self, data: pa.Buffer, where: str) -> None:
@@ -277,7 +283,8 @@ class _Writer:
                 f"{self.spec.dtype}; remove that folder to make the column anew"
             )
         if self.spec.is_ragged:
-            self.file.write(data)
+            with writing(self.file.name):
+                self.file.write(data)
             self.offsets[self.num_written + 1] = self.offsets[self.num_written] + data.size // each
         else:
             self.values[self.num_written] = np.frombuffer(data, self.dtype).reshape(self.spec.fixed_shape)
@@ -287,9 +294,15 @@ class _Writer:
         if not self.spec.is_ragged:
             self.values.flush()
             return
-        self.file.close()
-        with open(self.folder / f"{self.files[1]}.tmp", "wb") as file:
-            np.save(file, self.offsets, allow_pickle=False)
+        path, offsets = (self.folder / f"{file}.tmp" for file in self.files)
+        try:
+            with writing(path):
+                self.file.close()
+            with writing(offsets), open(offsets, "wb") as file:
+                np.save(file, self.offsets, allow_pickle=False)
+        except OSError:
+            path.unlink()  # what did not fit takes no room
+            raise
 
     def mapped(self) -> np.ndarray | Ragged:
         paths = [self.folder / file for file in self.files]
