@@ -27,7 +27,13 @@ def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_ep
 
 def build_optimizer(settings: TrainSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+    return kind(
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=settings.fused_optimizer,
+    )
 
 
 @dataclass

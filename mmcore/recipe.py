@@ -133,6 +133,8 @@ class TrainSettings:
     """Micro-batches that a worker's share of a step is cut into, to fit its memory."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """adam adds the weight decay to the gradient (L2), adamw decouples it."""
+    fused_optimizer: bool = True
+    """Move all weights in one kernel."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -154,6 +156,10 @@ class TrainSettings:
     frozen_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of a model's frozen parts. auto holds in bf16 what bf16 autocast would cast anew each time, with equal
     results, and leaves the rest as it was loaded; any other computes a frozen part in that precision throughout."""
+    compile: bool = False
+    """torch.compile."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the model's blocks and compute them again in the backward pass, to the same bits."""
     seed: int = 2024
     """Everything random derives from it."""
     keep: Literal["best", "last"] = "best"

@@ -14,6 +14,7 @@ A model may have more, all of it optional:
   ``active_phases(step)``, which says what runs in it; the first phase always does, and it is what is validated.
 * ``after_step(statistics, step)`` takes the statistics of the whole batch once the weights have moved;
   ``summarize(statistics)`` makes scalars to log of them, for the batch and for the whole validation set.
+* ``blocks()``: modules that activation checkpointing computes again.
 * ``state_buffers``: names of buffers that ``after_step`` moves; they are saved wherever the weights are.
 """
 
@@ -40,6 +41,7 @@ from mmcore.frozen_weights import digests, frozen_parts, hold_frozen
 from mmcore.losses import TOTAL, Denominators, Outputs, Sums
 from mmcore.optimization import Average, Phase, build_phases, lr_factor, only
 from mmcore.recipe import TrainSettings
+from mmcore.recomputation import recompute_blocks
 from mmcore.rows import Batch, Rows, prefetched
 from mmcore.seeding import derive_seed, permutation
 
@@ -186,6 +188,10 @@ class Training:
         self.model = model.to(self.accelerator.device)
         self.frozen = digests(self.model)
         self._agree_on_frozen()
+        if settings.activation_checkpointing:
+            recompute_blocks(self.model)
+        if settings.compile:
+            self.model.compile()  # in place: names of weights stay
         self.phases = build_phases(self.model, settings)
         self.ema = Average(self.model) if settings.ema_decay is not None else None
         self.best: dict[str, Tensor] = {}

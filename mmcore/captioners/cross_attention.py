@@ -170,6 +170,10 @@ class CrossAttentionCaptioner(nn.Module):
             memory_BLD = memory_BLD + self.image_positions_LD
         return dropout(self.image_norm(memory_BLD), self.recipe.image_dropout, self.training)
 
+    def blocks(self) -> list[nn.Module]:
+        """What activation checkpointing computes again."""
+        return list(self.decoder.layers)
+
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Words of the batch that `forward` predicts."""
         return {"loss": _num_predicted(batch["lengths"]).sum()}

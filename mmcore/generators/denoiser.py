@@ -161,6 +161,13 @@ class Denoiser(nn.Module):
         prediction = self.unet(x.contiguous(memory_format=torch.channels_last), timesteps, context).sample
         return F.pixel_shuffle(prediction, self.patch_size)
 
+    def blocks(self) -> list[nn.Module]:
+        """What activation checkpointing computes again."""
+        from diffusers.models.resnet import ResnetBlock2D
+        from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+        return [module for module in self.unet.modules() if isinstance(module, ResnetBlock2D | Transformer2DModel)]
+
     def forward(self, batch: dict[str, Tensor]) -> Outputs:
         """The loss of the samples of the batch.
 

@@ -308,6 +308,12 @@ class VQVAETraining(nn.Module):
         self.state_buffers = tuple(f"vqvae.{name}" for name in self.vqvae.state_buffers)
         self.has_opponent = False
 
+    def blocks(self) -> list[nn.Module]:
+        """What activation checkpointing computes again."""
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return [module for module in self.vqvae.modules() if isinstance(module, ResnetBlock2D)]
+
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         part = self.vqvae if phase == GENERATOR else self.discriminator
         assert part is not None
