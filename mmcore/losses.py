@@ -131,36 +131,3 @@ class Sums:
     @property
     def statistics(self) -> dict[str, Tensor]:
         return {name: value for (kind, name), value in self.parts.items() if kind == "statistic"}
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(context: torch.autograd.function.FunctionCtx, features: Tensor) -> Tensor:
-        parts = [torch.empty_like(features) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, features.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        # Each worker's loss reads the features of all: what they ask of this worker's features adds up.
-        total = gradient.contiguous().clone()
-        torch.distributed.all_reduce(total)
-        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
-def gathered(features: Tensor) -> Tensor:
-    """The features (B, ...) of this worker's rows -> those of the whole batch (W·B, ...), by rank.
-
-    For a loss that compares rows with each other: it is a sum over this worker's rows, against the gathered features
-    of all. Gradients flow back to the workers that the features came from, and the loop's average over workers gives
-    the gradient of the whole batch. Only in training, where all workers have as many rows: in validation each has
-    batches of its own.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return features
-    return _Gathered.apply(features)
-
-
-def first_row(num_rows: int) -> int:
-    """Where this worker's `num_rows` rows begin among the gathered ones."""
-    return torch.distributed.get_rank() * num_rows if torch.distributed.is_initialized() else 0

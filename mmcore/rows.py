@@ -1,5 +1,6 @@
 """The rows that a model trains on, and how they reach the loop."""
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from mmcore.errors import InputError
+from mmcore.recipe import TrainSettings
+from mmcore.seeding import permutation
 
 Batch = dict[str, Tensor]
 # Batches that are put together while the step before them runs.
@@ -29,6 +34,35 @@ class Rows(Protocol):
 
     def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch] | None:
         """This worker's batches of an epoch where rows cannot be looked up by index, else None."""
+
+
+def micro_batches(
+    rows: Rows, settings: TrainSettings, *, rank: int, world_size: int, steps_per_epoch: int, first_step: int
+) -> Iterator[list[Batch]]:
+    """A worker's micro-batches of each step from `first_step` on, without an end.
+
+    Raises InputError where the shard of a stream ends before its epoch does.
+    """
+    share = settings.batch_size // world_size
+    micro = share // settings.gradient_accumulation
+    for epoch in itertools.count(first_step // steps_per_epoch):
+        first = max(0, first_step - epoch * steps_per_epoch)
+        stream = rows.train_stream(epoch, micro)
+        if stream is not None:
+            for _ in range(first, steps_per_epoch):
+                batches = list(itertools.islice(stream, settings.gradient_accumulation))
+                if len(batches) < settings.gradient_accumulation:
+                    raise InputError(
+                        f"the streamed shard of worker {rank} ended before epoch {epoch} did; use a batch size that "
+                        "leaves rows over, fewer workers, or no --stream"
+                    )
+                yield batches
+            continue
+        order = permutation(rows.num_train, settings.seed, epoch)
+        for step in range(first, steps_per_epoch):
+            start = step * settings.batch_size + rank * share
+            mine = order[start : start + share]
+            yield [rows.train_batch(mine[i : i + micro], epoch) for i in range(0, share, micro)]
 
 
 def prefetched(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:

@@ -6,6 +6,7 @@ state to save: it is rebuilt from its key.
 """
 
 import hashlib
+import random
 
 import numpy as np
 import torch
@@ -33,3 +34,11 @@ def uniform(seed: int, *keys: int | str) -> float:
 def permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the rows in `epoch`: int64 of shape (num_rows,)."""
     return np.random.default_rng(derive_seed(seed, "permutation", epoch)).permutation(num_rows)
+
+
+def seed_step(*key: int | str) -> None:
+    """Set the generator of every library for one step."""
+    seed = derive_seed(0, *key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -22,7 +22,6 @@ import contextlib
 import itertools
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,18 +31,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from mmcore import checkpoint
+from mmcore.distributed import Replica, check_frozen_alike
 from mmcore.errors import InputError
 from mmcore.frozen_weights import digests, frozen_parts, hold_frozen
 from mmcore.losses import TOTAL, Denominators, Outputs, Sums
 from mmcore.optimization import Average, Phase, build_phases, lr_factor, only
 from mmcore.recipe import TrainSettings
 from mmcore.recomputation import recompute_blocks
-from mmcore.rows import Batch, Rows, prefetched
-from mmcore.seeding import derive_seed, permutation
+from mmcore.rows import Batch, Rows, micro_batches, prefetched
+from mmcore.seeding import seed_step
+from mmcore.training_plan import check_batch, num_steps, resolve_precision
 
 
 @dataclass
@@ -73,72 +73,6 @@ class Progress:
     best_step: int = -1
     """Step of those weights."""
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return False
-
-
-def resolve_precision(settings: TrainSettings, device: torch.device) -> str:
-    if settings.precision == "auto":
-        return "bf16" if has_bf16(device) else "fp32"
-    return settings.precision
-
-
-def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
-    """Steps of an epoch and of the whole run. An epoch's last rows that fill no batch wait for the next shuffle."""
-    if num_rows < settings.batch_size:
-        raise InputError(f"batch_size {settings.batch_size} is above the {num_rows} training rows; lower --batch-size")
-    steps_per_epoch = num_rows // settings.batch_size
-    total = steps_per_epoch * settings.num_epochs
-    return steps_per_epoch, total if settings.max_steps is None else min(total, settings.max_steps)
-
-
-def check_batch(settings: TrainSettings, num_workers: int) -> None:
-    """Raise InputError for a number that cannot train, or a batch that workers and micro-batches do not divide."""
-    for name in (
-        "num_epochs",
-        "max_steps",
-        "batch_size",
-        "gradient_accumulation",
-        "validate_every_epochs",
-        "checkpoint_every_steps",
-        "log_every_steps",
-    ):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1; mend it with --{name.replace('_', '-')}")
-    if settings.clip_grad_norm is not None and not settings.clip_grad_norm > 0:
-        raise InputError(f"clip_grad_norm {settings.clip_grad_norm} must be above 0; mend it with --clip-grad-norm")
-    for name in ("lr", "weight_decay", "warmup_steps", "step_epoch", "num_samples"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise InputError(
-                f"{name} {getattr(settings, name)} must be 0 or above; mend it with --{name.replace('_', '-')}"
-            )
-    for name, value in (("betas", settings.betas[0]), ("betas", settings.betas[1]), ("ema_decay", settings.ema_decay)):
-        if value is not None and not 0 <= value < 1:
-            raise InputError(f"{name} {value} must be from 0 to below 1; mend it with --{name.replace('_', '-')}")
-    if num_workers < 1:
-        raise InputError(f"num_workers {num_workers} must be at least 1; mend it with --num-workers")
-    parts = num_workers * settings.gradient_accumulation
-    if settings.batch_size % parts:
-        raise InputError(
-            f"batch_size {settings.batch_size} is not divisible by {num_workers} workers x "
-            f"{settings.gradient_accumulation} micro-batches; choose a multiple of {parts} with --batch-size"
-        )
-
-
-def seed_step(*key: int | str) -> None:
-    """Set the generator of every library for one step."""
-    seed = derive_seed(0, *key)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class Training:
@@ -187,7 +121,7 @@ class Training:
         hold_frozen(model, settings.frozen_precision, self.precision)
         self.model = model.to(self.accelerator.device)
         self.frozen = digests(self.model)
-        self._agree_on_frozen()
+        check_frozen_alike(self.frozen, self.world_size)
         if settings.activation_checkpointing:
             recompute_blocks(self.model)
         if settings.compile:
@@ -200,7 +134,7 @@ class Training:
             self._load(resume_from, resume_name or str(resume_from))
         # The last step that is safe; a checkpoint that resumes is.
         self.committed_step = self.state.step
-        self.wrapped = self.model if self.world_size == 1 else self.accelerator.prepare_model(_Replica(self.model))
+        self.wrapped = self.model if self.world_size == 1 else self.accelerator.prepare_model(Replica(self.model))
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -247,29 +181,6 @@ class Training:
         self.hooks.commit(folder, metrics)
 
     # -- data --------------------------------------------------------------------------------------------------
-
-    def _micro_batches(self, first_step: int) -> Iterator[list[Batch]]:
-        """This worker's micro-batches of each step from `first_step` on."""
-        share = self.settings.batch_size // self.world_size
-        micro = share // self.settings.gradient_accumulation
-        for epoch in itertools.count(first_step // self.steps_per_epoch):
-            first = max(0, first_step - epoch * self.steps_per_epoch)
-            stream = self.rows.train_stream(epoch, micro)
-            if stream is not None:
-                for _ in range(first, self.steps_per_epoch):
-                    batches = list(itertools.islice(stream, self.settings.gradient_accumulation))
-                    if len(batches) < self.settings.gradient_accumulation:
-                        raise InputError(
-                            f"the streamed shard of worker {self.rank} ended before epoch {epoch} did; use a batch "
-                            "size that leaves rows over, fewer workers, or no --stream"
-                        )
-                    yield batches
-                continue
-            order = permutation(self.rows.num_train, self.settings.seed, epoch)
-            for step in range(first, self.steps_per_epoch):
-                start = step * self.settings.batch_size + self.rank * share
-                mine = order[start : start + share]
-                yield [self.rows.train_batch(mine[i : i + micro], epoch) for i in range(0, share, micro)]
 
     def _to_device(self, batch: Batch) -> Batch:
         real = torch.float64 if self.precision == "fp64" else torch.float32
@@ -399,18 +310,6 @@ class Training:
         with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
             yield
 
-    def _agree_on_frozen(self) -> None:
-        """Raise InputError where a worker has loaded other frozen weights, which DDP is not to send around."""
-        if self.world_size > 1:
-            workers = gather_object([self.frozen])
-            for rank, frozen in enumerate(workers):
-                other = [name for name, digest in workers[0].items() if frozen.get(name) != digest]
-                if other:
-                    raise InputError(
-                        f"frozen weight {other[0]} of worker {rank} is not that of worker 0; give all machines the "
-                        "same pretrained files"
-                    )
-
     def _check_frozen(self) -> None:
         for name, digest in digests(self.model).items():
             if self.frozen[name] != digest:
@@ -420,11 +319,19 @@ class Training:
         """Train to the last step. Returns the weights to keep, those of the best validation or the last, by name."""
         settings, state = self.settings, self.state
         validate_every = settings.validate_every_epochs * self.steps_per_epoch
-        batches = prefetched(itertools.islice(self._micro_batches(state.step), self.total_steps - state.step))
+        stream = micro_batches(
+            self.rows,
+            settings,
+            rank=self.rank,
+            world_size=self.world_size,
+            steps_per_epoch=self.steps_per_epoch,
+            first_step=state.step,
+        )
+        batches = prefetched(itertools.islice(stream, self.total_steps - state.step))
         clock = time.perf_counter()
         try:
-            for micro_batches in batches:
-                means = self._step(micro_batches)
+            for batch in batches:
+                means = self._step(batch)
                 state.step += 1
                 state.rows_seen += settings.batch_size
                 now = time.perf_counter()
@@ -466,28 +373,6 @@ class Training:
                 entry["samples"] = self.hooks.samples(self.model, state.step)
         state.history.append(entry)
         return metrics
-
-
-class _Replica(nn.Module):
-    """What DDP wraps.
-
-    DDP warns on every worker where it looked for weights without a gradient and found none, and no filter of Python's
-    sees that warning. `without_gradient` is one that it finds, in a bucket of its own by its type, so the layout of the
-    others is as if it were not there.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        device = next(model.parameters()).device
-        self.without_gradient = nn.Parameter(torch.zeros(1, dtype=torch.float16, device=device))
-        frozen = [
-            f"model.{part}.{name}" for part, module in frozen_parts(model).items() for name in module.state_dict()
-        ]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
-
-    def forward(self, *arguments: Any) -> Outputs:
-        return self.model(*arguments)
 
 
 def write_history(history: list[dict[str, Any]]) -> bytes:

@@ -46,7 +46,7 @@ from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerR
 from mmcore.errors import InputError
 from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
-from mmcore.training import check_batch
+from mmcore.training_plan import check_batch
 
 AIMED, REQUIRED = 1.025, 1.05
 MIN_STEPS = 100

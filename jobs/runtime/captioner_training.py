@@ -26,7 +26,7 @@ from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.run_files import TOKENIZER_ASSET
 from mmcore.seeding import derive_seed
 from mmcore.text import CaptionTokenizer
-from mmcore.training import num_steps
+from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
 _FOLDERS = ("encoder", "tokenizer")

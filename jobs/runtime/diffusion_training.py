@@ -27,7 +27,7 @@ from mmcore.images import image_grid
 from mmcore.run_files import TOKENIZER_ASSET
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.training import num_steps, resolve_precision
+from mmcore.training_plan import num_steps, resolve_precision
 
 Text = PromptTokenizer | FrozenTextEncoder
 

@@ -9,7 +9,7 @@ from mmcore.errors import InputError
 from mmcore.recipe import difference
 from mmcore.run_files import RunFile, read_begun, write_begun
 from mmcore.storage import Storage
-from mmcore.training import check_batch
+from mmcore.training_plan import check_batch
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _PLACES = ("encoder", "text_encoder", "tokenizer", "vqvae", "perceptual", "vgg16", "lpips_heads")

@@ -24,7 +24,7 @@ from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAEFacts, VQVAERecip
 from mmcore.images import image_grid
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.training import num_steps
+from mmcore.training_plan import num_steps
 
 RECIPE_NAME = "vqvae"
 

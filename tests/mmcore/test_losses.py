@@ -13,8 +13,9 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.distributed import first_row, gathered
 from mmcore.errors import InputError
-from mmcore.losses import Loss, Mean, Outputs, first_row, gathered
+from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.seeding import permutation
 from mmcore.training import RunHooks, Training

@@ -23,7 +23,8 @@ from mmcore.losses import Outputs
 from mmcore.optimization import lr_factor
 from mmcore.recipe import TrainSettings
 from mmcore.rows import prefetched
-from mmcore.training import RunHooks, Training, check_batch, num_steps
+from mmcore.training import RunHooks, Training
+from mmcore.training_plan import check_batch, num_steps
 
 
 @pytest.fixture(autouse=True)
