@@ -164,6 +164,7 @@ def train_as_worker(rank: int, port: int, folder: Path) -> None:
             torch.save(model.state_dict(), folder / f"{name}.pt")
 
 
+@pytest.mark.process
 def test_two_workers_agree_with_one(tmp_path: Path) -> None:
     """Unequal counts of words on the workers, and pairs whose others lie on the other worker."""
     from conftest import free_port

@@ -18,13 +18,8 @@ from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
-from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_DIFFUSION
 from mmcore.losses import Outputs
-from mmcore.optimization import lr_factor
-from mmcore.recipe import TrainSettings
-from mmcore.rows import prefetched
 from mmcore.training import RunHooks, Training
-from mmcore.training_plan import check_batch, num_steps
 
 
 @pytest.fixture(autouse=True)
@@ -385,88 +380,11 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path: Path, clip
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "num_workers", "named"),
-    [
-        ({"batch_size": 9}, 2, ["batch_size 9", "2 workers", "--batch-size"]),
-        ({"batch_size": 8, "gradient_accumulation": 3}, 1, ["batch_size 8", "3 micro-batches", "multiple of 3"]),
-        ({"num_epochs": 0}, 1, ["num_epochs 0", "--num-epochs"]),
-        ({"max_steps": -1}, 1, ["max_steps -1", "--max-steps"]),
-        ({"validate_every_epochs": 0}, 1, ["validate_every_epochs 0", "--validate-every-epochs"]),
-        ({"checkpoint_every_steps": 0}, 1, ["checkpoint_every_steps 0"]),
-        ({"log_every_steps": 0}, 1, ["log_every_steps 0"]),
-        ({}, 0, ["num_workers 0", "--num-workers"]),
-    ],
-)
-def test_settings_that_cannot_work_are_named(changes: dict[str, Any], num_workers: int, named: list[str]) -> None:
-    with pytest.raises(InputError) as caught:
-        check_batch(dataclasses.replace(TrainSettings(), **changes), num_workers)
-    assert all(part in str(caught.value) for part in named), caught.value
-
-
 def test_too_few_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_size 8 is above the 7 training rows; lower --batch-size"):
         tiny.train(tiny.recipe(), tmp_path, num_train=7)
     with pytest.raises(InputError, match="the validation split is empty"):
         tiny.train(tiny.recipe(), tmp_path, num_validation=0)
-
-
-# -- parts ---------------------------------------------------------------------------------------------------------
-
-
-def cosine_of_transformers(num_warmup_steps: int, num_steps: int) -> list[float]:
-    from transformers import get_cosine_schedule_with_warmup
-
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
-    factors = []
-    for _ in range(num_steps):
-        factors.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    return factors
-
-
-def test_steps_and_learning_rate() -> None:
-    settings = TrainSettings(num_epochs=3, batch_size=8, warmup_steps=4, schedule="cosine")
-    assert num_steps(settings, 43) == (5, 15)
-    assert num_steps(dataclasses.replace(settings, max_steps=7), 43) == (5, 7)
-    factors = [lr_factor(settings, step, 15, 5) for step in range(15)]
-    usual = cosine_of_transformers(4, 15)
-    # Theirs begins with a step that moves nothing; from the peak on both are the same.
-    assert factors[:4] == pytest.approx(usual[1:5])
-    assert factors[4:] == pytest.approx(usual[4:15])
-    report = PIXEL_DIFFUSION["report"].train
-    steps_per_epoch, total = num_steps(report, 7_000)
-    assert max(lr_factor(report, step, total, steps_per_epoch) for step in range(total)) == 1
-    # A run that ends in its warm-up.
-    short = [lr_factor(settings, step, 3, 5) for step in range(3)]
-    assert short == pytest.approx([1 / 4, 2 / 4, 3 / 4])
-    assert [lr_factor(settings, step, 4, 5) for step in range(4)] == pytest.approx([*short, 1])
-    falls = dataclasses.replace(settings, warmup_steps=0, schedule="step", step_epoch=2)
-    assert [lr_factor(falls, step, 15, 5) for step in (0, 9, 10, 14)] == [1.0, 1.0, 0.1, 0.1]
-    assert {lr_factor(dataclasses.replace(falls, schedule="constant"), step, 15, 5) for step in range(15)} == {1.0}
-
-
-def test_batches_put_together_ahead_come_in_order_with_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def batches():
-        yield [{"x": torch.tensor(0)}]
-        yield [{"x": torch.tensor(1)}]
-        raise InputError("row 7 is broken")
-
-    seen = []
-    with pytest.raises(InputError, match="row 7 is broken"):  # noqa: PT012
-        for batch in prefetched(batches()):
-            seen.append(int(batch[0]["x"]))
-    assert seen == [0, 1]
-    import threading
-
-    before = set(threading.enumerate())
-    monkeypatch.setattr("mmcore.rows._JOIN_S", 300.0)
-    endless = prefetched(iter(lambda: [], None))
-    next(endless)
-    endless.close()
-    assert "prefetch" not in {thread.name for thread in set(threading.enumerate()) - before}
 
 
 # -- golden --------------------------------------------------------------------------------------------------------
