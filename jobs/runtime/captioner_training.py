@@ -17,7 +17,7 @@ from jobs.runtime.training_flow import Encoded, Flow, train_by
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path
 from mmcore.catalogue import RECIPES
-from mmcore.data.columns import default_cache, open_column
+from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
@@ -71,7 +71,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
             (job.storage / "/".join(facts.text)).create(name, data)
         return _encode(job, table, facts)
 
-    return train_by(Flow(_check, plan, describe, encode, setup), job)
+    return train_by(Flow(_check, plan, describe, encode, _columns, setup), job)
 
 
 def _check(job: Job[Any]) -> Job[Any]:
@@ -118,6 +118,15 @@ def _encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encode
         datasets = {"train": streamed_column(columns[0], image_ids, job.options.num_workers)}
     names = tuple(column.folder.name for column in columns)
     return Encoded(job, dataclasses.replace(facts, columns=names), datasets)
+
+
+def _columns(job: Job[Any], facts: CaptionerFacts) -> dict[str, TensorSpec]:
+    recipe: CaptionerRecipe = job.recipe
+    if recipe.encoder == SCRATCH:
+        what, spec = "pixels", TensorSpec("uint8", (recipe.image_size, recipe.image_size, 3))
+    else:
+        what, spec = "tokens", TensorSpec("float16", (facts.image_tokens, facts.encoder_width))
+    return {what: spec, f"mirrored_{what}": spec} if recipe.flip else {what: spec}
 
 
 def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing) -> Setup:

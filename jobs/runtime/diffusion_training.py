@@ -13,7 +13,7 @@ from jobs.runtime.features import cached_text_column, read_null
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.training_flow import Encoded, Flow, train_by
-from mmcore.data.columns import default_cache, open_column
+from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import to_pixels
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.errors import InputError
@@ -40,6 +40,8 @@ class Samples:
     """Facts of that kind, with the shape of a sample and the size of an image."""
     encode: Callable[[Job[Any], CaptionTable, DiffusionFacts], Encoded[Any, DiffusionFacts]]
     """Makes the columns of samples."""
+    columns: Callable[[Job[Any], DiffusionFacts], dict[str, TensorSpec]]
+    """What is cached of an image's sample."""
     setup: Callable[[Job[Any], DiffusionFacts, Doing], Setup]
     """Model and rows, on a worker."""
     reads: Callable[[Job[Any]], str] = lambda job: ""
@@ -64,6 +66,11 @@ def train_diffusion(job: Job[Any], samples: Samples) -> dict[str, Any]:
         encoded = samples.encode(job, table, facts)
         return dataclasses.replace(encoded, facts=with_text(encoded.job, encoded.facts, table, opened[0]))
 
+    def columns(job: Job[Any], facts: DiffusionFacts) -> dict[str, TensorSpec]:
+        width, recipe = facts.text_inputs.width, job.recipe
+        text = {} if width is None else {"text": (recipe.captions_per_image, recipe.text.max_tokens, width)}
+        return samples.columns(job, facts) | {name: TensorSpec("float16", shape) for name, shape in text.items()}
+
     def reads(job: Job[Any]) -> str:
         text = job.recipe.text
         return ", ".join(filter(None, [samples.reads(job), "" if text.is_scratch else text.text_encoder]))
@@ -72,7 +79,7 @@ def train_diffusion(job: Job[Any], samples: Samples) -> dict[str, Any]:
         samples.check(job)
         return _check(job)
 
-    return train_by(Flow(check, plan, describe, encode, samples.setup, reads), job)
+    return train_by(Flow(check, plan, describe, encode, columns, samples.setup, reads), job)
 
 
 def _check(job: Job[Any]) -> Job[Any]:

@@ -12,7 +12,7 @@ from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.training_flow import Encoded
 from jobs.runtime.vqvae_training import default_job, train_vqvae
-from mmcore.data.columns import default_cache, open_column
+from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
@@ -32,7 +32,7 @@ _SCALE_IMAGES = 1024
 
 def train_latent_diffusion(job: Job[LatentDiffusionRecipe]) -> dict[str, Any]:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
-    return train_diffusion(job, Samples(_facts, _encode, setup, _reads, vqvae_recipe))
+    return train_diffusion(job, Samples(_facts, _encode, _columns, setup, _reads, vqvae_recipe))
 
 
 # -- the VQ-VAE ----------------------------------------------------------------------------------------------------
@@ -126,6 +126,11 @@ def _encode(
         columns=tuple(column.folder.name for column in columns),
     )
     return Encoded(dataclasses.replace(job, recipe=recipe), facts)
+
+
+def _columns(job: Job[LatentDiffusionRecipe], facts: DiffusionFacts) -> dict[str, TensorSpec]:
+    spec = TensorSpec("float16", facts.x_0_shape)
+    return {"latents": spec, "mirrored_latents": spec} if job.recipe.flip else {"latents": spec}
 
 
 def setup(job: Job[LatentDiffusionRecipe], facts: DiffusionFacts, doing: Doing) -> Setup:

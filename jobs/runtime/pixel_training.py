@@ -7,6 +7,7 @@ from jobs.runtime.diffusion_training import Samples, diffusion_setup, train_diff
 from jobs.runtime.features import cached_image_column
 from jobs.runtime.job import Job
 from jobs.runtime.training_flow import Encoded
+from mmcore.data.columns import TensorSpec
 from mmcore.data.prepared import CaptionTable
 from mmcore.frozen.text import TextInputs
 from mmcore.frozen.vision import SCRATCH
@@ -15,7 +16,7 @@ from mmcore.generators.denoiser import DiffusionFacts
 
 def train_pixel_diffusion(job: Job[Any]) -> dict[str, Any]:
     """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
-    return train_diffusion(job, Samples(_facts, _encode, diffusion_setup))
+    return train_diffusion(job, Samples(_facts, _encode, _columns, diffusion_setup))
 
 
 def _facts(job: Job[Any], inputs: TextInputs) -> DiffusionFacts:
@@ -32,3 +33,7 @@ def _encode(job: Job[Any], table: CaptionTable, facts: DiffusionFacts) -> Encode
         stall_timeout_s=job.options.stall_timeout,
     )
     return Encoded(job, dataclasses.replace(facts, columns=(column.folder.name,)))
+
+
+def _columns(job: Job[Any], facts: DiffusionFacts) -> dict[str, TensorSpec]:
+    return {"pixels": TensorSpec("uint8", (job.recipe.image_size, job.recipe.image_size, 3))}

@@ -1,5 +1,6 @@
 """The way of every training job: refuse, dry run, dataset, table, sizes, frozen features, training."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from jobs.runtime.job import Job, R
 from jobs.runtime.run_folder import check_new_run
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import run_training
-from mmcore.data.columns import SUCCESS, default_cache
+from mmcore.data.columns import SUCCESS, TensorSpec, bytes_per_image, default_cache
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions, shapes_table
 from mmcore.data.shapes import ShapesSettings
 from mmcore.recipe import recipe_to_json
@@ -44,6 +45,8 @@ class Flow(Generic[R, F]):
     """Prints sizes and steps for a number of training rows. Raises InputError for what does not fit."""
     encode: Callable[[Job[R], CaptionTable, F], Encoded[R, F]]
     """Makes what is missing: the cached features, and models that the recipe builds on."""
+    columns: Callable[[Job[R], F], dict[str, TensorSpec]]
+    """The tensors that are cached of an image, by what they are, for a dry run."""
     setup: Callable[[Job[R], F, Doing], Setup]
     """Model and rows, on a worker."""
     reads: Callable[[Job[R]], str] = lambda job: ""
@@ -90,4 +93,10 @@ def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
     writes = [str(job.run), flow.writes and f"{storage}/{flow.writes}", f"copies of the features in {default_cache()}"]
     print(f"reads:  {', '.join(filter(None, reads))}")
     print(f"writes: {', '.join(filter(None, writes))}")
+    specs = flow.columns(job, facts)
+    size = bytes_per_image({"tensors": {name: dataclasses.asdict(spec) for name, spec in specs.items()}})
+    print(
+        f"state:  {size:,} bytes an image ({' and '.join(specs)}), {size * len(table.image_ids) / 1e6:,.1f} MB for "
+        f"{len(table.image_ids):,} images, in the storage and on each machine"
+    )
     flow.describe(job, facts, len(table.rows(TRAIN)))

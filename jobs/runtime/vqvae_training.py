@@ -13,7 +13,7 @@ from jobs.runtime.features import cached_image_column
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.training_flow import Encoded, Flow, train_by
-from mmcore.data.columns import default_cache, open_column
+from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.errors import InputError
@@ -31,7 +31,7 @@ RECIPE_NAME = "vqvae"
 
 def train_vqvae(job: Job[VQVAERecipe]) -> dict[str, Any]:
     """Make what is missing (Shapes, the column of pixels), then train. Returns the run's summary."""
-    return train_by(Flow(_check, _plan, describe, _encode, setup, writes=""), job)
+    return train_by(Flow(_check, _plan, describe, _encode, _columns, setup, writes=""), job)
 
 
 def default_job(storage: Storage, name: str, variant: str, options: RunOptions | None = None) -> Job[VQVAERecipe]:
@@ -107,6 +107,10 @@ def _encode(job: Job[VQVAERecipe], table: CaptionTable, facts: VQVAEFacts) -> En
         stall_timeout_s=job.options.stall_timeout,
     )
     return Encoded(job, dataclasses.replace(facts, column=column.folder.name))
+
+
+def _columns(job: Job[VQVAERecipe], facts: VQVAEFacts) -> dict[str, TensorSpec]:
+    return {"pixels": TensorSpec("uint8", (job.recipe.image_size, job.recipe.image_size, 3))}
 
 
 def setup(job: Job[VQVAERecipe], facts: VQVAEFacts, doing: Doing) -> Setup:

@@ -1,0 +1,75 @@
+"""What a dry run tells of each recipe: sizes, places and how much is cached of an image. It writes nothing."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+
+from mmcore.storage import Storage
+
+TEXT = ["--text-encoder", "clip", "--max-tokens", "77", "--captions-per-image", "2"]
+
+
+def dry_run(name: str, *flags: str) -> None:
+    """In this process, without Ray."""
+    job: Any = importlib.import_module(f"jobs.train_{name}")
+    sys.argv = [f"jobs/train_{name}.py", "--variant", "smoke", "--dry-run", *flags]
+    job.main()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a dataset of 48 images, a frozen image encoder and a frozen text encoder."""
+    tiny.write_dataset(Storage(str(tmp_path / "out")))
+    tiny_runs.write_resnet(tmp_path / "resnet")
+    tiny_runs.write_clip(tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "state"),
+    [
+        ("resnet_captioner", [], f"{64 * 64 * 3:,} bytes an image (pixels), 0.6 MB for 48 images"),
+        # Of 64², the second stage leaves 8² tokens of 16 channels in fp16.
+        ("resnet_captioner", ["--encoder", "resnet"], f"{8 * 8 * 16 * 2:,} bytes an image (tokens)"),
+        (
+            "resnet_captioner",
+            ["--encoder", "resnet", "--flip"],
+            f"{2 * 8 * 8 * 16 * 2:,} bytes an image (tokens and mirrored_tokens)",
+        ),
+        ("pixel_diffusion", [], f"{32 * 32 * 3:,} bytes an image (pixels)"),
+        ("pixel_diffusion", TEXT, f"{32 * 32 * 3 + 2 * 77 * 32 * 2:,} bytes an image (pixels and text)"),
+        ("ldm", [], f"{4 * 8 * 8 * 2:,} bytes an image (latents)"),
+        ("ldm", ["--flip"], f"{2 * 4 * 8 * 8 * 2:,} bytes an image (latents and mirrored_latents)"),
+        ("vqvae", [], f"{32 * 32 * 3:,} bytes an image (pixels)"),
+    ],
+)
+def test_the_bytes_of_an_image_are_told(
+    name: str, flags: list[str], state: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.rglob("*"))
+    dry_run(name, "--dataset", "tiny", "--split", "split", "--storage", str(folder / "out"), *flags)
+    out = capsys.readouterr().out
+    assert f"state:  {state}" in out
+    assert f"writes: {folder}/out/runs/{name}/default" in out
+    assert "steps: 5 of 8 images, 5 an epoch" in out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_on_an_empty_storage_it_says_what_is_made_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The captions of 8,500 scenes are made for it; test_training_job.py does so for a captioner."""
+    monkeypatch.setattr(sys, "argv", [])
+    dry_run("ldm", "--storage", str(tmp_path / "empty"))
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/empty/runs/vqvae/default (trained first where missing)" in out
+    assert "first:  makes the Shapes data" in out
+    assert "steps: 20 of 8 images, 1,000 an epoch" in out
+    assert not (tmp_path / "empty").exists()
