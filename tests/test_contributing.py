@@ -49,7 +49,9 @@ def add_recipe(root: Path) -> dict[str, str]:
     return blocks
 
 
-def test_a_recipe_is_added_by_what_contributing_says(tmp_path: Path, run_job: RunJob) -> None:
+def test_a_recipe_is_added_by_what_contributing_says(
+    tmp_path: Path, run_job: RunJob, shared_ray: dict[str, str]
+) -> None:
     root = copy_of_the_repository(tmp_path / "copy")
     blocks = add_recipe(root)
     _model, job, catalogue, test = blocks
@@ -60,7 +62,8 @@ def test_a_recipe_is_added_by_what_contributing_says(tmp_path: Path, run_job: Ru
     here = {"PYTHONPATH": str(root)}
     run_job("-m", "pytest", "-q", "-p", "no:cacheprovider", test, cwd=root, env=here)
     storage = tmp_path / "out"
-    done = run_job(root / JOB, "--variant", "smoke", "--storage", storage, "--num-workers", "1", cwd=root, env=here)
+    joined = {**here, **shared_ray}
+    done = run_job(root / JOB, "--variant", "smoke", "--storage", storage, "--num-workers", "1", cwd=root, env=joined)
     run = storage / "runs" / "recurrent_captioner" / "default"
     assert f"finished: {run}/model" in done.stdout
     assert run_job("-c", CAPTION, run, cwd=root, env=here).stdout.split() == ["2", "True"]

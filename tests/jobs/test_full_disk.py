@@ -25,6 +25,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
 
 
+@pytest.mark.nightly  # test_train_resume.py fills the disk of a training amid its steps
 def test_a_training(call_job: Callable[..., Any], disk: SmallDisk, capfd: pytest.CaptureFixture[str]) -> None:
     storage = Storage(str(disk.path))
     tiny.write_dataset(storage)

@@ -231,7 +231,7 @@ def test_submitted_with_a_working_directory(cluster, script, flags, expected, tm
 def test_results_are_not_left_in_rays_copy_of_the_working_directory(cluster):
     done = cluster.submit("--working-dir", ".", "--", "python", TRAIN_JOB, *SMOKE, "out", check=False)
     assert done.returncode == 1
-    assert "error: --storage out: would lie in Ray's copy of the working directory" in done.stdout + done.stderr
+    assert "error: --storage out: would lie in Ray's copy of the job's working directory" in done.stdout + done.stderr
 
 
 @pytest.mark.nightly  # of its minutes most are starts of workers; what a submission does is seen of the probe

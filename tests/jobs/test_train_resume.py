@@ -269,7 +269,8 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
         assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
-    assert "No space left on device" in errors[0]
+    assert errors[0].startswith(f"error: {small_disk}/")
+    assert "No space left on device; make room there and give the same command again" in errors[0]
     stopped = committed_step(run)
     assert 10 <= stopped < NUM_STEPS
     good, refused = assert_only_good_checkpoints_load(small_disk)
