@@ -22,6 +22,7 @@ from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.frozen.tokenizers import WORDS
 from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion import check_timesteps
+from mmcore.generators.diffusion_recipe import DiffusionRecipe
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
 from mmcore.run_files import TOKENIZER_ASSET
@@ -96,7 +97,7 @@ def _check(job: Job[Any]) -> Job[Any]:
 
 def _describe(job: Job[Any], facts: DiffusionFacts, text: Text, num_train: int) -> None:
     """Print sizes and steps. Raises InputError for a network that does not fit its samples, or for too few rows."""
-    recipe = job.recipe
+    recipe: DiffusionRecipe = job.recipe
     with torch.device("meta"):
         model = recipe.build(facts)
     count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6
@@ -113,7 +114,7 @@ def _describe(job: Job[Any], facts: DiffusionFacts, text: Text, num_train: int) 
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def open_text(recipe: Any, table: CaptionTable) -> Text:
+def open_text(recipe: DiffusionRecipe, table: CaptionTable) -> Text:
     """The frozen text encoder, or the tokenizer of the one that is trained along."""
     text = recipe.text
     if not text.is_scratch:
@@ -176,7 +177,7 @@ def diffusion_setup(
     assets: dict[str, Storage] | None = None,
 ) -> Setup:
     """Model and rows, on a worker. `images` makes of x_0 images in [-1, 1]; None where x_0 is the image itself."""
-    recipe = job.recipe
+    recipe: DiffusionRecipe = job.recipe
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     rows = GenerationRows(
         table,

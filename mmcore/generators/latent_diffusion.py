@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mmcore.generators.denoiser import Denoiser, DiffusionFacts, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
-from mmcore.generators.pixel_diffusion import check_diffusion
+from mmcore.generators.diffusion_recipe import check_diffusion
 from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import TrainSettings
 

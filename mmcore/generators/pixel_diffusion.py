@@ -2,11 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
-from mmcore.errors import InputError
 from mmcore.generators.denoiser import Denoiser, DiffusionFacts, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
+from mmcore.generators.diffusion_recipe import check_diffusion
 from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import TrainSettings
 
@@ -63,24 +62,6 @@ class PixelDiffusionRecipe:
     def build(self, facts: DiffusionFacts) -> Denoiser:
         """The network."""
         return Denoiser(self.unet, self.noise, self.text, facts.text_inputs, facts.x_0_shape)
-
-
-def check_diffusion(recipe: Any, *counts: str) -> None:
-    """Raise InputError for settings of a diffusion recipe that cannot be, such as guidance of a network that never sees
-    a prompt missing; `counts` are the fields that must be at least 1."""
-    for name in counts:
-        if getattr(recipe, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"{name} {getattr(recipe, name)} must be at least 1; mend it with --{flag}")
-    if not 0 <= recipe.drop_text < 1:
-        raise InputError(f"drop_text {recipe.drop_text} must be from 0 to below 1; mend it with --drop-text")
-    if recipe.sample_guidance != 1 and recipe.drop_text == 0:
-        raise InputError(
-            f"sample_guidance {recipe.sample_guidance} needs captions that are dropped in training, and drop_text is "
-            "0; mend it with --drop-text 0.1 or --sample-guidance 1"
-        )
-    for part in (recipe.unet, recipe.noise, recipe.text):
-        part.check()
 
 
 _REPORT = PixelDiffusionRecipe()

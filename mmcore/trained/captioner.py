@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mmcore import checkpoint
-from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
@@ -40,7 +40,7 @@ class TrainedCaptioner:
     encoder: FrozenVisionEncoder | None
     takes_prompt = False
 
-    def __init__(self, run: Storage, file: RunFile[Any, CaptionerFacts], encoder: str | None) -> None:
+    def __init__(self, run: Storage, file: RunFile[CaptionerRecipe, CaptionerFacts], encoder: str | None) -> None:
         self.run, self.file, self.recipe = run, file, file.recipe
         is_scratch = self.recipe.encoder == SCRATCH
         if is_scratch and encoder is not None:

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer
 from mmcore.generators.denoiser import Denoiser, DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.diffusion_recipe import DiffusionRecipe
 from mmcore.recipe import Generator, Identity
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, read_weights
 from mmcore.storage import Storage
@@ -51,7 +52,7 @@ class TrainedDiffusion:
     device: torch.device
     dtype: torch.dtype
 
-    def __init__(self, run: Storage, file: RunFile[Any, DiffusionFacts], text_encoder: str | None) -> None:
+    def __init__(self, run: Storage, file: RunFile[DiffusionRecipe, DiffusionFacts], text_encoder: str | None) -> None:
         self.run, self.file, self.recipe, facts = run, file, file.recipe, file.facts
         text = self.recipe.text
         if text.is_scratch and text_encoder is not None:
