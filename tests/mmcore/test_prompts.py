@@ -144,6 +144,7 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         ("p.csv", "prompt,imageid\na dog,1\n", r"p.csv:1: columns 'prompt', 'imageid'; expected prompt"),
         ("p.csv", "prompt,seed\na dog, black,1\n", r"p.csv:2: 3 fields where the header has 2"),
         ("p.csv", 'prompt,image_id\n"two\nlines",a\nb,a\n', r"p.csv:4: image_id 'a' is that of .*p.csv:2 too"),
+        ("p.csv", "prompt,image_id\na,\nb,000000\n", r"p.csv:3: image_id '000000' is that of .*p.csv:2 too"),
         ("p.csv", 'prompt\n"a "dog"\n', r"p.csv:2: broken CSV"),
         ("p.csv", "prompt,image_id\na dog,../up\n", r"p.csv:2: image_id is '../up'"),
         ("p.csv", "prompt,image_id\na dog,.hidden\n", r"p.csv:2: image_id is '.hidden'"),
