@@ -208,8 +208,9 @@ def test_on_s3(run_folder, images, s3_server, call_job):
     storage = Storage(s3_server)
     for path in images.iterdir():
         storage.upload(path, f"images/{path.name}")
-    for path in (run_folder / "model").iterdir():
-        storage.upload(path, f"runs/resnet_captioner/tiny/model/{path.name}")
+    for path in (run_folder / "model").rglob("*"):
+        if path.is_file():
+            storage.upload(path, f"runs/resnet_captioner/tiny/{path.relative_to(run_folder)}")
     call_job(
         main,
         *("--run", f"{s3_server}/runs/resnet_captioner/tiny", "--images", f"{s3_server}/images"),
