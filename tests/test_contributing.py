@@ -10,8 +10,12 @@ from conftest import RunJob
 
 ROOT = Path(__file__).resolve().parents[1]
 # A line that names a file in backticks, then the file's text.
-BLOCK = re.compile(r"^`([\w/]+\.py)`:\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^`([\w/]+\.\w+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPES = "RECIPES: dict[str, Entry] = {\n"
+# In the README's tree, a job that trains and a captioner.
+NEIGHBOURS = (r"train_ldm\.py", r"cross_attention\.py")
+# Tests that ask something of every recipe.
+OF_ALL = ("tests/test_readme.py", "tests/jobs/test_catalogue.py")
 JOB = "jobs/train_recurrent_captioner.py"
 # Through the doors of bulk captioning and the service, which know the recipe by the catalogue alone.
 CAPTION = """
@@ -37,6 +41,11 @@ def copy_of_the_repository(folder: Path) -> Path:
 def add_recipe(root: Path) -> dict[str, str]:
     """Follow the text; returns what was written, by file."""
     blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))
+    readme = root / "README.md"
+    for line, before in zip(blocks.pop(readme.name).splitlines(), NEIGHBOURS, strict=True):
+        there, found = re.subn(rf"^( +{before} .*)$", rf"\1\n{line}", readme.read_text(), flags=re.MULTILINE)
+        assert found == 1
+        readme.write_text(there)
     for name, text in blocks.items():
         path = root / name
         if not path.exists():
@@ -60,7 +69,7 @@ def test_a_recipe_is_added_by_what_contributing_says(
     # Ruff as it is configured: a newcomer's `make check` must not stumble over the example.
     subprocess.run([sys.executable, "-m", "ruff", "check", "-q", *blocks], cwd=root, check=True)
     here = {"PYTHONPATH": str(root)}
-    run_job("-m", "pytest", "-q", "-p", "no:cacheprovider", test, cwd=root, env=here)
+    run_job("-m", "pytest", "-q", "-p", "no:cacheprovider", test, *OF_ALL, cwd=root, env=here)
     storage = tmp_path / "out"
     joined = {**here, **shared_ray}
     done = run_job(root / JOB, "--variant", "smoke", "--storage", storage, "--num-workers", "1", cwd=root, env=joined)
