@@ -69,7 +69,8 @@ class Two(nn.Module):
 
 
 class Contrastive(nn.Module):
-    """Each row's two vectors are nearer to each other than to those of any other row (InfoNCE), beside a regression."""
+    """Each row's two vectors are nearer to each other than to those of any other row (InfoNCE), beside a regression.
+    One of them comes from a frozen layer, which DDP leaves alone."""
 
     whole_batch_losses = ("pairs_loss",)
 
@@ -77,9 +78,10 @@ class Contrastive(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
     def forward(self, batch: dict[str, Tensor]) -> Outputs:
-        a, b = F.normalize(self.a(batch["a"])), F.normalize(self.b(batch["b"]))
+        a, b = F.normalize(self.a(self.frozen(batch["a"]))), F.normalize(self.b(batch["b"]))
         num = len(a)
         first = first_row(num) if self.training else 0
         all_a, all_b = (gathered(each) if self.training else each for each in (a, b))
