@@ -57,10 +57,11 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
     monitor, rank = config["monitor"], ray.train.get_context().get_world_rank()
     # Two lines at each report, which the run's own progress says better, come by the root logger (Ray 2.60 names theirs
-    # by its file). It shares this handler; Ray's log file keeps them.
+    # by its file), which shares this handler; a crash is told by the driver. Ray's log files keep all of it.
     for handler in logging.getLogger("ray.train").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.WARNING)
+            handler.addFilter(lambda record: not record.name.startswith("ray.train"))
     try:
         mistake = ray.get(monitor.start.remote(rank, ray.get_runtime_context().get_node_id()))
         if mistake:

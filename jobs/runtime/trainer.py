@@ -105,9 +105,9 @@ def _fit(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=_MAX_RESTARTS, max_preemption_failures=-1),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            # Its controller says of a lost machine what fills two screens, and the follower says it in a line. The
-            # log files of Ray Train's own ("sys") keep all of it.
-            logging_config=LoggingConfig(log_level="CRITICAL"),
+            # Of a lost machine its controller warns and informs on two screens, and the follower says it in a line.
+            # Ray Train's own log files ("sys") keep all of it.
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     start = time.perf_counter()
