@@ -34,6 +34,12 @@ def make_folder(kind: str, parent: str | None = None) -> Path:
     return folder
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove what `make_folder` gave."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _held.pop(folder).close()
+
+
 @contextlib.contextmanager
 def temporary_folder(kind: str) -> Iterator[Path]:
     """`make_folder` for the time of a ``with`` block."""
@@ -41,5 +47,4 @@ def temporary_folder(kind: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _held.pop(folder).close()
+        remove_folder(folder)

@@ -11,13 +11,13 @@ import contextlib
 import json
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mmcore.storage import Storage
+from mmcore.temporary import make_folder, remove_folder
 from serve.clients import Deployed, Replica
 from serve.errors import ApiError, fault
 from serve.limits import Limits
@@ -83,8 +83,8 @@ class Jobs:
     ) -> None:
         configure_logging()
         self._replicas = {name: reach(handle) for name, handle in generators.items()}
-        self._temporary = None if storage else tempfile.TemporaryDirectory(prefix="mmcore-jobs-")
-        self._storage = Storage(storage or self._temporary.name)  # type: ignore[union-attr]
+        self._temporary = None if storage else make_folder("jobs")
+        self._storage = Storage(storage or f"{self._temporary}/jobs")
         self._limits = limits
         self._jobs: dict[str, _Job] = {}
         self._places = asyncio.Semaphore(limits.job_concurrency)
@@ -186,7 +186,7 @@ class Jobs:
     def __del__(self) -> None:
         """Called by Ray Serve before the process ends, which does not wait for Python's own end."""
         if self._temporary is not None:
-            self._temporary.cleanup()
+            remove_folder(self._temporary)
 
     async def check_health(self) -> None:
         """Ray Serve asks from the start on, so that pending jobs do not wait for a request to be taken up.
