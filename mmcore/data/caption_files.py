@@ -75,9 +75,16 @@ def _text_rows(lines: list[tuple[int, str]], layout: Layout, location: str, bad:
         columns = layout.columns
         assert columns.image is not None
         captions = tuple(value[name] for name in columns.captions)
-        yield CaptionRow(
-            place, image_name(value[columns.image]), captions, value[columns.split] if columns.split else None
-        )
+        if (
+            layout.has_quotes
+            and layout.caption_is_last
+            and captions[-1].startswith('"')
+            and captions[-1].count('"') % 2
+        ):
+            bad(place, "the quotation mark before the caption is not closed; put the whole caption on one line")
+            continue
+        split = as_split(value[columns.split]) if columns.split else None
+        yield CaptionRow(place, image_name(value[columns.image]), captions, split)
 
 
 def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
@@ -101,7 +108,7 @@ def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
         assert columns.image is not None
         image = as_name(row.values[columns.image])
         captions = as_captions([row.values[name] for name in columns.captions])
-        split = row.values[columns.split] if columns.split else None
+        split = as_split(row.values[columns.split]) if columns.split else None
         if image is None:
             bad(
                 row.place, f"{columns.image}: expected the name of an image, got {repr(row.values[columns.image])[:60]}"
@@ -109,7 +116,7 @@ def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
         elif captions is None:
             bad(row.place, f"{' and '.join(columns.captions)}: expected text, got {_shown(row.values, columns)}")
         else:
-            rows.append(CaptionRow(row.place, image, captions, split if isinstance(split, str) else None))
+            rows.append(CaptionRow(row.place, image, captions, split))
     return CaptionFile(f"{form}, {found[0].described()}" if found and found[0] else form, rows)
 
 
@@ -120,6 +127,12 @@ def as_name(value: Any) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return image_name(value.strip()) if isinstance(value, str) and value.strip() else None
+
+
+def as_split(value: Any) -> str | None:
+    """The split that a row says, None where it says none; what is no text is spelled out and then not known."""
+    text = "" if value is None or value != value else str(value).strip()
+    return text or None
 
 
 def as_captions(values: list[Any]) -> tuple[str, ...] | None:

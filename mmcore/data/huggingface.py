@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from mmcore.data.caption_columns import Columns, find_columns
-from mmcore.data.caption_files import as_captions
+from mmcore.data.caption_files import as_captions, as_split
 from mmcore.data.caption_text import is_image_name
 from mmcore.data.photos import SPLIT_NAMES, Entry, Problems, Progress, name_to_id
 from mmcore.errors import InputError
@@ -122,9 +122,16 @@ def _column_of_splits(dataset: Any, columns: Columns) -> Callable[[dict[str, Any
     column = columns.split
     if column is None:
         return lambda row: None
-    # A ClassLabel is stored as a number.
+    # A ClassLabel is stored as a number, -1 where there is none.
     names = getattr(dataset.features[column], "names", None)
-    return lambda row: names[row[column]] if names and isinstance(row[column], int) else row[column]
+
+    def split_of(row: dict[str, Any]) -> str | None:
+        value = row[column]
+        if names and isinstance(value, int):
+            return names[value] if value >= 0 else None
+        return as_split(value)
+
+    return split_of
 
 
 def _file_names(splits: dict[str, Any], columns: dict[str, Columns]) -> dict[tuple[str, int], str]:

@@ -180,9 +180,10 @@ def _checked(row: _Row, default_id: str, sweep_seed: int) -> Prompt:
     if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt or not _is_encodable(prompt):
         raise InputError(f"{row.place}: prompt is {prompt!r}; give some text")
     image_id = default_id if _is_absent(image_id) else image_id
-    # COCO's ids are whole numbers, which CSV has as text already.
-    if isinstance(image_id, int) and not isinstance(image_id, bool):
-        image_id = str(image_id)
+    # COCO's ids are whole numbers, of which pandas makes 139.0 beside missing ones; CSV has them as text.
+    if not isinstance(image_id, str) or re.fullmatch(r"[0-9]+\.0", image_id):
+        whole = _whole_number(image_id)
+        image_id = str(whole) if isinstance(whole, int) and not isinstance(whole, bool) else image_id
     if not isinstance(image_id, str) or not IMAGE_ID.fullmatch(image_id):
         raise InputError(
             f"{row.place}: image_id is {image_id!r}, and it names the image's file: give a whole number, or up to 200 "

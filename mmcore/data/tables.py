@@ -134,6 +134,8 @@ def table_format(location: str) -> str | None:
                 return JSONL
         except ValueError:
             pass
+    if location.lower().endswith(".json"):
+        raise InputError(f"{location}: one JSON document; write JSON lines, an object a line, as `jq -c .[]` does")
     return ENDINGS.get(Path(location).suffix.lower())
 
 

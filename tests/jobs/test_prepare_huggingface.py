@@ -120,6 +120,34 @@ def test_hugging_face_with_its_split_in_a_column(
     assert "split 'restval' is not known: its 1 images are `unused`" in printed
 
 
+@pytest.mark.parametrize(("splits", "note"), [([0, 1], "split '0' is not known"), ([["train"]] * 2, "not known")])
+def test_splits_that_are_no_names_are_said(
+    saved_dataset: Callable[..., Path], tmp_path: Path, splits: list[Any], note: str
+) -> None:
+    rows = [{"bytes": jpeg(shade), "path": None} for shade in range(2)]
+    folder = saved_dataset({"all": {"image": rows, "text": ["one", "two"], "split": splits}})
+    photos = read_source(str(folder), tmp_path)
+    assert {photo.split_karpathy for photo in photos.photos} == {"unused"}
+    assert note in photos.notes[0]
+
+
+@pytest.mark.usefixtures("saved_dataset")
+def test_a_class_without_a_label_is_no_split(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "split": datasets.ClassLabel(names=["val", "test"]),
+        }
+    )
+    rows = {"image": [{"bytes": jpeg(shade), "path": None} for shade in range(2)], "text": ["a", "b"], "split": [0, -1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    photos = read_source(str(tmp_path / "saved"), tmp_path).photos
+    assert [photo.split_karpathy for photo in photos] == ["validation", "unused"]
+
+
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mmcore.data.caption_files import CaptionRow, read_caption_file
+from mmcore.data.caption_files import read_caption_file
 from mmcore.data.predictions import read_predictions
 from mmcore.data.references import read_references
 from mmcore.errors import InputError
@@ -91,9 +91,35 @@ def test_what_cannot_be_read_is_refused_by_line_alike(tmp_path: Path, content: s
         assert str(error.value).startswith(path)
 
 
-def test_a_column_of_splits_comes_with_the_rows(tmp_path: Path) -> None:
-    path = write(tmp_path, "image,split,caption\na.jpg,val,x\n")
-    assert read_caption_file(path).rows == [CaptionRow(f"{path}:2", "a.jpg", ("x",), "val")]
+@pytest.mark.parametrize("document", ['[{"image_id": 7, "caption": "x"}]', '{\n "annotations": []\n}'])
+def test_one_json_document_is_named(tmp_path: Path, document: str) -> None:
+    path = write(tmp_path, document, "results.json")
+    for read in (read_references, lambda location: read_predictions(location, ["7"])):
+        with pytest.raises(InputError, match=r"results\.json: one JSON document; write JSON lines"):
+            read(path)
+
+
+def test_a_caption_on_several_lines_is_no_half_caption(tmp_path: Path) -> None:
+    path, bad = write(tmp_path, 'image,caption\na.jpg,"A dog\nand a cat, red"\na.jpg,x\n'), []
+    rows = read_caption_file(path, lambda place, reason: bad.append((place, reason))).rows
+    assert [row.captions for row in rows if row.image == "a.jpg"] == [("x",)]
+    assert bad == [
+        (f"{path}:2", "the quotation mark before the caption is not closed; put the whole caption on one line")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "split"),
+    [
+        ("image,split,caption\na.jpg,val,x\n", "val"),
+        ("image,split,caption\na.jpg,,x\n", None),
+        ('{"image": "a.jpg", "split": 1, "caption": "x"}\n', "1"),
+        ('{"image": "a.jpg", "split": null, "caption": "x"}\n', None),
+    ],
+)
+def test_a_column_of_splits_comes_with_the_rows(tmp_path: Path, content: str, split: str | None) -> None:
+    (row,) = read_caption_file(write(tmp_path, content)).rows
+    assert (row.image, row.captions, row.split) == ("a.jpg", ("x",), split)
 
 
 def test_quotation_marks_are_kept_for_the_reports_protocol(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -64,6 +65,16 @@ def test_numbers_are_read_alike_in_every_form(tmp_path: Path) -> None:
             Prompt("139", "a", 5),
             Prompt("285", "b", derive_seed(0, "285") & MAX_IMAGE_SEED),
         ]
+
+
+def test_ids_that_pandas_has_beside_missing_ones_are_whole_numbers(tmp_path: Path) -> None:
+    table = pd.DataFrame({"image_id": [139, None, 632], "prompt": ["a", "b", "c"]})
+    table.to_csv(tmp_path / "p.csv", index=False)
+    table.to_json(tmp_path / "p.jsonl", orient="records", lines=True)
+    table.to_parquet(tmp_path / "p.parquet")
+    for ending in ("csv", "jsonl", "parquet"):
+        found = [each.image_id for each in read_prompts(str(tmp_path / f"p.{ending}"))]
+        assert found == ["139", "000001", "632"], ending
 
 
 def test_a_row_may_give_its_size(tmp_path: Path) -> None:
@@ -154,7 +165,8 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a dog", "seed": 4294967296}\n', r"p.jsonl:1: seed is 4294967296"),
         ("p.jsonl", '{"prompt": "a dog"\n', r"p.jsonl:1: broken JSON"),
         ("p.jsonl", '{"prompt": "a dog", "seed": 1.5}\n', r"p.jsonl:1: seed is 1.5"),
-        ("p.jsonl", '{"prompt": "a dog", "image_id": 1.0}\n', r"p.jsonl:1: image_id is 1.0"),
+        ("p.jsonl", '{"prompt": "a dog", "image_id": 1.5}\n', r"p.jsonl:1: image_id is 1.5"),
+        ("p.jsonl", '{"prompt": "a dog", "image_id": true}\n', r"p.jsonl:1: image_id is True"),
         ("p.csv", "prompt,height,width\na dog,64,\n", r"p.csv:2: width is None; give height and width"),
         ("p.csv", "prompt,height\na dog,64\n", r"p.csv:2: width is None; give height and width"),
         ("p.jsonl", '{"prompt": "a dog", "height": 64, "width": 0}\n', r"p.jsonl:1: width is 0; give height and width"),
