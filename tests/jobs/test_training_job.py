@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import tiny
@@ -117,7 +118,7 @@ def finished(call_job: CallJob, storage: Storage) -> Storage:
     return folder
 
 
-def test_a_finished_run_is_refused_and_fresh_starts_anew_on_two_workers(
+def test_a_finished_run_is_refused_and_fresh_starts_anew(
     call_job: CallJob, run_job: RunJob, storage: Storage, finished: Storage
 ) -> None:
     folder = run_folder(storage, "once")
@@ -141,17 +142,23 @@ def test_a_finished_run_is_refused_and_fresh_starts_anew_on_two_workers(
     assert folder.read("model/model.safetensors") == model
     assert folder.exists("_SUCCESS")
 
-    # By two workers through Ray, which agree with one; equal to the last bit would mean that one did it all, or that
-    # the run of before had gone on.
-    call_job(main, *command, "--fresh", "--num-workers", 2)
-    both = losses(folder)
-    assert len(metrics) == len(both)
-    assert 0 < max(abs(a - b) for a, b in zip(metrics, both, strict=True)) <= 1e-5  # measured 5.1e-7
-    assert folder.read("model/model.safetensors") != model
+    # Two workers, fed by Ray Data.
+    call_job(main, *command, "--fresh", "--stream", "--max-steps", "6", "--num-workers", 2)
+    streamed = losses(folder)
+    assert len(streamed) == 6, "a run that went on would keep the others"
+    assert streamed[-1] < streamed[0]
     facts = json.loads(folder.read("_SUCCESS"))
-    assert (facts["num_workers"], facts["rows_seen"]) == (2, 160)
+    assert (facts["num_workers"], facts["rows_seen"]) == (2, 48)
     state = next(Path(folder.uri).glob("checkpoint_2*/state.json"))
     assert json.loads(state.read_text())["content"]["parallelism"] == {"num_workers": 2, "num_threads": 1}
+
+
+@pytest.mark.nightly  # mmcore/test_training.py compares them without Ray
+def test_two_workers_through_ray_agree_with_one(call_job: CallJob, storage: Storage, finished: Storage) -> None:
+    call_job(main, *FLAGS, "--storage", storage, "--name", "two", "--num-workers", 2)
+    alone, both = losses(finished), losses(run_folder(storage, "two"))
+    # Measured 5.1e-7; equal to the last bit would mean that one worker did it all.
+    assert 0 < np.abs(np.subtract(alone, both)).max() <= 1e-5
 
 
 def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoint(
@@ -261,14 +268,6 @@ def test_a_job_that_cannot_be_placed_says_what_is_missing(run_job: RunJob, stora
     assert "train resnet_captioner/too-many" in line
     assert "a placement group of {CPU: 0.5} x 40" in line
     assert "missing: CPU" in line
-
-
-def test_a_run_fed_by_ray_data_trains(call_job: CallJob, storage: Storage) -> None:
-    call_job(main, *FLAGS, "--max-steps", "6", "--stream", "--storage", storage, "--name", "streamed")
-    rows = [json.loads(line) for line in run_folder(storage, "streamed").read("metrics.jsonl").decode().splitlines()]
-    losses = [row["loss"] for row in rows if "validation_loss" not in row]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0]
 
 
 def test_the_code_of_a_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -407,6 +407,7 @@ def test_a_killed_front_is_replaced_and_every_loss_is_told(service: Service) -> 
         assert json.loads(text)["error"]["code"] == "request_lost"
 
 
+@pytest.mark.nightly  # every process of the service is started anew
 def test_a_new_version_under_load_loses_no_request(service: Service) -> None:
     service.wait_ready()
     before = {process.pid for process in service.processes("ServeReplica:mmcore")}
