@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from kills import (
     wait_until_gone,
     workers,
 )
+from small_disk import small_disk
 
 from jobs.train_resnet_captioner import main
 from mmcore import checkpoint
@@ -234,16 +234,12 @@ def disk_kept_full(folder: Path, free_bytes: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def small_disk(storage: Storage) -> Iterator[Path]:
+def disk(storage: Storage) -> Iterator[Path]:
     """A file system of 20 MB at the place of the runs of the name `disk-full`."""
     folder = Path(run_folder(storage, "disk-full").uri)
-    folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        folder.rmdir()
-        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with small_disk(folder, megabytes=20) as disk:
+        yield disk.path
 
 
 @pytest.mark.timeout(1800)
@@ -251,7 +247,7 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     start_job: Callable[..., Any],
     call_job: Callable[..., Any],
     storage: Storage,
-    small_disk: Path,
+    disk: Path,
     tmp_path: Path,
     shared_ray: dict[str, str],
 ) -> None:
@@ -262,18 +258,18 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     process = start_job(*JOB, *command, env={**shared_ray, "GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 10, process)
     # The room of a third one, which Ray removes after that step, would be enough for a whole one.
-    wait_until(lambda: len(list(small_disk.glob("checkpoint_2*"))) <= 2, process, "removal of a checkpoint")
+    wait_until(lambda: len(list(disk.glob("checkpoint_2*"))) <= 2, process, "removal of a checkpoint")
     # Room for a part of a checkpoint: a file of it is torn, others are whole.
-    with disk_kept_full(small_disk, free_bytes=250_000):
+    with disk_kept_full(disk, free_bytes=250_000):
         gate.open()
         assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
-    assert errors[0].startswith(f"error: {small_disk}/")
+    assert errors[0].startswith(f"error: {disk}/")
     assert "No space left on device; make room there and give the same command again" in errors[0]
     stopped = committed_step(run)
     assert 10 <= stopped < NUM_STEPS
-    good, refused = assert_only_good_checkpoints_load(small_disk)
+    good, refused = assert_only_good_checkpoints_load(disk)
     assert good >= 1
     assert refused >= 1, "the disk was to fill up in the middle of a checkpoint"
     assert not run.exists("_SUCCESS")
