@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from marks import check_flaky, unmarked_process
+from marks import check_flaky, pytest_collection_modifyitems, unmarked_process
 
 
 def test_a_process_of_a_test_that_is_not_marked_is_refused() -> None:
@@ -39,12 +40,28 @@ def test_what_starts_a_process_is_known(event: str, arguments: Any, is_marked: b
     assert unmarked_process(event, arguments, item) == found
 
 
-def test_fixtures_that_start_processes_mark_their_tests(request: pytest.FixtureRequest) -> None:
-    marked = {item.name for item in request.session.items if item.get_closest_marker("process")}
-    assert marked, "of what runs with this test at least the one above"
-    for item in request.session.items:
-        if {"run_job", "start_job", "call_job", "s3_server", "browser"} & set(getattr(item, "fixturenames", ())):
-            assert item.name in marked, item.nodeid
+@pytest.mark.parametrize(
+    ("fixtures", "params", "marks"),
+    [
+        (["tmp_path"], {}, set()),
+        (["call_job", "ray_local"], {}, {"process"}),
+        (["storage"], {"storage": "s3"}, {"process"}),
+        (["storage"], {"storage": "local"}, set()),
+        (["page", "browser"], {}, {"process", "nightly"}),
+    ],
+)
+def test_fixtures_mark_their_tests(fixtures: list[str], params: dict[str, str], marks: set[str]) -> None:
+    added: set[str] = set()
+    item: Any = SimpleNamespace(
+        fixturenames=fixtures,
+        callspec=SimpleNamespace(params=params),
+        path=Path("test_x.py"),
+        add_marker=added.add,
+        iter_markers=lambda name: [],
+        get_closest_marker=lambda name: name if name in added else None,
+    )
+    pytest_collection_modifyitems([item])
+    assert added == marks
 
 
 @pytest.mark.parametrize("arguments", [(), ("since yesterday",), ("", "2026-11-28"), (1, 2)])

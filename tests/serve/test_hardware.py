@@ -33,7 +33,7 @@ def test_threads_are_those_that_are_set_or_every_core_that_it_may_use(
     of_container: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 7})
-    monkeypatch.setattr(hardware, "get_num_cpus", lambda **_: of_container)
+    monkeypatch.setattr(hardware, "cpus", lambda: of_container)
     assert hardware.num_threads(Limits()) == expected
     assert hardware.num_threads(Limits(model_threads=5)) == 5
 
