@@ -112,6 +112,10 @@ class _WholeFiles(pyarrow.fs.FSSpecHandler):
         return pa.PythonFile(_WholeFile(path), mode="w")
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 @dataclass(frozen=True)
 class Storage:
     """A folder named by `uri`; `storage / "runs" / "x"` names a folder inside it without touching it."""
@@ -301,12 +305,15 @@ class Storage:
     def walk(self) -> builtins.list[str]:
         """Sorted names of the files in this folder and in those below it, such as ``a/b.png``, hidden ones left out.
 
-        Links to folders are followed, each folder is entered once.
+        Links to folders are followed, each folder is entered once; empty where the folder is absent. Raises OSError for
+        a folder that cannot be read and InputError for a link to nothing: neither is left out in silence.
         """
         names: builtins.list[str] = []
         if not self.is_s3:
+            if not self._path().is_dir():
+                return names
             entered: set[tuple[int, int]] = set()
-            for folder, folders, files in os.walk(self.uri, followlinks=True):
+            for folder, folders, files in os.walk(self.uri, onerror=_raise, followlinks=True):
                 status = os.stat(folder)
                 if (status.st_dev, status.st_ino) in entered:
                     folders.clear()
@@ -314,6 +321,8 @@ class Storage:
                 entered.add((status.st_dev, status.st_ino))
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 found = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+                if nothing := next((path for path in found if not os.path.exists(path)), None):
+                    raise InputError(f"{nothing}: a link to a file that is not there; mend it or take it away")
                 names += [
                     os.path.relpath(path, self.uri).replace(os.sep, "/") for path in found if os.path.isfile(path)
                 ]

@@ -10,6 +10,7 @@ import torch
 from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.recipe import Autoencoder
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
@@ -49,13 +50,14 @@ class EncodeLatents:
     """Images -> latents (C, h, w) of a trained VQ-VAE before they are quantised, in fp16."""
 
     def __init__(self, vqvae: Storage, flip: bool) -> None:
-        self.vqvae, self.flip = open_autoencoder(vqvae.uri).load(_device()), flip
+        self.autoencoder: Autoencoder = open_autoencoder(vqvae.uri).load(_device())
+        self.flip = flip
 
     @torch.inference_mode()
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
         values = []
-        for pixels in _pixel_batches(rows, self.vqvae.image_size, self.flip):
-            values.append(self.vqvae.encode(pixels).half().cpu().numpy())
+        for pixels in _pixel_batches(rows, self.autoencoder.image_size, self.flip):
+            values.append(self.autoencoder.encode(pixels).half().cpu().numpy())
         return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 

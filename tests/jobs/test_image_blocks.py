@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,24 @@ def test_other_shards_are_refused_by_their_column(columns: dict | None, message:
     with pytest.raises(InputError, match=message) as raised:
         plan_blocks(source)
     assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_be_looked_at_is_not_left_out_in_silence(tmp_path, monkeypatch) -> None:
+    source = write_files(tmp_path, "a.png", "b/c.png")
+    (tmp_path / "b" / "d.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=r"b/d\.png: a link to a file that is not there; mend it"):
+        plan_blocks(source)
+    (tmp_path / "b" / "d.png").unlink()
+    scandir = os.scandir
+
+    def closed(folder: str) -> Any:
+        if str(folder).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/b'"):
+        plan_blocks(source)
 
 
 def test_two_files_of_one_name_are_both_named(tmp_path) -> None:
