@@ -134,7 +134,7 @@ class TrainSettings:
     optimizer: Literal["adam", "adamw"] = "adamw"
     """adam adds the weight decay to the gradient (L2), adamw decouples it."""
     fused_optimizer: bool = True
-    """Move all weights in one kernel."""
+    """Move each weight in one pass: on one CPU thread in bf16, a step of a U-Net of 9 M took 0.21 s, else 0.28 s."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -157,9 +157,13 @@ class TrainSettings:
     """Precision of a model's frozen parts. auto holds in bf16 what bf16 autocast would cast anew each time, with equal
     results, and leaves the rest as it was loaded; any other computes a frozen part in that precision throughout."""
     compile: bool = False
-    """torch.compile."""
+    """Compile the model with torch.compile. Off, since it pays in long runs only: on one CPU thread in bf16, a step of
+    a captioner of 7 M took 14 % less after 13 s; a U-Net of 9 M took over 8 minutes on a shared machine to compile.
+    Resuming is then exact only up to rounding, since other shapes may be compiled first."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the model's blocks and compute them again in the backward pass, to the same bits."""
+    """Keep only the inputs of the model's blocks and compute them again in the backward pass, to the same bits. Off,
+    since it pays where memory is short only: a U-Net of 9 M kept 18 MB where it kept 66 MB, a captioner of 7 M 4 MB
+    where it kept 44 MB; on one CPU thread their steps took 33 % and 20 % longer."""
     seed: int = 2024
     """Everything random derives from it."""
     keep: Literal["best", "last"] = "best"
