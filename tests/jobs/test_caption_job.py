@@ -23,7 +23,7 @@ from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
-from mmcore.frozen.vision import pixels_from_bytes
+from mmcore.frozen.vision import SCRATCH, pixels_from_bytes
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
@@ -33,13 +33,13 @@ NUM_IMAGES = 48
 ROWS_PER_BLOCK = 4
 
 
-def write_run(folder: Path, seed: int = 0) -> Path:
-    """A finished run of an untrained captioner of Shapes."""
-    recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32)
+def write_run(folder: Path, seed: int = 0, encoder: str = SCRATCH) -> Path:
+    """A finished run of an untrained captioner of Shapes. `encoder`: the frozen one that it names, not loaded here."""
+    recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32, encoder=encoder)
     words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
     vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
     torch.manual_seed(seed)
-    facts = CaptionerFacts(vocabulary.token_ids, 0, 0)
+    facts = CaptionerFacts(vocabulary.token_ids, 4, 8)
     model = recipe.build(facts)
     file = RunFile("resnet_captioner", "smoke", recipe, facts, "")
     run = Storage(str(folder))
@@ -181,9 +181,10 @@ def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, ca
     assert not (tmp_path / "out").exists(), "something was written"
 
 
-def test_an_encoder_that_is_not_there_is_one_line(run_folder, images, tmp_path, call_job):
+def test_an_encoder_that_is_not_there_is_one_line(images, tmp_path, call_job):
     """Found out on a worker, when it loads the captioner."""
-    flags = ["--run", run_folder, "--images", images, "--out", tmp_path / "out", "--encoder", tmp_path / "no" / "such"]
+    run = write_run(tmp_path / "runs" / "resnet_captioner" / "frozen", encoder="some/encoder")
+    flags = ["--run", run, "--images", images, "--out", tmp_path / "out", "--encoder", tmp_path / "no" / "such"]
     result = call_job(main, *flags, check=False)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
