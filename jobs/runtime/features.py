@@ -17,7 +17,7 @@ from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
 from jobs.runtime.encoders import EncodeImages, EncodeLatents, EncodeText
 from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.sweep import run_sweep
-from mmcore.data.columns import SUCCESS, facts_of_parts
+from mmcore.data.columns import SUCCESS, TensorSpec, facts_of_parts, specs_of
 from mmcore.data.prepared import CaptionTable, read_dataset_facts
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder
@@ -39,14 +39,13 @@ class CachedColumn:
     """Where a cached column lies and what it holds."""
 
     folder: Storage
-    shape: tuple[int, ...]
-    dtype: str
-    num_rows: int
+    tensors: dict[str, TensorSpec]
+    """Of an image, by name; a sole one is called `VALUE`."""
     encoded_now: int
     encoder_fingerprint: str
 
 
-def _cached_column(
+def cached_column(
     storage: Storage,
     *,
     what: str,
@@ -79,10 +78,8 @@ def _cached_column(
         encoded_now = done["rows_done_now"]
         facts = {"fingerprint": digest, "num_rows": plan.num_rows, **facts_of_parts(folder)}
         folder.write(SUCCESS, json.dumps(facts).encode())
-    facts = json.loads(folder.read(SUCCESS))
-    return CachedColumn(
-        folder, tuple(facts["shape"]), facts["dtype"], facts["num_rows"], encoded_now, encoder_fingerprint
-    )
+    tensors = specs_of(json.loads(folder.read(SUCCESS)), str(folder))
+    return CachedColumn(folder, tensors, encoded_now, encoder_fingerprint)
 
 
 def cached_image_column(
@@ -99,7 +96,7 @@ def cached_image_column(
     encoder = absolute_folder(encoder)
     fingerprint = PIXELS if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
     view = "mirrored " if flip else ""
-    return _cached_column(
+    return cached_column(
         storage,
         what=f"encode {view}{dataset} with {encoder}",
         encoder_fingerprint=fingerprint,
@@ -117,7 +114,7 @@ def cached_latent_column(
     """The images of a prepared dataset as latents (C, h, w) of the trained `vqvae`, a finished run."""
     facts, fingerprint = read_dataset_facts(storage, dataset), open_autoencoder(vqvae.uri).load().fingerprint()
     view = "mirrored " if flip else ""
-    return _cached_column(
+    return cached_column(
         storage,
         what=f"encode {view}{dataset} with {vqvae}",
         encoder_fingerprint=fingerprint,
@@ -144,7 +141,7 @@ def cached_text_column(
     """
     captions, fingerprint = [row[:captions_per_image] for row in table.captions], encoder.fingerprint()
     name = absolute_folder(encoder.name)
-    column = _cached_column(
+    column = cached_column(
         storage,
         what=f"encode captions with {encoder.name}",
         encoder_fingerprint=fingerprint,

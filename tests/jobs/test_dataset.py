@@ -14,9 +14,16 @@ import torch
 from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Model
 
 from jobs.prepare import PrepareSettings, prepare
+from jobs.runtime.blocks import blocks_of_rows
 from jobs.runtime.encoders import EncodeImages
-from jobs.runtime.features import cached_image_column, cached_latent_column, cached_text_column, read_null
-from mmcore.data.columns import open_column
+from jobs.runtime.features import (
+    cached_column,
+    cached_image_column,
+    cached_latent_column,
+    cached_text_column,
+    read_null,
+)
+from mmcore.data.columns import VALUE, TensorSpec, column_table, open_column
 from mmcore.data.prepared import read_captions
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.errors import InputError
@@ -24,6 +31,8 @@ from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
+
+pytest_plugins = ("sweep_fixtures",)
 
 SHAPES = ShapesSettings(num_train=70, num_validation=10, num_test=12, image_size=32)
 NUM_IMAGES = 92
@@ -177,7 +186,7 @@ def test_hidden_states_of_captions_are_made_once(
         storage, table, encoder=encoder, max_tokens=12, captions_per_image=per_image
     )
     column = make(2)
-    assert (column.encoded_now, column.shape, column.dtype) == (NUM_IMAGES, (2, 12, 16), "float16")
+    assert (column.encoded_now, column.tensors) == (NUM_IMAGES, {VALUE: TensorSpec("float16", (2, 12, 16))})
     with monkeypatch.context() as patch:
         patch.setattr("jobs.runtime.features.run_sweep", lambda **asked: pytest.fail("encoded anew"))
         assert make(2).encoded_now == 0
@@ -189,3 +198,30 @@ def test_hidden_states_of_captions_are_made_once(
         expected = encoder(table.captions[row][:2]).numpy()
         np.testing.assert_allclose(opened.values[row].astype(np.float32), expected, atol=0.004)
     np.testing.assert_allclose(read_null(column.folder).astype(np.float32), encoder([""])[0].numpy(), atol=0.004)
+
+
+class EncodeSeveral:
+    """Of a length a ragged tensor, and a number beside it."""
+
+    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+        tokens = [np.ones((length, 2), np.float16) for length in rows["length"]]
+        sizes = np.array([[length, length] for length in rows["length"]], np.uint8)
+        return column_table(rows["image_id"], {"tokens": tokens, "size": sizes})
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_several_tensors_of_an_image_are_made_once(tmp_path: Path) -> None:
+    make = lambda: cached_column(
+        Storage(str(tmp_path)),
+        what="encode",
+        encoder_fingerprint="x",
+        key=["several"],
+        blocks=lambda: blocks_of_rows({"image_id": list("abc"), "length": [3, 1, 2]}, 2),
+        worker_type=EncodeSeveral,
+        worker_kwargs={},
+        stall_timeout_s=None,
+    )
+    column = make()
+    assert column.tensors == {"tokens": TensorSpec("float16", (None, 2)), "size": TensorSpec("uint8", (2,))}
+    assert (column.encoded_now, make().encoded_now) == (3, 0)
+    assert open_column(column.folder, tmp_path / "cache").tensors["tokens"].lengths.tolist() == [3, 1, 2]  # type: ignore[union-attr]
