@@ -6,7 +6,7 @@ from typing import Any
 
 from mmcore.data.caption_columns import Columns, find_columns
 from mmcore.data.caption_text import Layout, find_layout, image_name
-from mmcore.data.tables import JSONL, PARQUET, Bad, read_bytes, read_rows, refuse, table_format
+from mmcore.data.tables import JSONL, PARQUET, Bad, numbered_lines, read_bytes, read_rows, refuse, table_format
 from mmcore.errors import InputError
 
 
@@ -46,21 +46,6 @@ def read_caption_file(location: str, bad: Bad = refuse, *, keep_quotes: bool = F
             raise InputError(f"{start}: not `image,caption` lines, which alone the report's code reads")
         layout = replace(layout, has_quotes=False)
     return CaptionFile(layout.described(), list(_text_rows(lines, layout, location, bad)))
-
-
-def numbered_lines(data: bytes, location: str, bad: Bad) -> list[tuple[int, str]]:
-    """Number, from 1, and text of each line of UTF-8 without its line end.
-
-    Only LF and CR LF end a line: `str.splitlines` would also cut captions at U+2028 and its like.
-    """
-    lines = []
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            lines.append((number, raw.decode("utf-8").removesuffix("\r")))
-        except UnicodeDecodeError as error:
-            fault = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
-            bad(f"{location}:{number}", fault)
-    return lines
 
 
 def _text_rows(lines: list[tuple[int, str]], layout: Layout, location: str, bad: Bad) -> Iterator[CaptionRow]:

@@ -9,9 +9,10 @@ may lie in ``splits/``, in ``Flickr8k_text/`` or beside the captions.
 from pathlib import Path
 
 from mmcore.data.caption_columns import is_column_name
-from mmcore.data.caption_files import CaptionRow, numbered_lines, read_caption_file
+from mmcore.data.caption_files import CaptionRow, read_caption_file
 from mmcore.data.caption_text import find_layout, image_name, is_image_name
 from mmcore.data.photos import Entry, Problems, check_captioned, entries_of
+from mmcore.data.tables import numbered_lines
 from mmcore.errors import InputError
 
 CAPTIONS_FILES = (

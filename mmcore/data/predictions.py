@@ -5,9 +5,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmcore.data.caption_files import CaptionRow, numbered_lines, read_caption_file
+from mmcore.data.caption_files import CaptionRow, read_caption_file
 from mmcore.data.caption_text import Layout, find_layout, image_name, is_image_name
-from mmcore.data.tables import JSONL, PARQUET, read_bytes, refuse, split_location, table_format
+from mmcore.data.tables import (
+    JSONL,
+    PARQUET,
+    numbered_lines,
+    read_bytes,
+    refuse,
+    split_location,
+    table_format,
+)
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 

@@ -87,22 +87,25 @@ def read_bytes(location: str) -> bytes:
         raise InputError(f"{location}: cannot be read: {error.strerror or error}") from None
 
 
-def decode_lines(data: bytes, location: str) -> list[str]:
-    """Lines of UTF-8 text without their line ends (LF or CR LF); a byte order mark is left out.
+def numbered_lines(data: bytes, location: str, bad: Bad) -> list[tuple[int, str]]:
+    """Number, from 1, and text of each line of UTF-8 without its line end (LF or CR LF) and without a byte order mark.
 
     Only LF ends a line: `str.splitlines` would also cut captions at U+2028 and its like.
     """
-    lines = data.removeprefix(_BOM).split(b"\n")
-    return [_decoded(line, location, number) for number, line in enumerate(lines, start=1)]
+    lines = enumerate(data.removeprefix(_BOM).split(b"\n"), start=1)
+    decoded = ((number, _decoded(line, f"{location}:{number}", number == 1, bad)) for number, line in lines)
+    return [(number, text) for number, text in decoded if text is not None]
 
 
 def read_lines(location: str) -> Iterator[tuple[str, str]]:
-    """Place (``file:line``) and text of each line, as `decode_lines` has them."""
+    """Place (``file:line``) and text of each line, as `numbered_lines` has them."""
     with open_bytes(location) as file:
         for number, line in enumerate(_raw_lines(file, location), start=1):
             if number == 1:
                 line = line.removeprefix(_BOM)
-            yield f"{location}:{number}", _decoded(line.removesuffix(b"\n"), location, number)
+            text = _decoded(line.removesuffix(b"\n"), place := f"{location}:{number}", number == 1, refuse)
+            assert text is not None, "refused"
+            yield place, text
 
 
 def _raw_lines(file: BinaryIO, location: str) -> Iterator[bytes]:
@@ -112,12 +115,18 @@ def _raw_lines(file: BinaryIO, location: str) -> Iterator[bytes]:
         raise InputError(f"{location}: cannot be read: {error.strerror or error}") from None
 
 
-def _decoded(line: bytes, location: str, number: int) -> str:
+def _decoded(line: bytes, place: str, is_first: bool, bad: Bad) -> str | None:
+    """The text of a line; None where `bad` was told of it."""
     try:
-        return line.decode("utf-8").removesuffix("\r")
+        text = line.decode("utf-8").removesuffix("\r")
     except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        raise InputError(f"{location}:{number}: byte 0x{bad:02x} is not UTF-8; save the file as UTF-8") from None
+        bad(place, f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8")
+        return None
+    if is_first and "\r" in text:
+        # A whole file would be one line. Further down it may stand in a quoted field.
+        bad(place, "its lines end in CR alone, as on an old Mac; save the file with LF or CR LF")
+        return None
+    return text
 
 
 def table_format(location: str) -> str | None:

@@ -76,6 +76,7 @@ def test_whole_numbers_are_names_in_every_format(tmp_path: Path, columns: dict[s
     [
         ("photo,number,words\na.jpg,0,x\nb.jpg,1,y\n", ":1: the columns are 'photo', 'number', 'words'; none .* image"),
         ("image,words\na.jpg,x\n", r":1: the columns are 'image', 'words'; none is known to hold its captions"),
+        ("image,caption\ra.jpg,x\r", ":1: its lines end in CR alone"),
         ("id,caption\na.jpg,x\n", ":1: the columns are 'id', 'caption'; none is known to hold the image"),
         ("image_name| comment_number| comment\na.jpg| 0| x\na.jpg| 4 y\n", r":3: expected `image_name\|comment_number"),
         ("caption,image\nA dog, running,a.jpg\n", ":2: expected `caption,image`, got 'A dog, running,a.jpg'"),

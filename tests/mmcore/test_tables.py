@@ -88,6 +88,7 @@ def test_an_index_that_pandas_wrote_is_no_column(tmp_path: Path) -> None:
     ("name", "data", "message"),
     [
         ("t.txt", b"a\n\xff\n", r"t.txt:2: byte 0xff is not UTF-8"),
+        ("t.txt", b"a\rb\r", r"t.txt:1: its lines end in CR alone"),
         ("t.csv", b"a,b\nx,y\nx,y,z\n", r"t.csv:3: 3 fields where the header has 2 \(a,b\)"),
         ("t.csv", b'a\n"x" y\n', r"t.csv:2: broken CSV"),
         ("t.csv", b"a,a\n", r"t.csv:1: two columns have the name 'a'"),
