@@ -111,7 +111,7 @@ def entries_of(rows: Iterable[CaptionRow], images: Path, problems: Problems) -> 
     by_id: dict[str, Entry] = {}
     for row in rows:
         captions = [caption for caption in row.captions if caption.strip()]
-        name = PurePosixPath(row.image).as_posix()
+        name = _with_ending(PurePosixPath(row.image).as_posix(), images)
         other = by_id.get(name_to_id(name)) if row.image else None
         if not row.image or not captions:
             problems.add(row.place, f"the row has no {'caption' if row.image else 'image name'}")
@@ -130,6 +130,14 @@ def entries_of(rows: Iterable[CaptionRow], images: Path, problems: Problems) -> 
             entries.append(entry)
             by_name[name] = by_id[entry.image_id] = entry
     return entries
+
+
+def _with_ending(name: str, images: Path) -> str:
+    """The name of the file, where `name` is that of an image without its ending, as ids such as COCO's are."""
+    if not name or ".." in Path(name).parts or name.endswith(IMAGE_SUFFIXES):
+        return name
+    found = [f"{name}{ending}" for ending in IMAGE_SUFFIXES if (images / f"{name}{ending}").is_file()]
+    return found[0] if len(found) == 1 else name
 
 
 def _line(entry: Entry) -> str:

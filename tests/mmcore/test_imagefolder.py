@@ -75,6 +75,15 @@ def test_bad_rows_are_named_by_line_and_can_be_left_out(tmp_path: Path, rows: st
     assert len(data.skipped) == 1
 
 
+def test_ids_are_names_without_their_ending(tmp_path: Path) -> None:
+    for name in ("139.png", "285.png", "285.jpg"):
+        image(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text('{"image_id": 139, "caption": "x"}\n{"image_id": "285", "caption": "y"}\n')
+    data = read(tmp_path, skip_bad=True)
+    assert [(photo.image_id, photo.file_name, photo.captions) for photo in data.photos] == [("139", "139.png", ("x",))]
+    assert any("missing image" in line and line.endswith("285") for line in data.skipped), "of two nobody knows which"
+
+
 def test_an_image_outside_of_the_metadata_is_no_secret(tmp_path: Path) -> None:
     image(tmp_path / "train" / "a.png")
     image(tmp_path / "test" / "b.png")
