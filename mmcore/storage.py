@@ -39,20 +39,33 @@ _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class DiskError(OSError):
+    """A disk that is full or broken, at a path that is kept on the way between processes.
+
+    Ray Data adds its advice to an error's arguments, the last of which is a common OSError's file name over there.
+    """
+
+    def __init__(self, code: int, path: str) -> None:
+        super().__init__(code, os.strerror(code), path)
+
+    def __reduce__(self) -> tuple[type["DiskError"], tuple[int, str]]:
+        return DiskError, (self.errno or 0, self.filename)
+
+
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Errors of a disk that are raised in the block without a file's name, as a full one's are, name `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS or error.filename is not None:
+        if error.errno not in _DISK_ERRORS:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise DiskError(error.errno, str(error.filename2 or error.filename or path)) from error
     except SafetensorError as error:
         code = _RUST_OS_ERROR.search(str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise DiskError(int(code[1]), str(path)) from error
 
 
 class _WholeFile:

@@ -1,6 +1,7 @@
 """Jobs on a disk that becomes full: one line, at once, and the same command goes on when there is room."""
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import tiny_sweep
 from job_output import error_line
 from small_disk import SmallDisk, small_disk
 
+from jobs import prepare
 from jobs.runtime.commandline import one_line
 from jobs.train_pixel_diffusion import main
 from mmcore.errors import InputError
-from mmcore.storage import Storage
+from mmcore.storage import DiskError, Storage
 
 pytest_plugins = ("sweep_fixtures",)
 
@@ -42,6 +44,18 @@ def test_a_training(call_job: Callable[..., Any], disk: SmallDisk, capfd: pytest
     assert json.loads(storage.read("runs/pixel_diffusion/default/_SUCCESS"))["steps"] == 4
 
 
+def test_preparing(call_job: Callable[..., Any], disk: SmallDisk) -> None:
+    flags = ["--storage", disk.path, "--num-train", "400", "--num-validation", "8", "--num-test", "8"]
+    disk.fill(leave=100_000)
+    full = call_job(prepare.main, *flags, check=False)
+    assert full.returncode == 1
+    assert error_line(full.stderr).startswith(f"error: {disk.path}/data/shapes/")
+    assert "No space left on device; make room there" in error_line(full.stderr)
+    disk.make_room()
+    call_job(prepare.main, *flags)
+    assert Storage(str(disk.path / "data" / "shapes")).exists("_SUCCESS")
+
+
 def test_a_sweep(sweep: Callable[..., Any], disk: SmallDisk) -> None:
     out = Storage(str(disk.path / "out"))
     disk.fill()
@@ -60,3 +74,6 @@ def test_who_names_no_file_is_no_fault_of_ours() -> None:
     assert (one_line(OSError(28, "No space left on device")) or "").startswith("a disk of this job or of Ray's: No spa")
     assert (one_line(OSError(28, "No space", "source", None, "target")) or "").startswith("target: ")
     assert one_line(OSError(5, "Input/output error")) is None
+    told = DiskError(28, "/disk/file")
+    told.args = (*told.args, "Failed to apply UDF transform")  # as Ray Data does
+    assert (one_line(pickle.loads(pickle.dumps(told))) or "").startswith("/disk/file: No space left on device; make")
