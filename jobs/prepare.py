@@ -264,7 +264,7 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
     # One block a part, whatever its size: several blocks would be written by several threads, out of order.
     context.target_max_block_size = None
     make_part = functools.partial(_make_part, part_refs, plan.make_row, plan.schema)
-    filesystem, path = attempt.arrow()
+    filesystem, path = attempt.arrow_whole_files()
     dataset.map_batches(make_part, batch_size=1, batch_format="pyarrow", **remote_args).write_parquet(
         path,
         filesystem=filesystem,
