@@ -49,7 +49,7 @@ def test_preparing(call_job: Callable[..., Any], disk: SmallDisk) -> None:
     disk.fill(leave=100_000)
     full = call_job(prepare.main, *flags, check=False)
     assert full.returncode == 1
-    assert error_line(full.stderr).startswith(f"error: {disk.path}/data/shapes/")
+    assert error_line(full.stderr).startswith(f"error: {disk.path}/data/")
     assert "No space left on device; make room there" in error_line(full.stderr)
     disk.make_room()
     call_job(prepare.main, *flags)
