@@ -5,17 +5,15 @@ import io
 import logging
 import os
 import random
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mmcore.storage import Storage
+import time
+from typing import Any
 
 S3 = "s3://"
-S3_MAX_ATTEMPTS = 10
+_S3_MAX_ATTEMPTS = 10
 # A request that has failed this often is told of: until then it is soon repaired, afterwards it takes long.
 _S3_TELL_AFTER = 3
 # Before attempt n + 1 of a request: a random part of 2^(n - 1) times the base, and of no more than the last of these.
-S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
+_S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
 _S3_CONNECT_TIMEOUT_S = 10
 _S3_READ_TIMEOUT_S = 60
 # Connections that are kept open for the threads of one process; each further one would be opened anew.
@@ -52,9 +50,9 @@ def _s3_retry_delay(
     """Seconds until a request's next attempt; None to leave it at that. botocore asks after each attempt."""
     from botocore.exceptions import ConnectionError, HTTPClientError
 
-    if attempts >= S3_MAX_ATTEMPTS:
+    if attempts >= _S3_MAX_ATTEMPTS:
         return None
-    base = S3_BACKOFF_S
+    base = _S3_BACKOFF_S
     if response is None:
         if not isinstance(caught_exception, ConnectionError | HTTPClientError):
             return None
@@ -68,19 +66,38 @@ def _s3_retry_delay(
         reason = (
             f"answers {response[0].status_code}" if response is not None else f"does not answer: {caught_exception}"
         )
-        logging.getLogger(__name__).warning("S3 %s; attempt %d of %d", reason, attempts + 1, S3_MAX_ATTEMPTS)
-    return s3_backoff(base, attempts)
+        logging.getLogger(__name__).warning("S3 %s; attempt %d of %d", reason, attempts + 1, _S3_MAX_ATTEMPTS)
+    return _s3_backoff(base, attempts)
 
 
-def s3_backoff(base: float, attempts: int) -> float:
+def _s3_backoff(base: float, attempts: int) -> float:
     return random.random() * min(_S3_MAX_BACKOFF_S, base * 2 ** (attempts - 1))
 
 
-class S3File(io.RawIOBase):
-    """An object of which parts are read, each by a request that is tried again as that of `Storage.read` is."""
+def read_object(bucket: str, key: str, **part: str) -> bytes:
+    """An object, or the `part` of it that boto3's arguments name. Raises FileNotFoundError."""
+    from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 
-    def __init__(self, storage: "Storage", name: str, size: int) -> None:
-        self.storage, self.name, self.size, self.at = storage, name, size, 0
+    for attempt in range(1, _S3_MAX_ATTEMPTS + 1):
+        try:
+            return s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, **part)["Body"].read()
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                raise FileNotFoundError(f"{S3}{bucket}/{key}") from None
+            raise
+        except (IncompleteReadError, ResponseStreamingError):
+            # A request is tried again until its answer begins; this one broke off in the middle.
+            if attempt == _S3_MAX_ATTEMPTS:
+                raise
+            time.sleep(_s3_backoff(_S3_BACKOFF_S, attempt))
+    raise AssertionError("the last attempt returned or raised")
+
+
+class S3File(io.RawIOBase):
+    """An object of `size` bytes of which parts are read."""
+
+    def __init__(self, bucket: str, key: str, size: int) -> None:
+        self.bucket, self.key, self.size, self.at = bucket, key, size, 0
 
     def readable(self) -> bool:
         return True
@@ -99,7 +116,7 @@ class S3File(io.RawIOBase):
         end = min(self.size, self.at + len(buffer))
         if self.at >= end:
             return 0
-        data = self.storage._get(self.name, Range=f"bytes={self.at}-{end - 1}")
+        data = read_object(self.bucket, self.key, Range=f"bytes={self.at}-{end - 1}")
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)

@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
 from mmcore.errors import InputError
-from mmcore.s3 import S3, S3_BACKOFF_S, S3_MAX_ATTEMPTS, S3File, s3_backoff, s3_client
+from mmcore.s3 import S3, S3File, read_object, s3_client
 
 # Before a conditional write that met another one is tried again.
 _CONFLICT_PAUSE_S = 0.1
@@ -201,35 +201,17 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """The whole content of `name`. Raises FileNotFoundError."""
-        return self._get(name) if self.is_s3 else self._path(name).read_bytes()
+        return read_object(*self._key(name)) if self.is_s3 else self._path(name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
         """`name`, of which parts are to be read, such as columns of Parquet. Raises FileNotFoundError."""
         if not self.is_s3:
             return self._path(name).open("rb")
-        head = self._head(*self._key(name))
+        bucket, key = self._key(name)
+        head = self._head(bucket, key)
         if head is None:
             raise FileNotFoundError(f"{self.uri}/{name}")
-        return cast(BinaryIO, S3File(self, name, head["ContentLength"]))
-
-    def _get(self, name: str, **part: str) -> bytes:
-        """The object `name`, or the `part` of it that boto3's arguments name."""
-        from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
-
-        bucket, key = self._key(name)
-        for attempt in range(1, S3_MAX_ATTEMPTS + 1):
-            try:
-                return s3_client(os.getpid()).get_object(Bucket=bucket, Key=key, **part)["Body"].read()
-            except ClientError as error:
-                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                    raise FileNotFoundError(f"{self.uri}/{name}") from None
-                raise
-            except (IncompleteReadError, ResponseStreamingError):
-                # A request is tried again until its answer begins; this one broke off in the middle.
-                if attempt == S3_MAX_ATTEMPTS:
-                    raise
-                time.sleep(s3_backoff(S3_BACKOFF_S, attempt))
-        raise AssertionError("the last attempt returned or raised")
+        return cast(BinaryIO, S3File(bucket, key, head["ContentLength"]))
 
     def write(self, name: str, data: bytes) -> None:
         """Write `name` whole or not at all, over what was there."""

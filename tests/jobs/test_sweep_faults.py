@@ -250,7 +250,7 @@ def test_an_error_that_stays_is_not_waited_for(s3_server, monkeypatch):
             with pytest.raises(botocore.exceptions.ClientError, match="NoSuchBucket"):
                 Storage("s3://no-such-bucket-here/a").write("a.bin", b"a")
             assert proxy.num_requests == 2
-            monkeypatch.setattr(module, "S3_BACKOFF_S", 0.0)
+            monkeypatch.setattr(module, "_S3_BACKOFF_S", 0.0)
             monkeypatch.setattr(proxy, "draw", lambda method: "500")
             with pytest.raises(botocore.exceptions.ClientError, match="InternalError"):
                 Storage(s3_server).write("a.bin", b"a")
