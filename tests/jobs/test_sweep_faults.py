@@ -175,7 +175,7 @@ def test_a_failing_storage_loses_and_doubles_nothing(without_ray, s3_server, tmp
     with monkeypatch.context() as patch, faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.2) as proxy:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
         module.s3_client.cache_clear()
-        generate(settings, tiny_sweep.TinyWorker)
+        generate(settings, worker_type=tiny_sweep.TinyWorker)
     module.s3_client.cache_clear()
     check_nothing_is_lost_or_doubled(proxy, s3_server, run_folder, 150)
 
