@@ -13,6 +13,7 @@ command starts over. Hardware: any; Flickr8k takes well under a minute on 2 core
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import tyro
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.cluster import connect
-from jobs.runtime.commandline import run
+from jobs.runtime.commandline import one_line, run
 from jobs.runtime.progress import Report, progress
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import output_storage
@@ -249,8 +250,7 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
     if plan.reads_local_files or not attempt.is_s3:
         node_id = ray.get_runtime_context().get_node_id()
         num_cpus = next(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
-        # The source lies on the driver's machine, and a local storage is its disk. With one CPU, what a write
-        # takes, Ray joins both into one task there; a head that lends no CPU reads and others write.
+        # The source lies on the driver's machine, and a local storage is its disk. A head that lends no CPU works too.
         remote_args = {"label_selector": {"ray.io/node-id": node_id}, "num_cpus": 1}
         if num_cpus < 1:
             remote_args |= {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=cpus())}
@@ -258,28 +258,32 @@ def _run_ray_data(plan: _Plan, attempt: Storage) -> None:
     dataset = ray.data.from_items(
         [{"part": index} for index in range(len(plan.parts))], override_num_blocks=len(plan.parts)
     )
-    context = dataset.context
-    context.enable_progress_bars = False  # ours counts images
-    context.execution_options.preserve_order = True
-    # One block a part, whatever its size: several blocks would be written by several threads, out of order.
-    context.target_max_block_size = None
-    make_part = functools.partial(_make_part, part_refs, plan.make_row, plan.schema)
-    filesystem, path = attempt.arrow_whole_files()
-    dataset.map_batches(make_part, batch_size=1, batch_format="pyarrow", **remote_args).write_parquet(
-        path,
-        filesystem=filesystem,
-        row_group_size=ROWS_PER_BLOCK,  # bulk jobs read a block at a time
-    )
+    dataset.context.enable_progress_bars = False  # ours counts images
+    write_part = functools.partial(_write_part, part_refs, plan.make_row, plan.schema, attempt)
+    for row in dataset.map(write_part, **remote_args).iter_rows():
+        if row["error"]:
+            raise InputError(row["error"])
 
 
-def _make_part(
+def _write_part(
     part_refs: list[ray.ObjectRef],
     make_row: Callable[[Any], dict[str, Any]],
     schema: pa.Schema,
-    batch: pa.Table,
-) -> pa.Table:
-    rows = ray.get(part_refs[batch["part"][0].as_py()])
-    return pa.Table.from_pylist([make_row(row) for row in rows], schema=schema)
+    attempt: Storage,
+    row: dict[str, Any],
+) -> dict[str, Any]:
+    """Make the rows of a part and write its file. What the user can mend is returned: Ray shows what is raised in
+    several tracebacks, and hands on its text alone."""
+    try:
+        table = pa.Table.from_pylist([make_row(each) for each in ray.get(part_refs[row["part"]])], schema=schema)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, row_group_size=ROWS_PER_BLOCK)  # bulk jobs read a block at a time
+        attempt.write(f"part-{row['part']:06d}.parquet", buffer.getvalue())
+    except Exception as error:
+        if (line := one_line(error)) is None:
+            raise
+        return {"error": line}
+    return {"error": ""}
 
 
 def _inspect(plan: _Plan, attempt: Storage, report: Report, watchdog: Watchdog) -> dict[str, Any]:

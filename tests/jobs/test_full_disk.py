@@ -51,6 +51,7 @@ def test_preparing(call_job: Callable[..., Any], disk: SmallDisk) -> None:
     assert full.returncode == 1
     assert error_line(full.stderr).startswith(f"error: {disk.path}/data/")
     assert "No space left on device; make room there" in error_line(full.stderr)
+    assert "Traceback" not in full.stderr
     disk.make_room()
     call_job(prepare.main, *flags)
     assert Storage(str(disk.path / "data" / "shapes")).exists("_SUCCESS")
