@@ -29,7 +29,7 @@ from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError
 from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.images import decode_image
-from mmcore.recipe import Captioner
+from mmcore.recipe import Captioner, capped_fields
 from mmcore.storage import Storage
 from mmcore.trained.captioner import open_captioner
 
@@ -124,11 +124,10 @@ def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
     captioner = open_captioner(settings.run, encoder=settings.encoder)
     options = captioner.options if options is None else options
     captioner.check(options)
-    if options.max_length > captioner.max_length:
-        print(
-            f"caption: --max-length {options.max_length}: captions end at the run's own {captioner.max_length}",
-            flush=True,
-        )
+    words = capped_fields(options).get("words")
+    if words is not None and (wanted := getattr(options, words)) > captioner.max_length:
+        flag = "--" + words.replace("_", "-")
+        print(f"caption: {flag} {wanted}: captions end at the run's own {captioner.max_length}", flush=True)
     there = read_plan(out) or {}
     of_these = there.get("settings", {}).get("images") == images.uri
     blocks = plan_blocks(

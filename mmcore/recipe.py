@@ -45,7 +45,8 @@ class Captioner(Protocol):
     """Words at which a caption ends whatever the options ask for."""
     options: Any
     """The default search: a frozen dataclass whose fields become flags and fields of a request (there under the name in
-    the field's metadata ``api``, where that is another)."""
+    the field's metadata ``api``, where that is another). The metadata ``caps`` of the field with the most words of a
+    caption is "words", that of the field with the beams is "beams": the service sets both."""
     takes_prompt: bool
     """Whether words beside an image change its caption."""
 
@@ -117,6 +118,11 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, P, P) in [-1, 1]."""
+
+
+def capped_fields(options: Any) -> dict[str, str]:
+    """What fields of a captioner's `options` cap, "words" or "beams", to the names of the fields."""
+    return {field.metadata["caps"]: field.name for field in dataclasses.fields(options) if "caps" in field.metadata}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ class Captioner:
         resolution = self.model.image_size
         if resolution not in pixels:
             return {"resolution": resolution}
-        options = dataclasses.replace(self.model.options, num_beams=self.limits.caption_beams, max_length=max_words)
+        caps = {"words": max_words, "beams": self.limits.caption_beams}
+        own = {name: caps[what] for what, name in recipe.capped_fields(self.model.options).items()}
+        options = dataclasses.replace(self.model.options, **own)
         result = await self.batcher.submit(options, pixels[resolution])
         facts = facts_of(result)
         log_work("captioned", request_id, self.name, [facts])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcore.captioners.decoder import CaptionDecoder, Packing, dropout
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.search_options import GREEDY, SearchOptions
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.errors import InputError
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
@@ -201,18 +202,18 @@ class CrossAttentionCaptioner(nn.Module):
         return Outputs({"loss": Loss(loss, num_words)}, {"correct": Mean(correct, num_words)})
 
     @torch.inference_mode()
-    def caption(
-        self, images: Tensor, *, num_beams: int = 1, max_length: int = 30, length_penalty: float = 1.0
-    ) -> list[list[int]]:
+    def caption(self, images: Tensor, options: SearchOptions = GREEDY) -> list[list[int]]:
         """The ids of a caption of each image, without begin and end; `images` as `memory` takes them.
 
         One beam is greedy search.
         """
-        max_length = min(max_length, self.recipe.max_length)  # no position was trained beyond it
+        max_length = min(options.max_length, self.recipe.max_length)  # no position was trained beyond it
         memory_BLD = self.memory(images)
-        if num_beams == 1:
+        if options.num_beams == 1:
             return greedy(self.decoder, memory_BLD, max_length, self.token_ids)
-        return beam_search(self.decoder, memory_BLD, max_length, self.token_ids, num_beams, length_penalty)
+        return beam_search(
+            self.decoder, memory_BLD, max_length, self.token_ids, options.num_beams, options.length_penalty
+        )
 
 
 _REPORT = CrossAttentionCaptionerRecipe()

@@ -71,6 +71,7 @@ class CaptionerRecipe(Recipe, Protocol):
         """The trainable half.
 
         ``forward(batch)`` takes `images`, the frozen tokens (B, L, E) or with `scratch` uint8 pixels (B, P, P, 3),
-        `input_ids` (B, C, T) and `lengths` (B, C) of C captions, and returns named losses. ``caption(images, *,
-        num_beams, max_length, length_penalty)`` returns the ids of a caption of each image, without begin and end.
+        `input_ids` (B, C, T) and `lengths` (B, C) of C captions, and returns named losses. ``caption(images,
+        options)`` returns the ids of a caption of each image, without begin and end; `options` are those of what opens
+        it (by default ``SearchOptions``), without them the search is greedy.
         """

@@ -1,7 +1,7 @@
 """The options of the search for a caption: flags of a job and fields of a request."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mmcore.errors import OptionError
 
@@ -10,9 +10,9 @@ from mmcore.errors import OptionError
 class SearchOptions:
     """How the most probable caption is looked for."""
 
-    num_beams: int = 3
+    num_beams: int = field(default=3, metadata={"caps": "beams"})
     """Beams of the search; 1 is greedy."""
-    max_length: int = 30
+    max_length: int = field(default=30, metadata={"caps": "words"})
     """Longest caption in words."""
     length_penalty: float = 1.0
     """Power of the length that a beam's log-probability is divided by: below 1 prefers shorter captions."""
@@ -28,3 +28,6 @@ class SearchOptions:
             raise OptionError(
                 "length_penalty", f"{self.length_penalty:g}: greedy search has no use for it; give more beams"
             )
+
+
+GREEDY = SearchOptions(num_beams=1)

@@ -38,6 +38,7 @@ class TrainedCaptioner:
 
     model: Any
     encoder: FrozenVisionEncoder | None
+    options: Any = SearchOptions()
     takes_prompt = False
 
     def __init__(self, run: Storage, file: RunFile[CaptionerRecipe, CaptionerFacts], encoder: str | None) -> None:
@@ -49,12 +50,11 @@ class TrainedCaptioner:
         self.encoder_name = None if is_scratch else absolute_folder(encoder or self.recipe.encoder)
         self.image_size: int = self.recipe.image_size
         self.max_length: int = self.recipe.max_length
-        self.options = SearchOptions()
 
     def identity(self) -> Identity:
         return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
 
-    def check(self, options: SearchOptions) -> None:
+    def check(self, options: Any) -> None:
         options.check()
 
     def load(self, device: str = "cpu") -> Self:
@@ -81,14 +81,8 @@ class TrainedCaptioner:
         return read_caption_tokenizer(self.run / "model" / TOKENIZER_ASSET)
 
     @torch.inference_mode()
-    def caption(self, pixels: np.ndarray, options: SearchOptions, prompts: Sequence[str] | None = None) -> list[str]:
+    def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
         if prompts is not None:
             raise ValueError("this captioner takes no words beside an image")
         inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-        captions = self.model.caption(
-            inputs,
-            num_beams=options.num_beams,
-            max_length=options.max_length,
-            length_penalty=options.length_penalty,
-        )
-        return [self.tokenizer.decode(ids) for ids in captions]
+        return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options)]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.search_options import SearchOptions
 from mmcore.errors import InputError
 from mmcore.frozen.tokenizers import PieceTokenizer, read_caption_tokenizer
 from mmcore.recipe import check_effect, recipe_to_json
@@ -88,7 +89,7 @@ def test_a_captioner_learns_to_write_pieces(kind: str, tmp_path: Path) -> None:
         optimizer.step()
     model.eval()
     for num_beams in (1, 2):
-        captions = model.caption(images, num_beams=num_beams, max_length=40)
+        captions = model.caption(images, SearchOptions(num_beams, max_length=40))
         assert [tokenizer.decode(each) for each in captions] == wanted
 
 
@@ -138,4 +139,8 @@ def test_a_finished_captioner_of_34e6a7a_opens_and_says_the_same(tmp_path: Path)
     before, after = (open_captioner(run.uri).load() for run in (then, now))
     captions = after.caption(pixels, after.options)
     assert before.caption(pixels, before.options) == captions
+
+    options = object()  # of another kind of captioner, which its model alone reads
+    before.model.caption = lambda images, given: [words.encode("red", 9)] * (given is options)  # type: ignore[attr-defined]
+    assert before.caption(pixels, options) == ["red"]
     assert any(captions)

@@ -135,8 +135,8 @@ def colour_of(
 
 @dataclass(frozen=True)
 class FakeSearch:
-    num_beams: int = 3
-    max_length: int = 30
+    num_beams: int = field(default=3, metadata={"caps": "beams"})
+    max_length: int = field(default=30, metadata={"caps": "words"})
 
 
 class FakeCaptioner:

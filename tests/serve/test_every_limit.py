@@ -3,14 +3,17 @@
 import asyncio
 import dataclasses
 import io
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
-from serving import GENERATIONS, KEY, Served, chat, data_uri, error, picture, run, until
+from serving import GENERATIONS, KEY, SIZE, FakeCaptioner, Served, chat, data_uri, error, picture, run, until
 
+from serve.captioner import Captioner
 from serve.limits import Limits
 from serve.security import Keys
 
@@ -235,6 +238,23 @@ def test_beams_and_threads() -> None:
     run(main())
     assert service.fake_captioner.num_beams == {7}
     assert service.fake_captioner.num_threads == {3}
+
+
+def test_a_captioner_with_options_of_its_own_is_capped_too() -> None:
+    @dataclass(frozen=True)
+    class Sampling:
+        temperature: float = 0.5
+        num_words: int = field(default=30, metadata={"caps": "words"})
+
+    class Words(FakeCaptioner):
+        options = Sampling()
+
+        def caption(self, pixels: np.ndarray, options: Any) -> list[str]:
+            return [str(options)] * len(pixels)
+
+    captioner = Captioner("words", lambda device: Words(), Limits(caption_beams=7))
+    answer = run(captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "r1"))
+    assert answer["caption"].endswith("Sampling(temperature=0.5, num_words=5)")
 
 
 def test_a_lone_request_waits_for_nobody_by_default() -> None:
