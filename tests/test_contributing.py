@@ -1,6 +1,7 @@
 """CONTRIBUTING.md's recipe, added to a copy of the repository as its text says, trains, opens and captions there."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # A line that names a file in backticks, then the file's text.
 BLOCK = re.compile(r"^`([\w/]+\.\w+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPES = "RECIPES: dict[str, Entry] = {\n"
+# One who adds a recipe runs this before the commit too.
+LIST = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+IMPORT = re.compile(r"^from mmcore\.captioners import (.*)$", re.MULTILINE)
 # In the README's tree, a job that trains and a captioner.
 NEIGHBOURS = (r"train_ldm\.py", r"cross_attention\.py")
 # Tests that ask something of every recipe.
 OF_ALL = ("tests/test_readme.py", "tests/jobs/test_catalogue.py")
 JOB = "jobs/train_recurrent_captioner.py"
-# Through the doors of bulk captioning and the service, which know the recipe by the catalogue alone.
+# Through the door of the service, which knows the recipe by the catalogue alone.
 CAPTION = """
 import sys
 import numpy as np
@@ -30,7 +34,7 @@ print(len(captions), all(isinstance(caption, str) for caption in captions))
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = subprocess.run(LIST, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in files.split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +56,20 @@ def add_recipe(root: Path) -> dict[str, str]:
             path.write_text(text)
             continue
         imports, _, entry = text.partition("\n\n")
-        there = re.sub(r"^from mmcore\.captioners import .*$", imports, path.read_text(), flags=re.MULTILINE)
-        assert there.count(imports) == there.count(RECIPES) == 1
+        there = path.read_text()
+        assert len(IMPORT.findall(there)) == there.count(RECIPES) == 1
+        # Beside those that others have added.
+        modules = sorted({name for line in (imports, there) for name in IMPORT.findall(line)[0].split(", ")})
+        there = IMPORT.sub(f"from mmcore.captioners import {', '.join(modules)}", there)
         path.write_text(there.replace(RECIPES, RECIPES + entry))
     return blocks
+
+
+def commands() -> list[list[str]]:
+    """The jobs that the text says to try, as a shell takes them apart."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("### 6. Try it")[2].split("```")[1]
+    lines = section.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
 
 
 def test_a_recipe_is_added_by_what_contributing_says(
@@ -70,9 +84,12 @@ def test_a_recipe_is_added_by_what_contributing_says(
     subprocess.run([sys.executable, "-m", "ruff", "check", "-q", *blocks], cwd=root, check=True)
     here = {"PYTHONPATH": str(root)}
     run_job("-m", "pytest", "-q", "-p", "no:cacheprovider", test, *OF_ALL, cwd=root, env=here)
-    storage = tmp_path / "out"
     joined = {**here, **shared_ray}
-    done = run_job(root / JOB, "--variant", "smoke", "--storage", storage, "--num-workers", "1", cwd=root, env=joined)
-    run = storage / "runs" / "recurrent_captioner" / "default"
+    train, caption = commands()
+    assert (train[0], caption[0]) == (JOB, "jobs/caption.py")
+    done = run_job(*train, cwd=root, env=joined)
+    run = root / "out" / "runs" / "recurrent_captioner" / "default"
     assert f"finished: {run}/model" in done.stdout
+    assert "next: " not in done.stdout, "a training that makes its data names no other training"
+    assert "caption: 300 images" in run_job(*caption, "--dry-run", cwd=root, env=joined).stdout
     assert run_job("-c", CAPTION, run, cwd=root, env=here).stdout.split() == ["2", "True"]
