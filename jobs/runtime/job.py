@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import tyro
 
 from jobs.runtime.source import output_storage
+from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
 from mmcore.recipe import Recipe, check_effect
 from mmcore.storage import Storage
@@ -80,7 +81,7 @@ def parse_job(
 ) -> Job[R]:
     """Read ``--variant`` first; its fields are then the defaults of the flags, and what ``--help`` shows.
 
-    Raises InputError for a flag that has no effect beside the others.
+    Raises InputError for a flag that has no effect beside the others, and for a job that the catalogue does not name.
 
     `report_needs`: the flags without which `report` does not run.
     """
@@ -94,6 +95,11 @@ def parse_job(
     if variant not in variants:
         raise InputError(f"--variant {variant!r}: choose one of {', '.join(variants)}")
     name = recipe_name(job_file)
+    # Found out after the training, its run could not be opened.
+    if name not in RECIPES:
+        raise InputError(
+            f"jobs/{Path(job_file).name}: mmcore/catalogue.py has no recipe {name!r}; add it to RECIPES there"
+        )
     command = f"python jobs/{Path(job_file).name}"
     Variant = Literal[tuple(variants)]  # type: ignore[valid-type]
 

@@ -88,3 +88,10 @@ def test_without_a_variant_the_report_is_named_where_it_has_the_recipe(capsys: p
         said = capsys.readouterr().out
         assert said.startswith("no --variant given: running `shapes`")
         assert ("--variant report" in said) == named
+
+
+def test_a_job_that_the_catalogue_does_not_name_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"^jobs/train_x\.py: mmcore/catalogue\.py has no recipe 'x'; add it to RECIPES"
+    ):
+        parse_job("jobs/train_x.py", train_ldm.VARIANTS, "", [])
