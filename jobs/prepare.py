@@ -363,19 +363,24 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
     )
     for column, counts in summary["splits"].items():
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def next_command(settings: PrepareSettings) -> str:
+    """The training that reads the dataset, for a shell."""
     flags = ["--variant", SHAPES]
     if settings.dataset != SHAPES:
         flags = ["--variant", "best", "--name", "best", "--dataset", settings.dataset, "--split", SPLIT_COLUMNS[0]]
     flags += ["--storage", settings.storage]
-    print(f"next: {shlex.join(['python', 'jobs/train_resnet_captioner.py', *flags])}")
+    return shlex.join(["python", "jobs/train_resnet_captioner.py", *flags])
 
 
 def main() -> None:
-    prepare(
-        tyro.cli(
-            PrepareSettings, description=__doc__, prog="python jobs/prepare.py", config=(tyro.conf.FlagCreatePairsOff,)
-        )
+    settings = tyro.cli(
+        PrepareSettings, description=__doc__, prog="python jobs/prepare.py", config=(tyro.conf.FlagCreatePairsOff,)
     )
+    prepare(settings)
+    # Here alone: a training that makes the Shapes data for itself is followed by no other.
+    print(f"next: {next_command(settings)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """jobs/prepare.py for real: on a local Ray, killed in the middle, and on S3."""
 
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import pytest
 from PIL import Image
 
 from jobs import prepare as prepare_module
-from jobs.prepare import PrepareSettings, prepare
+from jobs.prepare import PrepareSettings, main, prepare
 from jobs.runtime.job import parse_job
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.data.caption_folder import SPLIT_FILES
@@ -172,11 +174,13 @@ def test_shapes_are_those_of_the_generator(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("dataset", ["shapes", "mine"])
 def test_the_next_command_can_be_pasted_and_finds_the_data(
-    source: Path, tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = tmp_path / "my data; $HOME"
-    what = {"shapes": SHAPES} if dataset == "shapes" else {"source": str(source)}
-    prepare(PrepareSettings(dataset=dataset, storage=str(storage), **what))
+    fields = dataclasses.asdict(SHAPES) if dataset == "shapes" else {"source": source}
+    flags = [str(word) for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--dataset", dataset, "--storage", str(storage), *flags])
+    main()
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
     # As a shell takes it apart, and as the job reads it.
     words = subprocess.run(
