@@ -1,6 +1,7 @@
 """Opens a trained autoencoder: images to latents and back."""
 
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ def open_autoencoder(source: str, *, fingerprint: str | None = None) -> "Trained
     Raises InputError where `source` is no finished run of a VQ-VAE.
     """
     run = Storage(source)
-    return TrainedVQVAE(run, read_model_file(run, "autoencoder"), fingerprint)
+    file = read_model_file(run, "autoencoder")
+    return BY_FACTS[type(file.facts)](run, file, fingerprint)
 
 
 class TrainedVQVAE:
@@ -73,3 +75,9 @@ class TrainedVQVAE:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         return self.model.decode(latents)
+
+
+BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], TrainedVQVAE]] = {
+    VQVAEFacts: TrainedVQVAE,
+}
+"""What opens a run, by the facts type of its recipe in the catalogue."""

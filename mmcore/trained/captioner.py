@@ -1,6 +1,6 @@
 """Opens a trained captioner: pixels in, captions out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +29,8 @@ def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
     Raises InputError where `source` is no finished run of a captioner.
     """
     run = Storage(source)
-    return TrainedCaptioner(run, read_model_file(run, "captioner"), encoder)
+    file = read_model_file(run, "captioner")
+    return BY_FACTS[type(file.facts)](run, file, encoder)
 
 
 class TrainedCaptioner:
@@ -86,3 +87,9 @@ class TrainedCaptioner:
             raise ValueError("this captioner takes no words beside an image")
         inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
         return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options)]
+
+
+BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Captioner]] = {
+    CaptionerFacts: TrainedCaptioner,
+}
+"""What opens a run, by the facts type of its recipe in the catalogue."""

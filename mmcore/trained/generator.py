@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ def open_generator(source: str, *, text_encoder: str | None = None) -> Generator
     Raises InputError where `source` is no finished run of a generator.
     """
     run = Storage(source)
-    return TrainedDiffusion(run, read_model_file(run, "generator"), text_encoder)
+    file = read_model_file(run, "generator")
+    return BY_FACTS[type(file.facts)](run, file, text_encoder)
 
 
 class TrainedDiffusion:
@@ -144,3 +145,9 @@ class TrainedDiffusion:
                 on_step=on_step,
             )
             return to_pixels(self.images(x_0)).cpu().numpy()
+
+
+BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Generator]] = {
+    DiffusionFacts: TrainedDiffusion,
+}
+"""What opens a run, by the facts type of its recipe in the catalogue."""

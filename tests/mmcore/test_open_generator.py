@@ -14,10 +14,13 @@ import pytest
 import tiny_diffusion
 import torch
 
+from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError, OptionError
+from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
+from mmcore.trained import autoencoder, captioner, generator
 from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.trained.generator import open_generator
 
@@ -180,3 +183,13 @@ def test_tokens_are_counted_before_any_are_cut(pixel_run: Storage) -> None:
     generator.encode([long])
     assert generator.num_tokens(["a red square", long]) == [5, 32]
     assert generator.max_tokens == 16
+
+
+def test_the_facts_type_of_a_recipe_says_what_opens_its_runs(
+    pixel_run: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doors = {"captioner": captioner, "generator": generator, "autoencoder": autoencoder}
+    for name, entry in RECIPES.items():
+        assert entry.facts_type in doors[entry.kind].BY_FACTS, name
+    monkeypatch.setitem(generator.BY_FACTS, DiffusionFacts, lambda run, file, text_encoder: (run.uri, text_encoder))
+    assert open_generator(pixel_run.uri, text_encoder="bert") == (pixel_run.uri, "bert")
