@@ -129,9 +129,13 @@ def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
         flag = "--" + words.replace("_", "-")
         print(f"caption: {flag} {wanted}: captions end at the run's own {captioner.max_length}", flush=True)
     there = read_plan(out) or {}
-    of_these = there.get("settings", {}).get("images") == images.uri
+    of_these = there if there.get("settings", {}).get("images") == images.uri else {}
     blocks = plan_blocks(
-        images, settings.split, settings.rows_per_block, began_with=there.get("files") if of_these else None
+        images,
+        settings.split,
+        settings.rows_per_block,
+        began_with=of_these.get("files"),
+        began_sha256=of_these.get("ids_sha256"),
     )
     print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)
     if settings.dry_run:

@@ -22,6 +22,8 @@ from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
 _SHARD = ".parquet"
+# What commits up to aa3e790 took for images, directly in the folder.
+_EARLIER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def plan_blocks(
@@ -30,6 +32,7 @@ def plan_blocks(
     rows_per_block: int = ROWS_PER_BLOCK,
     *,
     began_with: Sequence[str] | None = None,
+    began_sha256: str | None = None,
 ) -> Blocks:
     """Blocks over Parquet shards (``image_id``, ``image``) or over image files.
 
@@ -38,6 +41,8 @@ def plan_blocks(
     Args:
         split: ``COLUMN:NAME`` keeps the rows of one split.
         began_with: the image files of an earlier plan, which stays as it was; files that are gone are marked in it.
+        began_sha256: of the ids of an earlier plan that does not list its files. Where only the files that code of then
+            took for images give it, the plan is over them.
 
     Raises InputError for an empty source, a column that is missing or of another type, a split that no row is of, an
     image_id that stands there twice, and a file that is not in `began_with`.
@@ -50,6 +55,16 @@ def plan_blocks(
     if not shards and not files:
         raise InputError(f"{source}: neither Parquet shards nor image files ({' '.join(IMAGE_SUFFIXES)}) there")
     _say_what_is_left_out(source, names, shards, files)
+    if not shards and began_with is None and began_sha256 not in (None, _sha256(_image_ids(files))):
+        earlier = [name for name in files if "/" not in name and name.lower().endswith(_EARLIER_SUFFIXES)]
+        if _sha256(_image_ids(earlier)) == began_sha256:
+            others = sorted({*files}.difference(earlier))
+            print(
+                f"left out of {source}: {len(others):,} image files, {others[0]} the first, which the sweep began "
+                "without; give another --out for them",
+                flush=True,
+            )
+            files = earlier
     if shards:
         items, ids = _parquet_blocks(source, shards, split, rows_per_block)
     elif split is not None:
@@ -64,8 +79,15 @@ def plan_blocks(
         both = ", ".join(name for name in files if os.path.splitext(name)[0] == twice)
         where = f" ({both})" if not shards else ""
         raise InputError(f"{source}: image_id {twice!r} stands there twice{where}; each image must have its own")
-    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    return Blocks(source, [{"block": k, **item} for k, item in enumerate(items)], len(ids), digest)
+    return Blocks(source, [{"block": k, **item} for k, item in enumerate(items)], len(ids), _sha256(ids))
+
+
+def _image_ids(files: Sequence[str]) -> list[str]:
+    return [os.path.splitext(name)[0] for name in files]
+
+
+def _sha256(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def image_files(blocks: Blocks) -> list[str] | None:
@@ -99,7 +121,7 @@ def _file_blocks(
                 "another --out, or move them elsewhere"
             )
         gone, files = {*began_with}.difference(files), list(began_with)
-    ids = [os.path.splitext(name)[0] for name in files]
+    ids = _image_ids(files)
     step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
     items = []
     for start in range(0, len(files), step):
@@ -191,7 +213,7 @@ def read_block(source: Storage, item: dict[str, Any]) -> dict[str, Any]:
             images = [None if name in item["gone"] else source.read(name) for name in item["files"]]
         except FileNotFoundError as error:
             raise InputError(f"{error.filename or error}: went away meanwhile; give the same command again") from None
-        ids = [os.path.splitext(name)[0] for name in item["files"]]
+        ids = _image_ids(item["files"])
         return {"image_id": ids, "file_name": list(item["files"]), "image": images, "gone": item["gone"]}
     with _opened(source, item["shard"]) as file:
         schema = file.schema_arrow

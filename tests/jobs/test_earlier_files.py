@@ -166,7 +166,9 @@ def test_a_half_done_sweep_of_images_is_gone_on_with(without_ray: None, tmp_path
     assert generate(again, DiffusionOptions(steps=4)) == then
 
 
-def test_a_half_done_sweep_of_captions_is_gone_on_with(without_ray: None, tmp_path: Path) -> None:
+def test_a_half_done_sweep_of_captions_is_gone_on_with(
+    without_ray: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run, out, images = write_run(tmp_path / "run", "resnet_captioner"), tmp_path / "out", tmp_path / "images"
     images.mkdir()
     for row, image in enumerate([*pictures(), *pictures()]):
@@ -183,7 +185,13 @@ def test_a_half_done_sweep_of_captions_is_gone_on_with(without_ray: None, tmp_pa
     (out / "sweep.json").write_text(json.dumps(plan, indent=1, sort_keys=True) + "\n")
     then = {"image_id": ["0", "1"], "file_name": ["0.png", "1.png"], "caption": ["of then", "of then too"]}
     write_part(out / "parts" / "part-000000.parquet", then)
+    # Code of then took neither for an image.
+    (images / "below").mkdir()
+    for name in ("below/4.png", "0.jfif"):
+        (images / name).write_bytes(png_bytes(pictures()[0], {}))
     done = caption(CaptionSettings(run, str(images), str(out), rows_per_block=2), SearchOptions(max_length=6))
+    said = capfd.readouterr().out
+    assert f"left out of {images}: 2 image files, 0.jfif the first, which the sweep began without" in said
     assert (done["blocks_done_before"], done["rows_done_now"]) == (1, 2)
     made = ["2.png,and and and red", "3.png,and and red"]
     assert (out / "captions.csv").read_text().splitlines() == [
