@@ -6,7 +6,8 @@ from typing import Any, Literal
 from mmcore.captioners import cross_attention
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
-from mmcore.generators import denoiser, latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
 from mmcore.storage import Storage
 
@@ -36,16 +37,16 @@ RECIPES: dict[str, Entry] = {
     "pixel_diffusion": Entry(
         "generator",
         pixel_diffusion.PixelDiffusionRecipe,
-        denoiser.DiffusionFacts,
+        DiffusionFacts,
         pixel_diffusion.VARIANTS,
     ),
     "ldm": Entry(
         "generator",
         latent_diffusion.LatentDiffusionRecipe,
-        denoiser.DiffusionFacts,
+        DiffusionFacts,
         latent_diffusion.VARIANTS,
     ),
-    "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, vqvae.VQVAEFacts, vqvae.VARIANTS),
+    "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, VQVAEFacts, vqvae.VARIANTS),
 }
 
 

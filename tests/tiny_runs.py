@@ -11,7 +11,7 @@ from mmcore import checkpoint
 from mmcore.data.shapes import ShapesSettings, shapes_rows
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
-from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
 from mmcore.generators.text_context import TextSettings
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
@@ -95,7 +95,7 @@ def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size:
         model.quantizer.codebook.normal_()
     own = {**checkpoint.trainable_state(model), **{name: model.get_buffer(name) for name in model.state_buffers}}
     tensors = {f"vqvae.{name}": value for name, value in own.items()}
-    _write(vqvae_run, "vqvae", autoencoder, vqvae.VQVAEFacts(), tensors)
+    _write(vqvae_run, "vqvae", autoencoder, VQVAEFacts(), tensors)
     return _write_diffusion(
         folder,
         "ldm",

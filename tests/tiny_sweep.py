@@ -23,8 +23,8 @@ from mmcore.catalogue import read_model_file
 from mmcore.data.prompts import Prompt
 from mmcore.errors import OptionError
 from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage

@@ -48,8 +48,9 @@ from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer, TextInputs
 from mmcore.generators import vqvae
-from mmcore.generators.denoiser import Denoiser, DiffusionFacts
+from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
 from mmcore.seeding import derive_seed, generator, permutation
 

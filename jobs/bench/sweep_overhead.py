@@ -38,8 +38,8 @@ from jobs.runtime.source import source_commit
 from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
 from mmcore.frozen.text import PromptTokenizer
-from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS
 from mmcore.images import png_bytes
 from mmcore.recipe import Generator

@@ -20,10 +20,11 @@ from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.frozen.tokenizers import WORDS
-from mmcore.generators.denoiser import Denoiser, DiffusionFacts
+from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.diffusion import check_timesteps
 from mmcore.generators.diffusion_recipe import DiffusionRecipe
 from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.images import image_grid
 from mmcore.run_files import TOKENIZER_ASSET
 from mmcore.seeding import derive_seed

@@ -16,10 +16,10 @@ from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_rows import scaling_factor
+from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
-from mmcore.generators.vqvae import VQVAEFacts, VQVAERecipe
+from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.run_files import read_begun
 from mmcore.storage import Storage

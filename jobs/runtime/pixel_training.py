@@ -11,7 +11,7 @@ from mmcore.data.columns import TensorSpec
 from mmcore.data.prepared import CaptionTable
 from mmcore.frozen.text import TextInputs
 from mmcore.frozen.vision import SCRATCH
-from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.facts import DiffusionFacts
 
 
 def train_pixel_diffusion(job: Job[Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder, sha256_of
 from mmcore.frozen.vision import SCRATCH
+from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.perceptual import PerceptualDistance
-from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAEFacts, VQVAERecipe, VQVAETraining, bicubic_psnr
+from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining, bicubic_psnr
 from mmcore.images import image_grid
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage

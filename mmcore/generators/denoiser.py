@@ -27,29 +27,6 @@ _PLAIN_ATTENTION_POSITIONS = 32 * 32
 
 
 @dataclass(frozen=True)
-class DiffusionFacts:
-    """What a run of a diffusion recipe knows beside its settings."""
-
-    text_inputs: TextInputs
-    """What the network is fed of the text."""
-    x_0_shape: tuple[int, int, int]
-    """(C, H, W) of a sample."""
-    resolution: int = 0
-    """Pixels a side of an image."""
-    scaling_factor: float = 1.0
-    """By which latents are multiplied, so that they have the deviation of noise; 1 for pixels."""
-    vqvae_fingerprint: str | None = None
-    """Of the VQ-VAE whose latents the samples are; None where they are pixels."""
-    dataset_fingerprint: str = ""
-    columns: tuple[str, ...] = ()
-    """Folders under STORAGE/features: the samples, and the mirrored ones where half are to be mirrored."""
-    text_fingerprint: str = ""
-    """Of the frozen text encoder, or of the tokenizer."""
-    text: tuple[str, ...] = ()
-    """Path under STORAGE of the hidden states, or of the tokenizer."""
-
-
-@dataclass(frozen=True)
 class UNetSettings:
     """Sizes of diffusers' `UNet2DConditionModel`."""
 

@@ -3,8 +3,9 @@
 from typing import Protocol
 
 from mmcore.errors import InputError
-from mmcore.generators.denoiser import Denoiser, DiffusionFacts, UNetSettings
+from mmcore.generators.denoiser import Denoiser, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import Recipe
 

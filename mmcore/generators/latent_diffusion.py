@@ -7,9 +7,10 @@ The report's own U-Net has a middle of (768, 512) channels; diffusers' stays at 
 import dataclasses
 from dataclasses import dataclass, field
 
-from mmcore.generators.denoiser import Denoiser, DiffusionFacts, UNetSettings
+from mmcore.generators.denoiser import Denoiser, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
 from mmcore.generators.diffusion_recipe import check_diffusion
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import TrainSettings
 

@@ -41,17 +41,6 @@ def _flag(field: str) -> str:
 
 
 @dataclass(frozen=True)
-class VQVAEFacts:
-    """What a run of a VQ-VAE knows beside its settings."""
-
-    dataset_fingerprint: str = ""
-    column: str = ""
-    """Folder under STORAGE/features of the pixels."""
-    perceptual_fingerprint: str | None = None
-    """Of the frozen network of the perceptual loss."""
-
-
-@dataclass(frozen=True)
 class VQVAERecipe:
     """Convolutions, a codebook, convolutions; the defaults are the report's settings."""
 

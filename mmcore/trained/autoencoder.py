@@ -12,7 +12,8 @@ from mmcore.catalogue import read_model_file
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import sha256_of
-from mmcore.generators.vqvae import VQVAE, VQVAEFacts, VQVAERecipe
+from mmcore.generators.facts import VQVAEFacts
+from mmcore.generators.vqvae import VQVAE, VQVAERecipe
 from mmcore.recipe import Identity
 from mmcore.run_files import RunFile, read_weights
 from mmcore.storage import Storage

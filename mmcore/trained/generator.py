@@ -15,9 +15,10 @@ from mmcore.data.pixels import to_pixels
 from mmcore.errors import InputError, OptionError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder, PromptTokenizer
-from mmcore.generators.denoiser import Denoiser, DiffusionFacts
+from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.diffusion_recipe import DiffusionRecipe
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.recipe import Generator, Identity
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, read_weights
 from mmcore.storage import Storage

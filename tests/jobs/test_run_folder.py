@@ -14,7 +14,7 @@ from jobs.runtime.run_folder import open_run
 from mmcore.captioners.facts import CaptionerFacts, tokenizer_path
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.recipe import recipe_to_json
 
 FACTS = DiffusionFacts(

@@ -25,8 +25,8 @@ from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.latent_training import setup
 from jobs.train_ldm import main
 from mmcore.errors import InputError
-from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.images import decode_image
 from mmcore.run_files import read_begun

@@ -11,7 +11,7 @@ import torch
 from mmcore.catalogue import RECIPES, names
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import DiffusionFacts
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
 from mmcore.recipe import recipe_from_json, recipe_to_json

@@ -17,7 +17,8 @@ import torch.multiprocessing
 from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
-from mmcore.generators.denoiser import DiffusionFacts, UNetSettings
+from mmcore.generators.denoiser import UNetSettings
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.recipe import recipe_from_json, recipe_to_json
 

@@ -15,7 +15,8 @@ from small_disk import SmallDisk, small_disk
 
 from mmcore import checkpoint
 from mmcore.data.columns import open_column
-from mmcore.generators.vqvae import VQVAEFacts, VQVAERecipe
+from mmcore.generators.facts import VQVAEFacts
+from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 
