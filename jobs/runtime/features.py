@@ -16,6 +16,7 @@ import numpy as np
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
 from jobs.runtime.encoders import EncodeImages, EncodeLatents, EncodeText
 from jobs.runtime.image_blocks import plan_blocks
+from jobs.runtime.job import Job
 from jobs.runtime.sweep import run_sweep
 from mmcore.data.columns import SUCCESS, TensorSpec, facts_of_parts, specs_of
 from mmcore.data.prepared import CaptionTable, read_dataset_facts
@@ -105,6 +106,17 @@ def cached_image_column(
         worker_type=EncodeImages,
         worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
         stall_timeout_s=stall_timeout_s,
+    )
+
+
+def cached_pixels(job: Job[Any]) -> CachedColumn:
+    """The pixels of the images that `job` trains on, at its recipe's size."""
+    return cached_image_column(
+        job.storage,
+        job.recipe.dataset,
+        encoder=SCRATCH,
+        image_size=job.recipe.image_size,
+        stall_timeout_s=job.options.stall_timeout,
     )
 
 

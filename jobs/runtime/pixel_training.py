@@ -4,13 +4,12 @@ import dataclasses
 from typing import Any
 
 from jobs.runtime.diffusion_training import Samples, diffusion_setup, train_diffusion
-from jobs.runtime.features import cached_image_column
+from jobs.runtime.features import cached_pixels
 from jobs.runtime.job import Job
 from jobs.runtime.training_flow import Encoded
 from mmcore.data.columns import TensorSpec
 from mmcore.data.prepared import CaptionTable
 from mmcore.frozen.text import TextInputs
-from mmcore.frozen.vision import SCRATCH
 from mmcore.generators.facts import DiffusionFacts
 
 
@@ -25,14 +24,7 @@ def _facts(job: Job[Any], inputs: TextInputs) -> DiffusionFacts:
 
 
 def _encode(job: Job[Any], table: CaptionTable, facts: DiffusionFacts) -> Encoded[Any, DiffusionFacts]:
-    column = cached_image_column(
-        job.storage,
-        job.recipe.dataset,
-        encoder=SCRATCH,
-        image_size=job.recipe.image_size,
-        stall_timeout_s=job.options.stall_timeout,
-    )
-    return Encoded(job, dataclasses.replace(facts, columns=(column.folder.name,)))
+    return Encoded(job, dataclasses.replace(facts, columns=(cached_pixels(job).folder.name,)))
 
 
 def _columns(job: Job[Any], facts: DiffusionFacts) -> dict[str, TensorSpec]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jobs.runtime.features import cached_image_column
+from jobs.runtime.features import cached_pixels
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.training_flow import Encoded, Flow, train_by
@@ -18,7 +18,6 @@ from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder, sha256_of
-from mmcore.frozen.vision import SCRATCH
 from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.perceptual import PerceptualDistance
 from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining, bicubic_psnr
@@ -100,14 +99,7 @@ def describe(job: Job[VQVAERecipe], facts: VQVAEFacts, num_train: int) -> None:
 
 
 def _encode(job: Job[VQVAERecipe], table: CaptionTable, facts: VQVAEFacts) -> Encoded[VQVAERecipe, VQVAEFacts]:
-    column = cached_image_column(
-        job.storage,
-        job.recipe.dataset,
-        encoder=SCRATCH,
-        image_size=job.recipe.image_size,
-        stall_timeout_s=job.options.stall_timeout,
-    )
-    return Encoded(job, dataclasses.replace(facts, column=column.folder.name))
+    return Encoded(job, dataclasses.replace(facts, column=cached_pixels(job).folder.name))
 
 
 def _columns(job: Job[VQVAERecipe], facts: VQVAEFacts) -> dict[str, TensorSpec]:
