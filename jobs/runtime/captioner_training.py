@@ -1,6 +1,7 @@
 """How a captioner is trained: its tokenizer, the frozen tokens of images, sample captions, what is printed."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from jobs.runtime.features import PIXELS, cached_image_column
 from jobs.runtime.job import Job
 from jobs.runtime.streaming import StreamedCaptionRows, streamed_column
 from jobs.runtime.train_worker import Doing, Setup
-from jobs.runtime.training_flow import Encoded, Flow, train_by
+from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path
 from mmcore.catalogue import RECIPES
@@ -42,11 +43,14 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
     """
     tokenizers: list[CaptionTokenizer] = []
     num_frozen = 0
+    lengths: list[int] = []
 
     def plan(job: Job[Any], table: CaptionTable) -> CaptionerFacts:
         nonlocal num_frozen
         recipe: CaptionerRecipe = job.recipe
         tokenizers.append(recipe.build_tokenizer(table))
+        captions = train_captions(table, recipe.captions_per_image)
+        lengths.extend(len(tokenizers[0].encode(caption, sys.maxsize)) for caption in captions)
         fingerprint, num_tokens, width = PIXELS, recipe.image_size**2, 3
         if recipe.encoder != SCRATCH:
             encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size)
@@ -64,6 +68,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
 
     def describe(job: Job[Any], facts: CaptionerFacts, num_train: int) -> None:
         _describe(job, facts, num_frozen, num_train)
+        say_what_is_cut(lengths, job.recipe.max_length, "raise --max-length")
         remark(job, facts, num_frozen)
 
     def encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encoded[Any, CaptionerFacts]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from jobs.runtime.features import cached_text_column, read_null
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
-from jobs.runtime.training_flow import Encoded, Flow, train_by
+from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import to_pixels
-from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
+from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
@@ -55,14 +55,18 @@ class Samples:
 def train_diffusion(job: Job[Any], samples: Samples) -> dict[str, Any]:
     """Make what is missing (Shapes, samples, the frozen encoder's hidden states), then train. Returns the summary."""
     opened: list[Text] = []  # once, as a frozen encoder may be large
+    lengths: list[int] = []
 
     def plan(job: Job[Any], table: CaptionTable) -> DiffusionFacts:
         opened.append(open_text(job.recipe, table))
+        tokenizer = opened[0] if isinstance(opened[0], PromptTokenizer) else opened[0].tokenize
+        lengths.extend(tokenizer.lengths(train_captions(table, job.recipe.captions_per_image)))
         facts = samples.facts(job, text_inputs(opened[0]))
         return dataclasses.replace(facts, dataset_fingerprint=table.facts.get("fingerprint", ""))
 
     def describe(job: Job[Any], facts: DiffusionFacts, num_train: int) -> None:
         _describe(job, facts, opened[0], num_train)
+        say_what_is_cut(lengths, job.recipe.text.max_tokens, _longer(opened[0], job.recipe.text.max_tokens))
 
     def encode(job: Job[Any], table: CaptionTable, facts: DiffusionFacts) -> Encoded[Any, DiffusionFacts]:
         encoded = samples.encode(job, table, facts)
@@ -112,6 +116,13 @@ def _describe(job: Job[Any], facts: DiffusionFacts, text: Text, num_train: int) 
     )
 
 
+def _longer(text: Text, max_tokens: int) -> str:
+    """What helps captions that are too long."""
+    if isinstance(text, FrozenTextEncoder) and max_tokens == text.model.config.to_dict().get("max_position_embeddings"):
+        return f"{text.name} reads no more"
+    return "raise --max-tokens"
+
+
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +133,7 @@ def open_text(recipe: DiffusionRecipe, table: CaptionTable) -> Text:
         return FrozenTextEncoder(text.text_encoder, text.max_tokens)
     if text.tokenizer != WORDS:
         return PromptTokenizer.from_name(text.tokenizer, text.max_tokens)
-    captions = [caption for row in table.rows(TRAIN) for caption in table.captions[row][: recipe.captions_per_image]]
-    return PromptTokenizer.of_words(captions, text.max_tokens)
+    return PromptTokenizer.of_words(train_captions(table, recipe.captions_per_image), text.max_tokens)
 
 
 def text_inputs(text: Text) -> TextInputs:

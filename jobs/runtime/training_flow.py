@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -77,6 +77,21 @@ def ensure_dataset(storage: Storage, dataset: str) -> None:
     """Make the built-in data where it is wanted and missing. Any settings will do: somebody may have made more."""
     if dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS):
         prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
+
+
+def train_captions(table: CaptionTable, captions_per_image: int) -> list[str]:
+    """The captions that are trained on."""
+    return [caption for row in table.rows(TRAIN) for caption in table.captions[row][:captions_per_image]]
+
+
+def say_what_is_cut(lengths: Sequence[int], most: int, mend: str) -> None:
+    """Print how many captions have more than `most` tokens, and what helps. Begin and end count in both numbers."""
+    if num_cut := sum(length > most for length in lengths):
+        print(
+            f"captions: {num_cut:,} of {len(lengths):,} have more than {most} tokens, with begin and end, and lose "
+            f"their tail; {mend}",
+            flush=True,
+        )
 
 
 def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:

@@ -91,6 +91,13 @@ class PromptTokenizer:
             eos_id=self.eos_id,
         )
 
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each, with begin and end, before any is cut."""
+        if not prompts:
+            return []
+        # Or it warns of what is longer than the model reads.
+        return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """int64 ids (B, T) and the mask of what is no padding (B, T)."""
         encoded = self.tokenizer(

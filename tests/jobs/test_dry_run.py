@@ -62,6 +62,39 @@ def test_the_bytes_of_an_image_are_told(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "mend"),
+    [
+        ("resnet_captioner", ["--max-length", "{}"], "raise --max-length"),
+        ("pixel_diffusion", ["--max-tokens", "{}"], "raise --max-tokens"),
+        ("pixel_diffusion", ["--text-encoder", "clip", "--max-tokens", "{}"], "raise --max-tokens"),
+    ],
+)
+def test_captions_that_lose_their_tail_are_counted(
+    name: str, flags: list[str], mend: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two captions an image, the longer one has 10 words."""
+    own = ["--dataset", "tiny", "--split", "split", "--storage", str(folder / "out"), "--captions-per-image", "2"]
+    dry_run(name, *own, *(flag.format(12) for flag in flags))
+    assert "lose their tail" not in capsys.readouterr().out
+    dry_run(name, *own, *(flag.format(11) for flag in flags))
+    assert (
+        f"captions: 40 of 80 have more than 11 tokens, with begin and end, and lose their tail; {mend}\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_no_flag_is_named_where_the_frozen_encoder_reads_no_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tiny, "captions_of", lambda row: ["a red square", "red " * 76])
+    tiny.write_dataset(Storage(str(folder / "long")))
+    dry_run("pixel_diffusion", "--dataset", "tiny", "--split", "split", "--storage", str(folder / "long"), *TEXT)
+    assert f"captions: 40 of 80 have more than 77 tokens, with begin and end, and lose their tail; {folder}/clip" in (
+        capsys.readouterr().out
+    )
+
+
 def test_on_an_empty_storage_it_says_what_is_made_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
