@@ -16,8 +16,8 @@ import torch
 
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError, OptionError
-from mmcore.generators.denoiser import DiffusionFacts
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.facts import DiffusionFacts
 from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
 from mmcore.trained import autoencoder, captioner, generator
