@@ -1,6 +1,6 @@
 """Files of captions: delimited text, JSON lines or Parquet, told apart by their content; every row with its place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,8 @@ from mmcore.data.caption_columns import Columns, find_columns
 from mmcore.data.caption_text import Layout, find_layout, image_name
 from mmcore.data.tables import JSONL, PARQUET, Bad, numbered_lines, read_bytes, read_rows, refuse, table_format
 from mmcore.errors import InputError
+
+NUL = "the caption holds a NUL character; take it out"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def read_caption_file(location: str, bad: Bad = refuse, *, keep_quotes: bool = F
         if form in (JSONL, PARQUET) or layout.delimiter != "," or len(layout.names) != 2 or not layout.caption_is_last:
             raise InputError(f"{start}: not `image,caption` lines, which alone the report's code reads")
         layout = replace(layout, has_quotes=False)
-    return CaptionFile(layout.described(), list(_text_rows(lines, layout, location, bad)))
+    return CaptionFile(layout.described(), _without_nul(_text_rows(lines, layout, location, bad), bad))
 
 
 def _text_rows(lines: list[tuple[int, str]], layout: Layout, location: str, bad: Bad) -> Iterator[CaptionRow]:
@@ -102,7 +104,18 @@ def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
             bad(row.place, f"{' and '.join(columns.captions)}: expected text, got {_shown(row.values, columns)}")
         else:
             rows.append(CaptionRow(row.place, image, captions, split))
-    return CaptionFile(f"{form}, {found[0].described()}" if found and found[0] else form, rows)
+    return CaptionFile(f"{form}, {found[0].described()}" if found and found[0] else form, _without_nul(rows, bad))
+
+
+def _without_nul(rows: Iterable[CaptionRow], bad: Bad) -> list[CaptionRow]:
+    """The rows whose captions can be written down wherever a prompt can."""
+    kept = []
+    for row in rows:
+        if any("\0" in caption for caption in row.captions):
+            bad(row.place, NUL)
+        else:
+            kept.append(row)
+    return kept
 
 
 def as_name(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from mmcore.data.caption_columns import Columns, find_columns
-from mmcore.data.caption_files import as_captions, as_split
+from mmcore.data.caption_files import NUL, as_captions, as_split
 from mmcore.data.caption_text import is_image_name
 from mmcore.data.photos import SPLIT_NAMES, Entry, Problems, Progress, name_to_id
 from mmcore.errors import InputError
@@ -66,6 +66,8 @@ def read_dataset(
                 problems.add(place, f"`{IMAGE_COLUMN}` holds no encoded image")
             elif not captions:
                 problems.add(place, f"`{' and '.join(columns[split].captions)}` holds no text")
+            elif any("\0" in caption for caption in captions):
+                problems.add(place, NUL)
             else:
                 name = names[split, index] if names else f"{split}-{index:06d}{_suffix(data)}"
                 key = name if names else f"{split} {_digest(data)}"

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmcore.data.caption_files import CaptionRow, read_caption_file
+from mmcore.data.caption_files import NUL, CaptionRow, read_caption_file
 from mmcore.data.caption_text import Layout, find_layout, image_name, is_image_name
 from mmcore.data.tables import (
     JSONL,
@@ -113,6 +113,8 @@ def _parse_lines(
         if header:
             header = False
             continue
+        if "\0" in line:
+            raise InputError(f"{location}:{number}: {NUL}")
         # With its quotation marks: where they end is known when the whole caption is.
         fields = layout.raw_fields(line)
         name = fields[position] if fields is not None else ""

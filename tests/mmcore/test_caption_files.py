@@ -81,6 +81,8 @@ def test_whole_numbers_are_names_in_every_format(tmp_path: Path, columns: dict[s
         ("image_name| comment_number| comment\na.jpg| 0| x\na.jpg| 4 y\n", r":3: expected `image_name\|comment_number"),
         ("caption,image\nA dog, running,a.jpg\n", ":2: expected `caption,image`, got 'A dog, running,a.jpg'"),
         ('{"image": "a.jpg", "text": "x"}\n{"image": "a.jpg", "text": null}\n', ":2: text: expected text, got None"),
+        ("image,caption\na.jpg,A dog\0.\n", ":2: the caption holds a NUL character"),
+        ('{"image": "a.jpg", "captions": ["x", "A dog\\u0000."]}\n', ":1: the caption holds a NUL character"),
         ('{"picture": "a.jpg", "caption": "x"}\n', ":1: the columns are 'picture', 'caption'"),
     ],
 )
