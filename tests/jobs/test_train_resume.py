@@ -84,7 +84,8 @@ def run_folder(storage: Storage, name: str) -> Storage:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("worker_kills", [[4], pytest.param([4, 8, 12, 16], marks=pytest.mark.soak)])
+# Three at most: the fourth crash of one driver ends its run.
+@pytest.mark.parametrize("worker_kills", [[4], pytest.param([4, 8, 12], marks=pytest.mark.soak)])
 def test_killed_workers_and_a_killed_driver_change_nothing(
     start_job: Callable[..., Any],
     call_job: Callable[..., Any],
