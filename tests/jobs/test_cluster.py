@@ -14,9 +14,14 @@ import psutil
 import pytest
 from conftest import HANG_S
 from job_output import PATIENT_WATCHDOG
+from ray.train.v2._internal import constants
 
-from jobs.runtime import cluster, watchdog
+from jobs import train_resnet_captioner
+from jobs.runtime import cluster, trainer, watchdog
+from jobs.runtime.job import parse_job
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
+from mmcore.text import TokenIds
 
 STATUS_JOB = """
 import os, sys
@@ -336,30 +341,33 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
         time.sleep(0.5)
 
 
-TRAIN_BESIDE_ANOTHER_RAY = """
-import sys
-import ray, ray.train
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.state.util import is_actor_alive  # what Ray Train's cleaner asks
-from jobs.runtime import ray_private
-from jobs.runtime.cluster import connect
-
-def loop():
-    return is_actor_alive(ray.get_runtime_context().get_actor_id(), timeout=60)
-
-connect()
-ray_private.hand_on_to_train(["RAY_API_SERVER_ADDRESS"])
-scaling = ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5})
-config = ray.train.RunConfig(storage_path=sys.argv[1])
-print("ALIVE", TorchTrainer(loop, scaling_config=scaling, run_config=config).fit().return_value)
-"""
+class Reached(Exception):
+    """Training came to Ray Train."""
 
 
+def test_training_hands_on_which_ray_its_actors_ask(ray_local, tmp_path, monkeypatch):
+    variable, handed_on = "RAY_API_SERVER_ADDRESS", {}
+    # An earlier training of this process may have added it.
+    monkeypatch.setattr(constants, "ENV_VARS_TO_PROPAGATE", constants.ENV_VARS_TO_PROPAGATE - {variable})
+
+    def trainer_made(*args, **kwargs):
+        handed_on.update(constants.get_env_vars_to_propagate())
+        raise Reached
+
+    monkeypatch.setattr(trainer, "TorchTrainer", trainer_made)
+    flags = ["--variant", "smoke", "--storage", str(tmp_path)]
+    job = parse_job(train_resnet_captioner.__file__, train_resnet_captioner.VARIANTS, "", flags)
+    facts = CaptionerFacts(TokenIds(size=8, bos_id=1, eos_id=2, silent_ids=(0, 1, 3)), image_tokens=4, encoder_width=8)
+    with pytest.raises(Reached):
+        trainer.run_training(job, lambda *_: pytest.fail("no worker is started"), facts)
+    assert handed_on[variable] == os.environ[variable]
+
+
+@pytest.mark.nightly  # the test above sees what is handed on; this one that Ray Train's own actors go by it
 def test_of_two_rays_the_actors_of_training_ask_their_own(ray_local, run_job, tmp_path):
     """Even where the user's shell names the other one for `ray job submit`; by default Ray takes any that it finds."""
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN_BESIDE_ANOTHER_RAY)
-    done = run_job(script, tmp_path, env={"RAY_API_SERVER_ADDRESS": os.environ["RAY_API_SERVER_ADDRESS"]})
-    assert "ALIVE True" in done.stdout
-    assert "PlacementGroupCleaner" not in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    env = {"RAY_API_SERVER_ADDRESS": os.environ["RAY_API_SERVER_ADDRESS"]}
+    done = run_job("jobs/train_resnet_captioner.py", "--variant", "smoke", "--storage", tmp_path, env=env)
+    assert "finished: " in done.stdout
+    for words in ("PlacementGroupCleaner", "multiple active Ray", "Traceback"):
+        assert words not in done.stdout + done.stderr
