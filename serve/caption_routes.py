@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 import numpy as np
 from python_multipart.multipart import parse_options_header
@@ -16,10 +16,13 @@ from starlette.responses import JSONResponse, Response
 
 from serve import images, schemas
 from serve.clients import Model, model_unavailable
-from serve.errors import ApiError, bad_value, fault, quoted
+from serve.errors import ApiError, ErrorObject, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
 from serve.metrics import logger
 from serve.parsing import parse
+
+if TYPE_CHECKING:
+    from serve.captioner import Captioned, CaptionerInfo, OtherResolution
 
 # An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
 _DECODE_THREADS = 2
@@ -36,6 +39,13 @@ class _InMemory(MultiPartParser):
     def on_end(self) -> None:
         """Called at the last boundary only: a form that breaks off before it parses like one that has less in it."""
         self.ended = True
+
+
+class _ToldOfImage(TypedDict):
+    """Captions by the names of captioners, and the errors of those that failed."""
+
+    captions: dict[str, str]
+    errors: NotRequired[dict[str, ErrorObject]]
 
 
 class CaptionRoutes:
@@ -76,13 +86,13 @@ class CaptionRoutes:
         facts.update(model=",".join(names), n=len(files))
         # One of several that is dead or still loads takes nobody's captions along; one alone is waited for.
         known = [await models[0].info()] if len(models) == 1 else await asyncio.gather(*(m.told() for m in models))
-        sizes = {info["resolution"] for info in known if info is not None}
+        sizes = {cast("CaptionerInfo", info)["resolution"] for info in known if info is not None}
         able = [model for model, info in zip(models, known, strict=True) if info is not None]
         if not able:
             raise model_unavailable()
         failed: dict[str, ApiError] = {model.name: model_unavailable() for model in models if model not in able}
 
-        async def caption_all(index: int, data: bytes) -> dict[str, Any]:
+        async def caption_all(index: int, data: bytes) -> _ToldOfImage:
             image, most = _Image(data, f"images.{index}"), front.limits.caption_words
             await self._decode(image, sizes)
             told = await asyncio.gather(*(self._caption_or_error(m, image, most, facts["request_id"]) for m in able))
@@ -91,7 +101,7 @@ class CaptionRoutes:
             if not captions:
                 raise next(iter(errors.values()))
             named = {name: error.body()["error"] for name, error in {**failed, **errors}.items()}
-            return {"captions": captions, **({"errors": named} if named else {})}
+            return cast(_ToldOfImage, {"captions": captions, **({"errors": named} if named else {})})
 
         with front.admission.enter({model.name: len(files) for model in able}):
             async with _all_or_none() as group:
@@ -176,12 +186,12 @@ class CaptionRoutes:
             return fault(request_id)
 
     async def _caption(self, model: Model, image: "_Image", max_words: int, request_id: str) -> str:
-        sizes = {(await model.info())["resolution"]}
+        sizes = {cast("CaptionerInfo", await model.info())["resolution"]}
         for _ in range(_MAX_VERSIONS):
             if missing := sizes - set(image.pixels):
                 await self._decode(image, missing)
             pixels = {size: image.pixels[size] for size in sizes}
-            done = await model.replica.call("caption", pixels, max_words, request_id)
+            done: Captioned | OtherResolution = await model.replica.call("caption", pixels, max_words, request_id)
             if "caption" in done:
                 self._front.metrics.observe(model.name, done["facts"])
                 return done["caption"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, final
 
 import numpy as np
 
@@ -11,9 +11,46 @@ from mmcore.device import compute_thread
 from serve import hardware
 from serve.batching import Batcher
 from serve.limits import Limits
-from serve.metrics import configure_logging, facts_of, log_work
+from serve.metrics import ImageFacts, configure_logging, facts_of, log_work
 
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 16, 64
+
+
+class CaptionerLimits(TypedDict):
+    """The most that a request may send to a captioner."""
+
+    images: int
+    image_bytes: int
+    data_uri_bytes: int
+    pixels: int
+
+
+class CaptionerInfo(TypedDict):
+    """What a captioner tells of itself; `resolution` in pixels a side."""
+
+    id: str
+    object: Literal["model"]
+    owned_by: str
+    kind: Literal["captioner"]
+    resolution: int
+    options: None
+    defaults: None
+    limits: CaptionerLimits
+
+
+@final
+class Captioned(TypedDict):
+    """The caption of an image, and how it came about."""
+
+    caption: str
+    facts: ImageFacts
+
+
+@final
+class OtherResolution(TypedDict):
+    """What is answered where no pixels had the size that is wanted: its pixels a side."""
+
+    resolution: int
 
 
 class Captioner:
@@ -37,7 +74,7 @@ class Captioner:
     def check_health(self) -> None:
         self.batcher.check()
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self) -> CaptionerInfo:
         """As GET /v1/models shows it."""
         limits = self.limits
         return {
@@ -56,7 +93,9 @@ class Captioner:
             },
         }
 
-    async def caption(self, pixels: Mapping[int, np.ndarray], max_words: int, request_id: str) -> dict[str, Any]:
+    async def caption(
+        self, pixels: Mapping[int, np.ndarray], max_words: int, request_id: str
+    ) -> Captioned | OtherResolution:
         """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by its size P.
 
         Where there is none of this model's size, the caller knew another version of it: the answer is the `resolution`

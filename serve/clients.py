@@ -3,10 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-from serve.errors import ApiError
+from serve.errors import ApiError, ErrorFields
 from serve.schemas import GenerateWork
+
+if TYPE_CHECKING:
+    from serve.captioner import CaptionerInfo
+    from serve.generator import GeneratorInfo
+
+ModelInfo: TypeAlias = "GeneratorInfo | CaptionerInfo"
 
 # Captions and images are functions of what was asked, so what a killed replica was at can be asked again.
 _MAX_ATTEMPTS = 3
@@ -90,12 +96,12 @@ class Model:
 
     def __init__(self, name: str, kind: str, replica: Replica) -> None:
         self.name, self.kind, self.replica = name, kind, replica
-        self._info: tuple[float, dict[str, Any]] = (float("-inf"), {})
+        self._info: tuple[float, ModelInfo] = (float("-inf"), cast(ModelInfo, {}))
         self._ready: tuple[float, bool] = (float("-inf"), False)
         # OpenAI's clients want a time for each model: since when this process serves it.
         self._created = int(time.time())
 
-    async def info(self) -> dict[str, Any]:
+    async def info(self) -> ModelInfo:
         """As GET /v1/models shows it; asked anew every few seconds. Waits for a model that still loads."""
         told_at, info = self._info
         if time.monotonic() - told_at >= _INFO_AGE_S:
@@ -103,7 +109,7 @@ class Model:
             self._info = (time.monotonic(), info)
         return info
 
-    async def told(self) -> dict[str, Any] | None:
+    async def told(self) -> "ModelInfo | None":
         """As `info`, but None where it does not answer soon."""
         try:
             async with asyncio.timeout(TOLD_TIMEOUT_S):
@@ -122,7 +128,7 @@ class Model:
         """What a generator has against the work; None where it has nothing, or does not answer soon."""
         try:
             async with asyncio.timeout(TOLD_TIMEOUT_S):
-                told = await self.replica.call("check", work)
+                told: ErrorFields | None = await self.replica.call("check", work)
         except (TimeoutError, ApiError):
             return None
         return None if told is None else ApiError.from_dict(told)

@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from typing import Any
+from typing import Any, TypedDict, cast
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _PAGE_POLICY = (
@@ -30,6 +30,31 @@ def quoted(value: object) -> str:
     return text if len(text) <= _MAX_QUOTED else f"{text[: _MAX_QUOTED - 3]}..."
 
 
+class ErrorFields(TypedDict):
+    """A refusal as it crosses from one process to another."""
+
+    status: int
+    message: str
+    param: str | None
+    code: str | None
+    retry_after_s: float | None
+
+
+class ErrorObject(TypedDict):
+    """A refusal as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """What a refused request is answered."""
+
+    error: ErrorObject
+
+
 class ApiError(Exception):
     """A refusal: the message is for the person who wrote the request; `param` is the field that it is about."""
 
@@ -50,16 +75,20 @@ class ApiError(Exception):
     def type(self) -> str:
         return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> ErrorFields:
         """Plain values, which cross from one process to another."""
         names = ("status", "message", "param", "code", "retry_after_s")
-        return {name: getattr(self, name) for name in names}
+        return cast(ErrorFields, {name: getattr(self, name) for name in names})
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "ApiError":
-        return cls(fields["status"], fields["message"], **{k: fields[k] for k in ("param", "code", "retry_after_s")})
+    def from_dict(cls, fields: ErrorFields) -> "ApiError":
+        return cls(
+            fields["status"],
+            fields["message"],
+            **{k: cast(Any, fields)[k] for k in ("param", "code", "retry_after_s")},
+        )
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorBody:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """A generator of images in a replica: batches of equal settings and one size, progress, and work that can be let go."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from mmcore.errors import OptionError
 from mmcore.images import png_bytes
 from serve import hardware
 from serve.batching import Batcher
-from serve.errors import ApiError, bad_value
+from serve.errors import ApiError, ErrorFields, bad_value
 from serve.limits import Limits
-from serve.metrics import configure_logging, facts_of, log_work
-from serve.options import options_of, png_text, refusal_of, tell, texts_of
+from serve.metrics import ImageFacts, configure_logging, facts_of, log_work
+from serve.options import Told, options_of, png_text, refusal_of, tell, texts_of
 from serve.schemas import GenerateWork, size_text
 
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 4, 8
@@ -27,10 +27,69 @@ Group = tuple[Any, tuple[int, int]]
 Sample = tuple[str, int]
 
 
+class GeneratorLimits(TypedDict):
+    """The most that a request may ask of a generator."""
+
+    n: int
+    job_n: int
+    num_inference_steps: int
+    guidance_scale: float
+    prompt_chars: int
+
+
+class GeneratorInfo(TypedDict):
+    """What a generator tells of itself; `resolution` in pixels a side, where its images are squares."""
+
+    id: str
+    object: Literal["model"]
+    owned_by: str
+    kind: Literal["generator"]
+    resolution: int | None
+    options: Told
+    defaults: dict[str, Any]
+    """By the options' names, and `size`."""
+    limits: GeneratorLimits
+
+
+class QueuedEvent(TypedDict):
+    """So many images are before the last of the request's."""
+
+    event: Literal["queued"]
+    position: int
+
+
+class ProgressEvent(TypedDict):
+    """So many of the steps are done."""
+
+    event: Literal["progress"]
+    step: int
+    total: int
+
+
+class DoneEvent(TypedDict):
+    """The images as PNG, and the facts of each."""
+
+    event: Literal["done"]
+    images: list[bytes]
+    facts: list[ImageFacts]
+
+
+class RefusedEvent(TypedDict):
+    """Why the model refuses the work."""
+
+    event: Literal["refused"]
+    error: ErrorFields
+
+
+# A stream ends with one of these.
+LastEvent = DoneEvent | RefusedEvent
+Event = QueuedEvent | ProgressEvent | LastEvent
+
+
 class _Progress:
     """Steps and places of all images of one request, told as those of one thing, and only where they change."""
 
-    def __init__(self, num_images: int, events: "asyncio.Queue[dict[str, Any] | None]") -> None:
+    def __init__(self, num_images: int, events: "asyncio.Queue[Event | None]") -> None:
         self._done, self._queued, self._events = [0] * num_images, dict.fromkeys(range(num_images), -1), events
         self._told: tuple[str, int] | None = None
 
@@ -50,7 +109,7 @@ class _Progress:
         if step:
             self._tell("progress", step, {"event": "progress", "step": step, "total": total})
 
-    def _tell(self, name: str, number: int, event: dict[str, Any]) -> None:
+    def _tell(self, name: str, number: int, event: Event) -> None:
         if self._told != (name, number):
             self._told = (name, number)
             self._events.put_nowait(event)
@@ -89,7 +148,7 @@ class Generator:
     def check_health(self) -> None:
         self.batcher.check()
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self) -> GeneratorInfo:
         """As GET /v1/models shows it."""
         (height, width), limits, options = self.model.size, self.limits, tell(self.model.options)
         return {
@@ -112,7 +171,7 @@ class Generator:
             },
         }
 
-    async def check(self, work: GenerateWork) -> dict[str, Any] | None:
+    async def check(self, work: GenerateWork) -> ErrorFields | None:
         """Why the model refuses the work, as `ApiError.as_dict`; None where it does not."""
         try:
             self._group(work)
@@ -138,25 +197,25 @@ class Generator:
             raise refusal_of(error, model.options) from None
         return options, size
 
-    async def generate(self, work: GenerateWork) -> dict[str, Any]:
+    async def generate(self, work: GenerateWork) -> LastEvent:
         """The last event of `stream`."""
-        last: dict[str, Any] = {}
+        last: Mapping[str, Any] = {}
         events = self.stream(work)
         try:
             async for event in events:
                 last = event
         finally:
             await events.aclose()
-        return last
+        return cast(LastEvent, last)
 
-    async def stream(self, work: GenerateWork) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(self, work: GenerateWork) -> AsyncGenerator[Event, None]:
         """Events: queued (position), progress (step, total), and at the end done (images as PNG, facts) or refused."""
         try:
             group = self._group(work)
         except ApiError as error:
             yield {"event": "refused", "error": error.as_dict()}
             return
-        events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
         progress = _Progress(len(work.seeds), events)
         tasks = [
             asyncio.ensure_future(self.batcher.submit(group, (work.prompt, seed), progress.listener(index)))
@@ -187,7 +246,7 @@ class Generator:
                 for result, seed in zip(results, work.seeds, strict=True)
             )
         )
-        facts = [{**facts_of(result), "encode_s": loop.time() - began} for result in results]
+        facts: list[ImageFacts] = [{**facts_of(result), "encode_s": loop.time() - began} for result in results]
         log_work("generated", work.request_id, self.name, facts)
         yield {"event": "done", "images": list(images), "facts": facts}
 

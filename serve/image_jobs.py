@@ -14,15 +14,18 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, final
 
 from mmcore.storage import Storage
 from mmcore.temporary import make_folder, remove_folder
 from serve.clients import Deployed, Replica
-from serve.errors import ApiError, fault
+from serve.errors import ApiError, ErrorFields, ErrorObject, fault
 from serve.limits import Limits
 from serve.metrics import configure_logging, logger
 from serve.schemas import GenerateWork
+
+if TYPE_CHECKING:
+    from serve.generator import LastEvent
 
 _PENDING, _FINISHED, _RESULT = "pending", "jobs", "result.json"
 _RECOVER_EVERY_S = 3600.0
@@ -47,6 +50,69 @@ def _submitted_at(job_id: str) -> int | None:
     return int(match.group(1), 16) if match else None
 
 
+_Open = Literal["queued", "running"]
+_Ended = Literal["done", "failed", "cancelled"]
+
+
+@final
+class SubmittedJob(TypedDict):
+    """A job that is in the storage."""
+
+    id: str
+    status: _Open | _Ended
+
+
+@final
+class RefusedJob(TypedDict):
+    """Why a job is not taken in."""
+
+    refused: ErrorFields
+
+
+class JobProgress(TypedDict):
+    """So many steps are done of those of all images."""
+
+    step: int
+    total: int
+
+
+class UnfinishedJob(TypedDict):
+    """What is known of a job that is not finished."""
+
+    id: str
+    status: _Open
+    progress: JobProgress | None
+    error: ErrorObject | None
+
+
+class FinishedJob(TypedDict):
+    """What is known of a job that is finished; `created` in Unix seconds, `keys` of the images of one that is done."""
+
+    id: str
+    status: _Ended
+    progress: JobProgress | None
+    error: ErrorObject | None
+    model: str
+    response_format: str
+    created: int
+    work: dict[str, Any]
+    keys: NotRequired[list[str]]
+
+
+class _StoredJob(FinishedJob):
+    """What the storage keeps of a finished job."""
+
+    owner: str
+
+
+class _JobEnd(TypedDict):
+    """What became of a job: `keys` of its images where it is done, `error` where it failed."""
+
+    status: _Ended
+    keys: NotRequired[list[str]]
+    error: NotRequired[ErrorObject]
+
+
 @dataclass
 class _Job:
     """An unfinished job. `owner`: the fingerprint of the key that it was handed in with."""
@@ -57,8 +123,8 @@ class _Job:
     response_format: str
     created: int
     work: GenerateWork
-    status: str = "queued"
-    progress: dict[str, int] | None = None
+    status: _Open = "queued"
+    progress: JobProgress | None = None
     cancelled: bool = False
     """By its owner: every other end of its task leaves it to be done by the next process."""
     finishing: bool = False
@@ -97,7 +163,7 @@ class Jobs:
 
     async def submit(
         self, job_id: str, owner: str, model: str, response_format: str, work: GenerateWork
-    ) -> dict[str, Any]:
+    ) -> SubmittedJob | RefusedJob:
         """Take a job in; it is in the storage when this returns. Gives its id, or why it is refused.
 
         `job_id` is the caller's, by `new_id`: where this process dies on the way, and the next one is asked the same
@@ -139,7 +205,7 @@ class Jobs:
         finally:
             del self._jobs[job.id]
 
-    async def get(self, owner: str, job_id: str) -> dict[str, Any] | None:
+    async def get(self, owner: str, job_id: str) -> UnfinishedJob | FinishedJob | None:
         """What is known of a job; None where this owner has none of that id.
 
         A finished one names its images in the storage (`keys`), which `images` reads.
@@ -166,7 +232,7 @@ class Jobs:
     async def images(self, keys: list[str]) -> list[bytes]:
         return list(await asyncio.gather(*(asyncio.to_thread(self._storage.read, key) for key in keys)))
 
-    async def cancel(self, owner: str, job_id: str) -> dict[str, Any] | None:
+    async def cancel(self, owner: str, job_id: str) -> UnfinishedJob | FinishedJob | None:
         """End a job; one that is finished stays as it is."""
         await self._recover()
         job = self._jobs.get(job_id)
@@ -263,7 +329,7 @@ class Jobs:
             # Where its end is not in the storage it is still pending there, and is taken up again.
             del self._jobs[job.id]
 
-    async def _end_of(self, job: _Job) -> dict[str, Any] | None:
+    async def _end_of(self, job: _Job) -> _JobEnd | None:
         """What became of the job; None where it was not begun, as this process ends."""
         fault_pauses_s = iter(_FAULT_PAUSES_S)
         about = {"request_id": job.work.request_id, "job": job.id, "model": job.model}
@@ -294,7 +360,7 @@ class Jobs:
                 raise
             return {"status": "cancelled"}
 
-    async def _generate(self, job: _Job) -> dict[str, Any]:
+    async def _generate(self, job: _Job) -> _JobEnd:
         replica = self._replicas.get(job.model)
         if replica is None:
             raise ApiError(404, f"the model {job.model!r} is not served any more", code="model_not_found")
@@ -306,7 +372,7 @@ class Jobs:
             part = seeds[max(start, len(job.keys)) : start + size]
             if not part:
                 continue
-            last: dict[str, Any] = {}
+            last = cast("LastEvent", {})
             async with contextlib.aclosing(replica.stream("stream", replace(job.work, seeds=part))) as events:
                 async for event in events:
                     if event["event"] == "progress":
@@ -325,8 +391,8 @@ class Jobs:
                 job.keys.append(key)
         return {"status": "done", "keys": job.keys}
 
-    async def _finish(self, job: _Job, end: dict[str, Any]) -> None:
-        result = {
+    async def _finish(self, job: _Job, end: _JobEnd) -> None:
+        result: _StoredJob = {
             "id": job.id,
             "owner": job.owner,
             "progress": job.progress,

@@ -5,8 +5,8 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -16,13 +16,16 @@ from serve import schemas
 from serve.clients import Model, Replica
 from serve.errors import ApiError, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
-from serve.image_jobs import new_id
+from serve.image_jobs import FinishedJob, RefusedJob, SubmittedJob, UnfinishedJob, new_id
 from serve.images import to_base64
 from serve.metrics import logger
 from serve.options import with_options
 from serve.parsing import parse
 from serve.schemas import GenerateWork
 from serve.security import Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from serve.generator import GeneratorInfo, LastEvent
 
 # Sent while a stream has nothing to say, so that nothing between here and the client closes it.
 _KEEP_ALIVE_S = 15.0
@@ -57,7 +60,7 @@ class ImageRoutes:
             held.enter_context(front.admission.enter({model.name: len(work.seeds)}))
             if asked.stream:
                 return _EventStream(self._events(model, work, links), held.pop_all())
-            done = await model.replica.call("generate", work)
+            done: LastEvent = await model.replica.call("generate", work)
             return JSONResponse(await self._answer(model, work, done, links))
 
     async def _work(
@@ -68,7 +71,7 @@ class ImageRoutes:
         `fields` stand at `where` in the body.
         """
         model = self._front.named(schemas.model_of(fields), "generator")
-        info = await model.info()
+        info = cast("GeneratorInfo", await model.info())
         asked = parse(with_options(schemas.GenerationRequest, info["options"]), fields, *where)
         links, facts = self._links(asked.response_format), facts_of_request(request)
         work = schemas.generate_work(asked, info, self._front.limits, max_n, facts["request_id"])
@@ -93,7 +96,7 @@ class ImageRoutes:
         return self._storage
 
     async def _answer(
-        self, model: Model, work: GenerateWork, done: dict[str, Any], links: Storage | None
+        self, model: Model, work: GenerateWork, done: "LastEvent", links: Storage | None
     ) -> dict[str, Any]:
         """The answer of a generator's last event."""
         if done["event"] == "refused":
@@ -136,7 +139,7 @@ class ImageRoutes:
                 event, waiting = waiting.result(), None
                 name = event.pop("event")
                 if name in ("done", "refused"):
-                    answer = await self._answer(model, work, {"event": name, **event}, links)
+                    answer = await self._answer(model, work, cast("LastEvent", {"event": name, **event}), links)
                     for completed in schemas.completed_events(answer):
                         yield _sse(completed["type"], completed)
                     yield _sse("done", {"type": "image_generation.done", **answer})
@@ -175,7 +178,9 @@ class ImageRoutes:
         if (refusal := await model.refusal(work)) is not None:
             raise refusal
         caller = request.scope["state"]["caller"]
-        answer = await jobs.call("submit", new_id(), caller, model.name, asked.response_format, work)
+        answer: SubmittedJob | RefusedJob = await jobs.call(
+            "submit", new_id(), caller, model.name, asked.response_format, work
+        )
         if "refused" in answer:
             raise ApiError.from_dict(answer["refused"])
         told = {"ignored": list(work.ignored)} if work.ignored else {}
@@ -189,7 +194,7 @@ class ImageRoutes:
 
     async def _job(self, request: Request, method: str) -> Response:
         job_id, jobs = request.path_params["job_id"], self._need_jobs()
-        job = await jobs.call(method, request.scope["state"]["caller"], job_id)
+        job: UnfinishedJob | FinishedJob | None = await jobs.call(method, request.scope["state"]["caller"], job_id)
         if job is None:
             raise ApiError(404, f"no job {quoted(job_id)} of this key", param="id", code="job_not_found")
         result = None
@@ -199,9 +204,9 @@ class ImageRoutes:
             else:
                 data = [{"b64_json": to_base64(image)} for image in await jobs.call("images", job["keys"])]
             result = schemas.generation_answer(GenerateWork.from_json(job["work"]), job["model"], job["created"], data)
-        names = ("id", "status", "progress", "error")
+        names: tuple[Literal["id", "status", "progress", "error"], ...] = ("id", "status", "progress", "error")
         return JSONResponse({**{name: job[name] for name in names}, "result": result})
 
 
-def _sse(event: str, data: dict[str, Any]) -> bytes:
+def _sse(event: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()

@@ -9,7 +9,8 @@ import secrets
 import sys
 import time
 import traceback
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -20,6 +21,15 @@ from serve.security import REQUEST_ID, App, Message, Receive, Scope, Send, logge
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class ImageFacts(TypedDict):
+    """How an image came about: `batch_size` of one image of each batch, `encode_s` of one that was made."""
+
+    queue_s: float
+    model_s: float
+    batch_size: int | None
+    encode_s: NotRequired[float]
 
 
 class _JsonLines(logging.Formatter):
@@ -68,12 +78,12 @@ class Metrics:
         )
         self.images = Counter("mmcore_images", "Images captioned or made", ["model"], registry=registry)
 
-    def observe(self, model: str, facts: dict[str, Any]) -> None:
+    def observe(self, model: str, facts: ImageFacts) -> None:
         """One image's `facts`, as `facts_of` made them in its replica."""
         self.images.labels(model).inc()
         for stage in ("queue", "model", "encode"):
             if facts.get(f"{stage}_s") is not None:
-                self.stage.labels(model, stage).observe(facts[f"{stage}_s"])
+                self.stage.labels(model, stage).observe(cast(Mapping[str, float], facts)[f"{stage}_s"])
         if facts["batch_size"] is not None:
             self.batch_size.labels(model).observe(facts["batch_size"])
 
@@ -81,13 +91,17 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def facts_of(batched: Batched[Any]) -> dict[str, Any]:
+def facts_of(batched: Batched[Any]) -> ImageFacts:
     return {"queue_s": batched.queue_s, "model_s": batched.model_s, "batch_size": batched.batch_size}
 
 
-def log_work(message: str, request_id: str, model: str, facts: list[dict[str, Any]]) -> None:
+def log_work(message: str, request_id: str, model: str, facts: list[ImageFacts]) -> None:
     """One line of a model's process for a request's images: `facts` of each, of which the longest times are told."""
-    slowest = {name: round(max(each[name] for each in facts), 4) for name in facts[0] if name.endswith("_s")}
+    slowest = {
+        name: round(max(cast(Mapping[str, float], each)[name] for each in facts), 4)
+        for name in facts[0]
+        if name.endswith("_s")
+    }
     logger.info(message, extra={"fields": {"request_id": request_id, "model": model, "n": len(facts), **slowest}})
 
 

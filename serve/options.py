@@ -12,7 +12,7 @@ import math
 import types
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import create_model
 
@@ -20,7 +20,17 @@ from mmcore.errors import OptionError
 from serve.errors import ApiError, bad_value, quoted
 from serve.parsing import Strict, check_text
 
-Told = dict[str, dict[str, Any]]
+
+class ToldOption(TypedDict):
+    """An option in plain values; `enum` of a choice alone."""
+
+    type: str
+    default: Any
+    enum: NotRequired[list[Any]]
+
+
+# By the API's names.
+Told = dict[str, ToldOption]
 
 _TYPES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 _T = TypeVar("_T", bound=Strict)
@@ -36,6 +46,7 @@ def tell(options: Any) -> Told:
 
     Raises TypeError for a field that no request could give.
     """
+    told: Told
     hints, told = get_type_hints(type(options)), {}
     for api, name in _api_names(options).items():
         hint = hints[name]
@@ -46,7 +57,10 @@ def tell(options: Any) -> Told:
         kind = type(choices[0]) if choices else hint
         if kind not in _TYPES:
             raise TypeError(f"{type(options).__name__}.{name}: a {hint} is no number, text or truth value")
-        told[api] = {"type": _TYPES[kind], "default": getattr(options, name), **({"enum": choices} if choices else {})}
+        told[api] = cast(
+            ToldOption,
+            {"type": _TYPES[kind], "default": getattr(options, name), **({"enum": choices} if choices else {})},
+        )
     return told
 
 

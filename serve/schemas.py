@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -18,6 +18,9 @@ from serve.errors import bad_value, quoted
 from serve.limits import Limits
 from serve.options import asked_options
 from serve.parsing import MAX_REASON, UNREAD, Strict, check_text, only, unread_fields
+
+if TYPE_CHECKING:
+    from serve.generator import GeneratorInfo
 
 # WIDTHxHEIGHT.
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
@@ -191,7 +194,7 @@ def size_text(size: tuple[int, int]) -> str:
 
 
 def generate_work(
-    request: GenerationRequest, info: dict[str, Any], limits: Limits, max_n: int, request_id: str = ""
+    request: GenerationRequest, info: "GeneratorInfo", limits: Limits, max_n: int, request_id: str = ""
 ) -> GenerateWork:
     """The request with the model's defaults filled in and every range checked. Raises ApiError.
 
