@@ -13,17 +13,17 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import pyarrow as pa
 import torch
 
-from jobs.runtime.blocks import ROWS_PER_BLOCK
+from jobs.runtime.blocks import ROWS_PER_BLOCK, Columns
 from jobs.runtime.commandline import run as run_job
-from jobs.runtime.image_blocks import image_files, plan_blocks
+from jobs.runtime.image_blocks import ImageRows, image_files, plan_blocks
 from jobs.runtime.model_flags import parse_with_options
 from jobs.runtime.source import output_storage
-from jobs.runtime.sweep import PARTS, read_plan, run_sweep
+from jobs.runtime.sweep import PARTS, WrittenPlan, read_plan, run_sweep
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.parquet import read_tables
 from mmcore.errors import InputError
@@ -65,6 +65,18 @@ class CaptionSettings:
     """Seconds without progress after which the job ends; by default it waits."""
 
 
+class CaptionSummary(TypedDict):
+    """Counts and seconds of `caption`; a dry run has the first two counts alone."""
+
+    num_rows: int
+    num_blocks: int
+    blocks_done_before: NotRequired[int]
+    rows_done_now: NotRequired[int]
+    seconds: NotRequired[float]
+    load_s: NotRequired[float]
+    num_skipped: NotRequired[int]
+
+
 class CaptionImages:
     """Holds the captioner on a worker."""
 
@@ -72,7 +84,7 @@ class CaptionImages:
         self.captioner = captioner.load("cuda" if torch.cuda.is_available() else "cpu")
         self.options, self.images, self.skip_bad = options, images, skip_bad
 
-    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+    def __call__(self, rows: ImageRows) -> pa.Table:
         gone = set(rows["gone"])
         skipped = {row: "no longer there" for row, name in enumerate(rows["file_name"]) if name in gone}
         try:
@@ -89,9 +101,11 @@ class CaptionImages:
             )
         return self._table(rows, skipped | bad)
 
-    def _table(self, rows: dict[str, Any], skipped: dict[int, str]) -> pa.Table:
+    def _table(self, rows: ImageRows, skipped: dict[int, str]) -> pa.Table:
         good = [row for row in range(len(rows["image"])) if row not in skipped]
-        image_ids, names, images = ([rows[name][row] for row in good] for name in ("image_id", "file_name", "image"))
+        image_ids, names, images = (
+            [cast(Columns, rows)[name][row] for row in good] for name in ("image_id", "file_name", "image")
+        )
         captions = []
         if good:
             pixels = pixels_from_bytes(images, self.captioner.image_size, names)
@@ -101,7 +115,7 @@ class CaptionImages:
         return table.replace_schema_metadata({_SKIPPED: json.dumps(listed)}) if listed else table
 
 
-def broken_images(rows: dict[str, Any], skipped: dict[int, str]) -> dict[int, str]:
+def broken_images(rows: ImageRows, skipped: dict[int, str]) -> dict[int, str]:
     """Which further rows of a block hold no image, and why."""
     bad = {}
     for row, (image, name) in enumerate(zip(rows["image"], rows["file_name"], strict=True)):
@@ -113,7 +127,7 @@ def broken_images(rows: dict[str, Any], skipped: dict[int, str]) -> dict[int, st
     return bad
 
 
-def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
+def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
     """Caption what is not captioned yet, then write captions.csv. Returns counts and seconds.
 
     `options`: of the search, by default the captioner's own.
@@ -128,8 +142,8 @@ def caption(settings: CaptionSettings, options: Any = None) -> dict[str, Any]:
     if words is not None and (wanted := getattr(options, words)) > captioner.max_length:
         flag = "--" + words.replace("_", "-")
         print(f"caption: {flag} {wanted}: captions end at the run's own {captioner.max_length}", flush=True)
-    there = read_plan(out) or {}
-    of_these = there if there.get("settings", {}).get("images") == images.uri else {}
+    there: WrittenPlan = read_plan(out) or {}
+    of_these: WrittenPlan = there if there.get("settings", {}).get("images") == images.uri else {}
     blocks = plan_blocks(
         images,
         settings.split,

@@ -14,9 +14,9 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import ray
@@ -25,7 +25,7 @@ import torch
 from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
 from jobs.runtime.commandline import run as run_job
-from jobs.runtime.image_sweep import COMMIT, GenerateImages, ImageSettings
+from jobs.runtime.image_sweep import COMMIT, BlockFacts, GenerateImages, ImageSettings
 from jobs.runtime.lease import Lease
 from jobs.runtime.model_flags import parse_with_options
 from jobs.runtime.source import output_storage, source_commit
@@ -99,6 +99,58 @@ class GenerateSettings:
     """Seconds without a finished block after which the job ends; by default it waits."""
 
 
+class Resources(TypedDict):
+    """Device, threads of a worker and batch of a sweep, which decide the last bits of its images."""
+
+    device: str
+    num_threads: int
+    batch_size: int
+
+
+class SweepSettings(TypedDict, total=False):
+    """What the settings of a sweep hold beside the identity and the options of its generator."""
+
+    count: int
+    seed: int
+    dtype: str
+    resolution: int | str
+    device: str
+    num_threads: int
+    batch_size: int
+
+
+class PromptsCutOfAll(TypedDict, total=False):
+    """How many prompts of a sweep are longer than the text encoder reads; nothing where no block says it."""
+
+    max_tokens: int
+    num_prompts_cut: int
+    prompts_cut: list[str]
+    negative_prompt_is_cut: bool
+
+
+class SecondsPerImage(TypedDict):
+    """How long an image took."""
+
+    median: float
+    p95: float
+    mean: float
+
+
+class SweepSummary(SweepSettings, PromptsCutOfAll, total=False):
+    """How fast a finished sweep was, and its settings: ``summary.json``. A dry run has `num_rows` alone."""
+
+    num_rows: int
+    num_images: int
+    images_per_s: float
+    seconds_per_image: SecondsPerImage
+    worked_s: float
+    num_worker_starts: int
+    load_s: float
+    warmup_s: float
+    devices: list[str]
+    commits: list[str]
+
+
 def auto_batch_size(device: str, size: tuple[int, int], num_images: int, gpu_bytes: int = 0) -> int:
     """A power of two that suits the device and the height and width, and is no larger than one worker's `num_images`
     need."""
@@ -145,7 +197,7 @@ def _largest(size: tuple[int, int], prompts: Prompts) -> tuple[int, int]:
     return max((asked or size for asked in prompts.sizes), key=math.prod)
 
 
-def _resolved(settings: GenerateSettings, size: tuple[int, int], num_images: int) -> dict[str, Any]:
+def _resolved(settings: GenerateSettings, size: tuple[int, int], num_images: int) -> Resources:
     """Device, threads and batch of a new sweep, as they were given or as the cluster has them."""
     connect()
     device = settings.device
@@ -168,10 +220,10 @@ def _resolved(settings: GenerateSettings, size: tuple[int, int], num_images: int
     return {"device": device, "num_threads": num_threads, "batch_size": batch_size}
 
 
-def _kept(settings: GenerateSettings, there: dict[str, Any]) -> dict[str, Any]:
+def _kept(settings: GenerateSettings, there: Mapping[str, object]) -> Resources:
     """Device, threads and batch as they were given, or as the sweep began with them."""
     given = {"device": settings.device, "num_threads": settings.num_threads, "batch_size": settings.batch_size}
-    return {name: there[name] if value in (None, "auto") else value for name, value in given.items()}
+    return cast(Resources, {name: there[name] if value in (None, "auto") else value for name, value in given.items()})
 
 
 def _blocks(prompts: Prompts, batch_size: int) -> Blocks:
@@ -186,7 +238,7 @@ def _blocks(prompts: Prompts, batch_size: int) -> Blocks:
 
 def generate(
     settings: GenerateSettings, options: Any = None, worker_type: type[GenerateImages] = GenerateImages
-) -> dict[str, Any]:
+) -> SweepSummary:
     """Make the images that are not there yet. Returns the summary, which OUT/summary.json holds too.
 
     `options`: of the generator, by default its own. Raises InputError for settings other than those that OUT was begun
@@ -260,12 +312,12 @@ def generate(
             out.write(SUMMARY, (json.dumps(summarise(out), indent=1) + "\n").encode())
         if not finished:  # only who holds the lease is alone here
             out.remove_temporary()
-    summary = json.loads(out.read(SUMMARY))
+    summary: SweepSummary = json.loads(out.read(SUMMARY))
     _say(summary, options)
     return summary
 
 
-def _say(summary: dict[str, Any], options: Any) -> None:
+def _say(summary: SweepSummary, options: Any) -> None:
     each = summary["seconds_per_image"]
     how = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if value not in ("", None))
     print(
@@ -286,7 +338,7 @@ def _say(summary: dict[str, Any], options: Any) -> None:
         print(f"generate: the negative prompt is longer than {summary['max_tokens']} tokens: its end was cut off")
 
 
-def _prompts_cut(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _prompts_cut(blocks: Sequence[BlockFacts]) -> PromptsCutOfAll:
     """What the blocks say of prompts that are longer than the text encoder reads. Those of earlier versions say
     nothing, and are not counted."""
     saying = [block for block in blocks if "max_tokens" in block]
@@ -300,7 +352,7 @@ def _prompts_cut(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def summarise(out: Storage) -> dict[str, Any]:
+def summarise(out: Storage) -> SweepSummary:
     """How fast a finished sweep was, from its manifest alone.
 
     ``images_per_s`` counts the time in which any worker was at work, from its first batch to its last write: with the
@@ -330,8 +382,8 @@ def summarise(out: Storage) -> dict[str, Any]:
         "load_s": max(block["load_s"] for block in blocks),
         "warmup_s": max(block["warmup_s"] for block in blocks),
         "devices": sorted({block["device"] for block in blocks}),
-        **_prompts_cut(blocks),
-        **plan["settings"],
+        **_prompts_cut(cast(Sequence[BlockFacts], blocks)),
+        **cast(SweepSettings, plan["settings"]),
         # A sweep may be resumed at another commit; its first blocks may be of a time when they did not say which.
         "commits": sorted({block.get(COMMIT, plan[COMMIT]) for block in blocks}),
     }

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypedDict, final, overload
 
 from mmcore.storage import Storage
 
@@ -13,6 +13,50 @@ MAX_BLOCKS = 10_000
 ROWS_PER_BLOCK = 64
 # Rows whose JSON is held at once while the digest of a plan is made.
 DIGEST_ROWS = 4096
+
+Columns = dict[str, list[Any]]
+"""The rows of a block as equally long lists of JSON values, by name."""
+
+
+class ImageFiles(TypedDict):
+    """Image files by their names in the source, and which of them are no longer there."""
+
+    files: list[str]
+    gone: list[str]
+
+
+class ShardRows(TypedDict):
+    """A Parquet shard by its name in the source, one of its row groups, and the numbers of rows in that."""
+
+    shard: str
+    row_group: int
+    rows: list[int]
+
+
+@final
+class FilesItem(ImageFiles):
+    """A block of image files."""
+
+    block: int
+
+
+@final
+class ShardItem(ShardRows):
+    """A block of rows of a Parquet shard."""
+
+    block: int
+
+
+@final
+class ColumnsItem(TypedDict):
+    """A block that holds its rows itself."""
+
+    block: int
+    columns: Columns
+
+
+SourceItem = FilesItem | ShardItem
+"""A block whose rows lie in the source."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +67,7 @@ class Blocks:
     """
 
     source: Storage | None
-    items: Sequence[dict[str, Any]]
+    items: "Sequence[SourceItem] | _SlicedColumns"
     num_rows: int
     ids_sha256: str
 
@@ -34,7 +78,7 @@ class Blocks:
         return len(item["files"] if "files" in item else item["rows"])
 
 
-class _SlicedColumns(Sequence[dict[str, Any]]):
+class _SlicedColumns(Sequence[ColumnsItem]):
     """Items that are cut from the columns when they are asked for, so that rows are held once."""
 
     def __init__(self, columns: Mapping[str, Sequence[Any]], num_rows: int, rows_per_block: int) -> None:
@@ -45,10 +89,10 @@ class _SlicedColumns(Sequence[dict[str, Any]]):
         return self.num_blocks
 
     @overload
-    def __getitem__(self, block: int) -> dict[str, Any]: ...
+    def __getitem__(self, block: int) -> ColumnsItem: ...
     @overload
-    def __getitem__(self, block: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, block: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+    def __getitem__(self, block: slice) -> list[ColumnsItem]: ...
+    def __getitem__(self, block: int | slice) -> ColumnsItem | list[ColumnsItem]:
         if isinstance(block, slice):
             return [self[each] for each in range(self.num_blocks)[block]]
         block = range(self.num_blocks)[block]

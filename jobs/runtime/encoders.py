@@ -1,12 +1,13 @@
 """What encodes on the workers of Ray Data: images and captions into tensors of a column, one an image."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from jobs.runtime.blocks import Columns
+from jobs.runtime.image_blocks import ImageRows
 from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
@@ -22,7 +23,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _pixel_batches(rows: dict[str, Any], image_size: int, flip: bool) -> Iterator[np.ndarray]:
+def _pixel_batches(rows: ImageRows, image_size: int, flip: bool) -> Iterator[np.ndarray]:
     """The images of `rows` as uint8 (B, P, P, 3), mirrored with `flip`, a batch at a time."""
     for start in range(0, len(rows["image"]), _ENCODE_BATCH):
         stop = start + _ENCODE_BATCH
@@ -37,7 +38,7 @@ class EncodeImages:
         self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, _device())
         self.image_size, self.flip = image_size, flip
 
-    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+    def __call__(self, rows: ImageRows) -> pa.Table:
         batches = _pixel_batches(rows, self.image_size, self.flip)
         if self.encoder is None:
             values = list(batches)
@@ -54,7 +55,7 @@ class EncodeLatents:
         self.flip = flip
 
     @torch.inference_mode()
-    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+    def __call__(self, rows: ImageRows) -> pa.Table:
         values = []
         for pixels in _pixel_batches(rows, self.autoencoder.image_size, self.flip):
             values.append(self.autoencoder.encode(pixels).half().cpu().numpy())
@@ -68,7 +69,7 @@ class EncodeText:
         self.encoder = FrozenTextEncoder(encoder, max_tokens, _device())
         self.captions_per_image = captions_per_image
 
-    def __call__(self, rows: dict[str, Any]) -> pa.Table:
+    def __call__(self, rows: Columns) -> pa.Table:
         # As many captions at once as images, several times over: these are short.
         texts = [text for captions in rows["captions"] for text in captions]
         hidden = [

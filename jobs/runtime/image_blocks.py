@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
-from jobs.runtime.blocks import MAX_BLOCKS, ROWS_PER_BLOCK, Blocks
+from jobs.runtime.blocks import MAX_BLOCKS, ROWS_PER_BLOCK, Blocks, FilesItem, ImageFiles, ShardRows, SourceItem
 from mmcore.errors import InputError
 from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
@@ -24,6 +24,15 @@ from mmcore.storage import Storage
 _SHARD = ".parquet"
 # What commits up to aa3e790 took for images, directly in the folder.
 _EARLIER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ImageRows(TypedDict):
+    """The rows of a block of images (encoded bytes, or None for a null), and its files that are no longer there."""
+
+    image_id: list[str]
+    file_name: list[str]
+    image: list[bytes | None]
+    gone: list[str]
 
 
 def plan_blocks(
@@ -65,6 +74,7 @@ def plan_blocks(
                 flush=True,
             )
             files = earlier
+    items: Sequence[ImageFiles | ShardRows]
     if shards:
         items, ids = _parquet_blocks(source, shards, split, rows_per_block)
     elif split is not None:
@@ -79,7 +89,12 @@ def plan_blocks(
         both = ", ".join(name for name in files if os.path.splitext(name)[0] == twice)
         where = f" ({both})" if not shards else ""
         raise InputError(f"{source}: image_id {twice!r} stands there twice{where}; each image must have its own")
-    return Blocks(source, [{"block": k, **item} for k, item in enumerate(items)], len(ids), _sha256(ids))
+    return Blocks(
+        source,
+        cast(list[SourceItem], [{"block": k, **item} for k, item in enumerate(items)]),
+        len(ids),
+        _sha256(ids),
+    )
 
 
 def _image_ids(files: Sequence[str]) -> list[str]:
@@ -94,7 +109,7 @@ def image_files(blocks: Blocks) -> list[str] | None:
     """The image files of a plan in order, which `plan_blocks` takes as `began_with`; None where it is over shards."""
     if "files" not in blocks.items[0]:
         return None
-    return [name for item in blocks.items for name in item["files"]]
+    return [name for item in cast(Sequence[FilesItem], blocks.items) for name in item["files"]]
 
 
 def _say_what_is_left_out(source: Storage, names: list[str], shards: list[str], files: list[str]) -> None:
@@ -112,7 +127,7 @@ def _say_what_is_left_out(source: Storage, names: list[str], shards: list[str], 
 
 def _file_blocks(
     source: Storage, files: list[str], began_with: Sequence[str] | None, rows_per_block: int
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[ImageFiles], list[str]]:
     gone: set[str] = set()
     if began_with is not None:
         if new := sorted({*files}.difference(began_with)):
@@ -123,7 +138,7 @@ def _file_blocks(
         gone, files = {*began_with}.difference(files), list(began_with)
     ids = _image_ids(files)
     step = max(rows_per_block, -(-len(files) // MAX_BLOCKS))
-    items = []
+    items: list[ImageFiles] = []
     for start in range(0, len(files), step):
         block = files[start : start + step]
         items.append({"files": block, "gone": [name for name in block if name in gone]})
@@ -132,7 +147,7 @@ def _file_blocks(
 
 def _parquet_blocks(
     source: Storage, shards: list[str], split: str | None, rows_per_block: int
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[ShardRows], list[str]]:
     column, _, name = (split or "").partition(":")
     if split is not None and not name:
         raise InputError(f"--split {split!r}: write COLUMN:NAME, such as split_karpathy:test")
@@ -159,7 +174,7 @@ def _parquet_blocks(
     if split and there and not ids:
         raise InputError(f"--split {split}: no row of {source} is of it; the column holds {', '.join(sorted(there))}")
     step = max(rows_per_block, -(-num_rows // MAX_BLOCKS))
-    items: list[dict[str, Any]] = [
+    items: list[ShardRows] = [
         {"shard": shard, "row_group": group, "rows": rows[i : i + step]}
         for shard, group, rows in groups
         for i in range(0, len(rows), step)
@@ -203,7 +218,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def read_block(source: Storage, item: dict[str, Any]) -> dict[str, Any]:
+def read_block(source: Storage, item: SourceItem) -> ImageRows:
     """The rows of one block: lists under ``image_id``, ``file_name`` and ``image`` (encoded bytes, or None for a null).
 
     ``gone`` lists the files of the block that are no longer there; their image is None.

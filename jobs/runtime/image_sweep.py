@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from jobs.runtime.blocks import Columns
 from mmcore.data.manifest import BLOCK, IMAGES, manifest_table
 from mmcore.data.parquet import NUM_IO_THREADS
 from mmcore.data.prompts import Prompt
@@ -25,7 +26,7 @@ from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
 # The text chunks of an image that say what it is of; `commit` stands beside them and may change between resumes.
-COMMIT = "commit"
+COMMIT: Final = "commit"
 
 # How far an image found under its key may be from the one made again, in 255ths: in the mean, and what share of its
 # values by more than one step. One CPU repeats itself to the bit and another kind of it rounds otherwise, by a step at
@@ -35,6 +36,33 @@ COMMIT = "commit"
 _ADOPT_MEAN, _ADOPT_PATCHES = 2.0, 0.25
 # Of the prompts of a block that are longer than the text encoder reads, so many are named.
 _NUM_NAMED = 3
+
+
+class WorkerFacts(TypedDict):
+    """What a worker is and runs on, and how many seconds it loaded and warmed up."""
+
+    worker: str
+    commit: str
+    load_s: float
+    warmup_s: float
+    dtype: str
+    device: str
+    max_tokens: int
+    negative_prompt_is_cut: bool
+
+
+class PromptsCut(TypedDict):
+    """How many prompts of a block are longer than the text encoder reads, and the first of them."""
+
+    num_prompts_cut: int
+    prompts_cut: list[str]
+
+
+class BlockFacts(WorkerFacts, PromptsCut):
+    """What the manifest says of a block: of its worker, and when it was begun and ended (seconds since 1970)."""
+
+    began: float
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +115,7 @@ class GenerateImages:
         warm_up = [Prompt("", "", 0)] * image_settings.batch_size
         self.generate(warm_up, image_settings.size, image_settings.options.shortened())
         negative_prompt = getattr(image_settings.options, "negative_prompt", "")
-        self.facts: dict[str, Any] = {
+        self.facts: WorkerFacts = {
             "worker": uuid.uuid4().hex,
             COMMIT: image_settings.commit,
             "load_s": loaded - start,
@@ -112,7 +140,7 @@ class GenerateImages:
                 f"--batch-size {batch_size}: the GPU's memory is too small for it; give a smaller one and another --out"
             ) from None
 
-    def __call__(self, rows: dict[str, list[Any]]) -> Generated:
+    def __call__(self, rows: Columns) -> Generated:
         prompts = [Prompt(**dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)]
         settings, began = self.settings, time.time()
         made: dict[int, tuple[np.ndarray, float]] = {}
@@ -144,10 +172,10 @@ class GenerateImages:
             device=self.facts["device"],
             seconds=made.seconds,
         )
-        facts = {**self.facts, **self._cut(prompts), "began": made.began, "ended": time.time()}
+        facts: BlockFacts = {**self.facts, **self._cut(prompts), "began": made.began, "ended": time.time()}
         return table.replace_schema_metadata({BLOCK: json.dumps(facts)})
 
-    def _cut(self, prompts: list[Prompt]) -> dict[str, Any]:
+    def _cut(self, prompts: list[Prompt]) -> PromptsCut:
         """How many prompts are longer than the text encoder reads, and some of them; the first of all is told."""
         most = self.generator.max_tokens
         lengths = self.generator.num_tokens([each.prompt for each in prompts])

@@ -13,18 +13,18 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NotRequired, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.runtime.blocks import Blocks
+from jobs.runtime.blocks import Blocks, Columns, ColumnsItem, SourceItem
 from jobs.runtime.cluster import connect, max_gpus
 from jobs.runtime.commandline import one_line
-from jobs.runtime.image_blocks import read_block
+from jobs.runtime.image_blocks import ImageRows, read_block
 from jobs.runtime.progress import progress
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.watchdog import Watchdog
@@ -44,6 +44,59 @@ PARTS = "parts"
 SWEEP = "sweep.json"
 
 
+class Plan(TypedDict):
+    """What must be the same whenever a sweep is resumed."""
+
+    settings: Mapping[str, object]
+    num_rows: int
+    num_blocks: int
+    ids_sha256: str
+
+
+class PlanFacts(TypedDict, total=False):
+    """What ``sweep.json`` says beside the plan, each of it of one job: it is not compared."""
+
+    files: list[str] | None
+    commit: str
+    prompts: str
+
+
+class WrittenPlan(PlanFacts, total=False):
+    """``sweep.json``, of whatever version wrote it."""
+
+    settings: Mapping[str, object]
+    num_rows: int
+    num_blocks: int
+    ids_sha256: str
+
+
+class BlockRow(TypedDict):
+    """What an actor is given: the number of a block and, where a task has read them, its rows."""
+
+    block: int
+    rows: NotRequired[ImageRows]
+
+
+class BlockResult(TypedDict):
+    """What an actor says of a block: the rows that it did, the seconds that it loaded, and an error or ""."""
+
+    block: int
+    num_rows: int
+    load_s: float
+    error: str
+
+
+class SweepDone(TypedDict):
+    """What one call of `run_sweep` did, and how fast: of its workers, the longest seconds of loading."""
+
+    num_rows: int
+    num_blocks: int
+    blocks_done_before: int
+    rows_done_now: int
+    seconds: float
+    load_s: NotRequired[float]
+
+
 def part_name(block: int) -> str:
     return f"part-{block:06d}.parquet"
 
@@ -56,8 +109,8 @@ class _BlockWorker:
         worker_type: type,
         worker_kwargs: dict[str, Any],
         out: Storage,
-        plan: dict[str, Any],
-        plan_facts: dict[str, Any],
+        plan: Plan,
+        plan_facts: PlanFacts,
         parts: str,
         num_threads: int | None,
         items: "_StoredItems | None" = None,
@@ -78,13 +131,17 @@ class _BlockWorker:
             self.error = _reason(error)
         self.load_s = time.perf_counter() - start
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: BlockRow) -> BlockResult:
         block = int(row["block"])
-        result = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": self.error}
+        result: BlockResult = {"block": block, "num_rows": 0, "load_s": self.load_s, "error": self.error}
         if self.worker is None:
             return result
         try:
-            rows = self.items[block]["columns"] if self.items is not None else row["rows"]
+            rows = (
+                cast(ColumnsItem, self.items[block])["columns"]
+                if self.items is not None
+                else cast(Columns, row["rows"])
+            )
             made = self.computing.submit(self.worker, rows).result()
             table = self.worker.write(made) if hasattr(self.worker, "write") else made
             buffer = io.BytesIO()
@@ -143,7 +200,7 @@ def committed_blocks(out: Storage, parts: str = PARTS) -> set[int]:
     return {int(name[len("part-") : -len(".parquet")]) for name in (out / parts).list(".parquet")}
 
 
-def read_plan(out: Storage, parts: str = PARTS) -> dict[str, Any] | None:
+def read_plan(out: Storage, parts: str = PARTS) -> WrittenPlan | None:
     """What ``sweep.json`` says; None where no sweep was begun. Raises InputError for blocks without a plan."""
     with contextlib.suppress(FileNotFoundError):
         return json.loads(out.read(SWEEP))
@@ -160,7 +217,7 @@ def read_plan(out: Storage, parts: str = PARTS) -> dict[str, Any] | None:
         ) from None
 
 
-def plan_of(settings: dict[str, Any], blocks: Blocks) -> dict[str, Any]:
+def plan_of(settings: Mapping[str, object], blocks: Blocks) -> Plan:
     """What must be the same whenever a sweep is resumed."""
     return {
         "settings": settings,
@@ -170,12 +227,12 @@ def plan_of(settings: dict[str, Any], blocks: Blocks) -> dict[str, Any]:
     }
 
 
-def check_plan(out: Storage, there: dict[str, Any], plan: dict[str, Any]) -> None:
+def check_plan(out: Storage, there: WrittenPlan, plan: Plan) -> None:
     """Raise InputError where `there`, the plan in `out`, is of another sweep than `plan`."""
     plan = json.loads(json.dumps(plan))
     for name in plan:
-        if there.get(name) != plan[name]:
-            before, now = there.get(name), plan[name]
+        if there.get(name) != plan[name]:  # type: ignore[literal-required]
+            before, now = there.get(name), plan[name]  # type: ignore[literal-required]
             if isinstance(before, dict):
                 name = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
                 before, now = before.get(name), now.get(name)
@@ -185,7 +242,7 @@ def check_plan(out: Storage, there: dict[str, Any], plan: dict[str, Any]) -> Non
             raise InputError(f"{out}: holds a sweep {what}; use the same settings to go on, or another --out")
 
 
-def _write_plan(out: Storage, plan: dict[str, Any], facts: dict[str, Any]) -> None:
+def _write_plan(out: Storage, plan: Plan, facts: PlanFacts) -> None:
     written = json.dumps({**plan, **facts}, indent=1, sort_keys=True) + "\n"
     if not out.create(SWEEP, written.encode()):
         # Another worker's, or that of a run that began at the same moment.
@@ -209,17 +266,17 @@ def run_sweep(
     *,
     what: str,
     out: Storage,
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     blocks: Blocks,
     worker_type: type,
     worker_kwargs: dict[str, Any],
     stall_timeout_s: float | None = None,
     num_threads: int | None = None,
     parts: str = PARTS,
-    plan_facts: dict[str, Any] | None = None,
+    plan_facts: PlanFacts | None = None,
     device: str | None = None,
     num_workers: int | None = None,
-) -> dict[str, Any]:
+) -> SweepDone:
     """Bring every block through ``worker_type(**worker_kwargs)`` once; returns what was done and how fast.
 
     The worker is called with the rows of a block (`read_block`, `blocks_of_rows`) and returns one Arrow table; one
@@ -236,7 +293,7 @@ def run_sweep(
         check_plan(out, there, plan)
     done = committed_blocks(out, parts)
     todo = [block for block in range(len(blocks.items)) if block not in done]
-    facts: dict[str, Any] = {
+    facts: SweepDone = {
         "num_rows": blocks.num_rows,
         "num_blocks": len(blocks.items),
         "blocks_done_before": len(done),
@@ -307,17 +364,17 @@ class _StoredItems:
         groups = itertools.groupby(todo, lambda block: block // _BLOCKS_PER_OBJECT)
         self.refs = {group: ray.put({block: blocks.items[block] for block in members}) for group, members in groups}
 
-    def __getitem__(self, block: int) -> dict[str, Any]:
+    def __getitem__(self, block: int) -> SourceItem | ColumnsItem:
         return ray.get(self.refs[block // _BLOCKS_PER_OBJECT])[block]
 
 
-def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[dict[str, Any]]:
+def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[BlockResult]:
     """Read (tasks) -> work and commit (actors), streamed by Ray Data; one row is one block."""
     source, items = blocks.source, _StoredItems(blocks, todo)
 
-    def read(row: dict[str, Any]) -> dict[str, Any]:
+    def read(row: BlockRow) -> BlockRow:
         assert source is not None
-        return {"block": row["block"], "rows": read_block(source, items[int(row["block"])])}
+        return {"block": row["block"], "rows": read_block(source, cast(SourceItem, items[int(row["block"])]))}
 
     dataset: ray.data.Dataset = ray.data.from_items([{"block": block} for block in todo], override_num_blocks=len(todo))
     if source is None:
@@ -330,8 +387,8 @@ def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_worker
         # more of them than there are blocks.
         most = max(READERS_PER_WORKER * num_workers, int(ray.cluster_resources().get("CPU", 0)) // 2)
         readers = ray.data.TaskPoolStrategy(size=min(most, len(todo)))
-        dataset = dataset.map(read, num_cpus=0.25, compute=readers)
-    yield from dataset.map(**actors).iter_rows()
+        dataset = dataset.map(read, num_cpus=0.25, compute=readers)  # type: ignore[arg-type]
+    yield from cast(Iterable[BlockResult], dataset.map(**actors).iter_rows())
 
 
 def read_parts(out: Storage, columns: list[str] | None = None) -> pa.Table:

@@ -30,7 +30,7 @@ _NOT_OF_THE_FUNCTION = (
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def pixels_from_bytes(images: Sequence[bytes], image_size: int, names: Sequence[str]) -> np.ndarray:
+def pixels_from_bytes(images: Sequence[bytes | None], image_size: int, names: Sequence[str]) -> np.ndarray:
     """Decode and squash to uint8 (B, P, P, 3). Raises InputError that names the image that does not decode."""
     return np.stack(
         [resize_image(decode_image(data, name=name), image_size) for data, name in zip(images, names, strict=True)]
