@@ -35,6 +35,7 @@ from jobs.runtime.commandline import run as run_job
 from jobs.runtime.job import Job, RunOptions, recipe_name
 from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
+from jobs.runtime.trainer import RunSummary
 from mmcore.captioners import cross_attention as resnet
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.captioners.search_options import SearchOptions
@@ -169,9 +170,7 @@ def _changes(demo: Demo, job: Job[Any]) -> list[str]:
     return difference({"settings": recipe_to_json(job.recipe), **facts}, theirs)
 
 
-def _trained(
-    demo: Demo, job: Job, train: Callable[[Job], dict[str, Any]], made_of_it: Storage, parts: str = PARTS
-) -> str:
+def _trained(demo: Demo, job: Job, train: Callable[[Job], RunSummary], made_of_it: Storage, parts: str = PARTS) -> str:
     """Train, or keep a run that is finished, or under way, with the same settings and data; what was made of another
     one, a sweep with its blocks in `parts`, is removed."""
     fresh = demo.settings.fresh

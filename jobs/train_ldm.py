@@ -18,15 +18,14 @@ colour wins in 41.1 % of 90 images, where chance is 33 %.
 Variant report is meant for a GPU and has not been run.
 """
 
-from typing import Any
-
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.latent_training import train_latent_diffusion
+from jobs.runtime.trainer import RunSummary
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
 
 
-def train(job: Job[LatentDiffusionRecipe]) -> dict[str, Any]:
+def train(job: Job[LatentDiffusionRecipe]) -> RunSummary:
     """Returns the run's summary."""
     return train_latent_diffusion(job)
 

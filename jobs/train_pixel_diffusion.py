@@ -16,15 +16,14 @@ Variant report attends at full resolution and needs a GPU; it has not been run. 
 follow the prompt ("a girl in pink / black / green dress") and that no girl can be recognised.
 """
 
-from typing import Any
-
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.pixel_training import train_pixel_diffusion
+from jobs.runtime.trainer import RunSummary
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 
 
-def train(job: Job[PixelDiffusionRecipe]) -> dict[str, Any]:
+def train(job: Job[PixelDiffusionRecipe]) -> RunSummary:
     """Returns the run's summary."""
     if job.variant == "report":
         print("the report trains in fp16; --precision auto is bf16 where the device has it, else fp32", flush=True)

@@ -8,11 +8,10 @@ Paper: row 1 of the report's Table 1 (ResNet-18); decoder of Vaswani et al. 2017
 Hardware: any. `shapes` takes 10 minutes on two CPU cores; `best` on Flickr8k 40, of which the encoder half, once.
 """
 
-from typing import Any
-
 from jobs.runtime.captioner_training import train_captioner
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
+from jobs.runtime.trainer import RunSummary
 from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
 from mmcore.captioners.facts import CaptionerFacts
 
@@ -31,7 +30,7 @@ def remark(job: Job[CrossAttentionCaptionerRecipe], facts: CaptionerFacts, num_f
         )
 
 
-def train(job: Job[CrossAttentionCaptionerRecipe]) -> dict[str, Any]:
+def train(job: Job[CrossAttentionCaptionerRecipe]) -> RunSummary:
     """Returns the run's summary."""
     return train_captioner(job, remark)
 

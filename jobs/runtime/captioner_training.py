@@ -14,6 +14,7 @@ from jobs.runtime.features import PIXELS, cached_image_column
 from jobs.runtime.job import Job
 from jobs.runtime.streaming import StreamedCaptionRows, streamed_column
 from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path
@@ -35,7 +36,7 @@ _FOLDERS = ("encoder", "tokenizer")
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
 
 
-def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_frozen: None) -> dict[str, Any]:
+def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_frozen: None) -> RunSummary:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary.
 
     `remark(job, facts, num_frozen)`: prints what is to be said of the recipe's own sizes; `num_frozen` counts the

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jobs.runtime.features import cached_text_column, read_null
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import to_pixels
@@ -52,7 +53,7 @@ class Samples:
     """Raises InputError for what can be refused without any data."""
 
 
-def train_diffusion(job: Job[Any], samples: Samples) -> dict[str, Any]:
+def train_diffusion(job: Job[Any], samples: Samples) -> RunSummary:
     """Make what is missing (Shapes, samples, the frozen encoder's hidden states), then train. Returns the summary."""
     opened: list[Text] = []  # once, as a frozen encoder may be large
     lengths: list[int] = []

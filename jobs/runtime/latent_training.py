@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from jobs.runtime.diffusion_training import Samples, diffusion_setup, train_diff
 from jobs.runtime.features import cached_latent_column
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
 from jobs.runtime.vqvae_training import default_job, train_vqvae
 from mmcore.data.columns import TensorSpec, default_cache, open_column
@@ -30,7 +30,7 @@ from mmcore.trained.generator import VQVAE_ASSET
 _SCALE_IMAGES = 1024
 
 
-def train_latent_diffusion(job: Job[LatentDiffusionRecipe]) -> dict[str, Any]:
+def train_latent_diffusion(job: Job[LatentDiffusionRecipe]) -> RunSummary:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
     return train_diffusion(job, Samples(_facts, _encode, _columns, setup, _reads, vqvae_recipe))
 

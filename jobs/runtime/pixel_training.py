@@ -6,6 +6,7 @@ from typing import Any
 from jobs.runtime.diffusion_training import Samples, diffusion_setup, train_diffusion
 from jobs.runtime.features import cached_pixels
 from jobs.runtime.job import Job
+from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
 from mmcore.data.columns import TensorSpec
 from mmcore.data.prepared import CaptionTable
@@ -13,7 +14,7 @@ from mmcore.frozen.text import TextInputs
 from mmcore.generators.facts import DiffusionFacts
 
 
-def train_pixel_diffusion(job: Job[Any]) -> dict[str, Any]:
+def train_pixel_diffusion(job: Job[Any]) -> RunSummary:
     """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
     return train_diffusion(job, Samples(_facts, _encode, _columns, diffusion_setup))
 

@@ -1,12 +1,24 @@
 """What the driver of a training knows of its workers: their progress, restarts and mistakes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import ray
 
 # A crash is retried this often; losing a machine is no crash and is not counted.
 MAX_CRASHES = 3
+
+
+class RunProgress(TypedDict, total=False):
+    """What workers tell of a training, beside the means of its newest step by name; `committed`: a step, too."""
+
+    doing: str
+    step: int
+    total: int
+    epoch: float
+    loss: float
+    rows_per_s: float
+    committed: int
 
 
 class RestartBudget:
@@ -36,7 +48,7 @@ class RunState:
     `resumes` holds the step and the total of each start from a checkpoint.
     """
 
-    progress: dict[str, Any]
+    progress: RunProgress
     machines: frozenset[str]
     num_crashes: int
     crash: str
@@ -78,7 +90,7 @@ class RunMonitor:
     """The newest progress of a run, its restarts and the mistakes that its workers met. Lives beside the driver."""
 
     def __init__(self) -> None:
-        self.progress: dict[str, Any] = {}
+        self.progress: RunProgress = {}
         self.mistakes: dict[int, str] = {}
         self.budget = RestartBudget()
         self.crash, self.trace = "a worker was killed", ""
@@ -97,7 +109,7 @@ class RunMonitor:
                 )
         return self.first_mistake()
 
-    def update(self, progress: dict[str, Any]) -> None:
+    def update(self, progress: RunProgress) -> None:
         self.progress |= progress
 
     def state(self) -> RunState:

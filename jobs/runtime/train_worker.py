@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import ray
@@ -18,7 +18,9 @@ from ray.train import Checkpoint
 from torch import nn
 
 from jobs.runtime.commandline import is_full_disk, one_line
+from jobs.runtime.job import Job
 from jobs.runtime.ray_private import cpus
+from jobs.runtime.run_monitor import RunProgress
 from mmcore.errors import InputError
 from mmcore.images import decode_image, png_bytes
 from mmcore.rows import Rows
@@ -53,7 +55,34 @@ class Setup:
     """Called with model/ once the copies are there; raises InputError where one is not what was trained on."""
 
 
-def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
+class TrainConfig(TypedDict):
+    """What the driver hands to each worker; `monitor` is the handle of a `RunMonitor`."""
+
+    job: Job[Any]
+    setup: Callable[[Job[Any], Any, Doing], Setup]
+    facts: Any
+    monitor: Any
+
+
+class WorkerSummary(TypedDict, total=False):
+    """What a worker says of its training when that is over."""
+
+    best_step: int
+    best_validation_loss: float
+    steps: int
+    train_seconds: float
+    rows_seen: int
+    precision: str
+    device: str
+
+
+class Mistake(TypedDict):
+    """What a worker returns instead where all of them met a user's mistake."""
+
+    error: str
+
+
+def train_on_worker(config: TrainConfig) -> WorkerSummary | Mistake:
     """One worker of the run. A user's mistake is returned, not raised: trying again would not mend it."""
     monitor, rank = config["monitor"], ray.train.get_context().get_world_rank()
     # Two lines at each report, which the run's own progress says better, come by the root logger (Ray 2.60 names theirs
@@ -77,7 +106,7 @@ def train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _mistake(monitor: Any, rank: int, error: InputError) -> dict[str, Any]:
+def _mistake(monitor: Any, rank: int, error: InputError) -> Mistake:
     """Return the mistake if all workers met it; else end the others, which wait in a collective for this one.
 
     Raising does that: Ray restarts the group, and each new worker finds the mistake and returns it.
@@ -90,7 +119,7 @@ def _mistake(monitor: Any, rank: int, error: InputError) -> dict[str, Any]:
     return {"error": ray.get(monitor.first_mistake.remote())}
 
 
-def _train(config: dict[str, Any]) -> dict[str, Any]:
+def _train(config: TrainConfig) -> WorkerSummary:
     import torch
 
     job, monitor = config["job"], config["monitor"]
@@ -99,7 +128,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     rank, run = context.get_world_rank(), job.run
     last_update = 0.0
 
-    def update(values: dict[str, Any], at_once: bool = False) -> None:
+    def update(values: RunProgress, at_once: bool = False) -> None:
         nonlocal last_update
         now = time.monotonic()
         if at_once or now - last_update >= _UPDATE_S:
@@ -107,7 +136,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
             monitor.update.remote(values)
 
     def send_progress(values: dict[str, Any]) -> None:
-        update({**values, "doing": ""}, at_once=values["step"] == values["total"])
+        update(cast(RunProgress, {**values, "doing": ""}), at_once=values["step"] == values["total"])
 
     def doing(text: str) -> None:
         if rank == 0:

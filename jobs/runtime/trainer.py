@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
@@ -30,7 +30,7 @@ from jobs.runtime.lease import Lease
 from jobs.runtime.progress import progress
 from jobs.runtime.run_folder import open_run, remove_unfinished_uploads
 from jobs.runtime.run_monitor import Restarts, RunMonitor, RunState
-from jobs.runtime.train_worker import Doing, Setup, train_on_worker
+from jobs.runtime.train_worker import Doing, Mistake, Setup, WorkerSummary, train_on_worker
 from jobs.runtime.watchdog import Watchdog
 from mmcore.errors import InputError
 
@@ -43,12 +43,19 @@ _NODES_S = 2.0
 F = TypeVar("F")
 
 
+class RunSummary(WorkerSummary, total=False):
+    """What ``_SUCCESS`` says of a finished run; a dry run has nothing to say."""
+
+    wall_seconds: float
+    num_workers: int
+
+
 def run_training(
     job: Job[R],
     setup: Callable[[Job[R], F, Doing], Setup],
     facts: F,
     datasets: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Train `job` to its end, going on from what is committed. Raises InputError where the run cannot go on.
 
     `setup(job, facts, doing)` runs on every worker and makes the model and its rows, telling `doing` what takes
@@ -78,7 +85,7 @@ def _fit(
     datasets: dict[str, Any] | None,
     monitor: Any,
     follower: "_Follower",
-) -> dict[str, Any]:
+) -> RunSummary:
     filesystem, path = job.run.parent.arrow_whole_files()
     if not job.run.is_s3:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -114,9 +121,9 @@ def _fit(
             raise InputError(
                 f"{job.run}: training failed: {reason}; the same command goes on from the last checkpoint"
             ) from error
-    summary: dict[str, Any] = result.return_value or {}  # type: ignore[attr-defined]
+    summary = cast(RunSummary, result.return_value or {})  # type: ignore[attr-defined]
     if "error" in summary:
-        raise InputError(summary["error"])
+        raise InputError(cast(Mistake, summary)["error"])
     remove_unfinished_uploads(job.run)
     summary = {**summary, "wall_seconds": round(time.perf_counter() - start, 1), "num_workers": job.options.num_workers}
     job.run.write("_SUCCESS", json.dumps(summary, indent=1).encode())

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from ray.data import Dataset
 
@@ -12,7 +12,7 @@ from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime.job import Job, R
 from jobs.runtime.run_folder import check_new_run
 from jobs.runtime.train_worker import Doing, Setup
-from jobs.runtime.trainer import run_training
+from jobs.runtime.trainer import RunSummary, run_training
 from mmcore.data.columns import SUCCESS, TensorSpec, bytes_per_image, default_cache
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions, shapes_table
 from mmcore.data.shapes import ShapesSettings
@@ -55,7 +55,7 @@ class Flow(Generic[R, F]):
     """Folder of the storage that a training writes beside its run, for a dry run."""
 
 
-def train_by(flow: Flow[R, F], job: Job[R]) -> dict[str, Any]:
+def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
     """Make what is missing, then train. Returns the run's summary, of a dry run nothing.
 
     Raises InputError before anything is written for a run, settings or data that cannot be.

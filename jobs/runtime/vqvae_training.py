@@ -12,6 +12,7 @@ from torch import nn
 from jobs.runtime.features import cached_pixels
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded, Flow, train_by
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
@@ -29,7 +30,7 @@ from mmcore.training_plan import num_steps
 RECIPE_NAME = "vqvae"
 
 
-def train_vqvae(job: Job[VQVAERecipe]) -> dict[str, Any]:
+def train_vqvae(job: Job[VQVAERecipe]) -> RunSummary:
     """Make what is missing (Shapes, the column of pixels), then train. Returns the run's summary."""
     return train_by(Flow(_check, _plan, describe, _encode, _columns, setup, writes=""), job)
 
