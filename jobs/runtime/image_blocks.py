@@ -22,7 +22,7 @@ from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
 
 _SHARD = ".parquet"
-# What commits up to aa3e790 took for images, directly in the folder.
+# What code before 2026-11-28 took for images, directly in the folder.
 _EARLIER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
