@@ -107,6 +107,10 @@ class Autoencoder(Protocol):
     image_size: int
     latent_shape: tuple[int, int, int]
     """(C, h, w) of an image of `image_size`."""
+    num_codes: int
+    """Codes in the codebook."""
+    code_shape: tuple[int, int]
+    """(h, w) of the codes of an image of `image_size`."""
 
     def identity(self) -> Identity: ...
 
@@ -118,6 +122,12 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, P, P) in [-1, 1]."""
+
+    def codes(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (B, P, P, 3) -> the number of the code nearest to each latent, int64 (B, h, w)."""
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Numbers of codes, int64 (B, h, w) -> images (B, 3, P, P) in [-1, 1]."""
 
 
 def capped_fields(options: Any) -> dict[str, str]:

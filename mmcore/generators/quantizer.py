@@ -54,9 +54,16 @@ class Quantizer(nn.Module):
 
     def quantize(self, latents_BDHW: Tensor) -> Tensor:
         """Each latent replaced by its nearest code."""
+        return self.vectors(self.numbers(latents_BDHW))
+
+    def numbers(self, latents_BDHW: Tensor) -> Tensor:
+        """The number of the code nearest to each latent, int64 (B, H, W)."""
         latents_BHWD = latents_BDHW.permute(0, 2, 3, 1)
-        indices_N = self.nearest(latents_BHWD.flatten(0, 2))
-        return self.codebook[indices_N].view(latents_BHWD.shape).permute(0, 3, 1, 2)
+        return self.nearest(latents_BHWD.flatten(0, 2)).view(latents_BHWD.shape[:3])
+
+    def vectors(self, numbers_BHW: Tensor) -> Tensor:
+        """The codes (B, D, H, W) of those numbers."""
+        return self.codebook[numbers_BHW].permute(0, 3, 1, 2)
 
     def forward(self, latents_BDHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantised latents, whose gradient passes straight through to `latents`, and what training needs.

@@ -239,6 +239,12 @@ class VQVAE(nn.Module):
         with torch.autocast(x_B3PP.device.type, enabled=False):
             return self.quant_conv(hidden.to(self.quant_conv.weight.dtype))
 
+    def codes(self, x_B3PP: Tensor) -> Tensor:
+        """Images in [-1, 1] -> the number of the code nearest to each latent, int64 (B, h, w)."""
+        latents_BChw = self.encode(x_B3PP)
+        with torch.autocast(x_B3PP.device.type, enabled=False):
+            return self.quantizer.numbers(latents_BChw)
+
     def decode_codes(self, codes_BChw: Tensor) -> Tensor:
         """Latents that are codes -> images, about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(codes_BChw))

@@ -43,6 +43,8 @@ class TrainedVQVAE:
         self.recipe = file.recipe
         self.image_size: int = self.recipe.image_size
         self.latent_shape: tuple[int, int, int] = self.recipe.latent_shape
+        self.num_codes: int = self.recipe.num_codes
+        self.code_shape: tuple[int, int] = self.latent_shape[1:]
 
     def identity(self) -> Identity:
         return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
@@ -76,6 +78,14 @@ class TrainedVQVAE:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         return self.model.decode(latents)
+
+    @torch.inference_mode()
+    def codes(self, pixels: np.ndarray) -> Tensor:
+        return self.model.codes(to_network(torch.from_numpy(pixels).to(self.device)))
+
+    @torch.inference_mode()
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        return self.model.decode_codes(self.model.quantizer.vectors(codes))
 
 
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], TrainedVQVAE]] = {

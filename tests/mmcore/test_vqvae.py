@@ -294,6 +294,10 @@ def test_a_trained_one_is_read_back(tmp_path: Path) -> None:
         latents = model.vqvae.encode(images())
         assert torch.equal(trained.model.encode(images()), latents)
         assert torch.equal(trained.model.decode(latents), model.vqvae.decode(latents))
+    codes = trained.codes(tiny_vqvae.images(3))
+    assert (codes.dtype, codes.shape[1:]) == (torch.int64, trained.code_shape)
+    assert 1 < len(codes.unique()) <= trained.num_codes == recipe.num_codes
+    assert torch.equal(trained.decode_codes(codes), trained.decode(latents))
     fingerprint = trained.fingerprint()
     assert opened(finished_run(tmp_path / "again", model)).fingerprint() == fingerprint
     assert opened(finished_run(tmp_path / "run", model), fingerprint=fingerprint).recipe == recipe
