@@ -155,7 +155,7 @@ def test_the_check_of_imports_finds(path, source):
         ("mmcore/rows.py", "from mmcore import catalogue"),
         ("mmcore/data/x.py", "from mmcore.frozen.text import NO_TEXT"),
         ("mmcore/frozen/x.py", "def f():\n    from mmcore.data import columns"),
-        ("mmcore/generators/x.py", "from mmcore.captioners.decoder import CaptionDecoder"),
+        ("mmcore/generators/x.py", "from mmcore.captioners.decoding import greedy"),
         ("mmcore/metrics/x.py", "from mmcore.trained.generator import open_generator"),
         ("mmcore/captioners/x.py", "from mmcore.catalogue import read_model_file"),
         ("mmcore/catalogue.py", "from mmcore.trained import generator"),

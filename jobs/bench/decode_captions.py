@@ -35,9 +35,9 @@ from mmcore.captioners.cross_attention import (
     CrossAttentionCaptioner,
     CrossAttentionCaptionerRecipe,
 )
-from mmcore.captioners.decoder import CaptionDecoder
 from mmcore.captioners.decoding import greedy
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.decoder import CaptionDecoder
 from mmcore.errors import InputError
 from mmcore.seeding import derive_seed, generator
 from mmcore.storage import Storage

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
-from mmcore.captioners.decoder import CaptionDecoder, DecoderLayer, sinusoidal_positions
+from mmcore.decoder import CaptionDecoder, DecoderLayer, sinusoidal_positions
 from mmcore.text import BOS_ID, PAD_ID, UNK_ID
 
 MAX_LENGTH = 50

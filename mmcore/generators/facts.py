@@ -29,6 +29,29 @@ class DiffusionFacts:
 
 
 @dataclass(frozen=True)
+class AutoregressiveFacts:
+    """What a run of a Transformer over codes knows beside its settings."""
+
+    text_inputs: TextInputs
+    """What the network is fed of the text."""
+    code_shape: tuple[int, int]
+    """Rows and columns of the codes of an image."""
+    num_codes: int
+    """Codes of the codebook."""
+    resolution: int = 0
+    """Pixels a side of an image."""
+    autoencoder_fingerprint: str = ""
+    """Of the frozen autoencoder whose codes they are."""
+    dataset_fingerprint: str = ""
+    columns: tuple[str, ...] = ()
+    """Folders under STORAGE/features: the codes, and those of the mirrored images where half are to be mirrored."""
+    text_fingerprint: str = ""
+    """Of the frozen text encoder, or of the tokenizer."""
+    text: tuple[str, ...] = ()
+    """Path under STORAGE of the hidden states, or of the tokenizer."""
+
+
+@dataclass(frozen=True)
 class VQVAEFacts:
     """What a run of a VQ-VAE knows beside its settings."""
 

@@ -18,8 +18,8 @@ from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
 from jobs.runtime.ray_private import cpus
 from mmcore.captioners.cross_attention import VARIANTS
-from mmcore.captioners.decoder import Packing
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.decoder import Packing
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion
 from mmcore.recipe import recipe_to_json

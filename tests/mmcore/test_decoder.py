@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmcore.captioners.decoder import (
+from mmcore.captioners.decoding import beam_search, greedy
+from mmcore.decoder import (
     CaptionDecoder,
     DecoderLayer,
     Packing,
@@ -17,7 +18,6 @@ from mmcore.captioners.decoder import (
     merge_heads,
     split_heads,
 )
-from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
 
 IDS = TokenIds(40, BOS_ID, EOS_ID, (PAD_ID, BOS_ID, UNK_ID))
