@@ -22,8 +22,8 @@ from mmcore.temporary import temporary_folder
 R = TypeVar("R")
 F = TypeVar("F")
 _WEIGHTS, _RECIPE = "model.safetensors", "recipe.json"
-# Folder under model/ of a tokenizer.
-TOKENIZER_ASSET = "tokenizer"
+# Folders under model/ of a tokenizer, and of the VQ-VAE whose latents or codes a run was trained on.
+TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
 # Fields of the file itself; all others are facts.
 _OWN = ("recipe", "variant", "settings", "commit", "weights_sha256")
 

@@ -28,7 +28,7 @@ from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
-from mmcore.trained.generator import TrainedDiffusion
+from mmcore.trained.diffusion import TrainedDiffusion
 
 SIZE = 16
 # Of the sweep of tests/sweep_fixtures.py: images, and the size of a batch.

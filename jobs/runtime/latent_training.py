@@ -21,10 +21,9 @@ from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
-from mmcore.run_files import read_begun
+from mmcore.run_files import VQVAE_ASSET, read_begun
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
-from mmcore.trained.generator import VQVAE_ASSET
 
 # Images whose latents say by what all are scaled: a million numbers at the smallest size.
 _SCALE_IMAGES = 1024

@@ -1,4 +1,4 @@
-"""Opens a trained autoencoder: images to latents and back."""
+"""Opens a trained autoencoder: images to latents or codes and back."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -24,7 +24,7 @@ def open_autoencoder(source: str, *, fingerprint: str | None = None) -> "Trained
 
     Args:
         source: the run, a local folder or s3://bucket/prefix.
-        fingerprint: the one that it must have, by those who hold latents of it.
+        fingerprint: the one that it must have, by those who hold latents or codes of it.
     Raises InputError where `source` is no finished run of a VQ-VAE.
     """
     run = Storage(source)
@@ -59,9 +59,9 @@ class TrainedVQVAE:
         self.model.eval().requires_grad_(False).to(self.device)
         if self._wanted is not None and self.fingerprint() != self._wanted:
             raise InputError(
-                f"{self.run}/model: another VQ-VAE (fingerprint {self.fingerprint()[:12]}) than the latents are of "
-                f"({self._wanted[:12]}), trained anew since or copied over it; put that one back, or train the latent "
-                "diffusion anew"
+                f"{self.run}/model: another VQ-VAE (fingerprint {self.fingerprint()[:12]}) than the latents or codes "
+                f"are of ({self._wanted[:12]}), trained anew since or copied over it; put that one back, or train the "
+                "generator anew"
             )
         return self
 

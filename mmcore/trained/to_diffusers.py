@@ -9,7 +9,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.diffusion import make_sampler
 from mmcore.recipe import Generator
-from mmcore.trained.generator import TrainedDiffusion
+from mmcore.trained.diffusion import TrainedDiffusion
 
 # diffusers' pipeline pads prompts to this many tokens, and divides the image's side by this to get that of its latents.
 PIPELINE_TOKENS = 77
@@ -28,7 +28,7 @@ def to_pipeline(generator: Generator) -> Any:
 
     if not isinstance(generator, TrainedDiffusion) or generator.vqvae is None:
         raise InputError("--run: is no latent diffusion; diffusers has no pipeline for text to pixels of this kind")
-    recipe, context, frozen = generator.recipe, generator.model.text, generator.text_encoder
+    recipe, context, frozen = generator.recipe, generator.model.text, generator.text.encoder
     if recipe.text.max_tokens != PIPELINE_TOKENS:
         raise InputError(
             f"max_tokens {recipe.text.max_tokens}: diffusers' pipeline pads prompts to {PIPELINE_TOKENS} tokens; train "
@@ -54,7 +54,7 @@ def to_pipeline(generator: Generator) -> Any:
     return LDMTextToImagePipeline(
         vqvae=copy.deepcopy(generator.vqvae.model).to("cpu").to_diffusers(generator.scaling_factor),
         bert=copy.deepcopy(context.encoder if frozen is None else frozen.model).to("cpu"),
-        tokenizer=generator.tokenizer.tokenizer,
+        tokenizer=generator.text.tokenizer.tokenizer,
         unet=unet,
         scheduler=make_sampler("ddim", generator.model.noise),
     )
@@ -82,7 +82,7 @@ def difference(generator: Generator, pipeline: Any) -> float:
     pipeline.vqvae.decode = decode
     # The same seed gives the same noise; with DDIM there is no other.
     x_0 = generator.model.generate(
-        generator.encode([_CHECK_PROMPT]), generator.encode([NO_TEXT]), [0], sampler="ddim", **settings
+        generator.text([_CHECK_PROMPT]), generator.text([NO_TEXT]), [0], sampler="ddim", **settings
     )
     their_x_0 = latents[0].cpu() * generator.scaling_factor
     ours = (generator.images(their_x_0.to(x_0)).cpu() / 2 + 0.5).clamp(0, 1)

@@ -101,7 +101,9 @@ def test_another_vqvae_than_the_latents_are_of_is_refused(tmp_path: Path) -> Non
     right = open_autoencoder(copy.uri).load().fingerprint()
     tiny_diffusion.write_vqvae_run(copy, seed=2)
     wrong = open_autoencoder(copy.uri).load().fingerprint()
-    message = rf"vqvae/model: another VQ-VAE \(fingerprint {wrong[:12]}\) than the latents are of \({right[:12]}\)"
+    message = (
+        rf"vqvae/model: another VQ-VAE \(fingerprint {wrong[:12]}\) than the latents or codes are of \({right[:12]}\)"
+    )
     with pytest.raises(InputError, match=message):
         open_generator(run.uri).load()
 
@@ -180,7 +182,7 @@ def test_what_is_opened_is_sent_and_reads_its_weights_there(pixel_run: Storage, 
 def test_tokens_are_counted_before_any_are_cut(pixel_run: Storage) -> None:
     generator: Any = open_generator(pixel_run.uri).load()
     long = " ".join(["red"] * 30)
-    generator.encode([long])
+    generator.text([long])
     assert generator.num_tokens(["a red square", long]) == [5, 32]
     assert generator.max_tokens == 16
 
