@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -28,13 +28,14 @@ Sample = tuple[str, int]
 
 
 class GeneratorLimits(TypedDict):
-    """The most that a request may ask of a generator."""
+    """The most that a request may ask of a generator: of some options, where it has them."""
 
     n: int
     job_n: int
-    num_inference_steps: int
-    guidance_scale: float
     prompt_chars: int
+    num_inference_steps: NotRequired[float]
+    guidance_scale: NotRequired[float]
+    guidance_scale_end: NotRequired[float]
 
 
 class GeneratorInfo(TypedDict):
@@ -165,9 +166,8 @@ class Generator:
             "limits": {
                 "n": limits.max_n,
                 "job_n": limits.max_job_n,
-                "num_inference_steps": limits.max_steps,
-                "guidance_scale": limits.max_guidance_scale,
                 "prompt_chars": limits.max_prompt_chars,
+                **cast(Any, {name: most for name, most in limits.most_of_options().items() if name in options}),
             },
         }
 

@@ -113,6 +113,14 @@ class Limits:
         if self.max_guidance_scale < 1:
             raise InputError(f"{PREFIX}MAX_GUIDANCE_SCALE {self.max_guidance_scale:g}: give 1, which is none, or more")
 
+    def most_of_options(self) -> dict[str, float]:
+        """The largest value of some sampling options, by the API's names; a model need not have them."""
+        return {
+            "num_inference_steps": self.max_steps,
+            "guidance_scale": self.max_guidance_scale,
+            "guidance_scale_end": self.max_guidance_scale,
+        }
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Limits":
         """Raises InputError for a value that is no number of its kind, and for a variable that looks misspelt."""

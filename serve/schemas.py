@@ -209,8 +209,7 @@ def generate_work(
     if (match := _SIZE.fullmatch(asked_size)) is None:
         raise bad_value("size", f"{quoted(asked_size)}; auto or WIDTHxHEIGHT, such as {info['defaults']['size']}")
     size = (int(match.group(2)), int(match.group(1)))
-    most = {"num_inference_steps": limits.max_steps, "guidance_scale": limits.max_guidance_scale}
-    options = asked_options(request, info["options"], most, limits.max_prompt_chars)
+    options = asked_options(request, info["options"], limits.most_of_options(), limits.max_prompt_chars)
     seed = secrets.randbelow(MAX_IMAGE_SEED - request.n) if request.seed is None else request.seed
     if not 0 <= seed <= MAX_IMAGE_SEED - request.n:
         raise bad_value("seed", f"{quoted(seed)}; from 0 to {MAX_IMAGE_SEED - request.n}")

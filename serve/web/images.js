@@ -8,9 +8,19 @@ import {
 
 const MOST_RESULTS = 30; // older ones leave the page and its memory
 const SILENCE_S = 20; // then the person is told that no news came
+// An option of a model -> its field in the form, and what is said of it beside the images.
+const OPTIONS = {
+  num_inference_steps: ["steps", (steps) => `${steps} steps`],
+  guidance_scale: ["guidance", (scale) => `guidance ${scale}`],
+  guidance_scale_end: ["guidance-end", (scale) => `guidance ${scale} at the end`],
+  temperature: ["temperature", (temperature) => `temperature ${temperature}`],
+  top_k: ["top-k", (codes) => `top-k ${codes || "all"}`],
+  top_p: ["top-p", (share) => `top-p ${share}`],
+  negative_prompt: ["negative", (prompt) => `without “${prompt}”`],
+};
 const FIELDS = { // of the request -> of the form
-  prompt: "prompt", negative_prompt: "negative", model: "model", num_inference_steps: "steps",
-  guidance_scale: "guidance", n: "number", seed: "seed",
+  prompt: "prompt", model: "model", n: "number", seed: "seed",
+  ...Object.fromEntries(Object.entries(OPTIONS).map(([name, [id]]) => [name, id])),
 };
 
 const form = byId("images-form"), button = byId("generate"), cancel = byId("cancel"), running = byId("running");
@@ -57,21 +67,27 @@ export function reuse(seed, prompt = null) {
   announce(prompt === null ? `Seed ${seed} is set.` : `The prompt and seed ${seed} are set.`);
 }
 
+// The fields of the model's own options. One that it does not have would be refused.
 function showDefaults() {
   const defaults = generators.find(({ id }) => id === select.value)?.defaults;
-  byId("steps").value = defaults?.num_inference_steps ?? "";
-  byId("guidance").value = defaults?.guidance_scale ?? "";
+  if (defaults === undefined) return;
+  for (const [name, [id]] of Object.entries(OPTIONS)) {
+    const field = byId(id);
+    field.parentElement.hidden = field.disabled = !(name in defaults);
+    if (id !== "negative") field.value = defaults[name] ?? "";
+  }
 }
 
 function requestOfForm() {
   const request = {
     model: select.value,
     prompt: byId("prompt").value,
-    num_inference_steps: byId("steps").valueAsNumber,
-    guidance_scale: byId("guidance").valueAsNumber,
     n: byId("number").valueAsNumber,
   };
-  if (byId("negative").value.trim() !== "") request.negative_prompt = byId("negative").value;
+  for (const [name, [id]] of Object.entries(OPTIONS)) {
+    const { disabled, type, value, valueAsNumber } = byId(id);
+    if (!disabled && value.trim() !== "") request[name] = type === "number" ? valueAsNumber : value;
+  }
   if (byId("seed").value !== "") request.seed = BigInt(byId("seed").value);
   return request;
 }
@@ -153,8 +169,9 @@ function newProgress() {
 
 async function show(request, answer, seconds) {
   const settings = [
-    answer.model ?? request.model, `${request.num_inference_steps} steps`, `guidance ${request.guidance_scale}`,
-    ...(request.negative_prompt ? [`without “${request.negative_prompt}”`] : []), `${seconds} s`,
+    answer.model ?? request.model,
+    ...Object.entries(OPTIONS).filter(([name]) => name in request).map(([name, [, say]]) => say(request[name])),
+    `${seconds} s`,
   ];
   const figures = answer.data.map(({ b64_json: encoded, seed }) => figureOf(pngOf(encoded), request.prompt, seed));
   const result = element(

@@ -86,7 +86,7 @@ def model(name: str, kind: str) -> dict[str, Any]:
     described = {"id": name, "object": "model", "owned_by": "mmcore", "kind": kind}
     if kind == "captioner":
         return {**described, "resolution": None, "defaults": {}}
-    defaults = {"num_inference_steps": 8, "guidance_scale": 3.0, "size": f"{SIZE}x{SIZE}"}
+    defaults = {"num_inference_steps": 8, "guidance_scale": 3.0, "negative_prompt": "", "size": f"{SIZE}x{SIZE}"}
     return {**described, "resolution": SIZE, "defaults": defaults}
 
 
@@ -246,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         for position in stand_in.queue:
             self._event("queued", {"position": position})
             self._wait(f"queue {position}")
-        total = asked["num_inference_steps"]
+        total = asked.get("num_inference_steps", 8)
         for step in range(1, total + 1):
             self._wait(f"step {step}")
             time.sleep(stand_in.seconds_per_step)

@@ -65,6 +65,7 @@ def test_a_generator_s_own_options_are_fields_of_its_requests() -> None:
             described = (await client.get("/v1/models/tokens")).json()
             assert described["options"]["top_k"] == {"type": "integer", "default": None}
             assert described["defaults"] == {"cfg": 4.0, "tau": 0.5, "top_k": None, "sharpen": False, "size": "16x16"}
+            assert described["limits"].keys() == {"n", "job_n", "prompt_chars"}
             made = (await ask(cfg=3, top_k=9, size="24x8", seed=7)).json()
             with Image.open(io.BytesIO(base64.b64decode(made["data"][0]["b64_json"]))) as image:
                 assert (image.size, made["size"]) == ((24, 8), "24x8")

@@ -202,14 +202,34 @@ def test_stream_in_pieces(page: Tab, service: StandIn, piece_bytes: int | None, 
 
 
 def test_another_model_brings_its_settings(blank: Tab, service: StandIn) -> None:
-    other = model("pixels", "generator")
-    other["defaults"] = {"num_inference_steps": 50, "guidance_scale": 1.5, "size": "32x32"}
+    other = model("codes", "generator")
+    own = {"guidance_scale": 1.5, "guidance_scale_end": None, "temperature": 0.6, "top_k": 0, "top_p": 1.0}
+    other["defaults"] = {**own, "size": "32x32"}
     service.models.append(other)
     blank.goto(service.url)
     blank.wait_text("#service", "2 generators")
+
+    def fields() -> dict[str, str]:
+        shown = "#images-form .fields input, #negative"
+        return dict(blank.each(shown, "e.checkVisibility() ? [e.id, e.value] : ['hidden', '']"))
+
+    always = {"number": "1", "seed": "", "hidden": ""}
+    assert fields() == {"steps": "8", "guidance": "3", "negative": "", **always}
+    blank.fill("#negative", "blur")
     select = "document.getElementById('model')"
-    blank.run(f"{select}.value = 'pixels', {select}.dispatchEvent(new Event('change'))")
-    assert blank.run("['steps', 'guidance'].map((id) => document.getElementById(id).value)") == ["50", "1.5"]
+    blank.run(f"{select}.value = 'codes', {select}.dispatchEvent(new Event('change'))")
+    codes = {"guidance": "1.5", "guidance-end": "", "temperature": "0.6", "top-k": "0", "top-p": "1"}
+    assert fields() == {**codes, **always}
+    generate(blank, **{"top-p": "0.9"})
+    wait_made(blank, 1)
+    sent = service.asked(GENERATE)[0].json
+    wanted = {"model": "codes", "prompt": "a red circle", "guidance_scale": 1.5, "temperature": 0.6, "top_k": 0}
+    assert sent == {**wanted, "top_p": 0.9, "n": 1, "response_format": "b64_json", "stream": True}
+    assert "codes · guidance 1.5 · temperature 0.6 · top-k all · top-p 0.9 ·" in blank.text("#made")
+    service.failures[GENERATE] = [Failure(400, "top_p: 0: must be above 0", "top_p")]
+    blank.click("#generate")
+    blank.wait_text("#images-error", "top_p: 0: must be above 0")
+    assert blank.run("document.activeElement.id") == "top-p"
 
 
 # Errors in words
