@@ -10,10 +10,11 @@ Shapes: B images, P pixels a side, C channels and h, w sides of a latent grid, K
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -56,6 +57,12 @@ class VQVAERecipe:
     """Channels of a latent, the width of a code."""
     num_codes: int = 8192
     """Codes in the codebook."""
+    encoder: Literal["convolutions", "patches"] = "convolutions"
+    """patches looks at each patch of the image by itself. Equal patches have equal codes then, and an even background
+    has one, so that a Transformer has fewer codes to guess. A model with it cannot be exported to diffusers."""
+    patch_size: int = 1
+    """Pixels a side that enter and leave the network as one position; 2 is four times cheaper. Above 1 the model cannot
+    be exported to diffusers."""
     channels: tuple[int, ...] = (64, 128, 256, 256)
     """Channels of each level; the side halves from level to level."""
     layers_per_block: int = 2
@@ -107,7 +114,7 @@ class VQVAERecipe:
     """How it is optimised."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "latent_channels", "layers_per_block", "norm_groups"):
+        for name in ("image_size", "patch_size", "latent_channels", "layers_per_block", "norm_groups"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with {_flag(name)}")
         if self.num_codes < 2:
@@ -125,7 +132,7 @@ class VQVAERecipe:
         if self.image_size % self.factor:
             raise InputError(
                 f"image_size {self.image_size} must be divisible by {self.factor} for {len(self.channels)} levels of "
-                "channels; mend it with --image-size or --channels"
+                f"channels and patch_size {self.patch_size}; mend it with --image-size, --channels or --patch-size"
             )
         if self.num_heads < 0 or (self.num_heads and self.channels[-1] % self.num_heads):
             raise InputError(
@@ -166,7 +173,7 @@ class VQVAERecipe:
     @property
     def factor(self) -> int:
         """Pixels of the image a side of one latent."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -196,6 +203,7 @@ class VQVAE(nn.Module):
 
     def __init__(self, recipe: VQVAERecipe) -> None:
         super().__init__()
+        from diffusers.models.attention_processor import Attention
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
         self.recipe = recipe
@@ -207,15 +215,18 @@ class VQVAE(nn.Module):
             "mid_block_add_attention": recipe.num_heads > 0,
         }
         down, up = ("DownEncoderBlock2D",) * num_levels, ("UpDecoderBlock2D",) * num_levels
-        self.encoder = Encoder(3, width, down_block_types=down, double_z=False, **common)
-        self.decoder = Decoder(width, 3, up_block_types=up, **common)
-        for half in (self.encoder, self.decoder):
-            attentions: Any = half.mid_block.attentions
-            for attention in attentions:
-                if attention is not None:
-                    # diffusers gives its autoencoders one head and no way to ask for more; the weights are the same.
-                    attention.heads = recipe.num_heads
-                    attention.scale = (attention.inner_dim // recipe.num_heads) ** -0.5
+        patch_channels = 3 * recipe.patch_size**2
+        self.encoder: nn.Module
+        if recipe.encoder == "patches":
+            self.encoder = patch_encoder(patch_channels, 2 ** (num_levels - 1), 2 * recipe.channels[-1], width)
+        else:
+            self.encoder = Encoder(patch_channels, width, down_block_types=down, double_z=False, **common)
+        self.decoder = Decoder(width, patch_channels, up_block_types=up, **common)
+        for attention in self.modules():
+            if isinstance(attention, Attention):
+                # diffusers gives its autoencoders one head and no way to ask for more; the weights are the same.
+                attention.heads = recipe.num_heads
+                attention.scale = (attention.inner_dim // recipe.num_heads) ** -0.5
         self.quant_conv = nn.Conv2d(width, width, 1)
         self.post_quant_conv = nn.Conv2d(width, width, 1)
         # Latents of about unit variance to begin with, alike in all directions. As torch draws them they are smaller
@@ -234,7 +245,7 @@ class VQVAE(nn.Module):
 
     def encode(self, x_B3PP: Tensor) -> Tensor:
         """Images in [-1, 1] -> latents (B, C, h, w) before they are quantised; never below fp32."""
-        hidden = self.encoder(x_B3PP)
+        hidden = self.encoder(F.pixel_unshuffle(x_B3PP, self.recipe.patch_size))
         # In bf16 a latent would be rounded by a good part of the distance between codes.
         with torch.autocast(x_B3PP.device.type, enabled=False):
             return self.quant_conv(hidden.to(self.quant_conv.weight.dtype))
@@ -247,7 +258,7 @@ class VQVAE(nn.Module):
 
     def decode_codes(self, codes_BChw: Tensor) -> Tensor:
         """Latents that are codes -> images, about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(codes_BChw))
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(codes_BChw)), self.recipe.patch_size)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Latents, each first replaced by the code nearest to it -> images, about in [-1, 1]."""
@@ -267,6 +278,11 @@ class VQVAE(nn.Module):
             raise InputError(
                 f"num_heads {recipe.num_heads}: diffusers' VQModel has one attention head, so this model cannot be "
                 "exported; train one with --num-heads 1"
+            )
+        if recipe.encoder != "convolutions" or recipe.patch_size > 1:
+            raise InputError(
+                f"encoder {recipe.encoder}, patch_size {recipe.patch_size}: diffusers' VQModel has convolutions and no "
+                "patches, so this model cannot be exported; train one with --encoder convolutions --patch-size 1"
             )
         num_levels = len(recipe.channels)
         model: Any = VQModel(
@@ -377,6 +393,20 @@ class VQVAETraining(nn.Module):
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         return codebook_use(statistics["counts"])
+
+
+def patch_encoder(num_channels: int, patch_size: int, width: int, out_channels: int) -> nn.Module:
+    """Three layers on each patch by itself: (B, C, H, W) -> (B, D, H / patch_size, W / patch_size).
+
+    Without normalisation over positions, by which one patch would change another's code.
+    """
+    return nn.Sequential(
+        nn.Conv2d(num_channels, width, patch_size, stride=patch_size),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, out_channels, 1),
+    )
 
 
 def psnr(x_B3PP: Tensor, y_B3PP: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ def test_a_recipe_survives_json(name: str) -> None:
     ("changes", "named"),
     [
         ({"image_size": 18}, ["image_size 18", "4", "--image-size"]),
+        ({"patch_size": 0}, ["patch_size 0", "--patch-size"]),
+        ({"patch_size": 3}, ["image_size 32", "12", "patch_size 3", "--patch-size"]),
         ({"channels": (8, 12, 18)}, ["channels (8, 12, 18)", "norm_groups 4", "--channels"]),
         ({"discriminator_channels": ()}, ["discriminator_channels ()", "--discriminator-channels"]),
         ({"num_heads": 3}, ["num_heads 3", "--num-heads"]),
@@ -154,6 +156,29 @@ def test_several_heads_are_real_and_are_not_exported() -> None:
         expected = x + attention.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).view(x.shape)
     torch.testing.assert_close(mine, expected)
     with pytest.raises(InputError, match=r"num_heads 2: .*--num-heads 1"):
+        model.to_diffusers()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_patch_alone_decides_its_code(patch_size: int) -> None:
+    model = built(encoder="patches", patch_size=patch_size, channels=(8, 8))
+    side = 2 * patch_size
+    x = images()
+    x[:, :, :side, :side] = 0.5
+    x[:, :, -side:, -side:] = 0.5
+    changed = x.clone()
+    changed[:, :, side : 2 * side, :side] = -1
+    with torch.no_grad():
+        latents, others = model.encode(x), model.encode(changed)
+        made = model.decode(latents)
+    assert latents.shape == (3, 4, 16 // side, 16 // side)
+    assert torch.equal(latents[:, :, 0, 0], latents[:, :, -1, -1])
+    differs = (latents != others).any(1)
+    assert differs[:, 1, 0].all()
+    differs[:, 1, 0] = False
+    assert not differs.any()
+    assert made.shape == x.shape
+    with pytest.raises(InputError, match=r"encoder patches, patch_size .*--encoder convolutions --patch-size 1"):
         model.to_diffusers()
 
 
