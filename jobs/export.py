@@ -1,29 +1,40 @@
 #!/usr/bin/env python
-"""Hand a trained generator on in the form of another library.
+"""Hand a trained generator or VQ-VAE on in the form of another library.
 
     python jobs/export.py --run STORAGE/runs/ldm/NAME --to diffusers --out DIR
+    python jobs/export.py --run STORAGE/runs/vqvae/NAME --to diffusers --out DIR
+    python jobs/export.py --run STORAGE/runs/autoregressive/NAME/model/vqvae --to diffusers --out DIR
 
 A latent-diffusion run becomes a folder that ``diffusers.DiffusionPipeline.from_pretrained(DIR)`` loads, without code
-of ours: an LDMTextToImagePipeline. Before the folder takes its name, it is loaded again and compared, on one prompt and
-4 DDIM steps: the latents that both arrive at from the same noise, and the images that both decode from the same
-latents. Images of either's own latents can differ further: where a latent lies on the border of two codes, the last bit
-decides.
+of ours: an LDMTextToImagePipeline. A VQ-VAE becomes one that ``diffusers.VQModel.from_pretrained(DIR)`` loads. Before
+the folder takes its name, it is loaded again and compared. Of a pipeline, on one prompt and 4 DDIM steps: the latents
+that both arrive at from the same noise, and the images that both decode from the same latents. Of a VQ-VAE: the images
+that both decode from the same codes, and their latents. Images of either's own latents can differ further: where a
+latent lies on the border of two codes, the last bit decides.
+
+A Transformer over codes is refused: diffusers has no class for it. Of its pipelines over codes, VQDiffusionPipeline,
+which is deprecated, diffuses them and AmusedPipeline unmasks them; none writes one code after another. Its VQ-VAE, a
+run by itself, can be exported, and its weights are safetensors already: RUN/model/model.safetensors.
 """
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.source import output_storage
+from mmcore.catalogue import names
 from mmcore.errors import InputError
-from mmcore.storage import writing
+from mmcore.run_files import read_fields
+from mmcore.storage import Storage, writing
+from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.trained.generator import open_generator
-from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline
+from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline, vqvae_difference
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class ExportSettings:
     """What to export, and where to."""
 
     run: str
-    """The finished run of a latent diffusion: STORAGE/runs/ldm/NAME."""
+    """The finished run of a latent diffusion or of a VQ-VAE: STORAGE/runs/RECIPE/NAME."""
     out: str
     """New local folder."""
     to: Literal["diffusers"] = "diffusers"
@@ -40,31 +51,63 @@ class ExportSettings:
     """Folder or name of the frozen text encoder, if it is not where the run had it."""
 
 
+@dataclass(frozen=True)
+class _Exported:
+    """A model of diffusers, how far it is from ours once it is loaded again, and what that was compared on."""
+
+    model: Any
+    load: Callable[[str], Any]
+    loader: str
+    difference: Callable[[Any], float]
+    compared_on: str
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def export(settings: ExportSettings) -> float:
-    """Write the folder; returns the `difference`. Raises InputError where it is there already."""
-    from diffusers import DiffusionPipeline
+def _exported(settings: ExportSettings) -> _Exported:
+    from diffusers import DiffusionPipeline, VQModel
 
+    if read_fields(Storage(settings.run))[0]["recipe"] in names("autoencoder"):
+        if settings.text_encoder is not None:
+            raise InputError(f"--text-encoder {settings.text_encoder!r}: a VQ-VAE reads no text; leave the flag out")
+        vqvae = open_autoencoder(settings.run).load()
+        return _Exported(
+            vqvae.model.to_diffusers(),
+            lambda folder: VQModel.from_pretrained(folder).eval(),
+            "VQModel",
+            lambda model: vqvae_difference(vqvae, model),
+            "codes drawn at random: their image, and its latents,",
+        )
+    generator = open_generator(settings.run, text_encoder=settings.text_encoder).load()
+    return _Exported(
+        to_pipeline(generator),
+        lambda folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=False),
+        "DiffusionPipeline",
+        lambda pipeline: difference(generator, pipeline),
+        f"one prompt and {CHECK_STEPS} steps: latents from the same noise, and images of the same latents,",
+    )
+
+
+def export(settings: ExportSettings) -> float:
+    """Write the folder; returns the largest difference. Raises InputError where it is there already."""
     if "://" in settings.out:
         raise InputError(f"--out {settings.out}: diffusers reads folders; name one on this machine")
     out = Path(output_storage(settings.out, "--out").uri)
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a new folder")
-    generator = open_generator(settings.run, text_encoder=settings.text_encoder).load()
-    pipeline = to_pipeline(generator)
+    exported = _exported(settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         with writing(out):
-            pipeline.save_pretrained(folder)
-        found = difference(generator, DiffusionPipeline.from_pretrained(folder, trust_remote_code=False))
+            exported.model.save_pretrained(folder)
+        found = exported.difference(exported.load(folder))
         if not found <= TOLERANCE:
             raise RuntimeError(
-                f"latents or images of the exported pipeline differ by {found:.2g} of 1, more than {TOLERANCE:g}"
+                f"latents or images of the exported model differ by {found:.2g} of 1, more than {TOLERANCE:g}"
             )
         # A temporary folder is its owner's alone; this one is handed on.
         Path(folder).chmod(0o777 & ~_umask())
@@ -72,9 +115,8 @@ def export(settings: ExportSettings) -> float:
         # The context manager removes a folder of that name at its end.
         Path(folder).mkdir()
     print(
-        f"export: {out}, loaded again and compared on one prompt and {CHECK_STEPS} steps: latents from the same "
-        f"noise, and images of the same latents, differ by {found:.1g} of 1 at most\n"
-        f"load it with diffusers.DiffusionPipeline.from_pretrained({str(out)!r})",
+        f"export: {out}, loaded again and compared on {exported.compared_on} differ by {found:.1g} of 1 at most\n"
+        f"load it with diffusers.{exported.loader}.from_pretrained({str(out)!r})",
         flush=True,
     )
     return found

@@ -1,14 +1,16 @@
-"""A trained latent diffusion as a pipeline of diffusers, and how far the two are from each other."""
+"""A trained latent diffusion as a pipeline of diffusers, a VQ-VAE as a model of it, and how far both are from ours."""
 
 import copy
 from typing import Any
 
 import torch
 
+from mmcore.data.pixels import to_network, to_pixels
 from mmcore.errors import InputError
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.diffusion import make_sampler
 from mmcore.recipe import Generator
+from mmcore.trained.autoencoder import TrainedVQVAE
 from mmcore.trained.diffusion import TrainedDiffusion
 
 # diffusers' pipeline pads prompts to this many tokens, and divides the image's side by this to get that of its latents.
@@ -87,3 +89,20 @@ def difference(generator: Generator, pipeline: Any) -> float:
     their_x_0 = latents[0].cpu() * generator.scaling_factor
     ours = (generator.images(their_x_0.to(x_0)).cpu() / 2 + 0.5).clamp(0, 1)
     return max(float((x_0.cpu() - their_x_0).abs().max()), float((ours - theirs).abs().max()))
+
+
+@torch.inference_mode()
+def vqvae_difference(autoencoder: TrainedVQVAE, model: Any) -> float:
+    """Largest difference of a value between the loaded VQ-VAE and diffusers' VQModel of it: of the image in [0, 1] that
+    they decode from the same codes, and of the latents that they encode that image to, before a code is chosen.
+
+    Not of the codes of those latents: where a latent lies on the border of two codes, the last bit decides.
+    """
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(autoencoder.num_codes, (1, *autoencoder.code_shape), generator=random)
+    vectors = model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, autoencoder.latent_shape[0]))
+    both = model.decode(vectors, force_not_quantize=True).sample, autoencoder.decode_codes(codes)
+    theirs, ours = ((image / 2 + 0.5).clamp(0, 1) for image in both)
+    pixels = to_pixels(both[1])
+    latents = model.encode(to_network(pixels)).latents - autoencoder.encode(pixels.numpy())
+    return max(float((ours - theirs).abs().max()), float(latents.abs().max()))

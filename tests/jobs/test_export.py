@@ -14,6 +14,7 @@ from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.text_context import TextSettings
 from mmcore.generators.vqvae import VQVAE
 from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 from mmcore.trained.generator import open_generator
 from mmcore.trained.to_diffusers import TOLERANCE
 
@@ -47,6 +48,25 @@ def test_diffusers_makes_the_same_images(frozen_text: bool, changes: dict, tmp_p
         # Half a step of the 255, that rounding takes, and the tolerance.
         assert np.abs(theirs - ours / 255).max() <= 0.5 / 255 + TOLERANCE
         assert np.abs(theirs[0] - theirs[1]).max() > 0.05, "the images say nothing of prompt and noise"
+
+
+def test_diffusers_has_the_same_vqvae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that a generator holds; by itself it is a run."""
+    from diffusers import VQModel
+
+    vqvae = str(tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a", num_heads=1) / "model" / "vqvae")
+    assert export(ExportSettings(run=vqvae, out=str(tmp_path / "exported"))) <= TOLERANCE
+    theirs, ours = VQModel.from_pretrained(tmp_path / "exported"), open_autoencoder(vqvae).load()
+    codes = torch.arange(ours.num_codes).view(1, *ours.code_shape)
+    vectors = theirs.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, ours.latent_shape[0]))
+    image = theirs.decode(vectors, force_not_quantize=True).sample
+    torch.testing.assert_close(image, ours.decode_codes(codes), atol=TOLERANCE, rtol=0)
+    with pytest.raises(InputError, match="--text-encoder 'bert': a VQ-VAE reads no text"):
+        export(ExportSettings(run=vqvae, out=str(tmp_path / "other"), text_encoder="bert"))
+    monkeypatch.setattr(TrainedVQVAE, "encode", lambda vqvae, pixels: vqvae.model.encode(torch.ones(1, 3, 32, 32)))
+    with pytest.raises(RuntimeError, match=r"differ by [\d.]+ of 1"):
+        export(ExportSettings(run=vqvae, out=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
 
 
 def test_runs_that_the_pipeline_cannot_hold_are_refused(tmp_path: Path) -> None:
