@@ -6,6 +6,7 @@ Command: python jobs/bench/batch_sizes.py --run STORAGE/runs/ldm/NAME --prompts 
 The same prompts and seeds are generated in batches of each size, and every image is compared with its own of the first
 size. In fp32 kernels of another batch size sum in another order, which is a few steps of 1/255 at most; but where a
 latent lies between two codes of a VQ-VAE, the last bit decides which of them is decoded, and a whole patch differs.
+Where a Transformer draws one code after another, all that follow such a code may differ too.
 Prints one JSON object: the share of images that are equal, and of values that differ, by how much at most and by more
 than 1/255.
 """
@@ -16,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from jobs.bench.timing import publish, say
 from jobs.runtime.commandline import run
+from jobs.runtime.model_flags import parse_with_options
 from mmcore.data.prompts import Prompt, read_prompts
 from mmcore.errors import InputError
-from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.recipe import Generator
 from mmcore.trained.generator import open_generator
@@ -42,28 +42,16 @@ class BatchSizes:
     """Images of each batch size."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     """The first is what the others are compared with."""
-    steps: int = 25
-    """Steps of the sampler."""
-    guidance: float = 3.0
-    """Classifier-free guidance scale."""
-    sampler: SamplerName = "dpmsolver++"
-    """Sampler of the diffusion."""
     num_threads: int | None = None
     """CPU threads; by default PyTorch's choice."""
 
 
-def generated(generator: Generator, prompts: list[Prompt], bench: BatchSizes, batch_size: int) -> np.ndarray:
+def generated(generator: Generator, prompts: list[Prompt], options: Any, batch_size: int) -> np.ndarray:
     """uint8 (N, H, W, 3) of `prompts` in batches of `batch_size`, the last one smaller."""
     images = []
     for at in range(0, len(prompts), batch_size):
         batch = prompts[at : at + batch_size]
-        images.append(
-            generator.generate(
-                [each.prompt for each in batch],
-                [each.seed for each in batch],
-                DiffusionOptions(bench.steps, bench.guidance, bench.sampler),
-            )
-        )
+        images.append(generator.generate([each.prompt for each in batch], [each.seed for each in batch], options))
     say(f"batches of {batch_size}: {len(prompts)} images")
     return np.concatenate(images)
 
@@ -81,26 +69,29 @@ def differences(images: np.ndarray, others: np.ndarray) -> dict[str, float]:
     }
 
 
-def measure(bench: BatchSizes) -> dict[str, Any]:
+def measure(bench: BatchSizes, options: Any) -> dict[str, Any]:
+    """`options`: of the generator."""
     prompts = list(read_prompts(bench.prompts, storage=bench.storage, count=bench.count))
     generator = open_generator(bench.run).load("cuda" if torch.cuda.is_available() else "cpu")
     first, *others = bench.batch_sizes
-    images = generated(generator, prompts, bench, first)
+    images = generated(generator, prompts, options, first)
     return {
         "resolution": generator.size[0],
         f"against batches of {first}": {
-            f"batches of {size}": differences(images, generated(generator, prompts, bench, size)) for size in others
+            f"batches of {size}": differences(images, generated(generator, prompts, options, size)) for size in others
         },
     }
 
 
 def main() -> None:
-    bench = tyro.cli(BatchSizes, description=__doc__, prog="python jobs/bench/batch_sizes.py")
+    command = "python jobs/bench/batch_sizes.py"
+    bench, options = parse_with_options(BatchSizes, open_generator, DiffusionOptions(), __doc__ or "", command)
     if len(bench.batch_sizes) < 2 or min(bench.batch_sizes) < 1:
         raise InputError(f"--batch-sizes {' '.join(map(str, bench.batch_sizes))}: give two or more, each at least 1")
     if bench.num_threads is not None:
         torch.set_num_threads(bench.num_threads)
-    publish("batch_sizes", dataclasses.asdict(bench), lambda: measure(bench))
+    settings = dataclasses.asdict(bench) | dataclasses.asdict(options)
+    publish("batch_sizes", settings, lambda: measure(bench, options))
 
 
 if __name__ == "__main__":

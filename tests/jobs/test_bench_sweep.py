@@ -11,6 +11,7 @@ import torch
 
 from jobs.bench import batch_sizes
 from jobs.bench import sweep_overhead as sweep
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.trained.generator import open_generator
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +43,8 @@ def test_figures(part, job_environment):
 
 def test_images_of_two_batch_sizes_are_compared(tmp_path):
     run = sweep.write_random_run(tmp_path / "run", BENCH).uri
-    bench = batch_sizes.BatchSizes(run=run, count=3, batch_sizes=(1, 2), steps=2)
-    figures = batch_sizes.measure(bench)["against batches of 1"]["batches of 2"]
+    bench = batch_sizes.BatchSizes(run=run, count=3, batch_sizes=(1, 2))
+    figures = batch_sizes.measure(bench, DiffusionOptions(steps=2))["against batches of 1"]["batches of 2"]
     assert figures["images_within_1"] == 1
 
 
@@ -62,7 +63,8 @@ def test_differences_are_counted():
 
 @pytest.mark.process
 def test_one_batch_size_is_refused(tmp_path):
-    command = [sys.executable, "jobs/bench/batch_sizes.py", "--run", str(tmp_path), "--batch-sizes", "4"]
+    run = sweep.write_random_run(tmp_path / "run", BENCH).uri
+    command = [sys.executable, "jobs/bench/batch_sizes.py", "--run", run, "--batch-sizes", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: --batch-sizes 4: give two or more, each at least 1"
