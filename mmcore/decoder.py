@@ -1,26 +1,31 @@
-"""The Transformer decoder of the captioners (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+"""The layers of a Transformer decoder with their cache (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-Training works on packed tokens: every linear layer and the loss see the real tokens of the batch only, and
-attention alone sees the padded layout. The captions of one image share its keys and values.
+What the tokens are, where they stand and what is predicted of them is the model's: words of a caption, codes of an
+image. Training works on packed tokens: every linear layer sees the real tokens of the batch only, and attention alone
+sees the padded layout. The rows of one image, such as its captions, share the keys and values of its memory.
 
-Shapes: B images, C captions (or beams) an image, T positions, N real tokens of the batch, L image tokens,
-D width, H heads, K = D / H width of a head, V words.
+Shapes: B images, R = B·C rows with C rows (captions, beams) an image, T positions, S positions that are looked at,
+N real tokens of the batch, L tokens of a memory, D width, M width of a memory, H heads, K = D / H width of a head.
 """
 
 import functools
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What keeps a head of zeros from a division by zero.
+_EPSILON = 1e-6
+
 
 @dataclass
 class Packing:
-    """Which positions of (B·C, T) are real tokens."""
+    """Which positions of (R, T) are real tokens."""
 
-    index_N: Tensor  # place of each real token in the flattened (B·C·T)
+    index_N: Tensor | None  # place of each real token in the flattened (R·T); None where all are real
     num_rows: int
     num_positions: int
 
@@ -30,12 +35,19 @@ class Packing:
         mask_RT = torch.arange(num_positions, device=lengths_R.device)[None] < lengths_R[:, None]
         return cls(mask_RT.flatten().nonzero().squeeze(1), lengths_R.shape[0], num_positions)
 
+    @classmethod
+    def full(cls, num_rows: int, num_positions: int) -> "Packing":
+        """Every position is a real token."""
+        return cls(None, num_rows, num_positions)
+
     def pack(self, x: Tensor) -> Tensor:
         """(R, T, ...) -> (N, ...)"""
-        return x.flatten(0, 1).index_select(0, self.index_N)
+        return x.flatten(0, 1) if self.index_N is None else x.flatten(0, 1).index_select(0, self.index_N)
 
     def pad(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (R, T, D), zeros where there is no token."""
+        if self.index_N is None:
+            return x_ND.view(self.num_rows, self.num_positions, -1)
         x_XD = x_ND.new_zeros(self.num_rows * self.num_positions, x_ND.shape[1])
         return x_XD.index_copy(0, self.index_N, x_ND).view(self.num_rows, self.num_positions, -1)
 
@@ -48,16 +60,6 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(R, H, T, K) -> (R, T, D)"""
     return x.transpose(1, 2).flatten(2)
-
-
-def sinusoidal_positions(num_positions: int, width: int) -> Tensor:
-    """Sine and cosine position codes (Vaswani et al. 2017, section 3.5): (T, D)."""
-    position_T1 = torch.arange(num_positions, dtype=torch.float64)[:, None]
-    frequency_F = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10_000.0) / width))
-    codes_TD = torch.zeros(num_positions, width, dtype=torch.float64)
-    codes_TD[:, 0::2] = torch.sin(position_T1 * frequency_F)
-    codes_TD[:, 1::2] = torch.cos(position_T1 * frequency_F)
-    return codes_TD.float()
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
@@ -77,188 +79,275 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, dropout_probability: float, training: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    dropout_probability: float = 0.0,
+    fused: bool,
 ) -> Tensor:
-    """Scaled dot-product attention, all of (R, H, T, K) with k and v of another length where not causal.
+    """Scaled dot-product attention of queries (R, H, T, K) to keys and values (R, H, S, K).
 
-    Training on a CPU takes the products one by one: the backward pass of PyTorch's fused kernel was 29 % of a
-    step, against 8 % so. Everything else takes the fused kernel.
+    Args:
+        bias: added to the scores, as broadcasts to (R, H, T, S): 0 where a position is seen, minus infinity elsewhere.
+        is_causal: position t sees the positions up to t; then T is S, and there is no bias.
+        fused: take PyTorch's kernel, on a GPU or CPU; else two products.
     """
-    if not training or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, dropout_p=dropout_probability if training else 0.0
-        )
+    assert bias is None or not is_causal, "a bias says itself what is seen"
+    bias = None if bias is None else bias.to(q.dtype)
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout_probability, is_causal)
     scores_RHTS = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if is_causal:
         num_positions = q.shape[-2]
         scores_RHTS = scores_RHTS + torch.full((num_positions, num_positions), -torch.inf, dtype=q.dtype).triu_(1)
-    weights_RHTS = dropout(scores_RHTS.softmax(dim=-1), dropout_probability, training)
+    if bias is not None:
+        scores_RHTS = scores_RHTS + bias
+    weights_RHTS = dropout(scores_RHTS.softmax(dim=-1), dropout_probability, training=True)
     return weights_RHTS.to(v.dtype) @ v
 
 
-class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention to the image tokens, feed-forward."""
+def seen_only(mask: Tensor) -> Tensor:
+    """A bias of `attention` from a mask that is True where a position is seen, in fp32."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 
-    def __init__(
-        self, width: int, num_heads: int, ffn_width: int, dropout: float, attention_dropout: float, norm_first: bool
-    ) -> None:
+
+class HeadNorm(nn.Module):
+    """Root mean square over each head, with a learned scale: queries and keys so normed keep their scores in bounds.
+
+    QK-norm of Henry et al. 2020 (arXiv 2010.04245), by the norm of Zhang & Sennrich 2019 (arXiv 1910.07467). PyTorch's
+    own takes half as long again in bf16, whose weights it wants in bf16 too.
+    """
+
+    def __init__(self, head_width: int) -> None:
         super().__init__()
-        self.num_heads, self.norm_first = num_heads, norm_first
-        self.dropout, self.attention_dropout = dropout, attention_dropout
+        self.weight = nn.Parameter(torch.ones(head_width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> the same; computed in fp32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON) * self.weight).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Sizes and kind of a layer."""
+
+    width: int
+    num_heads: int
+    ffn_width: int
+    memory_width: int | None
+    """Width of the memory that a layer attends to beside its own positions; None has no cross-attention."""
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    norm_first: bool = True
+    activation: Literal["relu", "gelu"] = "relu"
+    """GELU by its tanh approximation."""
+    qk_norm: bool = False
+    """Norm queries and keys, each head by itself."""
+    zero_outputs: bool = False
+    """Begin with output projections of zero weights, so that a layer first adds hardly anything."""
+    fused_on_cpu: bool = True
+    """Outside of training, attend by PyTorch's fused kernel on a CPU too. With bf16 and one query it took up to six
+    times as long as two products, in fp32 as long."""
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention to a memory if there is one, feed-forward."""
+
+    def __init__(self, settings: LayerSettings) -> None:
+        super().__init__()
+        self.settings, self.num_heads = settings, settings.num_heads
+        width, ffn_width = settings.width, settings.ffn_width
+        # In this order: checkpoints hold the optimiser's state by the place of a weight.
         self.self_qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.cross_q, self.cross_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.cross_kv = nn.Linear(width, 2 * width)
+        outputs = [self.self_out]
+        if settings.memory_width is not None:
+            self.cross_q, self.cross_out = nn.Linear(width, width), nn.Linear(width, width)
+            self.cross_kv = nn.Linear(settings.memory_width, 2 * width)
+            outputs.append(self.cross_out)
         self.ffn_in, self.ffn_out = nn.Linear(width, ffn_width), nn.Linear(ffn_width, width)
-        self.self_norm, self.cross_norm, self.ffn_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.self_norm = nn.LayerNorm(width)
+        if settings.memory_width is not None:
+            self.cross_norm = nn.LayerNorm(width)
+            self.cross_q_norm, self.cross_k_norm = self._head_norm(), self._head_norm()
+        self.ffn_norm = nn.LayerNorm(width)
+        self.self_q_norm, self.self_k_norm = self._head_norm(), self._head_norm()
+        if settings.zero_outputs:
+            for layer in (*outputs, self.ffn_out):
+                nn.init.zeros_(layer.weight)
+
+    def _head_norm(self) -> nn.Module:
+        return HeadNorm(self.settings.width // self.num_heads) if self.settings.qk_norm else nn.Identity()
 
     def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.training)
+        return dropout(x, self.settings.dropout, self.training)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool = False) -> Tensor:
+        # In training on a CPU the backward pass of PyTorch's fused kernel was 29 % of a step, against 8 % by products.
+        fused = q.device.type != "cpu" or (not self.training and self.settings.fused_on_cpu)
+        probability = self.settings.attention_dropout if self.training else 0.0
+        return attention(q, k, v, bias, is_causal=is_causal, dropout_probability=probability, fused=fused)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        # The report's layers use ReLU; GELU made no measurable difference here.
-        return self.ffn_out(self._drop(F.relu(self.ffn_in(x))))
+        hidden = self.ffn_in(x)
+        hidden = F.relu(hidden) if self.settings.activation == "relu" else F.gelu(hidden, approximate="tanh")
+        return self.ffn_out(self._drop(hidden))
 
-    def memory_kv(self, memory_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the image tokens: two of (B, H, L, K)."""
-        key_BLD, value_BLD = self.cross_kv(memory_BLD).chunk(2, dim=-1)
-        return split_heads(key_BLD, self.num_heads), split_heads(value_BLD, self.num_heads)
+    def memory_kv(self, memory_BLM: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a memory: two of (B, H, L, K)."""
+        key_BLD, value_BLD = self.cross_kv(memory_BLM).chunk(2, dim=-1)
+        return self.cross_k_norm(split_heads(key_BLD, self.num_heads)), split_heads(value_BLD, self.num_heads)
 
-    def _residual(self, x: Tensor, norm: nn.LayerNorm, attend) -> Tensor:
-        if self.norm_first:
-            return x + self._drop(attend(norm(x)))
-        return norm(x + self._drop(attend(x)))
+    def _residual(self, x: Tensor, norm: nn.LayerNorm, change: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.settings.norm_first:
+            return x + self._drop(change(norm(x)))
+        return norm(x + self._drop(change(x)))
 
-    def forward(self, x_ND: Tensor, packing: Packing, memory_BLD: Tensor) -> Tensor:
-        """All positions at once, on packed tokens."""
-        num_images = memory_BLD.shape[0]
-        attend = functools.partial(attention, dropout_probability=self.attention_dropout, training=self.training)
+    def forward(
+        self,
+        x_ND: Tensor,
+        packing: Packing,
+        memory: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        bias: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """All positions at once or, with a cache, those that follow what it holds.
+
+        Args:
+            x_ND: packed tokens.
+            packing: which positions they are.
+            memory: (B, L, M), or what `memory_kv` made of it.
+            bias: what positions see of each other, as `attention` takes it; None is causal, and with a cache every
+                position sees all that it holds by then.
+            memory_bias: what they see of the memory, as broadcasts to (B, H, C·T, L); None is all of it.
+            cache: takes over the keys and values.
+        Returns: (N, D).
+        """
 
         def self_attention(x_ND: Tensor) -> Tensor:
             qkv_RTX = packing.pad(self.self_qkv(x_ND))
             q, k, v = (split_heads(part, self.num_heads) for part in qkv_RTX.chunk(3, dim=-1))
+            q, k = self.self_q_norm(q), self.self_k_norm(k)
+            if cache is not None:
+                k, v = cache.extended(k, v)
             # Real tokens come first in their row, so the causal mask alone keeps padding out.
-            mixed_RHTK = attend(q, k, v, is_causal=True)
+            mixed_RHTK = self._attend(q, k, v, bias, is_causal=bias is None and cache is None)
             return self.self_out(packing.pack(merge_heads(mixed_RHTK)))
 
         def cross_attention(x_ND: Tensor) -> Tensor:
+            assert memory is not None
+            key_BHLK, value_BHLK = self.memory_kv(memory) if isinstance(memory, Tensor) else memory
             q_RTD = packing.pad(self.cross_q(x_ND))
-            # The C captions of an image are C·T queries on one set of keys and values.
-            q_BHXK = split_heads(q_RTD.reshape(num_images, -1, q_RTD.shape[-1]), self.num_heads)
-            mixed_BHXK = attend(q_BHXK, *self.memory_kv(memory_BLD), is_causal=False)
+            # The C rows of an image are C·T queries on one set of keys and values.
+            q_BHXK = split_heads(q_RTD.reshape(len(key_BHLK), -1, q_RTD.shape[-1]), self.num_heads)
+            mixed_BHXK = self._attend(self.cross_q_norm(q_BHXK), key_BHLK, value_BHLK, memory_bias)
             return self.cross_out(packing.pack(merge_heads(mixed_BHXK).reshape_as(q_RTD)))
 
         x_ND = self._residual(x_ND, self.self_norm, self_attention)
-        x_ND = self._residual(x_ND, self.cross_norm, cross_attention)
+        if memory is not None:
+            x_ND = self._residual(x_ND, self.cross_norm, cross_attention)
         return self._residual(x_ND, self.ffn_norm, self._feed_forward)
 
-    def step(
-        self, x_RD: Tensor, cache: tuple[Tensor, Tensor], memory_kv: tuple[Tensor, Tensor], position: int
-    ) -> Tensor:
-        """One more position of R = B·C rows; writes its key and value into `cache`, two of (R, H, T, K)."""
-        num_images = memory_kv[0].shape[0]
 
-        def self_attention(x_RD: Tensor) -> Tensor:
-            q, k, v = (split_heads(part, self.num_heads) for part in self.self_qkv(x_RD[:, None]).chunk(3, dim=-1))
-            cache[0][:, :, position] = k[:, :, 0]
-            cache[1][:, :, position] = v[:, :, 0]
-            mixed = F.scaled_dot_product_attention(q, cache[0][:, :, : position + 1], cache[1][:, :, : position + 1])
-            return self.self_out(merge_heads(mixed)[:, 0])
+@dataclass
+class Cache:
+    """Keys and values of a layer, allocated once for the whole length."""
 
-        def cross_attention(x_RD: Tensor) -> Tensor:
-            q_BHCK = split_heads(self.cross_q(x_RD).view(num_images, -1, x_RD.shape[-1]), self.num_heads)
-            mixed_BHCK = F.scaled_dot_product_attention(q_BHCK, *memory_kv)
-            return self.cross_out(merge_heads(mixed_BHCK).flatten(0, 1))
+    key_RHTK: Tensor
+    value_RHTK: Tensor
+    length: int = 0
+    """Positions that are filled."""
 
-        x_RD = self._residual(x_RD, self.self_norm, self_attention)
-        x_RD = self._residual(x_RD, self.cross_norm, cross_attention)
-        return self._residual(x_RD, self.ffn_norm, self._feed_forward)
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next positions, two of (R, H, n, K); returns all that are filled."""
+        start, self.length = self.length, self.length + key.shape[2]
+        assert self.length <= self.key_RHTK.shape[2], "more positions than the cache was made for"
+        self.key_RHTK[:, :, start : self.length] = key
+        self.value_RHTK[:, :, start : self.length] = value
+        return self.key_RHTK[:, :, : self.length], self.value_RHTK[:, :, : self.length]
 
 
 @dataclass
 class DecodingState:
-    """What incremental decoding remembers; `select` re-orders or drops rows."""
+    """What incremental decoding remembers; the methods re-order or drop rows and images."""
 
-    caches: list[tuple[Tensor, Tensor]]  # per layer two of (R, H, T, K)
-    memory_kv: list[tuple[Tensor, Tensor]]  # per layer two of (B, H, L, K)
-    position: int = 0
+    caches: list[Cache]  # of each layer
+    memory_kv: list[tuple[Tensor, Tensor] | None]  # of each layer two of (B, H, L, K)
+    memory_bias: Tensor | None = None  # (B, 1, 1, L)
+
+    @property
+    def position(self) -> int:
+        """Where the next token stands."""
+        return self.caches[0].length
 
     def select_rows(self, rows_R: Tensor) -> None:
         """Keep the rows `rows_R` of the caches, in that order."""
-        self.caches = [(key[rows_R], value[rows_R]) for key, value in self.caches]
+        self.caches = [Cache(each.key_RHTK[rows_R], each.value_RHTK[rows_R], each.length) for each in self.caches]
 
     def select_images(self, images_B: Tensor) -> None:
         """Keep the images `images_B`, in that order."""
-        self.memory_kv = [(key[images_B], value[images_B]) for key, value in self.memory_kv]
+        self.memory_kv = [None if kv is None else (kv[0][images_B], kv[1][images_B]) for kv in self.memory_kv]
+        self.memory_bias = None if self.memory_bias is None else self.memory_bias[images_B]
 
 
-class CaptionDecoder(nn.Module):
-    """Words so far and image tokens -> logits of the next word."""
+class DecoderLayers(nn.ModuleList):
+    """Layers one after the other; a norm after the last is the model's."""
 
-    def __init__(
+    def __init__(self, settings: LayerSettings, num_layers: int) -> None:
+        super().__init__(DecoderLayer(settings) for _ in range(num_layers))
+        self.settings = settings
+
+    def layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self if isinstance(layer, DecoderLayer)]
+
+    def forward(
         self,
+        x_ND: Tensor,
+        packing: Packing,
+        memory_BLM: Tensor | None = None,
         *,
-        vocabulary_size: int,
-        width: int,
-        num_layers: int,
-        num_heads: int,
-        ffn_width: int,
-        dropout: float,
-        attention_dropout: float,
-        max_length: int,
-        norm_first: bool,
-        tie_embeddings: bool,
-    ) -> None:
-        super().__init__()
-        self.width, self.num_heads, self.max_length, self.dropout = width, num_heads, max_length, dropout
-        self.embedding = nn.Embedding(vocabulary_size, width)
-        self.positions_TD: Tensor
-        self.register_buffer("positions_TD", sinusoidal_positions(max_length, width), persistent=False)
-        self.layers = nn.ModuleList(
-            DecoderLayer(width, num_heads, ffn_width, dropout, attention_dropout, norm_first) for _ in range(num_layers)
-        )
-        # Pre-norm leaves the residual stream unnormalised at the end; post-norm has just normalised it.
-        self.final_norm = nn.LayerNorm(width) if norm_first else nn.Identity()
-        self.output = nn.Linear(width, vocabulary_size)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        if tie_embeddings:
-            self.output.weight = self.embedding.weight
+        bias: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+    ) -> Tensor:
+        """All positions at once: packed tokens (N, D) -> (N, D); the rest as `DecoderLayer` takes it."""
+        for layer in self:
+            x_ND = layer(x_ND, packing, memory_BLM, bias=bias, memory_bias=memory_bias)
+        return x_ND
 
-    def _decoder_layers(self) -> list[DecoderLayer]:
-        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-
-    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        # sqrt(D) brings the embeddings (std 1/sqrt(D)) to the scale of the position codes.
-        x = self.embedding(input_ids) * math.sqrt(self.width) + positions
-        return dropout(x, self.dropout, self.training)
-
-    def forward(self, input_ids_RT: Tensor, packing: Packing, memory_BLD: Tensor) -> Tensor:
-        """Logits of the word after each real token.
-
-        Args:
-            input_ids_RT: int64 (B·C, T), rows of one image together, begun by ``<bos>``.
-            packing: which of them are real.
-            memory_BLD: (B, L, D).
-        Returns: (N, V).
-        """
-        positions_RTD = self.positions_TD[: input_ids_RT.shape[1]].expand(input_ids_RT.shape[0], -1, -1)
-        x_ND = self._embed(packing.pack(input_ids_RT[..., None]).squeeze(-1), packing.pack(positions_RTD))
-        for layer in self.layers:
-            x_ND = layer(x_ND, packing, memory_BLD)
-        return self.output(self.final_norm(x_ND))
-
-    def start(self, memory_BLD: Tensor, rows_per_image: int, num_positions: int) -> DecodingState:
-        """Empty caches for `rows_per_image` rows an image and at most `num_positions` words."""
-        num_rows = memory_BLD.shape[0] * rows_per_image
-        shape = (num_rows, self.num_heads, num_positions, self.width // self.num_heads)
+    def start(
+        self,
+        num_rows: int,
+        num_positions: int,
+        memory_BLM: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+    ) -> DecodingState:
+        """Empty caches of `num_rows` rows, R = B·C with those of an image together, for `num_positions` positions."""
+        weight = self.layers()[0].self_qkv.weight
+        shape = (num_rows, self.settings.num_heads, num_positions, self.settings.width // self.settings.num_heads)
+        device = weight.device
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            # What the layers hand over: a cache of another type would be cast as a whole in every step.
+            dtype = torch.get_autocast_dtype(device.type)
+        empty = functools.partial(torch.zeros, shape, dtype=dtype, device=device)
         return DecodingState(
-            caches=[(memory_BLD.new_zeros(shape), memory_BLD.new_zeros(shape)) for _ in self._decoder_layers()],
-            memory_kv=[layer.memory_kv(memory_BLD) for layer in self._decoder_layers()],
+            [Cache(empty(), empty()) for _ in self],
+            [None if memory_BLM is None else layer.memory_kv(memory_BLM) for layer in self.layers()],
+            memory_bias,
         )
 
-    def step(self, input_ids_R: Tensor, state: DecodingState) -> Tensor:
-        """Logits (R, V) of the word after `input_ids_R`, which stands at ``state.position``."""
-        x_RD = self._embed(input_ids_R, self.positions_TD[state.position])
-        for layer, cache, memory_kv in zip(self._decoder_layers(), state.caches, state.memory_kv, strict=True):
-            x_RD = layer.step(x_RD, cache, memory_kv, state.position)
-        state.position += 1
-        return self.output(self.final_norm(x_RD))
+    def step(self, x_RTD: Tensor, state: DecodingState, bias: Tensor | None = None) -> Tensor:
+        """The next T positions of every row, which `state` then holds: (R, T, D) -> (R, T, D).
+
+        `bias` as `DecoderLayer` takes it, for S positions up to the last of these.
+        """
+        packing = Packing.full(*x_RTD.shape[:2])
+        x_ND = packing.pack(x_RTD)
+        for layer, cache, memory_kv in zip(self, state.caches, state.memory_kv, strict=True):
+            x_ND = layer(x_ND, packing, memory_kv, bias=bias, memory_bias=state.memory_bias, cache=cache)
+        return packing.pad(x_ND)

@@ -30,6 +30,7 @@ from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.runtime.commandline import run
+from mmcore.captioners.caption_decoder import CaptionDecoder
 from mmcore.captioners.cross_attention import (
     VARIANTS,
     CrossAttentionCaptioner,
@@ -37,7 +38,6 @@ from mmcore.captioners.cross_attention import (
 )
 from mmcore.captioners.decoding import greedy
 from mmcore.captioners.facts import CaptionerFacts
-from mmcore.decoder import CaptionDecoder
 from mmcore.errors import InputError
 from mmcore.seeding import derive_seed, generator
 from mmcore.storage import Storage

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.captioners.caption_decoder import CaptionDecoder, sinusoidal_positions
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
-from mmcore.decoder import CaptionDecoder, DecoderLayer, sinusoidal_positions
+from mmcore.decoder import DecoderLayer
 from mmcore.text import BOS_ID, PAD_ID, UNK_ID
 
 MAX_LENGTH = 50

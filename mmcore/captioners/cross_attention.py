@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.captioners.caption_decoder import CaptionDecoder
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import GREEDY, SearchOptions
 from mmcore.data.prepared import TRAIN, CaptionTable
-from mmcore.decoder import CaptionDecoder, Packing, dropout
+from mmcore.decoder import Packing, dropout
 from mmcore.errors import InputError
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
 from mmcore.frozen.vision import SCRATCH, ScratchEncoder

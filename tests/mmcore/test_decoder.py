@@ -1,21 +1,27 @@
 """The decoder against PyTorch's own layers, and the searches against a decoder without a cache and brute force."""
 
+import dataclasses
 import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.captioners.caption_decoder import CaptionDecoder
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.decoder import (
-    CaptionDecoder,
     DecoderLayer,
+    DecoderLayers,
+    HeadNorm,
+    LayerSettings,
     Packing,
     attention,
     dropout,
     merge_heads,
+    seen_only,
     split_heads,
 )
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
@@ -58,11 +64,21 @@ def memory_of(num_images: int, seed: int = 1, dtype: torch.dtype = torch.float32
 # -- the layer -----------------------------------------------------------------------------------------------------
 
 
-def torch_layer(layer: DecoderLayer, norm_first: bool) -> nn.TransformerDecoderLayer:
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def torch_layer(layer: DecoderLayer) -> nn.TransformerDecoderLayer:
     """PyTorch's layer with the weights of ours."""
-    width, ffn_width = layer.ffn_in.in_features, layer.ffn_in.out_features
+    settings = layer.settings
     theirs = nn.TransformerDecoderLayer(
-        width, layer.num_heads, ffn_width, dropout=0.0, activation="relu", batch_first=True, norm_first=norm_first
+        settings.width,
+        settings.num_heads,
+        settings.ffn_width,
+        dropout=0.0,
+        activation=F.relu if settings.activation == "relu" else tanh_gelu,
+        batch_first=True,
+        norm_first=settings.norm_first,
     )
     with torch.no_grad():
         theirs.self_attn.in_proj_weight.copy_(layer.self_qkv.weight)
@@ -93,7 +109,7 @@ def test_packed_decoder_equals_padded_torch_layers(norm_first: bool, training: b
     packing = Packing.from_lengths(lengths_R, 9)
     logits_NV = decoder(ids_RT, packing, memory_BLD)
 
-    layers = [torch_layer(layer, norm_first).train(training) for layer in decoder.layers]
+    layers = [torch_layer(layer).train(training) for layer in decoder.layers]
     x = decoder.embedding(ids_RT) * math.sqrt(32) + decoder.positions_TD[:9]
     causal = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
     memory_RLD = memory_BLD.repeat_interleave(3, dim=0)
@@ -109,18 +125,70 @@ def test_packed_decoder_equals_padded_torch_layers(norm_first: bool, training: b
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_attention_by_products_equals_the_fused_kernel(is_causal: bool) -> None:
+@pytest.mark.parametrize(("is_causal", "biased"), [(False, False), (True, False), (False, True)])
+def test_attention_by_products_equals_the_fused_kernel(is_causal: bool, biased: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 4, 7, 8, generator=generator, requires_grad=True) for _ in range(3))
+    bias = seen_only(torch.arange(7) < torch.tensor([7, 2, 5])[:, None])[:, None, None] if biased else None
     outputs, gradients = [], []
-    for training in (True, False):
-        output = attention(q, k, v, is_causal=is_causal, dropout_probability=0.0, training=training)
+    for fused in (False, True):
+        output = attention(q, k, v, bias, is_causal=is_causal, fused=fused)
         outputs.append(output)
         gradients.append(torch.autograd.grad(output.square().sum(), (q, k, v)))
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-6)  # measured 3.0e-7
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)  # measured 3.3e-6
+
+
+SETTINGS = LayerSettings(32, 4, 64, 24, activation="gelu", qk_norm=True)
+
+
+def layers_of(**changes: Any) -> DecoderLayers:
+    torch.manual_seed(0)
+    return DecoderLayers(dataclasses.replace(SETTINGS, **changes), 2).eval()
+
+
+def test_a_gelu_layer_that_sees_a_part_of_its_memory_equals_torch_s() -> None:
+    layers = layers_of(qk_norm=False, memory_width=32).double()
+    x_RTD, memory_BLD = torch.randn(3, 6, 32).double(), memory_of(3, dtype=torch.float64)
+    seen_BL = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
+    packing = Packing.full(3, 6)
+    made = layers(packing.pack(x_RTD), packing, memory_BLD, memory_bias=seen_only(seen_BL)[:, None, None])
+    expected = x_RTD
+    for layer in layers.layers():
+        expected = torch_layer(layer).eval()(
+            expected,
+            memory_BLD,
+            tgt_mask=nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64),
+            memory_key_padding_mask=~seen_BL,
+        )
+    # measured 1.3e-15
+    torch.testing.assert_close(packing.pad(made), expected, rtol=0, atol=1e-12)
+
+
+def test_qk_norm_equals_torch_s_and_bounds_the_scores() -> None:
+    norm = HeadNorm(8)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-1, 2, 8))
+    x = 100 * torch.randn(3, 4, 8)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (8,), norm.weight), rtol=0, atol=1e-5)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    layer, packing = layers_of().layers()[0], Packing.full(1, 5)
+    x_ND, memory_1LM = torch.randn(5, 32), torch.randn(1, 7, 24)
+    before = layer(x_ND, packing, memory_1LM)
+    with torch.no_grad():
+        for part in (layer.self_qkv.weight[:64], layer.self_qkv.bias[:64], layer.cross_q.weight, layer.cross_q.bias):
+            part *= 100
+    # Without the norm, scores of ten thousand times the size would leave one position of each sum.
+    torch.testing.assert_close(layer(x_ND, packing, memory_1LM), before, rtol=0, atol=5e-6)  # measured 1.1e-6
+
+
+def test_layers_from_zero_add_no_more_than_a_bias() -> None:
+    x_ND, packing = torch.randn(5, 32), Packing.full(1, 5)
+    layers = layers_of(zero_outputs=True)
+    change_ND = layers(x_ND, packing, torch.randn(1, 7, 24)) - x_ND
+    torch.testing.assert_close(change_ND, change_ND[:1].expand_as(change_ND))
+    assert layers.layers()[0].cross_out.weight.abs().sum() == 0
 
 
 def test_packing_and_heads_round_trip() -> None:
@@ -191,6 +259,29 @@ def test_incremental_equals_full_decoding(norm_first: bool) -> None:
     for position in range(12):
         step_RV = decoder.step(ids_RT[:, position], state)
         torch.testing.assert_close(step_RV, full_NV[:, position], rtol=0, atol=1e-5)  # measured 2.4e-6
+
+
+@pytest.mark.parametrize("memory_width", [24, None], ids=["cross-attention", "none"])
+@pytest.mark.parametrize("fused_on_cpu", [False, True])
+def test_steps_of_several_positions_equal_one_pass(memory_width: int | None, fused_on_cpu: bool) -> None:
+    """A prefix that sees itself both ways and has absent tokens, then one position a step, then two at once."""
+    layers = layers_of(memory_width=memory_width, fused_on_cpu=fused_on_cpu)
+    x_RTD, memory = torch.randn(4, 9, 32), {}
+    if memory_width:
+        seen_BL = torch.arange(5) < torch.tensor([4, 2])[:, None]
+        memory = {"memory_BLM": torch.randn(2, 5, 24), "memory_bias": seen_only(seen_BL)[:, None, None]}
+    steps, ends = [(0, 4), (4, 5), (5, 6), (6, 8), (8, 9)], torch.tensor([4, 4, 4, 4, 5, 6, 8, 8, 9])
+    there_R1S = (torch.arange(9) >= 4) | (torch.arange(9) < torch.tensor([4, 1, 3, 2])[:, None, None])
+    bias = seen_only((torch.arange(9) < ends[:, None]) & there_R1S)[:, None]
+    packing = Packing.full(4, 9)
+    expected = packing.pad(layers(packing.pack(x_RTD), packing, bias=bias, **memory))
+    state = layers.start(4, 9, **memory)
+    for start, end in steps:
+        made = layers.step(x_RTD[:, start:end], state, bias[:, :, start:end, :end])
+        torch.testing.assert_close(made, expected[:, start:end], rtol=0, atol=3e-6)  # measured 7.2e-7
+    assert state.position == 9
+    with pytest.raises(AssertionError, match="more positions"):
+        layers.step(x_RTD[:, :1], state)
 
 
 def test_rows_can_be_reordered_and_images_dropped_on_the_way() -> None:
