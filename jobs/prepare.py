@@ -42,7 +42,8 @@ from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.huggingface import looks_like_hub_name
 from mmcore.data.photos import SPLIT_COLUMNS, photo_row
-from mmcore.data.shapes import SPLITS, ShapesSettings, shapes_row
+from mmcore.data.shapes import SPLITS, ShapesSettings
+from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
 from mmcore.errors import InputError
 from mmcore.storage import Storage, writing

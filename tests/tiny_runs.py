@@ -8,7 +8,8 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForImageClassification
 
 from mmcore import checkpoint
-from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_rows
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
 from mmcore.generators.facts import DiffusionFacts, VQVAEFacts

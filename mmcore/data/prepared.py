@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmcore.data.shapes import SPLITS, ShapesSettings, make_scene, scene_captions
+from mmcore.data.shapes import SPLITS, ShapesSettings, make_scene
+from mmcore.data.shapes_captions import scene_captions
 from mmcore.errors import InputError, not_prepared
 from mmcore.storage import Storage
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmcore.data.prepared import read_prepared
-from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.tables import ENDINGS, read_rows
 from mmcore.errors import InputError
 from mmcore.seeding import MAX_IMAGE_SEED, derive_seed

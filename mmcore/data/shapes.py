@@ -1,7 +1,7 @@
-"""The built-in Shapes dataset: scenes of one to three coloured shapes with five captions each.
+"""The scenes of the built-in Shapes dataset: one to three coloured shapes, drawn and rendered.
 
-It needs no download and every word of a caption can be checked against the pixels (shapes_oracle.py), so
-it trains and scores captioners and generators alike.
+They need no download and every word of a caption (shapes_captions.py) can be checked against the pixels
+(shapes_oracle.py), so they train and score captioners and generators alike.
 
 * 8 colours x 6 shapes x 2 sizes. The colours sit near the corners of the RGB cube and the background is the
   mid grey in its centre: the furthest apart that nine colours can be, and a pixel half covered by a shape
@@ -16,12 +16,9 @@ it trains and scores captioners and generators alike.
 
 import functools
 import hashlib
-import io
 import math
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -133,7 +130,7 @@ def clear_relation(first: SceneObject, second: SceneObject) -> str | None:
     return None
 
 
-def _random(seed: int, split: str, index: int) -> random.Random:
+def scene_random(seed: int, split: str, index: int) -> random.Random:
     # Python's generator and not NumPy's: its sequence for a given seed is stable between releases.
     return random.Random(hashlib.sha256(f"shapes/{seed}/{split}/{index}".encode()).digest())
 
@@ -143,7 +140,7 @@ def _apart(first: SceneObject, second: SceneObject) -> bool:
     return distance >= (first.side + second.side) / 2 + GAP
 
 
-def _chain(scene: tuple[SceneObject, ...]) -> tuple[SceneObject, ...] | None:
+def chain(scene: tuple[SceneObject, ...]) -> tuple[SceneObject, ...] | None:
     """The objects in an order in which each stands in a clear relation to the next, or None."""
     if len(scene) < 3:
         return scene if len(scene) == 1 or clear_relation(*scene) else None
@@ -174,13 +171,13 @@ def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Scene
             objects.append(SceneObject(size, colour, shape, x, y, side))
         scene = tuple(objects)
         close = any(not _apart(a, b) for i, a in enumerate(scene) for b in scene[:i])
-        if not close and _chain(scene):
+        if not close and chain(scene):
             return scene
 
 
 def make_scene(seed: int, split: str, index: int) -> tuple[SceneObject, ...]:
     """The 1 to 3 objects of a scene. No two share both colour and shape, so each can be named apart."""
-    rng = _random(seed, split, index)
+    rng = scene_random(seed, split, index)
     num_objects = 1 + index % 3
     if split == "test" and index % 6 < 3:
         pairs = [rng.choice(sorted(HELD_OUT_PAIRS)), *rng.sample(SEEN_PAIRS, num_objects - 1)]
@@ -230,115 +227,3 @@ def render_scene(scene: tuple[SceneObject, ...], image_size: int) -> Image.Image
         ]
         draw.polygon(outline, fill=COLOURS[item.colour])
     return canvas.reduce(factor)
-
-
-_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-_POSITION_PHRASES = {
-    "left": "on the left",
-    "right": "on the right",
-    "top": "at the top",
-    "bottom": "at the bottom",
-    "centre": "in the centre",
-}
-_RELATION_PHRASES = {
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-}
-
-
-def _templates(rng: random.Random, scene: tuple[SceneObject, ...]) -> list[Callable[[], str]]:
-    """The ways to word a scene; each call draws its own synonyms. At least six for any scene."""
-
-    def name(item: SceneObject) -> str:
-        return f"a {rng.choice(_SIZE_WORDS[item.size])} {item.colour} {item.shape}"
-
-    def at(item: SceneObject) -> str:
-        return f" {_POSITION_PHRASES[item.position]}" if item.position else ""
-
-    def rel(first: SceneObject, second: SceneObject) -> str:
-        relation = clear_relation(first, second)
-        assert relation is not None
-        return rng.choice(_RELATION_PHRASES[relation])
-
-    if len(scene) == 1:
-        (a,) = scene
-        return [
-            lambda: f"{name(a)}{at(a)}",
-            lambda: f"there is {name(a)}{at(a)}",
-            lambda: f"{name(a)} is{at(a)}",
-            lambda: f"{at(a).strip()} is {name(a)}",
-            lambda: f"a picture of {name(a)}{at(a)}",
-            lambda: f"one shape: {name(a)}{at(a)}",
-            lambda: f"{name(a)} and nothing else",
-        ]
-    if len(scene) == 2:
-        a, b = scene
-        templates = [
-            lambda: f"{name(a)} {rel(a, b)} {name(b)}",
-            lambda: f"there is {name(a)} {rel(a, b)} {name(b)}",
-            lambda: f"{name(b)} is {rel(b, a)} {name(a)}",
-            lambda: f"a picture of {name(b)} with {name(a)} {rel(a, b)} it",
-            lambda: f"two shapes: {name(a)} and {name(b)}",
-            lambda: f"two shapes, {name(b)} {rel(b, a)} {name(a)}",
-        ]
-        if a.position and b.position:
-            templates.append(lambda: f"{name(a)}{at(a)} and {name(b)}{at(b)}")
-            templates.append(lambda: f"{at(b).strip()} is {name(b)} and{at(a)} is {name(a)}")
-        return templates
-    chain = _chain(scene)
-    assert chain is not None
-    x, m, y = chain
-    templates = [
-        lambda: f"{name(x)} {rel(x, m)} {name(m)}, which is {rel(m, y)} {name(y)}",
-        lambda: f"{name(m)} {rel(m, y)} {name(y)} and {rel(m, x)} {name(x)}",
-        lambda: f"a picture of {name(y)} {rel(y, m)} {name(m)} with {name(x)} {rel(x, m)} it",
-        lambda: f"there is {name(m)} {rel(m, x)} {name(x)}, with {name(y)} as well",
-        lambda: f"three shapes: {name(x)}, {name(y)} and {name(m)}",
-        lambda: f"three shapes, {name(x)} {rel(x, m)} {name(m)} and {name(y)}",
-    ]
-    if x.position or m.position or y.position:
-        templates.append(lambda: f"there are {name(m)}{at(m)}, {name(x)}{at(x)} and {name(y)}{at(y)}")
-    return templates
-
-
-def caption_scene(scene: tuple[SceneObject, ...], rng: random.Random) -> list[str]:
-    """Five true captions in five different templates, drawn by ``rng``. Each names every object in full."""
-    objects = list(scene)
-    rng.shuffle(objects)
-    templates = _templates(rng, tuple(objects))
-    return [template() for template in rng.sample(templates, CAPTIONS_PER_IMAGE)]
-
-
-def scene_captions(seed: int, split: str, index: int, scene: tuple[SceneObject, ...]) -> list[str]:
-    """The captions of scene `index`. They have their own stream, so a new template leaves the scenes as they are."""
-    return caption_scene(scene, _random(seed, f"{split}/captions", index))
-
-
-def shapes_row(settings: ShapesSettings, split: str, index: int) -> dict[str, Any]:
-    """One row: image_id, file_name, image (PNG bytes), captions (a list of five), split.
-
-    Raises ValueError for an unknown split and IndexError for an index that the split does not have.
-    """
-    num_images = settings.num_images(split)
-    if not 0 <= index < num_images:
-        raise IndexError(f"shapes has {num_images} {split} images, no index {index}")
-    scene = make_scene(settings.seed, split, index)
-    encoded = io.BytesIO()
-    render_scene(scene, settings.image_size).save(encoded, "PNG")
-    image_id = f"shapes-{split}-{index:06d}"
-    return {
-        "image_id": image_id,
-        "file_name": f"{image_id}.png",
-        "image": encoded.getvalue(),
-        "captions": scene_captions(settings.seed, split, index, scene),
-        "split": split,
-    }
-
-
-def shapes_rows(settings: ShapesSettings) -> Iterator[dict[str, Any]]:
-    """All rows, split after split in the order of SPLITS."""
-    for split in SPLITS:
-        for index in range(settings.num_images(split)):
-            yield shapes_row(settings, split, index)

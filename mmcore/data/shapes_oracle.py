@@ -24,15 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from mmcore.data.shapes import (
-    BACKGROUND,
-    COLOURS,
-    SHAPES,
-    ShapesSettings,
-    shape_outline,
-    shapes_row,
-)
+from mmcore.data.shapes import BACKGROUND, COLOURS, SHAPES, ShapesSettings, shape_outline
 from mmcore.data.shapes_parser import NamedObject, NamedRelation, ParsedCaption, parse_caption
+from mmcore.data.shapes_rows import shapes_row
 
 __all__ = [
     "KINDS",

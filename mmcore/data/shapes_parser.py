@@ -1,6 +1,6 @@
 """Reads what a text names of a Shapes scene: objects, positions, relations and their number.
 
-The captions of shapes.py are read exactly. Any other text is read as far as it goes: words that are not
+The captions of shapes_captions.py are read exactly. Any other text is read as far as it goes: words that are not
 known are passed over, and broken or repeated grammar (what a captioner writes early in its training) names
 something that can be checked, or nothing.
 """

@@ -21,7 +21,8 @@ from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
-from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
 from mmcore.frozen.vision import SCRATCH, pixels_from_bytes
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model

@@ -18,7 +18,8 @@ from jobs.evaluate import (
     evaluate_images,
     evaluate_photos,
 )
-from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_row
 from mmcore.errors import InputError
 from mmcore.images import png_bytes
 

@@ -25,7 +25,8 @@ from jobs.runtime.job import parse_job
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.data.caption_folder import SPLIT_FILES
 from mmcore.data.prepared import read_captions
-from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 

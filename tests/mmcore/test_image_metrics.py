@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_row
 from mmcore.errors import InputError
 from mmcore.metrics.images import named_colour, score_colours, score_shapes, to_lab
 

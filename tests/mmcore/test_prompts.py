@@ -12,7 +12,8 @@ import pytest
 
 import mmcore.data.prompts
 from mmcore.data.prompts import Prompt, read_prompts
-from mmcore.data.shapes import ShapesSettings, shapes_row
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_row
 from mmcore.errors import InputError
 from mmcore.seeding import MAX_IMAGE_SEED, derive_seed
 from mmcore.storage import Storage

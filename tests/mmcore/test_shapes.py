@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcore.data import shapes
+from mmcore.data import shapes, shapes_captions
 from mmcore.data.shapes import (
     COLOURS,
     HELD_OUT_PAIRS,
@@ -20,9 +20,8 @@ from mmcore.data.shapes import (
     ShapesSettings,
     make_scene,
     render_scene,
-    shapes_row,
-    shapes_rows,
 )
+from mmcore.data.shapes_rows import shapes_row, shapes_rows
 from mmcore.errors import InputError
 
 SETTINGS = ShapesSettings(num_train=30, num_validation=6, num_test=12, image_size=32, seed=3)
@@ -80,7 +79,7 @@ def test_captions_name_every_object_in_full() -> None:
     for index in range(300):
         row = shapes_row(ShapesSettings(), "train", index)
         for item in make_scene(0, "train", index):
-            words = [f"{word} {item.colour} {item.shape}" for word in shapes._SIZE_WORDS[item.size]]
+            words = [f"{word} {item.colour} {item.shape}" for word in shapes_captions._SIZE_WORDS[item.size]]
             for caption in row["captions"]:
                 assert sum(caption.count(phrase) for phrase in words) == 1
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mmcore.data.shapes import COLOURS, HELD_OUT_PAIRS, ShapesSettings, make_scene, shapes_row
+from mmcore.data.shapes import COLOURS, HELD_OUT_PAIRS, ShapesSettings, make_scene
+from mmcore.data.shapes_rows import shapes_row
 from mmcore.metrics.shapes import score_captions
 
 NUM = 30

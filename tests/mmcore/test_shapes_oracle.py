@@ -20,7 +20,6 @@ from mmcore.data.shapes import (
     clear_relation,
     make_scene,
     render_scene,
-    shapes_row,
 )
 from mmcore.data.shapes_oracle import (
     KINDS,
@@ -33,6 +32,7 @@ from mmcore.data.shapes_oracle import (
     score_objects,
     score_prompt,
 )
+from mmcore.data.shapes_rows import shapes_row
 
 
 def item(looks: str, x: float = 0.5, y: float = 0.5) -> SceneObject:

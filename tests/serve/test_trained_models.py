@@ -16,7 +16,8 @@ from tiny_runs import write_clip, write_latent_run, write_pixel_run, write_resne
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcore.captioners.search_options import SearchOptions
-from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_rows
 from mmcore.device import compute_thread
 from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.generators.diffusion_options import DiffusionOptions
