@@ -14,12 +14,13 @@ from mmcore.data.columns import Column
 from mmcore.data.prepared import CaptionTable
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.denoiser import Denoiser
-from mmcore.generators.diffusion_rows import GenerationRows, PromptIds, scaling_factor
+from mmcore.generators.diffusion_rows import GenerationRows, scaling_factor
 from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
 from mmcore.generators.latent_diffusion import VARIANTS as LDM_VARIANTS
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.pixel_diffusion import VARIANTS as PIXEL_VARIANTS
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
+from mmcore.generators.prompt_rows import PromptIds
 from mmcore.generators.vqvae import VARIANTS as VQVAE_VARIANTS
 from mmcore.generators.vqvae import VQVAETraining
 from mmcore.recipe import TrainSettings

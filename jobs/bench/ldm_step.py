@@ -49,9 +49,10 @@ from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer, TextInputs
 from mmcore.generators import vqvae
 from mmcore.generators.denoiser import Denoiser
-from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts, scaling_factor
+from mmcore.generators.diffusion_rows import GenerationRows, scaling_factor
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.latent_diffusion import VARIANTS, LatentDiffusionRecipe
+from mmcore.generators.prompt_rows import PromptEmbeddings, PromptIds, Prompts
 from mmcore.seeding import derive_seed, generator, permutation
 
 TARGET = 5.0

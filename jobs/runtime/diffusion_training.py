@@ -24,8 +24,9 @@ from mmcore.frozen.tokenizers import WORDS
 from mmcore.generators.denoiser import Denoiser
 from mmcore.generators.diffusion import check_timesteps
 from mmcore.generators.diffusion_recipe import DiffusionRecipe
-from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, PromptIds, Prompts
+from mmcore.generators.diffusion_rows import GenerationRows
 from mmcore.generators.facts import DiffusionFacts
+from mmcore.generators.prompt_rows import PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
 from mmcore.run_files import TOKENIZER_ASSET
 from mmcore.seeding import derive_seed

@@ -11,6 +11,7 @@ from jobs.runtime.image_blocks import ImageRows
 from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.generators.code_rows import code_dtype
 from mmcore.recipe import Autoencoder
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
@@ -59,6 +60,22 @@ class EncodeLatents:
         values = []
         for pixels in _pixel_batches(rows, self.autoencoder.image_size, self.flip):
             values.append(self.autoencoder.encode(pixels).half().cpu().numpy())
+        return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
+
+
+class EncodeCodes:
+    """Images -> the codes (h, w) of a trained VQ-VAE, in the smallest integers that hold them."""
+
+    def __init__(self, vqvae: Storage, flip: bool) -> None:
+        self.autoencoder: Autoencoder = open_autoencoder(vqvae.uri).load(_device())
+        self.flip = flip
+
+    def __call__(self, rows: ImageRows) -> pa.Table:
+        dtype = code_dtype(self.autoencoder.num_codes)
+        values = [
+            self.autoencoder.codes(pixels).cpu().numpy().astype(dtype)
+            for pixels in _pixel_batches(rows, self.autoencoder.image_size, self.flip)
+        ]
         return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 

@@ -1,7 +1,7 @@
 """Frozen work, done once by Ray Data: the columns that recipes train on, cached in the storage.
 
-A column holds one tensor an image: pixels, the tokens of a frozen vision encoder, the latents of a trained VQ-VAE, or
-the hidden states of a frozen text encoder for the image's captions.
+A column holds one tensor an image: pixels, the tokens of a frozen vision encoder, the latents or the codes of a trained
+VQ-VAE, or the hidden states of a frozen text encoder for the image's captions.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
-from jobs.runtime.encoders import EncodeImages, EncodeLatents, EncodeText
+from jobs.runtime.encoders import EncodeCodes, EncodeImages, EncodeLatents, EncodeText
 from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.job import Job
 from jobs.runtime.sweep import run_sweep
@@ -124,15 +124,34 @@ def cached_latent_column(
     storage: Storage, dataset: str, *, vqvae: Storage, flip: bool = False, stall_timeout_s: float | None = None
 ) -> CachedColumn:
     """The images of a prepared dataset as latents (C, h, w) of the trained `vqvae`, a finished run."""
+    return _cached_vqvae_column("latents", EncodeLatents, storage, dataset, vqvae, flip, stall_timeout_s)
+
+
+def cached_code_column(
+    storage: Storage, dataset: str, *, vqvae: Storage, flip: bool = False, stall_timeout_s: float | None = None
+) -> CachedColumn:
+    """The images of a prepared dataset as codes (h, w) of the trained `vqvae`, a finished run."""
+    return _cached_vqvae_column("codes", EncodeCodes, storage, dataset, vqvae, flip, stall_timeout_s)
+
+
+def _cached_vqvae_column(
+    kind: str,
+    worker_type: type,
+    storage: Storage,
+    dataset: str,
+    vqvae: Storage,
+    flip: bool,
+    stall_timeout_s: float | None,
+) -> CachedColumn:
     facts, fingerprint = read_dataset_facts(storage, dataset), open_autoencoder(vqvae.uri).load().fingerprint()
     view = "mirrored " if flip else ""
     return cached_column(
         storage,
         what=f"encode {view}{dataset} with {vqvae}",
         encoder_fingerprint=fingerprint,
-        key=["latents", fingerprint, flip, facts["fingerprint"]],
+        key=[kind, fingerprint, flip, facts["fingerprint"]],
         blocks=lambda: plan_blocks(storage / "data" / dataset),
-        worker_type=EncodeLatents,
+        worker_type=worker_type,
         worker_kwargs={"vqvae": vqvae, "flip": flip},
         stall_timeout_s=stall_timeout_s,
     )

@@ -17,6 +17,7 @@ from jobs.prepare import PrepareSettings, prepare
 from jobs.runtime.blocks import blocks_of_rows
 from jobs.runtime.encoders import EncodeImages
 from jobs.runtime.features import (
+    cached_code_column,
     cached_column,
     cached_image_column,
     cached_latent_column,
@@ -25,7 +26,8 @@ from jobs.runtime.features import (
 )
 from mmcore.data.columns import VALUE, TensorSpec, column_table, open_column
 from mmcore.data.prepared import read_captions
-from mmcore.data.shapes import ShapesSettings, shapes_rows
+from mmcore.data.shapes import ShapesSettings
+from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
@@ -152,7 +154,7 @@ def test_a_key_is_of_content(storage: Storage, encoder_folder: str) -> None:
     assert len(facts["fingerprint"]) == len(hashlib.sha256().hexdigest())
 
 
-def test_latents_are_made_once_and_of_both_views(storage: Storage, tmp_path: Path) -> None:
+def test_latents_and_codes_are_made_once_and_of_both_views(storage: Storage, tmp_path: Path) -> None:
     vqvae, copy = Storage(str(tmp_path / "vqvae")), Storage(str(tmp_path / "copy"))
     for run in (vqvae, copy):
         tiny_diffusion.write_vqvae_run(run)
@@ -169,6 +171,12 @@ def test_latents_are_made_once_and_of_both_views(storage: Storage, tmp_path: Pat
         values = open_column(column.folder, tmp_path).values
         assert (values.dtype, values.shape) == (np.float16, (NUM_IMAGES, 4, 8, 8))
         np.testing.assert_allclose(values[:5].astype(np.float32), expected, atol=0.004)
+
+    column = cached_code_column(storage, "shapes", vqvae=vqvae, flip=True)
+    assert (column.encoded_now, column.tensors) == (NUM_IMAGES, {VALUE: TensorSpec("uint8", (8, 8))})
+    codes = open_column(column.folder, tmp_path).values[:5]
+    # A batch of another size may round another way between two codes.
+    assert (codes == autoencoder.codes(pixels[:, :, ::-1].copy()).numpy()).mean() > 0.99
 
 
 def test_hidden_states_of_captions_are_made_once(

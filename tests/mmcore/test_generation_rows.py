@@ -11,7 +11,8 @@ import torch
 from mmcore.data.columns import Column
 from mmcore.errors import InputError
 from mmcore.generators.diffusion import NoiseSchedule
-from mmcore.generators.diffusion_rows import GenerationRows, PromptEmbeddings, scaling_factor
+from mmcore.generators.diffusion_rows import GenerationRows, scaling_factor
+from mmcore.generators.prompt_rows import PromptEmbeddings
 
 
 def rows_of(**settings: Any) -> GenerationRows:
