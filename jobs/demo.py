@@ -44,7 +44,7 @@ from mmcore.data.manifest import MANIFEST, read_manifest
 from mmcore.data.prepared import read_prepared
 from mmcore.data.prompts import SHAPES_TEST
 from mmcore.data.shapes import ShapesSettings
-from mmcore.data.shapes_oracle import score_prompt
+from mmcore.data.shapes_oracle import judge_text
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion, vqvae
 from mmcore.generators.diffusion import SamplerName
@@ -374,7 +374,7 @@ def score_images(demo: Demo) -> str:
     rows = manifest.slice(0, demo_page.NUM_PICTURES).to_pylist()
     images, prompts = [demo.sweep.read(row["key"]) for row in rows], [row["prompt"] for row in rows]
     pictures = [decode_image(image, name=row["key"]) for image, row in zip(images, rows, strict=True)]
-    whole_scene = [score_prompt(image, text).whole_scene == 1 for image, text in zip(pictures, prompts, strict=True)]
+    whole_scene = [judge_text(image, text).whole_scene for image, text in zip(pictures, prompts, strict=True)]
     demo.sections += [
         demo_page.image_scores(
             scores,

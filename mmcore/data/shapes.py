@@ -40,7 +40,6 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 SIZES: dict[str, tuple[float, float]] = {"small": (0.23, 0.26), "large": (0.37, 0.41)}
 POSITIONS = ("left", "right", "top", "bottom", "centre")
 RELATIONS = ("left of", "right of", "above", "below")
-INVERSE_RELATION = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "validation", "test")
 CAPTIONS_PER_IMAGE = 5
 

@@ -5,7 +5,7 @@ pixels, and compares. So it scores the captions of a captioner and the images of
 
 1. ``parse_caption`` (shapes_parser.py): the objects, positions, relations and number that a text names.
 2. ``detect_objects``: connected patches of one colour; the shape by correlation with rendered templates.
-3. ``score_objects``: named objects are assigned to detected ones, one to one, so that the most sizes, colours
+3. ``judge_objects``: named objects are assigned to detected ones, one to one, so that the most sizes, colours
    and shapes agree. An attribute then counts only on its own object: of "a blue circle and a red square" a
    red circle and a blue square have two attributes of four, not four.
 
@@ -24,22 +24,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from mmcore.data.shapes import BACKGROUND, COLOURS, SHAPES, ShapesSettings, shape_outline
-from mmcore.data.shapes_parser import NamedObject, NamedRelation, ParsedCaption, parse_caption
+from mmcore.data.shapes import BACKGROUND, COLOURS, POSITIONS, RELATIONS, SHAPES, ShapesSettings, shape_outline
+from mmcore.data.shapes_parser import NamedObject, NamedRelation, ParsedCaption, Span, parse_caption
 from mmcore.data.shapes_rows import shapes_row
 
 __all__ = [
     "KINDS",
     "AttributeScore",
     "DetectedObject",
+    "JudgedAttribute",
+    "JudgedText",
     "NamedObject",
     "NamedRelation",
     "ParsedCaption",
     "detect_objects",
+    "judge_objects",
+    "judge_text",
     "oracle_report",
     "parse_caption",
     "score_objects",
-    "score_prompt",
 ]
 
 FloatArray = npt.NDArray[np.float32]
@@ -254,6 +257,45 @@ class AttributeScore:
         }
 
 
+@dataclass(frozen=True)
+class JudgedAttribute:
+    """One attribute that a text names, and what its image has in that place."""
+
+    kind: str
+    """One of KINDS."""
+    span: Span
+    """The words that name it."""
+    right: bool
+    """Whether its own object has it."""
+    found: str
+    """What that object has, such as "circle" or "left of"; of a count the number; "" where the object is not there."""
+
+
+@dataclass(frozen=True)
+class JudgedText:
+    """A text beside an image."""
+
+    attributes: tuple[JudgedAttribute, ...]
+    """All that the text names."""
+    num_named: int
+    """Objects that the text names, or counts where it names none."""
+    num_found: int
+    """Objects in the image."""
+
+    @property
+    def whole_scene(self) -> bool:
+        """Something is named, all of it is right, and there is no object more or less."""
+        all_right = bool(self.attributes) and all(each.right for each in self.attributes)
+        return all_right and self.num_named == self.num_found
+
+    @property
+    def score(self) -> AttributeScore:
+        kinds = [each.kind for each in self.attributes]
+        right = [each.kind for each in self.attributes if each.right]
+        named, correct = tuple(map(kinds.count, KINDS)), tuple(map(right.count, KINDS))
+        return AttributeScore(named, correct, num_scenes=1, num_whole_scenes=int(self.whole_scene))
+
+
 def _is_at(found: DetectedObject, position: str) -> bool:
     right, down = found.centre[0] - 0.5, found.centre[1] - 0.5
     if position == "centre":
@@ -269,40 +311,48 @@ def _stands(first: DetectedObject, relation: str, second: DetectedObject) -> boo
     return away > 0 and away >= abs(across)
 
 
-def score_objects(found: list[DetectedObject], parsed: ParsedCaption) -> AttributeScore:
-    """Score what a text names against the objects of one image; see ``score_prompt``."""
-    named = dict.fromkeys(KINDS, 0)
-    for item in parsed.objects:
+def judge_objects(found: list[DetectedObject], parsed: ParsedCaption) -> JudgedText:
+    """Judge what a text names by the objects of one image; see ``judge_text``."""
+    meant = _meant_objects(found, parsed)
+    judged = []
+    for item, it in zip(parsed.objects, meant, strict=True):
         for kind in ("size", "colour", "shape"):
-            named[kind] += getattr(item, kind) is not None
-        named["position"] += len(item.positions)
-    named["relation"] = len(parsed.relations)
-    named["count"] = int(parsed.count is not None)
+            named = getattr(item, kind)
+            if named is not None:
+                has = "" if it is None else getattr(it, kind)
+                judged.append(JudgedAttribute(kind, item.spans[named], has == named, has))
+        for position in item.positions:
+            at = [] if it is None else [each for each in POSITIONS if _is_at(it, each)]
+            judged.append(JudgedAttribute("position", item.spans[position], position in at, " and ".join(at)))
+    for each in parsed.relations:
+        first, second = meant[each.first], meant[each.second]
+        stands = [] if first is None or second is None else [r for r in RELATIONS if _stands(first, r, second)]
+        judged.append(JudgedAttribute("relation", each.span, each.relation in stands, " and ".join(stands)))
+    if parsed.count is not None:
+        judged.append(JudgedAttribute("count", parsed.count_span, parsed.count == len(found), str(len(found))))
+    # A text that only counts ("two shapes") says nothing about which objects there are.
+    return JudgedText(tuple(judged), len(parsed.objects) or parsed.count or 0, len(found))
 
+
+def _meant_objects(found: list[DetectedObject], parsed: ParsedCaption) -> list[DetectedObject | None]:
+    """Of each object that a text names the one in the image that it means, each at most once."""
     objects, candidates = parsed.objects[:MAX_OBJECTS], found[:MAX_OBJECTS]
     # Each named object on each detected one, and, past the last of those, on none.
-    none_of_it = (0, 0, 0, 0)
-    right = [
-        [
-            (
-                item.size == it.size,
-                item.colour == it.colour,
-                item.shape == it.shape,
-                sum(_is_at(it, position) for position in item.positions),
-            )
-            for it in candidates
-        ]
-        + [none_of_it] * (len(objects) - len(candidates))
+    nobody = [0] * (len(objects) - len(candidates))
+    looks = [
+        [(item.size == it.size) + (item.colour == it.colour) + (item.shape == it.shape) for it in candidates] + nobody
         for item in objects
     ]
-    looks = [[size + colour + shape for size, colour, shape, _ in row] for row in right]
+    places = [
+        [sum(_is_at(it, position) for position in item.positions) for it in candidates] + nobody for item in objects
+    ]
 
     def relations_right(assigned: tuple[int, ...]) -> int:
-        places = [candidates[j] if j < len(candidates) else None for j in assigned]
+        known = [candidates[j] if j < len(candidates) else None for j in assigned]
         pairs = (
-            (places[relation.first], relation.relation, places[relation.second])
+            (known[relation.first], relation.relation, known[relation.second])
             for relation in parsed.relations
-            if max(relation.first, relation.second) < len(places)
+            if max(relation.first, relation.second) < len(known)
         )
         return sum(a is not None and b is not None and _stands(a, relation, b) for a, relation, b in pairs)
 
@@ -312,29 +362,20 @@ def score_objects(found: list[DetectedObject], parsed: ParsedCaption) -> Attribu
     most = max(totals)
     best = max(
         (assigned for assigned, total in zip(assignments, totals, strict=True) if total == most),
-        key=lambda assigned: sum(right[i][j][3] for i, j in enumerate(assigned)) + relations_right(assigned),
+        key=lambda assigned: sum(places[i][j] for i, j in enumerate(assigned)) + relations_right(assigned),
     )
-    correct = {
-        kind: sum(right[i][j][k] for i, j in enumerate(best))
-        for k, kind in enumerate(("size", "colour", "shape", "position"))
-    }
-    correct["relation"] = relations_right(best)
-    correct["count"] = int(parsed.count is not None and parsed.count == len(found))
-
-    num_named, num_correct = sum(named.values()), sum(correct.values())
-    # A text that only counts ("two shapes") says nothing about which objects there are.
-    number_agrees = len(found) == (len(parsed.objects) or parsed.count)
-    return AttributeScore(
-        named=tuple(named[kind] for kind in KINDS),
-        correct=tuple(correct[kind] for kind in KINDS),
-        num_scenes=1,
-        num_whole_scenes=int(num_named > 0 and num_correct == num_named and number_agrees),
-    )
+    meant = [candidates[j] if j < len(candidates) else None for j in best]
+    return meant + [None] * (len(parsed.objects) - len(meant))
 
 
-def score_prompt(image: Image.Image | npt.NDArray[np.uint8], text: str) -> AttributeScore:
+def score_objects(found: list[DetectedObject], parsed: ParsedCaption) -> AttributeScore:
+    """Count what a text names against the objects of one image; see ``judge_text``."""
+    return judge_objects(found, parsed).score
+
+
+def judge_text(image: Image.Image | npt.NDArray[np.uint8], text: str) -> JudgedText:
     """Which of the attributes that ``text`` names are present in ``image``, each on its own object."""
-    return score_objects(detect_objects(image), parse_caption(text))
+    return judge_objects(detect_objects(image), parse_caption(text))
 
 
 def oracle_report(num_scenes: int = 2000, image_size: int = 64, seed: int = 0) -> dict[str, Any]:

@@ -8,9 +8,10 @@ something that can be checked, or nothing.
 import dataclasses
 import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from mmcore.data.shapes import COLOURS, INVERSE_RELATION, SHAPES
+from mmcore.data.shapes import COLOURS, SHAPES
 
 _SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large"}
 _PLURALS = {f"{shape}es" if shape == "cross" else f"{shape}s": shape for shape in SHAPES}
@@ -34,7 +35,10 @@ _RELATION_WORDS = {
 }
 _WHOLE_WORDS = {"image", "picture", "scene", "canvas", "frame", "photo"}
 _BREAKS = {",", ".", ";", ":", "and", "with"}
-_TOKEN = re.compile(r"[a-z]+|[0-9]+|[,.;:]")
+_TOKEN = re.compile(r"[a-z]+|[0-9]+|[,.;:]", re.IGNORECASE | re.ASCII)
+
+Span = tuple[int, int]
+"""Where words stand in a text: the place of their first character, and that after their last."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class NamedObject:
     colour: str | None = None
     shape: str | None = None
     positions: tuple[str, ...] = ()
+    spans: Mapping[str, Span] = field(default_factory=dict, compare=False)
+    """The word of each attribute, by the attribute."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class NamedRelation:
     first: int
     relation: str
     second: int
+    span: Span = field(default=(0, 0), compare=False)
+    """The words of the relation."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +71,36 @@ class ParsedCaption:
     objects: tuple[NamedObject, ...] = ()
     relations: tuple[NamedRelation, ...] = ()
     count: int | None = None
+    count_span: Span = field(default=(0, 0), compare=False)
+    """The word of the number."""
+
+
+@dataclass(frozen=True)
+class _Awaiting:
+    """A relation of which one object, or two, are still to come."""
+
+    relation: str
+    span: Span
+    first: int | None = None
+    second: int | None = None
 
 
 class _Reader:
     """Walks over the words once; see ``parse_caption``."""
 
     def __init__(self, text: str) -> None:
-        self.words = _TOKEN.findall(text.lower())
+        tokens = list(_TOKEN.finditer(text))
+        self.words = [token[0].lower() for token in tokens]
+        self.places = [token.span() for token in tokens]
         self.objects: list[NamedObject] = []
         self.relations: list[NamedRelation] = []
         self.count: int | None = None
+        self.count_span = (0, 0)
         self.adjectives: dict[str, str] = {}
+        self.spans: dict[str, Span] = {}  # of `adjectives` and `front`
         self.number = 1
         self.subject: int | None = None  # what a relation after "and" or "," is said of
-        self.awaiting: tuple[int | None, str] | None = None  # a relation whose second object is still to come
+        self.awaiting: _Awaiting | None = None
         self.front: list[str] = []  # positions before their object: "on the left is a ..."
         self.after_break = True
         self.after_is = False
@@ -89,85 +113,91 @@ class _Reader:
         if shape is None and self.after_is and self.objects:  # "the circle is red"
             last = self.objects[-1]
             if all(getattr(last, kind) is None for kind in attributes):
-                self.objects[-1] = dataclasses.replace(last, **attributes)  # type: ignore[arg-type]
+                spans = {**last.spans, **{value: self.spans.pop(value) for value in attributes.values()}}
+                self.objects[-1] = dataclasses.replace(last, spans=spans, **attributes)  # type: ignore[arg-type]
                 return
         index = len(self.objects)
-        named = NamedObject(attributes.get("size"), attributes.get("colour"), shape, tuple(dict.fromkeys(self.front)))
+        front = tuple(dict.fromkeys(self.front))
+        named = NamedObject(attributes.get("size"), attributes.get("colour"), shape, front, self.spans)
         self.objects += [named] * self.number
-        self.number, self.front, self.after_break, self.after_is = 1, [], False, False
+        self.number, self.front, self.spans, self.after_break, self.after_is = 1, [], {}, False, False
         if self.awaiting is None:
             self.subject = index
         else:
-            first, relation = self.awaiting
-            # "left of a circle is a square": the circle is the second object of that relation.
-            self.awaiting = (index, INVERSE_RELATION[relation]) if first is None else None
-            if first is not None:
-                self.relations.append(NamedRelation(first, relation, index))
+            awaiting, self.awaiting = self.awaiting, None
+            if awaiting.first is not None:
+                self.relations.append(NamedRelation(awaiting.first, awaiting.relation, index, awaiting.span))
+            elif awaiting.second is not None:
+                self.relations.append(NamedRelation(index, awaiting.relation, awaiting.second, awaiting.span))
+            else:
+                # "left of a circle is a square": the circle is the second object of that relation.
+                self.awaiting = dataclasses.replace(awaiting, second=index)
 
-    def relate(self, relation: str) -> None:
+    def relate(self, relation: str, span: Span) -> None:
         self.close(None)
-        if not self.objects:
-            self.awaiting = (None, relation)
-        else:
-            self.awaiting = (self.subject if self.after_break else len(self.objects) - 1, relation)
+        first = self.subject if self.after_break else len(self.objects) - 1
+        self.awaiting = _Awaiting(relation, span, first if self.objects else None)
 
-    def locate(self, position: str, at: int) -> None:
+    def locate(self, position: str, span: Span, at: int) -> None:
         """``position`` was read; ``at`` is the place of the word after it."""
         self.close(None)
         ends = at >= len(self.words) or self.words[at] in _BREAKS
         if self.objects and (not self.after_break or ends):
             last = self.objects[-1]
-            self.objects[-1] = dataclasses.replace(last, positions=tuple(dict.fromkeys((*last.positions, position))))
+            positions = tuple(dict.fromkeys((*last.positions, position)))
+            self.objects[-1] = dataclasses.replace(last, positions=positions, spans={**last.spans, position: span})
         else:
             self.front.append(position)
+            self.spans[position] = span
 
     def direction(self, at: int) -> int:
         """Read "left", "left side", "left of", "left of the image"; the place of the word after it."""
-        word, after = self.words[at], at + 1
+        word, after, (start, end) = self.words[at], at + 1, self.places[at]
         if self.words[after : after + 1] in (["side"], ["hand"]):
             after += 1
         if self.words[after : after + 1] == ["of"]:
             after += 1
             rest = [w for w in self.words[after : after + 2] if w not in ("the", "this")]
             if not rest or rest[0] not in _WHOLE_WORDS:
-                self.relate(_DIRECTIONS[word])
+                self.relate(_DIRECTIONS[word], (start, self.places[after - 1][1]))
                 return after
             after += self.words[after : after + 2].index(rest[0]) + 1
-        self.locate(word, after)
+        self.locate(word, (start, end), after)
         return after
 
     def read(self) -> ParsedCaption:
         at = 0
         while at < len(self.words):
-            word = self.words[at]
+            word, place = self.words[at], self.places[at]
             at += 1
             if word in _ATTRIBUTES:
                 kind, value = _ATTRIBUTES[word]
                 if self.adjectives.get(kind, value) != value:
                     self.close(None)  # "a red blue circle": two objects, the first without a shape
                 self.adjectives[kind] = value
+                self.spans[value] = place
             elif word in _SHAPE_WORDS:
+                self.spans[_SHAPE_WORDS[word]] = place
                 self.close(_SHAPE_WORDS[word])
             elif word in _THING_WORDS:
                 if self.adjectives:
                     self.close(None)
                 elif self.words[at - 2 : at - 1] and self.words[at - 2] in _NUMBERS:
-                    self.count, self.number = self.number, 1
+                    self.count, self.number, self.count_span = self.number, 1, self.places[at - 2]
             elif word in _NUMBERS:
                 self.close(None)
                 self.number = _NUMBERS[word]
             elif word in _DIRECTIONS:
                 at = self.direction(at - 1)
             elif word in _CENTRE_WORDS:
-                self.locate("centre", at)
+                self.locate("centre", place, at)
             elif word in _RELATION_WORDS:
-                self.relate(_RELATION_WORDS[word])
+                self.relate(_RELATION_WORDS[word], place)
             elif word == "it":
                 # "a circle with a square below it": the object named before the square.
-                if self.awaiting is not None:
-                    first, relation = self.awaiting
-                    if first:  # neither missing nor the very first object
-                        self.relations.append(NamedRelation(first, relation, first - 1))
+                if self.awaiting is not None and self.awaiting.first:  # neither missing nor the very first object
+                    first = self.awaiting.first
+                    self.relations.append(NamedRelation(first, self.awaiting.relation, first - 1, self.awaiting.span))
                 self.awaiting = None
             elif word in ("a", "an", "the"):
                 self.close(None)
@@ -183,7 +213,7 @@ class _Reader:
                 if word in (".", ";", "with"):
                     self.awaiting = None
         self.close(None)
-        return ParsedCaption(tuple(self.objects), tuple(self.relations), self.count)
+        return ParsedCaption(tuple(self.objects), tuple(self.relations), self.count, self.count_span)
 
 
 @functools.lru_cache(maxsize=4096)

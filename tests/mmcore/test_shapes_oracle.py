@@ -27,10 +27,10 @@ from mmcore.data.shapes_oracle import (
     NamedObject,
     NamedRelation,
     detect_objects,
+    judge_text,
     oracle_report,
     parse_caption,
     score_objects,
-    score_prompt,
 )
 from mmcore.data.shapes_rows import shapes_row
 
@@ -48,7 +48,7 @@ RED_CIRCLE_AND_BLUE_SQUARE = picture(item("large red circle", 0.25), item("small
 
 
 def points(image: Image.Image, text: str) -> tuple[int, int]:
-    score = score_prompt(image, text)
+    score = judge_text(image, text).score
     return score.num_correct, score.num_named
 
 
@@ -94,7 +94,7 @@ A, B, C = (
     ("text", "objects", "relations"),
     [
         ("A BIG Red circle, left of a tiny blue SQUARE!", [A, B], [(0, "left of", 1)]),
-        ("to the left of a big red circle is a small blue square", [A, B], [(0, "right of", 1)]),
+        ("to the left of a big red circle is a small blue square", [A, B], [(1, "left of", 0)]),
         ("large red circle on top of the little blue square", [A, B], [(0, "above", 1)]),
         ("a cyan star with a small blue square underneath it", [C, B], [(1, "below", 0)]),
         ("a large red circle left of a small blue square above a cyan star", [A, B, C],
@@ -286,6 +286,25 @@ def test_an_attribute_counts_on_its_own_object_only(text: str, right: int, named
     assert points(RED_CIRCLE_AND_BLUE_SQUARE, text) == (right, named)
 
 
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("a large red circle left of a small blue square", {}),
+        (
+            "a BIG green circle with a little blue star above it",
+            {"green": "red", "star": "square", "above": "right of"},
+        ),
+        ("on the right is a red circle", {"right": "left"}),
+        ("to the left of a red circle is a blue square", {"left of": "right of"}),
+        ("three shapes: a circle, a square and a cyan star", {"three": "2", "cyan": "", "star": ""}),
+        ("İ a green circle", {"green": "red"}),  # one character, two in lower case
+    ],
+)
+def test_what_is_wrong_is_named_by_its_words(text: str, wrong: dict[str, str]) -> None:
+    judged = judge_text(RED_CIRCLE_AND_BLUE_SQUARE, text).attributes
+    assert {text[slice(*each.span)]: each.found for each in judged if not each.right} == wrong
+
+
 def test_place_decides_where_looks_leave_a_choice() -> None:
     image = picture(item("small red circle", 0.2), item("small red circle", 0.8))
     assert points(image, "a red circle on the right and a red circle on the left") == (6, 6)
@@ -293,21 +312,21 @@ def test_place_decides_where_looks_leave_a_choice() -> None:
 
 
 def test_whole_scene_wants_everything_and_nothing_more() -> None:
-    def whole(text: str) -> float:
-        return score_prompt(RED_CIRCLE_AND_BLUE_SQUARE, text).whole_scene
+    def whole(text: str) -> bool:
+        return judge_text(RED_CIRCLE_AND_BLUE_SQUARE, text).whole_scene
 
-    assert whole("a large red circle left of a small blue square") == 1
-    assert whole("a circle and a square") == 1
-    assert whole("a large red circle") == 0  # the square is not named
-    assert whole("a large red circle right of a small blue square") == 0
-    assert whole("one shape: a large red circle and a small blue square") == 0
-    assert whole("two shapes") == 1
-    assert whole("") == 0
+    assert whole("a large red circle left of a small blue square")
+    assert whole("a circle and a square")
+    assert not whole("a large red circle")  # the square is not named
+    assert not whole("a large red circle right of a small blue square")
+    assert not whole("one shape: a large red circle and a small blue square")
+    assert whole("two shapes")
+    assert not whole("")
 
 
 def test_an_empty_image_has_nothing_right() -> None:
     assert points(picture(), "a large red circle left of a small blue square") == (0, 7)
-    assert score_prompt(picture(), "").fraction_correct == 0
+    assert judge_text(picture(), "").score.fraction_correct == 0
 
 
 def test_more_objects_than_a_scene_can_hold() -> None:
@@ -318,7 +337,7 @@ def test_more_objects_than_a_scene_can_hold() -> None:
 
 def test_the_score_of_the_whole_is_the_sum_of_the_parts() -> None:
     texts = ["a large red circle", "a green circle on the right", "two shapes", "", "a star above a blue square"]
-    scores = [score_prompt(RED_CIRCLE_AND_BLUE_SQUARE, text) for text in texts]
+    scores = [judge_text(RED_CIRCLE_AND_BLUE_SQUARE, text).score for text in texts]
     whole = sum(scores, start=AttributeScore())
     assert sum(scores[:2], start=AttributeScore()) + sum(scores[2:], start=AttributeScore()) == whole
     assert whole.num_scenes == 5
