@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import tyro
 
@@ -32,30 +33,30 @@ from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime import demo_page
 from jobs.runtime.commandline import run as run_job
+from jobs.runtime.demo_demands import caption_failures, in_words
+from jobs.runtime.demo_keeping import keep_or_train, remove_other
 from jobs.runtime.job import Job, RunOptions, recipe_name
 from jobs.runtime.source import output_storage, source_commit
-from jobs.runtime.sweep import PARTS, read_parts, read_plan, remove_sweep
-from jobs.runtime.trainer import RunSummary
+from jobs.runtime.sweep import PARTS, read_parts
 from mmcore.captioners import cross_attention as resnet
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
 from mmcore.captioners.search_options import SearchOptions
-from mmcore.catalogue import RECIPES
 from mmcore.data.manifest import MANIFEST, read_manifest
+from mmcore.data.pixels import to_pixels
 from mmcore.data.prepared import read_prepared
 from mmcore.data.prompts import SHAPES_TEST
 from mmcore.data.shapes import ShapesSettings
-from mmcore.data.shapes_oracle import judge_text
+from mmcore.data.shapes_oracle import AttributeScore, judge_text
 from mmcore.errors import InputError
 from mmcore.generators import latent_diffusion, vqvae
 from mmcore.generators.diffusion import SamplerName
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
 from mmcore.generators.vqvae import VQVAERecipe
-from mmcore.images import decode_image
+from mmcore.images import decode_image, resize_image
 from mmcore.metrics.shapes import score_captions
-from mmcore.page import Html, page, paragraph, section, table
-from mmcore.recipe import difference, recipe_to_json
-from mmcore.run_files import RunFile, read_begun
+from mmcore.page import Html, command, page, paragraph, section, table
+from mmcore.recipe import difference
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
@@ -64,9 +65,14 @@ PAGE = "index.html"
 SERVED_AT = "http://127.0.0.1:8000/"
 SPLIT = "test"
 SAMPLER: SamplerName = "dpmsolver++"
-MIN_CORRECT = 0.8
-# A caption that names little is easily right: half of what true captions name is the least.
-MIN_NAMED = 0.5
+# Pictures of the page, of each kind the first.
+NUM_GENERATED, NUM_CAPTIONED, NUM_RECONSTRUCTED = 24, 12, 6
+FULL_TRAINING = (
+    "The training is short on purpose. In 89 minutes of one core python jobs/train_ldm.py gets 66.3 % of the "
+    "attributes."
+)
+# A batch of the VQ-VAE that a laptop holds.
+_IMAGES_AT_ONCE = 64
 
 
 def _shorter(recipe: Any, max_steps: int) -> Any:
@@ -115,9 +121,11 @@ class Demo:
 
     settings: DemoSettings
     facts: dict[str, Any] = field(default_factory=dict)
-    """What each stage returned, by its title."""
+    """What later stages and the page need: `data`, `vqvae_fingerprint`, the summary of each run by its recipe."""
     sections: list[Html] = field(default_factory=list)
     """The page, a section for each part of the pipeline."""
+    results: list[str] = field(default_factory=list)
+    """One line for each score of which a least is demanded."""
     failures: list[str] = field(default_factory=list)
     """One line for each score that is too low."""
 
@@ -127,7 +135,8 @@ class Demo:
 
     def job(self, file: Any, recipe: Any) -> Job:
         """The training job of the module `file`."""
-        return Job(recipe_name(file.__file__), "shapes", recipe, RunOptions(storage=self.storage.uri))
+        options = RunOptions(storage=self.storage.uri, fresh=self.settings.fresh)
+        return Job(recipe_name(file.__file__), "shapes", recipe, options)
 
     @property
     def captioner(self) -> Job:
@@ -149,58 +158,13 @@ class Demo:
     def sweep(self) -> Storage:
         return self.storage / "sweeps" / self.ldm.recipe_name / self.ldm.options.name
 
-
-# -- training ------------------------------------------------------------------------------------------------------
-
-
-def _begun(job: Job[Any]) -> RunFile[Any, Any]:
-    return read_begun(job.run, type(job.recipe), RECIPES[job.recipe_name].facts_type)
-
-
-def _changes(demo: Demo, job: Job[Any]) -> list[str]:
-    """In what the run that is there differs from `job`: its settings, its data, the VQ-VAE that it works on."""
-    try:
-        there = _begun(job)
-    except InputError as error:  # of another version
-        return [str(error)]
-    facts = {"dataset_fingerprint": demo.facts["data"]["fingerprint"]}
-    if job.recipe_name == demo.ldm.recipe_name:
-        facts["vqvae_fingerprint"] = demo.facts["vqvae_fingerprint"]
-    theirs = {"settings": recipe_to_json(there.recipe), **{name: getattr(there.facts, name) for name in facts}}
-    return difference({"settings": recipe_to_json(job.recipe), **facts}, theirs)
-
-
-def _trained(demo: Demo, job: Job, train: Callable[[Job], RunSummary], made_of_it: Storage, parts: str = PARTS) -> str:
-    """Train, or keep a run that is finished, or under way, with the same settings and data; what was made of another
-    one, a sweep with its blocks in `parts`, is removed."""
-    fresh = demo.settings.fresh
-    if not fresh and job.run.exists("recipe.json"):
-        changes = _changes(demo, job)
-        if changes:
-            print(f"the run that is there differs ({'; '.join(changes[:3])}): trained anew", flush=True)
-            fresh = True
-        elif job.run.exists("_SUCCESS"):
-            print(
-                f"{job.run} is finished, trained at commit {_begun(job).commit} (now {source_commit()}): kept "
-                "(--fresh trains anew)",
-                flush=True,
-            )
-            demo.facts[job.recipe_name] = json.loads(job.run.read("_SUCCESS"))
-            return _said(demo, job)
-    if fresh:
-        # Before the training, not after it: what the old model made must not be taken for the new one's.
-        remove_sweep(made_of_it, parts)
-    options = dataclasses.replace(job.options, fresh=fresh)
-    demo.facts[job.recipe_name] = train(dataclasses.replace(job, options=options))
-    return _said(demo, job)
-
-
-def _said(demo: Demo, job: Job) -> str:
-    facts = demo.facts[job.recipe_name]
-    return (
-        f"{facts['steps']:,} steps of {job.recipe.train.batch_size} images, "
-        f"{facts['train_seconds']:.0f} s of training, {facts['precision']} on {facts['device']}"
-    )
+    def said(self, job: Job) -> str:
+        """What a training came to, in a line."""
+        facts = self.facts[job.recipe_name]
+        return (
+            f"{facts['steps']:,} steps of {job.recipe.train.batch_size} images, "
+            f"{facts['train_seconds']:.0f} s of training, {facts['precision']} on {facts['device']}"
+        )
 
 
 # -- stages --------------------------------------------------------------------------------------------------------
@@ -223,11 +187,13 @@ def prepare_shapes(demo: Demo) -> str:
 
 
 def train_captioner(demo: Demo) -> str:
-    return _trained(demo, demo.captioner, train_resnet_captioner.train, demo.captions)
+    job, made_of = demo.captioner, {"dataset_fingerprint": demo.facts["data"]["fingerprint"]}
+    demo.facts[job.recipe_name] = keep_or_train(job, train_resnet_captioner.train, made_of, demo.captions, PARTS)
+    return demo.said(job)
 
 
 def caption_test_split(demo: Demo) -> str:
-    _remove_other(demo.captions, {"num_beams": demo.settings.num_beams})
+    remove_other(demo.captions, {"num_beams": demo.settings.num_beams}, PARTS)
     facts = caption(
         CaptionSettings(
             run=demo.captioner.run.uri,
@@ -252,105 +218,89 @@ def score_test_captions(demo: Demo) -> str:
             run=job.run.uri,
         )
     )
-    rows = _test_rows(demo)
+    table = read_parts(demo.captions, ["image_id", "caption"])
+    captions = dict(zip(table["image_id"].to_pylist(), table["caption"].to_pylist(), strict=True))
+    rows = [{**row, "caption": captions[row["image_id"]]} for row in _test_images(demo)]
     attributes = score_captions(
         [row["image"] for row in rows], [row["caption"] for row in rows], [row["captions"] for row in rows]
     )
-    whole_scene = attributes.pop("whole_scene")
     text = json.dumps(attributes, indent=1).encode() + b"\n"
     (demo.storage / "scores" / job.recipe_name).write(f"{job.options.name}-attributes.json", text)
-    scores = demo.facts["caption scores"] = attributes | {"bleu4": bleu["bleu4"]}
-    demo.failures += failures(attributes)
-    print("\n".join(_lines(scores)), flush=True)
-    best = f"{_said(demo, job)}; weights of step {demo.facts[job.recipe_name]['best_step']:,}, the best on validation."
+    scores = attributes | {"bleu4": bleu["bleu4"]}
+    demo.results.append(f"{attributes['all']['fraction_correct']:.1%} of the attributes that captions name")
+    demo.failures += caption_failures(attributes)
+    print(*in_words(scores), sep="\n")
+    print(
+        f"attributes named: {scores['named_per_caption']:.2f} a caption (true captions "
+        f"{scores['named_per_reference']:.2f}); BLEU-4 {scores['bleu4']:.1f}",
+        flush=True,
+    )
+    best = f"{demo.said(job)}; weights of step {demo.facts[job.recipe_name]['best_step']:,}, the best on validation."
     demo.sections += [
+        demo_page.captioned_pictures(rows[:NUM_CAPTIONED]),
         demo_page.caption_scores(scores),
-        demo_page.captioned_pictures(rows, whole_scene),
-        demo_page.training(
-            "Training of the captioner",
-            job.run,
-            best,
-            [
-                ("Loss (nats a word)", {"training": "loss", "validation": "validation_loss"}),
-                ("Words predicted right", {"training": "correct", "validation": "validation_correct"}),
-                ("Learning rate", {"learning rate": "lr"}),
-            ],
-            "Not all words can be known: five captions of an image word it differently, so the loss stays above 0.",
-        ),
+        demo_page.captioner_training(job.run, best),
     ]
     return (
         f"{attributes['all']['fraction_correct']:.1%} of {sum(attributes['all']['named'].values()):,} attributes right"
     )
 
 
-def _test_rows(demo: Demo) -> list[dict[str, Any]]:
-    """Image, references and caption of every image of the test split."""
-    table = read_parts(demo.captions, ["image_id", "caption"])
-    captions = dict(zip(table["image_id"].to_pylist(), table["caption"].to_pylist(), strict=True))
+def _test_images(demo: Demo) -> list[dict[str, Any]]:
+    """image_id, image and true captions of every image of the test split."""
     images = read_prepared(demo.storage.uri, SHAPES, ["image_id", "image", "captions", "split"])
-    rows = images.filter(pc.field("split") == SPLIT).drop_columns("split").to_pylist()
-    return [{**row, "caption": captions[row["image_id"]]} for row in rows]
-
-
-def failures(attributes: dict[str, Any]) -> list[str]:
-    """What is too low in the oracle's scores, a line each; empty where all is well."""
-    lines = []
-    correct, named = attributes["all"]["fraction_correct"], attributes["named_per_caption"]
-    if correct < MIN_CORRECT:
-        lines.append(f"{correct:.1%} of the attributes that the captions name are right; {MIN_CORRECT:.0%} are needed")
-    needed = MIN_NAMED * attributes["named_per_reference"]
-    if named < needed:
-        lines.append(
-            f"the captions name {named:.2f} attributes each; {needed:.2f} are needed, "
-            f"{MIN_NAMED:.0%} of the {attributes['named_per_reference']:.2f} of true captions"
-        )
-    return lines
-
-
-def _right(scores: dict[str, Any]) -> list[str]:
-    return [
-        f"attributes right: {scores['all']['fraction_correct']:.1%} (chance "
-        f"{scores['shuffled']['fraction_correct']:.1%}); seen pairs {scores['seen']['fraction_correct']:.1%}, "
-        f"pairs never seen in training {scores['held_out']['fraction_correct']:.1%}",
-        f"whole scenes right: {scores['all']['whole_scene']:.1%} (chance {scores['shuffled']['whole_scene']:.1%})",
-    ]
-
-
-def _lines(scores: dict[str, Any]) -> list[str]:
-    return [
-        *_right(scores),
-        f"attributes named: {scores['named_per_caption']:.2f} a caption (true captions "
-        f"{scores['named_per_reference']:.2f}); BLEU-4 {scores['bleu4']:.1f}",
-    ]
-
-
-def _remove_other(out: Storage, wanted: dict[str, Any], parts: str = PARTS) -> None:
-    """Remove what was made with other settings than `wanted`: the demo makes it anew."""
-    plan = read_plan(out, parts)
-    if plan is None:
-        return
-    changes = difference(wanted, {name: plan["settings"].get(name) for name in wanted})
-    if changes:
-        print(f"{out} has other settings ({'; '.join(changes[:3])}): made anew", flush=True)
-        remove_sweep(out, parts)
+    return images.filter(pc.field("split") == SPLIT).drop_columns("split").to_pylist()  # type: ignore[no-any-return]
 
 
 def train_autoencoder(demo: Demo) -> str:
     job = demo.vqvae
-    said = _trained(demo, job, train_vqvae.train, demo.sweep, MANIFEST)
-    demo.facts["vqvae_fingerprint"] = open_autoencoder(job.run.uri).load().fingerprint()
-    return said
+    made_of = {"dataset_fingerprint": demo.facts["data"]["fingerprint"]}
+    demo.facts[job.recipe_name] = keep_or_train(job, train_vqvae.train, made_of, demo.sweep, MANIFEST)
+    autoencoder = open_autoencoder(job.run.uri).load()
+    demo.facts["vqvae_fingerprint"] = autoencoder.fingerprint()
+    rows = _test_images(demo)
+    pixels = np.stack(
+        [resize_image(decode_image(row["image"], name=row["image_id"]), autoencoder.image_size) for row in rows]
+    )
+    made = np.concatenate(
+        [
+            to_pixels(autoencoder.decode_codes(autoencoder.codes(some))).numpy()
+            for some in np.array_split(pixels, -(-len(pixels) // _IMAGES_AT_ONCE))
+        ]
+    )
+    captions = [row["captions"][0] for row in rows]
+    kept = sum((judge_text(*each).score for each in zip(made, captions, strict=True)), start=AttributeScore())
+    height, width = autoencoder.code_shape
+    shown = slice(NUM_RECONSTRUCTED)
+    demo.sections += [
+        demo_page.reconstructions(
+            pixels[shown],
+            made[shown],
+            captions[shown],
+            f"The VQ-VAE makes {height} x {width} codes of an image, each one of {autoencoder.num_codes:,}. Left the "
+            f"original, right what its codes keep: {kept.fraction_correct:.1%} of the attributes of the test images.",
+        ),
+        demo_page.vqvae_training(job.run, demo.said(job)),
+    ]
+    return demo.said(job)
 
 
 def train_generator(demo: Demo) -> str:
-    return _trained(demo, demo.ldm, train_ldm.train, demo.sweep, MANIFEST)
+    job = demo.ldm
+    made_of = {
+        "dataset_fingerprint": demo.facts["data"]["fingerprint"],
+        "vqvae_fingerprint": demo.facts["vqvae_fingerprint"],
+    }
+    demo.facts[job.recipe_name] = keep_or_train(job, train_ldm.train, made_of, demo.sweep, MANIFEST)
+    demo.sections.append(demo_page.generator_training(job.run, demo.said(job)))
+    return demo.said(job)
 
 
 def generate_images(demo: Demo) -> str:
     settings = demo.settings
     count = min(settings.num_generated, settings.shapes.num_test)
     wanted = {"count": count, "steps": settings.steps, "guidance": settings.guidance, "sampler": SAMPLER}
-    _remove_other(demo.sweep, wanted, MANIFEST)
+    remove_other(demo.sweep, wanted, MANIFEST)
     facts = generate(
         GenerateSettings(
             run=demo.ldm.run.uri,
@@ -369,38 +319,17 @@ def score_images(demo: Demo) -> str:
     """The oracle's word on what the prompts name; shown and not demanded of a training this short."""
     job, facts = demo.ldm, demo.facts["sweep"]
     scores = evaluate_images(ShapesScoreSettings(sweep=demo.sweep.uri, run=job.run.uri))
-    print("\n".join(_right(scores)), flush=True)
+    print(*in_words(scores), sep="\n", flush=True)
     manifest, _ = read_manifest(demo.sweep)
-    rows = manifest.slice(0, demo_page.NUM_PICTURES).to_pylist()
-    images, prompts = [demo.sweep.read(row["key"]) for row in rows], [row["prompt"] for row in rows]
-    pictures = [decode_image(image, name=row["key"]) for image, row in zip(images, rows, strict=True)]
-    whole_scene = [judge_text(image, text).whole_scene for image, text in zip(pictures, prompts, strict=True)]
-    demo.sections += [
+    rows = manifest.slice(0, NUM_GENERATED).to_pylist()
+    # What a visitor came for stands first.
+    demo.sections[:0] = [
+        demo_page.generated_pictures([demo.sweep.read(row["key"]) for row in rows], [row["prompt"] for row in rows]),
         demo_page.image_scores(
             scores,
-            f"{facts['num_images']:,} images of {facts['resolution']}², {facts['steps']} steps of {facts['sampler']}, "
-            f"guidance {facts['guidance']:g}: {facts['images_per_s']:.3g} images/s. The training is short on purpose; "
-            "python jobs/train_ldm.py trains the same variant to its end.",
-        ),
-        demo_page.generated_pictures(images, prompts, whole_scene),
-        demo_page.training(
-            "Training of the VQ-VAE",
-            demo.vqvae.run,
-            _said(demo, demo.vqvae),
-            [
-                ("Loss", {"training": "loss", "validation": "validation_loss"}),
-                ("Reconstruction (PSNR, dB)", {"training": "psnr", "validation": "validation_psnr"}),
-                ("Codes used (share)", {"a batch": "codes_used", "validation": "validation_codes_used"}),
-            ],
-        ),
-        demo_page.training(
-            "Training of the latent diffusion",
-            job.run,
-            _said(demo, job),
-            [
-                ("Loss", {"training": "loss", "validation": "validation_loss"}),
-                ("Learning rate", {"learning rate": "lr"}),
-            ],
+            f"{facts['num_images']:,} images of {facts['resolution']} x {facts['resolution']} pixels, {facts['steps']} "
+            f"steps of {facts['sampler']}, guidance {facts['guidance']:g}: {facts['images_per_s']:.3g} images/s.",
+            FULL_TRAINING,
         ),
     ]
     return f"{scores['all']['fraction_correct']:.1%} of {sum(scores['all']['named'].values()):,} attributes right"
@@ -422,13 +351,24 @@ STAGES: list[tuple[str, Callable[[Demo], str]]] = [
 
 
 def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
+    """The page. What is too low stands above everything else."""
     stages = table(("stage", "seconds now"), [(f"{name}: {work}", f"{spent:.1f}") for name, work, spent in seconds])
-    verdict = "; ".join(demo.failures) or "All scores are above what the demo demands."
+    if demo.failures:
+        verdict = paragraph(f"✗ Below what the demo demands: {'; '.join(demo.failures)}.", style="bad")
+    else:
+        verdict = paragraph(
+            f"✓ All that the demo demands is reached. Right are {' and '.join(demo.results)}.", style="good"
+        )
     when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     text = page(
         "From images to captions and from prompts to images, on Ray",
-        paragraph(verdict, style="bad" if demo.failures else "good"),
+        verdict,
         *demo.sections,
+        section(
+            "Serve it",
+            paragraph(f"In the folder of the repository; then open {SERVED_AT} and enter the key. Ctrl-C ends it."),
+            command(f"export KEY=$(openssl rand -hex 32); echo $KEY\n{serve_command(demo, '$KEY')}"),
+        ),
         section("How it was made", stages, paragraph(f"{when}, commit {source_commit()}", style="soft")),
     )
     demo.storage.write(PAGE, text.encode())
@@ -474,7 +414,8 @@ def serve_command(demo: Demo, key: str) -> str:
 def main() -> None:
     demo = run_demo(tyro.cli(DemoSettings, description=__doc__, prog="python jobs/demo.py"))
     if demo.failures:
-        sys.exit(f"error: {'; '.join(demo.failures)}")
+        print(f"error: {'; '.join(demo.failures)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,16 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .8rem; border-top: 
 p { max-width: 44rem; margin: .6rem 0; }
 .soft, figcaption small, th { color: var(--soft); font-weight: normal; }
 .good { color: var(--good); } .bad { color: var(--bad); }
+p.good, p.bad { padding: .5rem .8rem; border-left: .3rem solid; background: var(--card); }
+.heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .wide { overflow-x: auto; }
+pre { background: var(--card); border-radius: .5rem; padding: .8rem; font-size: .85rem; white-space: pre-wrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 1.2rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .charts figure { background: var(--card); border-radius: .5rem; padding: .8rem; }
-.gallery { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); }
+.gallery { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
 .gallery figure { background: var(--card); border-radius: .5rem; overflow: hidden; }
 .gallery img { display: block; width: 100%; image-rendering: pixelated; }
 .gallery figcaption { padding: .6rem .8rem .8rem; }
@@ -59,13 +62,27 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """The characters of a text from `start` to before `end`: right, or wrong; `instead` says what would be right."""
+
+    start: int
+    end: int
+    good: bool
+    instead: str = ""
+
+
+@dataclass(frozen=True)
 class Picture:
-    """One image of a gallery: encoded bytes, the text under it, smaller lines under that, and whether it is right."""
+    """One image of a gallery: encoded bytes, what they show, the text under it, and a smaller line under that."""
 
     image: bytes
+    alt: str
     text: str
-    notes: Sequence[str] = ()
+    marks: Sequence[Mark] = ()
+    """Parts of the text, in any order, that do not overlap."""
+    verdict: str = ""
     good: bool | None = None
+    """Whether the verdict is good news."""
 
 
 def escape(text: object) -> Html:
@@ -94,17 +111,40 @@ def data_uri(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
+def marked(text: str, marks: Sequence[Mark]) -> Html:
+    """Right words in green; wrong ones in red and struck out, with an arrow and what would be right behind them."""
+    parts: list[str] = []
+    at = 0
+    for mark in sorted(marks, key=lambda mark: mark.start):
+        assert mark.start >= at, "marks that overlap"
+        parts.append(escape(text[at : mark.start]))
+        words, at = escape(text[mark.start : mark.end]), mark.end
+        if mark.good:
+            parts.append(f'<span class="good">{words}</span>')
+        else:
+            # Not by colour alone; and who listens hears neither the line nor the arrow.
+            heard = f'<span class="heard"> (wrong{", it is" if mark.instead else ""})</span>'
+            instead = f'<span aria-hidden="true"> → </span>{escape(mark.instead)}' if mark.instead else ""
+            parts.append(f'<span class="bad"><s>{words}</s>{heard}{instead}</span>')
+    return Html("".join(parts) + escape(text[at:]))
+
+
 def gallery(pictures: Sequence[Picture]) -> Html:
     """A grid of images with what is written under them."""
     parts = []
     for picture in pictures:
         style = {True: ' class="good"', False: ' class="bad"', None: ""}[picture.good]
-        notes = "".join(f"<small>{escape(note)}</small>" for note in picture.notes)
+        verdict = f"<small{style}>{escape(picture.verdict)}</small>" if picture.verdict else ""
         parts.append(
-            f'<figure><img src="{data_uri(picture.image)}" alt="{escape(picture.text)}" loading="lazy">'
-            f"<figcaption><span{style}>{escape(picture.text)}</span>{notes}</figcaption></figure>"
+            f'<figure><img src="{data_uri(picture.image)}" alt="{escape(picture.alt)}" loading="lazy">'
+            f"<figcaption><span>{marked(picture.text, picture.marks)}</span>{verdict}</figcaption></figure>"
         )
     return Html(f'<div class="gallery">{"".join(parts)}</div>')
+
+
+def command(text: str) -> Html:
+    """Lines for a shell."""
+    return Html(f"<pre><code>{escape(text)}</code></pre>")
 
 
 def charts(*items: Html) -> Html:

@@ -1,70 +1,194 @@
 """The sections of the demo's page: what the scores, curves and images of each stage look like."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmcore.page import Html, Picture, Series, charts, gallery, line_chart, paragraph, section, table
+import numpy as np
+import numpy.typing as npt
+
+from mmcore.data.shapes_oracle import DetectedObject, JudgedText, detect_objects, judge_objects, parse_caption
+from mmcore.data.shapes_parser import Span
+from mmcore.images import decode_image, image_grid, png_bytes
+from mmcore.page import Html, Mark, Picture, Series, charts, gallery, line_chart, paragraph, section, table
 from mmcore.storage import Storage
 
-NUM_PICTURES = 24
+Pixels = npt.NDArray[np.uint8]
+
 # Points of a curve: a page of ten thousand would be slow to draw and look the same.
 _MAX_POINTS = 300
+_LEGEND = (
+    "Green words are right. A wrong one is struck out, and behind it stands what the image has in its place, if there "
+    "is anything. None of these was chosen by hand: they are the first."
+)
 
 
-def _percent(correct: int, named: int) -> str:
-    return f"{correct / named:.1%}" if named else "-"
+# -- images with what is said of them ------------------------------------------------------------------------------
 
 
-def _attribute_table(what: str, scores: dict[str, Any], chance: str) -> Html:
-    rows = [
-        ("all", scores["all"]),
-        ("colour and shape pairs seen in training", scores["seen"]),
-        ("with a pair never seen in training", scores["held_out"]),
-        *((f"{number} object{'s' * (number != '1')}", each) for number, each in scores["objects"].items()),
-        (f"chance: {chance}", scores["shuffled"]),
+def judged_picture(image: bytes, text: str, shown: Pixels | None = None) -> Picture:
+    """`image`, encoded, above `text`, whose words are judged by what is in it, or in the pixels `shown`."""
+    found = detect_objects(decode_image(image, name="image") if shown is None else shown)
+    judged = judge_objects(found, parse_caption(text))
+    return Picture(image, _seen(found), text, _marks(judged), _verdict(judged), judged.whole_scene)
+
+
+def _seen(found: Sequence[DetectedObject]) -> str:
+    """What the oracle sees, for who does not see the image."""
+    things = [f"a {it.size} {it.colour} {it.shape}" for it in found]
+    return f"an image with {', '.join(things) or 'no shapes'}"
+
+
+def _marks(judged: JudgedText) -> list[Mark]:
+    """A word may be said of several objects ("two red circles"): it is right if it is right of all."""
+    instead: dict[Span, list[str]] = {}
+    for each in judged.attributes:
+        instead.setdefault(each.span, []).extend([] if each.right else [each.found])
+    return [
+        Mark(*span, good=not wrong, instead=" or ".join(filter(None, dict.fromkeys(wrong))))
+        for span, wrong in instead.items()
     ]
-    return table(
-        (what, "number", "attributes right", "whole scenes right"),
+
+
+def _verdict(judged: JudgedText) -> str:
+    if judged.whole_scene:
+        return "✓ the whole scene is right"
+    more = judged.num_found - judged.num_named
+    number = f", {abs(more)} shape{'s' * (abs(more) > 1)} {'too many' if more > 0 else 'missing'}" if more else ""
+    return f"✗ {judged.score.num_correct} of {judged.score.num_named} right{number}"
+
+
+def captioned_pictures(rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Images with their captions, which are judged by them."""
+    pictures = [judged_picture(row["image"], row["caption"]) for row in rows]
+    return section("Images of the test split, and what the captioner says", paragraph(_LEGEND), gallery(pictures))
+
+
+def generated_pictures(images: Sequence[bytes], prompts: Sequence[str]) -> Html:
+    """Images above the prompts that they were made from."""
+    pictures = [judged_picture(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return section("Prompts, and the images made from them", paragraph(_LEGEND), gallery(pictures))
+
+
+def reconstructions(originals: Pixels, made: Pixels, captions: Sequence[str], said: str) -> Html:
+    """Images (N, H, W, 3) beside what their codes keep of them, judged by a true caption."""
+    pictures = [
+        judged_picture(png_bytes(image_grid(np.stack(pair), columns=2)), caption, shown=pair[1])
+        for *pair, caption in zip(originals, made, captions, strict=True)
+    ]
+    return section("Images as codes, and back", paragraph(said), gallery(pictures))
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _score_tables(scores: dict[str, Any], chance: str) -> Html:
+    """By kind of attribute, beside what the same texts score on each other's images; and by kind of scene."""
+    own, shuffled = scores["all"], scores["shuffled"]
+    kinds = [
+        (kind, f"{named:,}", _percent(own["correct"][kind], named), _percent(shuffled["correct"][kind], named))
+        for kind, named in own["named"].items()
+    ]
+    whole = [f"{each['whole_scene']:.1%}" for each in (own, shuffled)]
+    everything = [_percent(sum(each["correct"].values()), sum(each["named"].values())) for each in (own, shuffled)]
+    by_kind = table(
+        ("attribute", "named", "right", "by chance"),
         [
-            (name, f"{each['num_scenes']:,}", f"{each['fraction_correct']:.1%}", f"{each['whole_scene']:.1%}")
-            for name, each in rows
+            ("all", f"{sum(own['named'].values()):,}", *everything),
+            *kinds,
+            ("whole scene", f"{own['num_scenes']:,}", *whole),
         ],
     )
-
-
-def _kind_table(scores: dict[str, Any]) -> Html:
-    named, correct = scores["all"]["named"], scores["all"]["correct"]
-    rows = [(kind, f"{named[kind]:,}", _percent(correct[kind], named[kind])) for kind in named]
-    return table(("attribute", "named", "right"), rows)
+    by_scene = table(
+        ("scenes", "number", "attributes right", "whole scenes right"),
+        [
+            (name, f"{each['num_scenes']:,}", f"{each['fraction_correct']:.1%}", f"{each['whole_scene']:.1%}")
+            for name, each in [
+                ("colours and shapes paired as in training", scores["seen"]),
+                ("with a pair never seen in training", scores["held_out"]),
+                *((f"{number} shape{'s' * (number != '1')}", each) for number, each in scores["objects"].items()),
+            ]
+        ],
+    )
+    return Html(
+        by_kind
+        + paragraph(
+            f"By chance: {chance}. An attribute counts only on its own object. A scene is right as a whole if all that "
+            "is named is right, and no object is left out or made up.",
+            style="soft",
+        )
+        + by_scene
+    )
 
 
 def caption_scores(scores: dict[str, Any]) -> Html:
     """The oracle's word on the captions."""
     return section(
-        "Captions of the test split",
-        _attribute_table("images", scores, "each caption on another image"),
+        "Scores of the captions",
+        _score_tables(scores, "what the captions get on each other's images"),
         paragraph(
             f"A caption names {scores['named_per_caption']:.2f} attributes on average, a true one "
-            f"{scores['named_per_reference']:.2f}. BLEU-4 against five references: {scores['bleu4']:.1f}. "
-            "An attribute counts only on its own object; a scene is right as a whole if all that is named is right "
-            "and no object is left out or made up."
+            f"{scores['named_per_reference']:.2f}. BLEU-4 against five references: {scores['bleu4']:.1f}."
         ),
-        _kind_table(scores),
     )
 
 
-def image_scores(scores: dict[str, Any], said: str) -> Html:
+def image_scores(scores: dict[str, Any], *said: str) -> Html:
     """The oracle's word on generated images; `said` of how they were made."""
     return section(
-        "Images generated from the prompts of the test split",
-        _attribute_table("prompts", scores, "each prompt on another's image"),
-        paragraph(said),
-        _kind_table(scores),
+        "Scores of the images",
+        *map(paragraph, said),
+        _score_tables(scores, "what the prompts get on each other's images"),
     )
 
 
-def training(title: str, run: Storage, said: str, lines: Sequence[tuple[str, dict[str, str]]], note: str = "") -> Html:
+# -- trainings -----------------------------------------------------------------------------------------------------
+
+
+def captioner_training(run: Storage, said: str) -> Html:
+    return _training(
+        "Training of the captioner",
+        run,
+        said,
+        [
+            ("Loss (nats a word)", {"training": "loss", "validation": "validation_loss"}),
+            ("Words predicted right", {"training": "correct", "validation": "validation_correct"}),
+            ("Learning rate", {"learning rate": "lr"}),
+        ],
+        "Not all words can be known: five captions of an image word it differently, so the loss stays above 0.",
+    )
+
+
+def vqvae_training(run: Storage, said: str) -> Html:
+    return _training(
+        "Training of the VQ-VAE",
+        run,
+        said,
+        [
+            ("Loss", {"training": "loss", "validation": "validation_loss"}),
+            ("Reconstruction (PSNR, dB)", {"training": "psnr", "validation": "validation_psnr"}),
+            ("Codes used (share)", {"a batch": "codes_used", "validation": "validation_codes_used"}),
+        ],
+    )
+
+
+def generator_training(run: Storage, said: str) -> Html:
+    return _training(
+        "Training of the latent diffusion",
+        run,
+        said,
+        [
+            ("Loss", {"training": "loss", "validation": "validation_loss"}),
+            ("Learning rate", {"learning rate": "lr"}),
+        ],
+    )
+
+
+def _training(title: str, run: Storage, said: str, lines: Sequence[tuple[str, dict[str, str]]], note: str = "") -> Html:
     """Curves over the epochs. `lines`: of each chart its title, and of each line its legend and its name in
     metrics.jsonl."""
     history = [json.loads(line) for line in run.read("metrics.jsonl").decode().splitlines()]
@@ -81,31 +205,3 @@ def training(title: str, run: Storage, said: str, lines: Sequence[tuple[str, dic
         for chart, names in lines
     ]
     return section(title, paragraph(said), charts(*drawn), *([paragraph(note, style="soft")] if note else []))
-
-
-def captioned_pictures(rows: list[dict[str, Any]], whole_scene: list[bool]) -> Html:
-    """The first images with their captions."""
-    pictures = [
-        Picture(row["image"], row["caption"], [f"{'right' if right else 'not all right'} · {row['image_id']}"], right)
-        for row, right in zip(rows[:NUM_PICTURES], whole_scene, strict=False)
-    ]
-    return section(
-        "The first images of the test split",
-        paragraph("Green: the scene is right as a whole. None was chosen by hand.", style="soft"),
-        gallery(pictures),
-    )
-
-
-def generated_pictures(images: list[bytes], prompts: list[str], whole_scene: list[bool]) -> Html:
-    """The first generated images under which their prompts stand."""
-    pictures = [
-        Picture(image, prompt, ["right" if right else "not all right"], right)
-        for image, prompt, right in zip(images[:NUM_PICTURES], prompts, whole_scene, strict=False)
-    ]
-    return section(
-        "The first images of the sweep",
-        paragraph(
-            "Green: all that the prompt names is there and no object more. None was chosen by hand.", style="soft"
-        ),
-        gallery(pictures),
-    )

@@ -66,7 +66,7 @@ def score_captions(
         captions: the caption of each image.
         references: the true captions of each image.
     Returns: plain JSON values: those of `score_texts`, by the objects of the image; `named_per_caption`,
-        `named_per_reference`; `whole_scene` of each image as booleans.
+        `named_per_reference`.
     """
     if len(images) < 2:
         raise ValueError(f"{len(images)} images: at least 2 are needed, as chance is measured between them")
@@ -80,5 +80,4 @@ def score_captions(
     return result | {
         "named_per_caption": sum(score.num_named for score in scores) / len(scores),
         "named_per_reference": sum(score.num_named for score in true) / max(1, len(true)),
-        "whole_scene": [score.whole_scene == 1.0 for score in scores],
     }

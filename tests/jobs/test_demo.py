@@ -4,17 +4,21 @@ import json
 import re
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import numpy as np
 import pytest
 from job_output import own_lines
 from pyarrow.fs import FileSelector
 
-from jobs.demo import MIN_CORRECT, STAGES, failures
-from jobs.runtime.demo_page import captioned_pictures
+from jobs import demo
+from jobs.runtime.demo_demands import MIN_CAPTIONS_CORRECT, caption_failures
+from jobs.runtime.demo_page import captioned_pictures, judged_picture
+from mmcore.data.shapes import SIZES, SceneObject, render_scene
+from mmcore.images import png_bytes
+from mmcore.page import paragraph
 from mmcore.storage import Storage
 from mmcore.trained.captioner import open_captioner
 from mmcore.trained.generator import open_generator
@@ -45,32 +49,82 @@ def scores(correct: float, named: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("correct", "named", "expected"),
     [
-        (MIN_CORRECT, 4.0, []),
+        (MIN_CAPTIONS_CORRECT, 4.0, []),
         (0.95, 8.0, []),
-        (0.7999, 8.0, ["80.0% of the attributes that the captions name are right; 80% are needed"]),
+        (0.7999, 8.0, ["79.9% of the attributes that the captions name are right; 80% are needed"]),
         (1.0, 3.9, ["the captions name 3.90 attributes each; 4.00 are needed, 50% of the 8.00 of true captions"]),
     ],
 )
 def test_what_fails(correct: float, named: float, expected: list[str]) -> None:
-    assert failures(scores(correct, named)) == expected
+    assert caption_failures(scores(correct, named)) == expected
 
 
 def test_silence_fails_twice() -> None:
-    assert len(failures(scores(0.0, 0.0))) == 2
+    assert len(caption_failures(scores(0.0, 0.0))) == 2
+
+
+def scene(*looks: str) -> bytes:
+    """An image with such shapes from left to right."""
+    items = [
+        SceneObject(*look.split(), x=(number + 0.5) / len(looks), y=0.5, side=sum(SIZES[look.split()[0]]) / 2)
+        for number, look in enumerate(looks)
+    ]
+    return png_bytes(np.asarray(render_scene(tuple(items), 64)))
+
+
+@pytest.mark.parametrize(
+    ("looks", "wrong", "verdict"),
+    [
+        (["large red star", "small blue circle"], {}, "✓ the whole scene is right"),
+        (["large red circle", "small blue circle"], {"star": "circle"}, "✗ 6 of 7 right"),
+        (["small blue circle", "large red star"], {"left of": "right of"}, "✗ 6 of 7 right"),
+        (["large red star"], {"left of": "", "small": "", "blue": "", "circle": ""}, "✗ 3 of 7 right, 1 shape missing"),
+        (["large red star", "small blue circle", "small pink star"], {}, "✗ 7 of 7 right, 1 shape too many"),
+    ],
+)
+def test_a_picture_says_what_is_wrong(looks: list[str], wrong: dict[str, str], verdict: str) -> None:
+    text = "a large red star left of a small blue circle"
+    picture = judged_picture(scene(*looks), text)
+    assert {text[mark.start : mark.end]: mark.instead for mark in picture.marks if not mark.good} == wrong
+    assert (picture.verdict, picture.good) == (verdict, verdict.startswith("✓"))
+    # Largest first, as the oracle finds them.
+    assert picture.alt == f"an image with {', '.join(f'a {look}' for look in sorted(looks))}"
+
+
+def test_a_word_of_two_shapes_is_right_if_it_is_of_both() -> None:
+    marks = judged_picture(scene("large red circle", "large blue circle"), "two red circles").marks
+    assert [(mark.good, mark.instead) for mark in marks] == [(False, "blue"), (True, "")]
 
 
 def test_captions_are_no_markup() -> None:
-    row = {"image": b"\x89PNG", "image_id": "<i>", "caption": "<script>alert(1)</script>"}
-    html = captioned_pictures([row], [False])
+    html = captioned_pictures([{"image": scene("large red star"), "caption": "<script>alert(1)</script>"}])
     assert "<script" not in html
-    assert "<i>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_low_scores_are_the_first_thing_that_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_here: Callable[..., CompletedProcess[str]]
+) -> None:
+    def feed(fed: demo.Demo) -> str:
+        fed.sections.append(paragraph("a section"))
+        fed.failures += caption_failures(scores(0.5, 8.0))
+        return "fed"
+
+    monkeypatch.setattr(demo, "STAGES", [("feed", feed)])
+    done = call_here(demo.main, "--storage", tmp_path, check=False)
+    assert done.returncode == 1
+    line = "50.0% of the attributes that the captions name are right; 80% are needed"
+    assert f"error: {line}\n" in done.stderr
+    html = (tmp_path / "index.html").read_text()
+    assert 0 < html.index(line) < html.index("a section")
+    assert "✓" not in html
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     where: str,
+    call_job: Callable[..., CompletedProcess[str]],
     run_job: Callable[..., CompletedProcess[str]],
     shared_ray: dict[str, str],
     s3_server: str,
@@ -79,18 +133,17 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
 ) -> None:
     """In S3 it shows that all the jobs that the demo calls work there."""
     storage = Storage(s3_server if where == "s3" else str(tmp_path)) / "a demo"
-    demo = partial(run_job, "jobs/demo.py", "--storage", storage, *TINY, check=False, timeout_s=TIMEOUT_S)
-    first = demo(env=shared_ray)
+    first = call_job(demo.main, "--storage", storage, *TINY, check=False)
     assert first.returncode == 1, first.stderr
     # Not a crash: one line that says what is too low, after everything was made.
     assert re.search(
         r"^error: .*% of the attributes that the captions name are right; 80% are needed", first.stderr, re.M
     )
     assert not any("Traceback" in line for line in own_lines(first.stderr)), first.stderr
-    for number, (title, _) in enumerate(STAGES, start=1):
-        assert f"== {number}/{len(STAGES)} {title}" in first.stdout
+    for number, (title, _) in enumerate(demo.STAGES, start=1):
+        assert f"== {number}/{len(demo.STAGES)} {title}" in first.stdout
     html = storage.read("index.html").decode()
-    assert html.count("<img ") == 12 + 12
+    assert html.count("<img ") == 12 + 12 + demo.NUM_RECONSTRUCTED
     # Loss and accuracy twice each, rate; loss, PSNR and codes twice each; loss twice, rate.
     assert html.count("<polyline ") == 5 + 6 + 3
     assert "are needed" in html
@@ -112,7 +165,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     made = kept_files(storage)
     assert len(made) > 20
 
-    second = demo(env=shared_ray)
+    second = run_job("jobs/demo.py", "--storage", storage, *TINY, env=shared_ray, check=False, timeout_s=TIMEOUT_S)
     assert second.returncode == 1, "low scores stay a failure when nothing is done anew"
     assert second.stdout.count("kept") == 4
     assert "Ray: " not in second.stderr, "finished stages need no Ray"

@@ -12,10 +12,10 @@ import tiny_sweep
 from kills import TIMEOUT_S
 from tiny_sweep import NUM
 
-import jobs.demo
 import jobs.runtime.sweep
 import jobs.runtime.watchdog
 from jobs.runtime.blocks import Blocks
+from jobs.runtime.demo_keeping import remove_other
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.watchdog import Watchdog
 from mmcore.errors import InputError
@@ -76,7 +76,7 @@ def test_a_removal_that_is_killed_leaves_no_block_that_lies(sweep, tmp_path, mon
             for name in ("delete", "delete_tree"):
                 patch.setattr(Storage, name, counted(getattr(Storage, name)))
             try:
-                jobs.demo._remove_other(Storage(str(tmp_path / "out")), {"steps": 99}, "manifest")
+                remove_other(Storage(str(tmp_path / "out")), {"steps": 99}, "manifest")
             except KeyboardInterrupt:
                 return True
         return False

@@ -9,12 +9,15 @@ from html.parser import HTMLParser
 import pytest
 
 from mmcore.page import (
+    Mark,
     Picture,
     Series,
     charts,
+    command,
     data_uri,
     gallery,
     line_chart,
+    marked,
     number,
     page,
     paragraph,
@@ -69,7 +72,10 @@ def everything(text: str) -> str:
             text,
             table([text, text], [[text, text]]),
             charts(chart),
-            gallery([Picture(PNG, text, [text], True), Picture(PNG, text)]),
+            command(text),
+            gallery(
+                [Picture(PNG, text, text, [Mark(0, len(text), False, text)], text, True), Picture(PNG, text, text)]
+            ),
         ),
     )
 
@@ -80,6 +86,14 @@ def test_text_stays_text_everywhere() -> None:
     assert set(hostile.attributes) == set(plain.attributes)
     assert hostile.texts.count(HOSTILE) == plain.texts.count("harmless")
     assert hostile.attributes["alt"] == [HOSTILE, HOSTILE]
+
+
+def test_marks_are_seen_and_heard_without_colours() -> None:
+    text = "a red star"
+    html = marked(text, [Mark(6, 10, False, "circle"), Mark(2, 5, True)])
+    assert html.startswith('a <span class="good">red</span> <span class="bad"><s>star</s>')
+    assert "".join(Reader(html).texts) == "a red star (wrong, it is) → circle"
+    assert "".join(Reader(marked(text, [Mark(2, 5, False)])).texts) == "a red (wrong) star"
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
