@@ -6,7 +6,7 @@ import re
 
 from mmcore.data.shapes import SPLITS, clear_relation, make_scene, render_scene
 from mmcore.data.shapes_captions import exhaustive_caption, scene_captions
-from mmcore.data.shapes_oracle import score_prompt
+from mmcore.data.shapes_oracle import judge_text
 from mmcore.data.shapes_parser import parse_caption
 
 
@@ -37,7 +37,7 @@ def test_an_exhaustive_caption_names_everything_and_is_true() -> None:
         assert told == [[a, b] for a, b in pairs if clear_relation(found[a], found[b])], caption
         for each in parsed.relations:
             assert clear_relation(found[each.first], found[each.second]) == each.relation, caption
-        score = score_prompt(render_scene(scene, 64), caption)
+        score = judge_text(render_scene(scene, 64), caption).score
         assert score.num_correct == score.num_named, caption
         used |= set(re.findall(r"\w+|[,:]", caption))
         openings.add(" ".join(caption.split()[:2]))
