@@ -42,7 +42,7 @@ from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.huggingface import looks_like_hub_name
 from mmcore.data.photos import SPLIT_COLUMNS, photo_row
-from mmcore.data.shapes import SPLITS, ShapesSettings
+from mmcore.data.shapes import MAX_OBJECTS, SPLITS, ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
 from mmcore.errors import InputError
@@ -108,7 +108,9 @@ class PrepareSettings:
     def identity(self) -> dict[str, Any]:
         """What the content of the dataset depends on; kept in _SUCCESS and compared by the next run."""
         if self.dataset == SHAPES:
-            return dataclasses.asdict(self.shapes)
+            said = dataclasses.asdict(self.shapes)
+            # As data says it that is older than this setting.
+            return {name: value for name, value in said.items() if (name, value) != ("max_objects", MAX_OBJECTS)}
         assert self.source is not None
         path = Path(self.source).expanduser()
         is_name = looks_like_hub_name(self.source) and not path.exists()

@@ -109,6 +109,7 @@ def shapes_table(settings: ShapesSettings) -> CaptionTable:
     indices = [(split, index) for split in SPLITS for index in range(settings.num_images(split))]
     ids = [f"shapes-{split}-{index:06d}" for split, index in indices]
     captions = [
-        scene_captions(settings.seed, split, index, make_scene(settings.seed, split, index)) for split, index in indices
+        scene_captions(settings.seed, split, index, make_scene(settings.seed, split, index, settings.max_objects))
+        for split, index in indices
     ]
     return CaptionTable(ids, [f"{image_id}.png" for image_id in ids], captions, [split for split, _ in indices], {})

@@ -10,8 +10,9 @@ They need no download and every word of a caption (shapes_captions.py) can be ch
   the resolution: the same (seed, split, index) is the same scene at every image size.
 * A scene is drawn from (seed, split, index) alone, never from its neighbours or from how many there are.
 * Six colour x shape pairs, ``HELD_OUT_PAIRS``, occur in the test split only; every colour and every shape is
-  still seen in training. Each run of six images holds 1, 2, 3, 1, 2, 3 objects. In the test split exactly one
-  object in each of the first three has a held-out pair: half of all scenes, equally for each number.
+  still seen in training. Each run of six images holds 1, 2, 3, 1, 2, 3 objects (of four 1, 2, 1, 2 where two are
+  the most). In the test split exactly one object in each of the first half of them has a held-out pair: half of all
+  scenes, equally for each number.
 """
 
 import functools
@@ -57,6 +58,7 @@ HELD_OUT_PAIRS = frozenset(
 SEEN_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT_PAIRS)
 
 MIN_IMAGE_SIZE = 32
+MAX_OBJECTS = 3
 MARGIN = 0.03  # between a shape and the edge of the image
 GAP = 0.06  # between the bounding boxes of two shapes, two pixels at an image size of 32
 # What may be named is clear by these margins; the oracle draws its lines halfway (shapes_oracle.py).
@@ -75,11 +77,13 @@ class ShapesSettings:
     num_validation: int = 200
     """Number of validation images, with the same colour and shape pairs as training."""
     num_test: int = 300
-    """Number of test images: equal parts of 1, 2 and 3 objects, half with a pair never seen in training."""
+    """Number of test images: equal parts by their number of objects, half with a pair never seen in training."""
     image_size: int = 64
     """Side of the square images in pixels, at least 32."""
     seed: int = 0
     """Seed of the scenes and of their captions."""
+    max_objects: int = MAX_OBJECTS
+    """Most objects of a scene, from 1 to 3."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation", "num_test"):
@@ -87,6 +91,8 @@ class ShapesSettings:
                 raise InputError(f"shapes: {name} is {getattr(self, name)}; give 0 or more")
         if self.image_size < MIN_IMAGE_SIZE:
             raise InputError(f"shapes: image_size is {self.image_size}; give at least {MIN_IMAGE_SIZE}")
+        if not 1 <= self.max_objects <= MAX_OBJECTS:
+            raise InputError(f"shapes: max_objects is {self.max_objects}; give 1 to {MAX_OBJECTS}")
 
     def num_images(self, split: str) -> int:
         """Number of images of ``split``; ValueError if there is no such split."""
@@ -174,11 +180,11 @@ def _place(rng: random.Random, looks: list[tuple[str, str, str]]) -> tuple[Scene
             return scene
 
 
-def make_scene(seed: int, split: str, index: int) -> tuple[SceneObject, ...]:
-    """The 1 to 3 objects of a scene. No two share both colour and shape, so each can be named apart."""
+def make_scene(seed: int, split: str, index: int, max_objects: int = MAX_OBJECTS) -> tuple[SceneObject, ...]:
+    """The 1 to `max_objects` objects of a scene. No two share both colour and shape, so each can be named apart."""
     rng = scene_random(seed, split, index)
-    num_objects = 1 + index % 3
-    if split == "test" and index % 6 < 3:
+    num_objects = 1 + index % max_objects
+    if split == "test" and index % (2 * max_objects) < max_objects:
         pairs = [rng.choice(sorted(HELD_OUT_PAIRS)), *rng.sample(SEEN_PAIRS, num_objects - 1)]
         rng.shuffle(pairs)
     else:

@@ -48,7 +48,7 @@ __all__ = [
 FloatArray = npt.NDArray[np.float32]
 
 KINDS = ("colour", "shape", "size", "position", "relation", "count")
-MAX_OBJECTS = 5  # a scene has at most 3; more than this many take part in no assignment, and so score nothing
+_MAX_ASSIGNED = 5  # a scene has at most 3; more than this many take part in no assignment, and so score nothing
 
 # Halfway between what the scenes of shapes.py may hold, as a fraction of the image side.
 LARGE_FROM = 0.315  # side of the bounding box: small is up to 0.26, large from 0.37
@@ -336,7 +336,7 @@ def judge_objects(found: list[DetectedObject], parsed: ParsedCaption) -> JudgedT
 
 def _meant_objects(found: list[DetectedObject], parsed: ParsedCaption) -> list[DetectedObject | None]:
     """Of each object that a text names the one in the image that it means, each at most once."""
-    objects, candidates = parsed.objects[:MAX_OBJECTS], found[:MAX_OBJECTS]
+    objects, candidates = parsed.objects[:_MAX_ASSIGNED], found[:_MAX_ASSIGNED]
     # Each named object on each detected one, and, past the last of those, on none.
     nobody = [0] * (len(objects) - len(candidates))
     looks = [

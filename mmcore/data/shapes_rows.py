@@ -16,7 +16,7 @@ def shapes_row(settings: ShapesSettings, split: str, index: int) -> dict[str, An
     num_images = settings.num_images(split)
     if not 0 <= index < num_images:
         raise IndexError(f"shapes has {num_images} {split} images, no index {index}")
-    scene = make_scene(settings.seed, split, index)
+    scene = make_scene(settings.seed, split, index, settings.max_objects)
     encoded = io.BytesIO()
     render_scene(scene, settings.image_size).save(encoded, "PNG")
     image_id = f"shapes-{split}-{index:06d}"

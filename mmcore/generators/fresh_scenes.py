@@ -60,7 +60,8 @@ class FreshScenes:
 
     def batch(self, indices: Sequence[int], draws: Sequence[Draw]) -> Batch:
         """`codes` int64 (B, L) and `input_ids` (B, T) of the scenes `indices`, which nothing mirrors."""
-        scenes = [make_scene(self.settings.seed, TRAIN, index) for index in indices]
+        settings = self.settings
+        scenes = [make_scene(settings.seed, TRAIN, index, settings.max_objects) for index in indices]
         texts = [self._text(*each) for each in zip(indices, scenes, draws, strict=True)]
         return {"codes": self._codes(scenes).flatten(1), "input_ids": self.tokenizer(texts)[0]}
 

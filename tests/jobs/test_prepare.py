@@ -226,6 +226,11 @@ def test_finished_is_kept_refused_or_made_anew(
     assert read(tmp_path, "shapes") == list(shapes_rows(other))
 
 
+def test_a_setting_that_older_data_does_not_know_is_told_where_it_is_not_what_that_has() -> None:
+    assert "max_objects" not in PrepareSettings().identity()
+    assert PrepareSettings(shapes=ShapesSettings(max_objects=2)).identity()["max_objects"] == 2
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_without_success_it_is_no_dataset_and_is_redone(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -20,7 +20,7 @@ from mmcore.generators.prompt_rows import PromptIds
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
-SHAPES = ShapesSettings(num_train=40, num_validation=8, num_test=4, image_size=64, seed=3)
+SHAPES = ShapesSettings(num_train=40, num_validation=8, num_test=4, image_size=64, seed=3, max_objects=2)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_each_epoch_goes_on_with_scenes_that_none_before_had(
     for epoch in (0, 2):
         batch = rows.train_batch(np.array([5, 39]), epoch)
         for row, number in enumerate((40 * epoch + 5, 40 * epoch + 39)):
-            scene = make_scene(3, "train", number)
+            scene = make_scene(3, "train", number, 2)
             image = np.array(render_scene(scene, 64).resize((32, 32), Image.Resampling.BICUBIC))
             assert torch.equal(batch["codes"][row], autoencoder.codes(np.stack([image] * 8))[0].flatten())
             captions = tokenizer(scene_captions(3, "train", number, scene))[0]
@@ -152,7 +152,7 @@ def test_a_share_of_the_captions_is_exhaustive(
 ) -> None:
     rows = fresh_rows(table, tokenizer, autoencoder, exhaustive=share, drop_text=0.2)
     got = words(rows.train_batch(np.arange(40), 1), tokenizer)
-    full = [exhaustive_caption(3, "train", 40 + row, make_scene(3, "train", 40 + row)) for row in range(40)]
+    full = [exhaustive_caption(3, "train", 40 + row, make_scene(3, "train", 40 + row, 2)) for row in range(40)]
     expected = words({"input_ids": tokenizer(full)[0]}, tokenizer)
     with_text = [row for row in range(40) if got[row]]
     assert 20 <= len(with_text) < 40

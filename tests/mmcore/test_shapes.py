@@ -21,6 +21,7 @@ from mmcore.data.shapes import (
     make_scene,
     render_scene,
 )
+from mmcore.data.shapes_parser import parse_caption
 from mmcore.data.shapes_rows import shapes_row, shapes_rows
 from mmcore.errors import InputError
 
@@ -108,6 +109,17 @@ def test_test_split_has_equal_parts_and_held_out_pairs_in_half() -> None:
     assert set(pairs("test", 300)) >= HELD_OUT_PAIRS
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_scenes_of_fewer_objects_are_as_evenly_made(most: int) -> None:
+    settings = dataclasses.replace(SETTINGS, max_objects=most)
+    captions = [shapes_row(settings, "test", index)["captions"] for index in range(12)]
+    parsed = [parse_caption(texts[0]).objects for texts in captions]
+    number = Counter(
+        (len(objects), sum((item.colour, item.shape) in HELD_OUT_PAIRS for item in objects)) for objects in parsed
+    )
+    assert number == {(count, held_out): 6 // most for count in range(1, most + 1) for held_out in (0, 1)}
+
+
 def test_scenes_use_everything_and_nothing_overlaps() -> None:
     sizes: Counter[str] = Counter()
     alone: Counter[str | None] = Counter()
@@ -154,6 +166,8 @@ def test_bad_settings_are_named() -> None:
         ShapesSettings(image_size=16)
     with pytest.raises(InputError, match="num_test is -1"):
         ShapesSettings(num_test=-1)
+    with pytest.raises(InputError, match="max_objects is 4; give 1 to 3"):
+        ShapesSettings(max_objects=4)
     with pytest.raises(ValueError, match="'dev'"):
         shapes_row(SETTINGS, "dev", 0)
     with pytest.raises(IndexError, match="12 test images, no index 12"):
