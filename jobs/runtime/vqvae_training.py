@@ -21,7 +21,8 @@ from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder, sha256_of
 from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.perceptual import PerceptualDistance
-from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining, bicubic_psnr
+from mmcore.generators.psnr import bicubic_psnr
+from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETraining
 from mmcore.images import image_grid
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage

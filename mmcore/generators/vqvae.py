@@ -12,16 +12,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
 from mmcore.generators.discriminator import PatchDiscriminator, fooling_loss, telling_loss
 from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
+from mmcore.generators.psnr import psnr
 from mmcore.generators.quantizer import Quantizer, codebook_use
 from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
@@ -33,8 +32,6 @@ LPIPS_NAME = "lpips"
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 # What the encoder's last convolution gives has a standard deviation of about a third.
 _LATENT_GAIN = 3.0
-# A perfect reconstruction counts as one of 100 dB.
-_MIN_SQUARED_ERROR = 1e-10
 
 
 def _flag(field: str) -> str:
@@ -409,22 +406,6 @@ def patch_encoder(num_channels: int, patch_size: int, width: int, out_channels: 
     )
 
 
-def psnr(x_B3PP: Tensor, y_B3PP: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]; what `y` has beyond that is clipped first."""
-    error_B = (x_B3PP - y_B3PP.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
-    return -10 * error_B.clamp_min(_MIN_SQUARED_ERROR).log10()
-
-
-def bicubic_psnr(pixels_BPP3: np.ndarray, factor: int) -> float:
-    """Mean PSNR in dB of images that are only made smaller by `factor` and larger again: what a VQ-VAE has to beat."""
-    side, total = pixels_BPP3.shape[1], 0.0
-    for pixels in pixels_BPP3:
-        small = Image.fromarray(pixels).resize((side // factor, side // factor), Image.Resampling.BICUBIC)
-        made = np.array(small.resize((side, side), Image.Resampling.BICUBIC))
-        total += psnr(*(to_network(torch.from_numpy(each[None])) for each in (pixels, made))).item()
-    return total / len(pixels_BPP3)
-
-
 _REPORT = VQVAERecipe()
 _BEST = dataclasses.replace(
     _REPORT,
@@ -469,6 +450,18 @@ _SHAPES = dataclasses.replace(
     channels=(16, 32, 64),
     train=dataclasses.replace(_BEST.train, num_epochs=1, lr=3e-3, warmup_steps=100),
 )
+# For a Transformer, which guesses codes: few an image, and an even background always the same one (68 % of all).
+# 64,000 images, in 300 s of one thread, give 33.9 dB; the oracle finds 99.5 % of the attributes of unseen scenes. 2,048
+# codes in batches of 8: 98.1 %. The codes of convolutions are harder to guess: after 32,000 images a Transformer of
+# 5.5 M had a loss of 4.7 nats a code (32² pixels), and on these of 1.1.
+_SHAPES_CODES = dataclasses.replace(
+    _SHAPES,
+    encoder="patches",
+    patch_size=4,
+    latent_channels=8,
+    channels=(64, 128),
+    train=dataclasses.replace(_SHAPES.train, num_epochs=8, max_steps=4000, batch_size=16),
+)
 _SMOKE = dataclasses.replace(
     _SHAPES,
     image_size=32,
@@ -480,4 +473,10 @@ _SMOKE = dataclasses.replace(
     discriminator_from_step=10,
     train=dataclasses.replace(_SHAPES.train, num_epochs=1, max_steps=20, warmup_steps=5),
 )
-VARIANTS: dict[str, VQVAERecipe] = {"report": _REPORT, "best": _BEST, "shapes": _SHAPES, "smoke": _SMOKE}
+VARIANTS: dict[str, VQVAERecipe] = {
+    "report": _REPORT,
+    "best": _BEST,
+    "shapes": _SHAPES,
+    "shapes-codes": _SHAPES_CODES,
+    "smoke": _SMOKE,
+}

@@ -30,7 +30,8 @@ from jobs.runtime.vqvae_training import default_job, with_absolute_paths
 from jobs.train_vqvae import main
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network, to_pixels
-from mmcore.generators.vqvae import VARIANTS, psnr
+from mmcore.generators.psnr import psnr
+from mmcore.generators.vqvae import VARIANTS
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 

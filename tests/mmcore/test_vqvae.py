@@ -19,7 +19,8 @@ from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.errors import InputError
 from mmcore.generators.facts import VQVAEFacts
-from mmcore.generators.vqvae import VARIANTS, VQVAE, VQVAERecipe, VQVAETraining, bicubic_psnr, psnr
+from mmcore.generators.psnr import bicubic_psnr, psnr
+from mmcore.generators.vqvae import VARIANTS, VQVAE, VQVAERecipe, VQVAETraining
 from mmcore.recipe import recipe_from_json, recipe_to_json
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
