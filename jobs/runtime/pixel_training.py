@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from jobs.runtime.diffusion_training import Samples, diffusion_setup, train_diffusion
+from jobs.runtime.diffusion_training import check_sampling, describe, diffusion_setup
 from jobs.runtime.features import cached_pixels
+from jobs.runtime.generator_training import GeneratorKind, train_generator
 from jobs.runtime.job import Job
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
@@ -16,7 +17,8 @@ from mmcore.generators.facts import DiffusionFacts
 
 def train_pixel_diffusion(job: Job[Any]) -> RunSummary:
     """Make what is missing (Shapes, pixels, the frozen encoder's hidden states), then train. Returns the summary."""
-    return train_diffusion(job, Samples(_facts, _encode, _columns, diffusion_setup))
+    kind = GeneratorKind(_facts, describe, _encode, _columns, diffusion_setup, check=check_sampling)
+    return train_generator(job, kind)
 
 
 def _facts(job: Job[Any], inputs: TextInputs) -> DiffusionFacts:

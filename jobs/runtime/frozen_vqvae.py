@@ -1,0 +1,99 @@
+"""The frozen VQ-VAE that a generator is trained on: named by the job, or trained first; on a worker always that one."""
+
+import dataclasses
+from typing import Any
+
+from jobs.runtime.job import Job
+from jobs.runtime.vqvae_training import default_job, train_vqvae
+from mmcore.errors import InputError
+from mmcore.generators.facts import VQVAEFacts
+from mmcore.generators.vqvae import VQVAERecipe
+from mmcore.recipe import difference, recipe_to_json
+from mmcore.run_files import VQVAE_ASSET, read_begun
+from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
+
+# -- on the driver; the job's recipe has a field `vqvae` -----------------------------------------------------------
+
+
+def vqvae_job(job: Job[Any]) -> Job[VQVAERecipe]:
+    """The training of the VQ-VAE that belongs to `job` where it names none: same variant, name, data and machines.
+
+    Raises InputError for a variant whose VQ-VAE needs weights that this job does not ask for.
+    """
+    own = default_job(job.storage, job.options.name, job.variant, job.options)
+    if own.recipe.perceptual is not None:
+        raise InputError(
+            f"--vqvae is missing: the VQ-VAE of `{job.variant}` is trained with a perceptual loss whose weights are "
+            f"files of yours; run `python jobs/train_vqvae.py --variant {job.variant} --storage {job.storage} ...` "
+            "first, and name its run"
+        )
+    recipe = dataclasses.replace(own.recipe, dataset=job.recipe.dataset, split=job.recipe.split)
+    return dataclasses.replace(own, recipe=recipe)
+
+
+def vqvae_recipe(job: Job[Any]) -> VQVAERecipe:
+    """The settings of the VQ-VAE that `job` names, or else of its own, which may be yet to be trained."""
+    return vqvae_job(job).recipe if job.recipe.vqvae is None else open_autoencoder(job.recipe.vqvae).recipe
+
+
+def reads_vqvae(job: Job[Any]) -> str:
+    """What is read of it, for a dry run."""
+    return job.recipe.vqvae or f"{vqvae_job(job).run} (trained first where missing)"
+
+
+def ensure_vqvae(job: Job[Any]) -> Storage:
+    """The run of the VQ-VAE: the one that `job` names, or else its own, trained now unless it is finished.
+
+    Raises InputError where its own is finished with other settings.
+    """
+    if job.recipe.vqvae is not None:
+        return Storage(job.recipe.vqvae)
+    own = vqvae_job(job)
+    if not own.run.exists("_SUCCESS"):
+        print(f"no --vqvae given: training {own.run} first", flush=True)
+        try:
+            train_vqvae(own)
+        except InputError as error:
+            # The flags that would mend it are those of the other job.
+            raise InputError(
+                f"the VQ-VAE {own.run}: {error} (train it with jobs/train_vqvae.py, then name it with --vqvae)"
+            ) from error
+        return own.run
+    # A field that is younger than the run has its default, which is how the run was trained.
+    there = read_begun(own.run, VQVAERecipe, VQVAEFacts).recipe
+    differences = difference(recipe_to_json(own.recipe), recipe_to_json(there))
+    if differences:
+        raise InputError(
+            f"{own.run} is finished with other settings: {'; '.join(differences[:5])}; name it with --vqvae if it is "
+            "the one you mean, or give another --name"
+        )
+    print(f"no --vqvae given: taking the finished {own.run}", flush=True)
+    return own.run
+
+
+# -- on a worker ---------------------------------------------------------------------------------------------------
+
+
+class FrozenVQVAE:
+    """Loaded where it is first needed. Its fingerprint is checked then, and of the run's copy at the end: somebody may
+    train it anew while a generator trains on what it gave."""
+
+    def __init__(self, run: str, fingerprint: str) -> None:
+        self.run, self.fingerprint = Storage(run), fingerprint
+        self.loaded: dict[str, TrainedVQVAE] = {}
+
+    def on(self, device: str) -> TrainedVQVAE:
+        """Raises InputError where it is another than it was."""
+        if device not in self.loaded:
+            self.loaded[device] = open_autoencoder(self.run.uri, fingerprint=self.fingerprint).load(device)
+        return self.loaded[device]
+
+    @property
+    def assets(self) -> dict[str, Storage]:
+        """What a run copies of it: as a run of its own, so that it is read back in the same way."""
+        return {f"{VQVAE_ASSET}/model": self.run / "model"}
+
+    def check_copy(self, model: Storage) -> None:
+        """Raise InputError where the copy in the folder `model` is another."""
+        open_autoencoder((model / VQVAE_ASSET).uri, fingerprint=self.fingerprint).load()
