@@ -11,6 +11,9 @@ from torch import nn
 from mmcore import checkpoint
 from mmcore.recipe import TrainSettings
 
+# Of the schedule linear_tail: the share of the steps before it falls, and where it ends.
+_TAIL_FROM, _TAIL_END = 0.6, 0.02
+
 
 def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: int) -> float:
     """The learning rate of `step` as a share of the peak; a function of the step alone, so nothing is remembered."""
@@ -22,6 +25,9 @@ def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_ep
         factor *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
     elif settings.schedule == "step" and step >= settings.step_epoch * steps_per_epoch:
         factor *= 0.1
+    elif settings.schedule == "linear_tail" and step >= _TAIL_FROM * total_steps:
+        fallen = (step - _TAIL_FROM * total_steps) / ((1 - _TAIL_FROM) * total_steps)
+        factor *= 1 - (1 - _TAIL_END) * fallen
     return factor
 
 

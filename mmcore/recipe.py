@@ -157,8 +157,9 @@ class TrainSettings:
     """Decay of the first and second moment."""
     weight_decay: float = 1e-4
     """Weight decay, on every trainable parameter."""
-    schedule: Literal["constant", "cosine", "step"] = "constant"
-    """cosine falls from the end of the warm-up to 0 at the last step; step multiplies by 0.1 at `step_epoch`."""
+    schedule: Literal["constant", "cosine", "step", "linear_tail"] = "constant"
+    """cosine falls from the end of the warm-up to 0 at the last step; step multiplies by 0.1 at `step_epoch`;
+    linear_tail is constant for the first 60 % of the steps and then falls in a straight line to 2 %."""
     step_epoch: int = 30
     """Epoch of the fall of the `step` schedule."""
     warmup_steps: int = 0

@@ -1,4 +1,4 @@
-"""Prompts to what a diffusion network attends to: a frozen text encoder, or a small one that is trained along.
+"""Prompts to what a generator attends to: a frozen text encoder, or a small one that is trained along.
 
 A frozen encoder's hidden states are computed once for all captions and cached; a trained one takes token ids.
 
@@ -73,6 +73,7 @@ class TextContext(nn.Module):
     def __init__(self, settings: TextSettings, inputs: TextInputs) -> None:
         super().__init__()
         self.encoder: Any = None
+        self.eos_id = inputs.eos_id
         self.projection: nn.Module = nn.Identity()
         if settings.is_scratch:
             from transformers import CLIPTextConfig, CLIPTextModel
@@ -104,6 +105,15 @@ class TextContext(nn.Module):
         if settings.projection_width is not None:
             linear = nn.Linear(inputs.width, settings.projection_width)
             self.projection = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(settings.projection_width))
+
+    def mask(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The tokens of `forward` that are no padding, bool (B, T); None where hidden states come without marks."""
+        if self.encoder is None:
+            return None
+        assert self.eos_id is not None, "a text encoder from scratch takes ids with an end mark"
+        # A tokenizer may pad with its end mark: what counts is whether one has come before.
+        ends_BT = batch["input_ids"].eq(self.eos_id)
+        return ends_BT.cumsum(1) - ends_BT.long() == 0
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """`input_ids` int64 (B, T), or `encoder_hidden_states` (B, T, E) -> (B, T, D)."""

@@ -46,6 +46,9 @@ def test_steps_and_learning_rate() -> None:
     falls = dataclasses.replace(settings, warmup_steps=0, schedule="step", step_epoch=2)
     assert [lr_factor(falls, step, 15, 5) for step in (0, 9, 10, 14)] == [1.0, 1.0, 0.1, 0.1]
     assert {lr_factor(dataclasses.replace(falls, schedule="constant"), step, 15, 5) for step in range(15)} == {1.0}
+    tail = dataclasses.replace(settings, warmup_steps=2, schedule="linear_tail")
+    factors = [lr_factor(tail, step, 1000, 100) for step in (0, 1, 599, 600, 800, 1000)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 0.51, 0.02])
 
 
 @pytest.mark.parametrize(
