@@ -21,27 +21,32 @@ from mmcore.trained.autoencoder import open_autoencoder
 SCALING_FACTOR = 0.7
 
 
-def _write(folder: Path, name: str, recipe: Any, facts: Any, tensors: dict[str, torch.Tensor]) -> None:
+def write(folder: Path, name: str, recipe: Any, facts: Any, tensors: dict[str, torch.Tensor]) -> None:
     write_model(Storage(str(folder)), tensors, RunFile(name, "smoke", recipe, facts, ""))
     (folder / "_SUCCESS").write_text("{}")
 
 
+def text_facts(folder: Path, text: TextSettings) -> tuple[TextInputs, str]:
+    """What the network of the run in `folder` is fed of the text, and the fingerprint of what makes it; of a text
+    encoder of its own the tokenizer is written there."""
+    if not text.is_scratch:
+        encoder = FrozenTextEncoder(text.text_encoder, text.max_tokens)
+        return TextInputs(width=encoder.model.config.hidden_size), encoder.fingerprint()
+    tokenizer = word_tokenizer(text.max_tokens)
+    write_tokenizer(folder / "model" / "tokenizer", tokenizer)
+    return tokenizer.inputs(), tokenizer.fingerprint()
+
+
 def _write_diffusion(folder: Path, name: str, recipe: Any, shape: tuple[int, int, int], **more: Any) -> Path:
     """The run of a diffusion recipe."""
-    tokenizer = word_tokenizer(recipe.text.max_tokens)
-    inputs, fingerprint = tokenizer.inputs(), tokenizer.fingerprint()
-    if not recipe.text.is_scratch:
-        encoder = FrozenTextEncoder(recipe.text.text_encoder, recipe.text.max_tokens)
-        inputs, fingerprint = TextInputs(width=encoder.model.config.hidden_size), encoder.fingerprint()
+    inputs, fingerprint = text_facts(folder, recipe.text)
     torch.manual_seed(0)
     facts = DiffusionFacts(inputs, shape, text_fingerprint=fingerprint, **more)
     model = recipe.build(facts)
     with torch.no_grad():
         # diffusers begins with an output of almost nothing; here prompt and noise must show in the images.
         model.unet.conv_out.weight.mul_(3)
-    _write(folder, name, recipe, facts, checkpoint.trainable_state(model))
-    if recipe.text.is_scratch:
-        write_tokenizer(folder / "model" / "tokenizer", tokenizer)
+    write(folder, name, recipe, facts, checkpoint.trainable_state(model))
     return folder
 
 
@@ -83,20 +88,24 @@ def write_pixel_run(folder: Path, recipe: pixel_diffusion.PixelDiffusionRecipe |
     return _write_diffusion(folder, "pixel_diffusion", recipe, shape, resolution=recipe.image_size)
 
 
-def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size: int = 1, **changes: Any) -> Path:
-    """`changes` are made to the VQ-VAE's recipe; without `text` its encoder is trained with the rest."""
-    autoencoder = dataclasses.replace(vqvae.VARIANTS["smoke"], **changes)
-    recipe = latent_diffusion.VARIANTS["smoke"]
-    unet = dataclasses.replace(recipe.unet, patch_size=patch_size)
-    recipe = dataclasses.replace(recipe, text=text or recipe.text, unet=unet)
-    vqvae_run = folder / "model" / "vqvae"
+def write_vqvae_run(folder: Path, **changes: Any) -> tuple[vqvae.VQVAERecipe, str]:
+    """A VQ-VAE of 32² with 8² codes, and its fingerprint; `changes` are made to its recipe."""
+    recipe = dataclasses.replace(vqvae.VARIANTS["smoke"], **changes)
     torch.manual_seed(1)
-    model = autoencoder.build()
+    model = recipe.build()
     with torch.no_grad():
         model.quantizer.codebook.normal_()
     own = {**checkpoint.trainable_state(model), **{name: model.get_buffer(name) for name in model.state_buffers}}
-    tensors = {f"vqvae.{name}": value for name, value in own.items()}
-    _write(vqvae_run, "vqvae", autoencoder, VQVAEFacts(), tensors)
+    write(folder, "vqvae", recipe, VQVAEFacts(), {f"vqvae.{name}": value for name, value in own.items()})
+    return recipe, open_autoencoder(str(folder)).load().fingerprint()
+
+
+def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size: int = 1, **changes: Any) -> Path:
+    """`changes` are made to the VQ-VAE's recipe; without `text` its encoder is trained with the rest."""
+    autoencoder, fingerprint = write_vqvae_run(folder / "model" / "vqvae", **changes)
+    recipe = latent_diffusion.VARIANTS["smoke"]
+    unet = dataclasses.replace(recipe.unet, patch_size=patch_size)
+    recipe = dataclasses.replace(recipe, text=text or recipe.text, unet=unet)
     return _write_diffusion(
         folder,
         "ldm",
@@ -104,5 +113,5 @@ def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size:
         autoencoder.latent_shape,
         resolution=autoencoder.image_size,
         scaling_factor=SCALING_FACTOR,
-        vqvae_fingerprint=open_autoencoder(str(vqvae_run)).load().fingerprint(),
+        vqvae_fingerprint=fingerprint,
     )

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from mmcore.catalogue import read_model_file
-from mmcore.generators.facts import DiffusionFacts
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts
 from mmcore.recipe import Generator
 from mmcore.run_files import RunFile
 from mmcore.storage import Storage
+from mmcore.trained.autoregressive import TrainedAutoregressive
 from mmcore.trained.diffusion import TrainedDiffusion
 
 
@@ -26,5 +27,6 @@ def open_generator(source: str, *, text_encoder: str | None = None) -> Generator
 
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Generator]] = {
     DiffusionFacts: TrainedDiffusion,
+    AutoregressiveFacts: TrainedAutoregressive,
 }
 """What opens a run, by the facts type of its recipe in the catalogue."""

@@ -10,7 +10,9 @@ from mmcore.errors import InputError
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.diffusion import make_sampler
 from mmcore.recipe import Generator
+from mmcore.run_files import VQVAE_ASSET
 from mmcore.trained.autoencoder import TrainedVQVAE
+from mmcore.trained.autoregressive import TrainedAutoregressive
 from mmcore.trained.diffusion import TrainedDiffusion
 
 # diffusers' pipeline pads prompts to this many tokens, and divides the image's side by this to get that of its latents.
@@ -28,6 +30,12 @@ def to_pipeline(generator: Generator) -> Any:
     """
     from diffusers import LDMTextToImagePipeline
 
+    if isinstance(generator, TrainedAutoregressive):
+        run = generator.run
+        raise InputError(
+            f"--run {run}: diffusers has no class for a Transformer that writes codes one by one; export its VQ-VAE by "
+            f"--run {run}/model/{VQVAE_ASSET}, and take its own weights from {run}/model/model.safetensors"
+        )
     if not isinstance(generator, TrainedDiffusion) or generator.vqvae is None:
         raise InputError("--run: is no latent diffusion; diffusers has no pipeline for text to pixels of this kind")
     recipe, context, frozen = generator.recipe, generator.model.text, generator.text.encoder

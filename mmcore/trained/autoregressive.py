@@ -1,0 +1,88 @@
+"""A trained Transformer over the codes of a VQ-VAE: prompts and seeds in, images out."""
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+
+from mmcore import checkpoint
+from mmcore.data.pixels import to_pixels
+from mmcore.frozen.text import NO_TEXT
+from mmcore.generators.autoregressive import AutoregressiveRecipe, CodeTransformer
+from mmcore.generators.autoregressive_options import AutoregressiveOptions
+from mmcore.generators.facts import AutoregressiveFacts
+from mmcore.recipe import Autoencoder, Identity
+from mmcore.run_files import VQVAE_ASSET, RunFile, read_weights
+from mmcore.storage import Storage
+from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.prompts import PromptReader, check_size
+
+
+class TrainedAutoregressive:
+    """The weights that a finished run keeps, with the frozen parts that it was trained on.
+
+    Its options are by default those of its recipe's `sample`.
+    """
+
+    model: CodeTransformer
+    vqvae: Autoencoder
+    """Makes images of the codes."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(
+        self, run: Storage, file: RunFile[AutoregressiveRecipe, AutoregressiveFacts], text_encoder: str | None
+    ) -> None:
+        self.run, self.file, self.recipe, facts = run, file, file.recipe, file.facts
+        self.text = PromptReader(self.recipe.text, text_encoder)
+        self.size: tuple[int, int] = (facts.resolution, facts.resolution)
+        self.max_tokens: int = self.text.max_tokens
+        self.decides_by_code = True
+        # Without a prompt that was missing in training there is nothing that guidance could lead away from.
+        self.guides = self.recipe.drop_text > 0
+        self.options: AutoregressiveOptions = self.recipe.sample
+
+    def identity(self) -> Identity:
+        return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
+
+    def check(self, options: AutoregressiveOptions, size: tuple[int, int]) -> None:
+        options.check(self.guides)
+        check_size(size, self.size)
+
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """`dtype`: bfloat16 computes under autocast, faster and with images that depend on the size of the batch.
+
+        Raises InputError where the weights, the text encoder or the VQ-VAE are others than the facts name.
+        """
+        facts, assets = self.file.facts, self.run / "model"
+        self.device, self.dtype = torch.device(device), dtype
+        self.model = self.recipe.build(facts)
+        checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
+        self.model.eval().requires_grad_(False).to(self.device)
+        fingerprint = facts.autoencoder_fingerprint
+        self.vqvae = open_autoencoder((assets / VQVAE_ASSET).uri, fingerprint=fingerprint).load(device)
+        self.text.load(assets, facts.text_fingerprint, device)
+        return self
+
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        return self.text.num_tokens(prompts)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: AutoregressiveOptions,
+        *,
+        size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """`on_step` counts codes."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
+        self.check(options, size or self.size)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            null = self.text([options.negative_prompt or NO_TEXT] * len(prompts))
+            codes = self.model.generate(self.text(prompts), null, seeds, options, on_step=on_step)
+            return to_pixels(self.vqvae.decode_codes(codes)).cpu().numpy()

@@ -1,0 +1,38 @@
+"""A finished run of a Transformer over the codes of a VQ-VAE, with random weights, made without training."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_runs import text_facts, write, write_vqvae_run
+
+from mmcore import checkpoint
+from mmcore.generators.autoregressive import VARIANTS
+from mmcore.generators.facts import AutoregressiveFacts
+from mmcore.generators.text_context import TextSettings
+
+
+def write_run(folder: Path, text: TextSettings | None = None, **changes: Any) -> Path:
+    """Images of 32² from 8² codes; `changes` are made to the recipe, and without `text` its encoder is trained with
+    the rest."""
+    vqvae, fingerprint = write_vqvae_run(folder / "model" / "vqvae")
+    recipe = dataclasses.replace(VARIANTS["smoke"], **({"text": text} if text else {}), **changes)
+    inputs, text_fingerprint = text_facts(folder, recipe.text)
+    facts = AutoregressiveFacts(
+        inputs,
+        vqvae.latent_shape[1:],
+        vqvae.num_codes,
+        resolution=vqvae.image_size,
+        autoencoder_fingerprint=fingerprint,
+        text_fingerprint=text_fingerprint,
+    )
+    torch.manual_seed(0)
+    model = recipe.build(facts)
+    with torch.no_grad():
+        # It begins with layers that add nothing and codes that are all alike likely; here the prompt must show.
+        for weight in (model.output.weight, *model.layers.parameters()):
+            if weight.ndim > 1:
+                weight.normal_(std=2 * weight.shape[1] ** -0.5)
+    write(folder, "autoregressive", recipe, facts, checkpoint.trainable_state(model))
+    return folder
