@@ -77,7 +77,7 @@ def _exported(settings: ExportSettings) -> _Exported:
         vqvae = open_autoencoder(settings.run).load()
         return _Exported(
             vqvae.model.to_diffusers(),
-            lambda folder: VQModel.from_pretrained(folder).eval(),
+            lambda folder: VQModel.from_pretrained(folder, trust_remote_code=False).eval(),
             "VQModel",
             lambda model: vqvae_difference(vqvae, model),
             "codes drawn at random: their image, and its latents,",
