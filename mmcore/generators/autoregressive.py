@@ -101,6 +101,8 @@ class AutoregressiveRecipe:
             schedule="linear_tail",
             warmup_steps=500,
             ema_decay=0.999,
+            # As of the latent diffusion, so that the grids of both have the same prompts and seeds.
+            seed=1111,
             validate_every_epochs=5,
             num_samples=16,
         )
@@ -256,16 +258,17 @@ _SHAPES = dataclasses.replace(
     fresh_scenes=True,
     exhaustive_captions=0.5,
     transformer=TransformerSettings(),
-    text=TextSettings(max_tokens=96, text_width=128, text_layers=2, text_heads=4),
+    text=TextSettings(max_tokens=48, text_width=256, text_layers=2, text_heads=8),
     train=dataclasses.replace(
         _BEST.train,
-        num_epochs=12,
+        num_epochs=30,
+        max_steps=7500,
         # No scene is seen twice: the last weights are the best.
         keep="last",
         lr=1e-3,
         warmup_steps=150,
         ema_decay=0.998,
-        validate_every_epochs=2,
+        validate_every_epochs=5,
     ),
 )
 _SMOKE = dataclasses.replace(
