@@ -6,8 +6,8 @@ from typing import Any, Literal
 from mmcore.captioners import cross_attention
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
-from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
-from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
+from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, VQVAEFacts
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
 from mmcore.storage import Storage
 
@@ -45,6 +45,12 @@ RECIPES: dict[str, Entry] = {
         latent_diffusion.LatentDiffusionRecipe,
         DiffusionFacts,
         latent_diffusion.VARIANTS,
+    ),
+    "autoregressive": Entry(
+        "generator",
+        autoregressive.AutoregressiveRecipe,
+        AutoregressiveFacts,
+        autoregressive.VARIANTS,
     ),
     "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, VQVAEFacts, vqvae.VARIANTS),
 }

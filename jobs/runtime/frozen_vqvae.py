@@ -13,19 +13,25 @@ from mmcore.run_files import VQVAE_ASSET, read_begun
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
+# Recipe and variant whose VQ-VAE is of another variant: a Transformer guesses codes, which not all are made for.
+_OTHER_VARIANTS = {("autoregressive", "shapes"): "shapes-codes"}
+
 # -- on the driver; the job's recipe has a field `vqvae` -----------------------------------------------------------
 
 
 def vqvae_job(job: Job[Any]) -> Job[VQVAERecipe]:
     """The training of the VQ-VAE that belongs to `job` where it names none: same variant, name, data and machines.
 
-    Raises InputError for a variant whose VQ-VAE needs weights that this job does not ask for.
+    One of another variant has another name, so that jobs of one name share what they can and nothing else. Raises
+    InputError for a variant whose VQ-VAE needs weights that this job does not ask for.
     """
-    own = default_job(job.storage, job.options.name, job.variant, job.options)
+    variant = _OTHER_VARIANTS.get((job.recipe_name, job.variant), job.variant)
+    name = job.options.name if variant == job.variant else f"{job.options.name}-{variant}"
+    own = default_job(job.storage, name, variant, job.options)
     if own.recipe.perceptual is not None:
         raise InputError(
-            f"--vqvae is missing: the VQ-VAE of `{job.variant}` is trained with a perceptual loss whose weights are "
-            f"files of yours; run `python jobs/train_vqvae.py --variant {job.variant} --storage {job.storage} ...` "
+            f"--vqvae is missing: the VQ-VAE of `{variant}` is trained with a perceptual loss whose weights are "
+            f"files of yours; run `python jobs/train_vqvae.py --variant {variant} --storage {job.storage} ...` "
             "first, and name its run"
         )
     recipe = dataclasses.replace(own.recipe, dataset=job.recipe.dataset, split=job.recipe.split)

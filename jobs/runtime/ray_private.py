@@ -1,5 +1,6 @@
 """All that the jobs need of Ray and that Ray does not promise to keep: one place to look at when Ray is updated."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,14 @@ from ray.util.debug import log_once
 def cpus() -> int:
     """CPUs that this process may use: those of its container, where os.cpu_count() tells the machine's."""
     return max(1, int(ray._private.utils.get_num_cpus()))
+
+
+def training_device() -> str:
+    """The device that Ray Train has chosen for this worker's model, which it tells accelerate; outside of it the CPU.
+
+    The public ``ray.train.torch.get_device`` says the same, but on a worker alone.
+    """
+    return os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")
 
 
 def host_and_port(address: str) -> tuple[str, int]:

@@ -11,6 +11,7 @@ import tiny_runs
 
 from mmcore.storage import Storage
 
+ON_CACHED = ["--no-fresh-scenes", "--exhaustive-captions", "0"]
 TEXT = ["--text-encoder", "clip", "--max-tokens", "77", "--captions-per-image", "2"]
 
 
@@ -47,6 +48,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pixel_diffusion", TEXT, f"{32 * 32 * 3 + 2 * 77 * 32 * 2:,} bytes an image (pixels and text)"),
         ("ldm", [], f"{4 * 8 * 8 * 2:,} bytes an image (latents)"),
         ("ldm", ["--flip"], f"{2 * 4 * 8 * 8 * 2:,} bytes an image (latents and mirrored_latents)"),
+        ("autoregressive", ON_CACHED, f"{8 * 8:,} bytes an image (codes)"),
+        ("autoregressive", [*ON_CACHED, "--flip"], f"{2 * 8 * 8:,} bytes an image (codes and mirrored_codes)"),
         ("vqvae", [], f"{32 * 32 * 3:,} bytes an image (pixels)"),
     ],
 )

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import test_train_autoregressive
 import test_train_ldm
 import test_train_pixel_diffusion
 import test_train_vqvae
@@ -13,7 +14,7 @@ import test_training_job
 import tiny
 from job_output import error_line
 
-from jobs import train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
+from jobs import train_autoregressive, train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
 from mmcore.storage import Storage
 
 bert = test_train_pixel_diffusion.bert
@@ -21,6 +22,7 @@ FLAGS = {
     train_resnet_captioner: test_training_job.FLAGS,
     train_vqvae: test_train_vqvae.FLAGS,
     train_ldm: test_train_ldm.FLAGS,
+    train_autoregressive: [*test_train_autoregressive.FLAGS, *test_train_autoregressive.ON_TINY],
     train_pixel_diffusion: test_train_pixel_diffusion.FLAGS,
 }
 REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
@@ -67,6 +69,19 @@ REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
         ["--vqvae is missing", "train_vqvae.py --variant report"],
     ),
     (train_ldm, ["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
+    (train_autoregressive, ["--vqvae", "no/such/run"], ["no/such/run: no model/ there"]),
+    (train_autoregressive, ["--fresh-scenes"], ["fresh_scenes", "--dataset tiny is not rendered", "--no-fresh-scenes"]),
+    (train_autoregressive, ["--exhaustive-captions", "0.5"], ["exhaustive_captions 0.5", "--fresh-scenes"]),
+    (train_autoregressive, ["--dataset", "shapes", "--fresh-scenes", "--flip"], ["flip", "leave out --flip"]),
+    (
+        train_autoregressive,
+        ["--dataset", "shapes", "--fresh-scenes", "--text-encoder", "bert"],
+        ["fresh_scenes", "--text-encoder bert", "--no-fresh-scenes"],
+    ),
+    (train_autoregressive, ["--top-p", "0"], ["--top-p 0", "above 0"]),
+    (train_autoregressive, ["--temperature", "0"], ["--temperature 0", "at least"]),
+    (train_autoregressive, ["--drop-text", "0"], ["--guidance 2", "drop_text 0"]),
+    (train_autoregressive, ["--num-heads", "3"], ["num_heads 3", "width 32", "--num-heads"]),
     (
         train_pixel_diffusion,
         ["--channels", "32", "64", "64", "64", "64", "64"],

@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Train a Transformer that writes the codes of a frozen VQ-VAE one after the other, as a caption asks.
+
+Paper: DALL-E, Ramesh et al. 2021, https://arxiv.org/abs/2102.12092; Parti, Yu et al. 2022,
+https://arxiv.org/abs/2206.10789
+
+    python jobs/train_autoregressive.py --variant shapes --storage URI
+
+Without --vqvae the VQ-VAE that belongs to the variant is trained first, under the same name and into the same storage.
+
+Hardware, time and score: TODO
+"""
+
+from jobs.runtime.autoregressive_training import train_autoregressive
+from jobs.runtime.commandline import run
+from jobs.runtime.job import Job, parse_job
+from jobs.runtime.trainer import RunSummary
+from mmcore.generators.autoregressive import VARIANTS, AutoregressiveRecipe
+
+
+def train(job: Job[AutoregressiveRecipe]) -> RunSummary:
+    """Returns the run's summary."""
+    return train_autoregressive(job)
+
+
+def main() -> None:
+    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    run(main)

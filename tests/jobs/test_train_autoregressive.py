@@ -1,0 +1,159 @@
+"""The job of a Transformer over codes: what it refuses, what a run leaves, and a run whose workers are killed."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_diffusion
+from gate import AHEAD, Gate
+from kills import TIMEOUT_S, moments, wait_for_step, wait_until_gone, workers
+from safetensors.torch import load_file
+
+from jobs.prepare import PrepareSettings, prepare
+from jobs.runtime.frozen_vqvae import vqvae_job
+from jobs.runtime.job import Job, RunOptions
+from jobs.runtime.run_folder import open_run
+from jobs.train_autoregressive import main
+from mmcore.data.shapes import ShapesSettings
+from mmcore.errors import InputError
+from mmcore.generators.autoregressive import VARIANTS, AutoregressiveRecipe
+from mmcore.generators.facts import AutoregressiveFacts
+from mmcore.images import decode_image
+from mmcore.run_files import read_begun
+from mmcore.storage import Storage
+from mmcore.trained.autoencoder import open_autoencoder
+
+# Fresh scenes: every epoch of 5 steps has other ones.
+FLAGS = [
+    "--variant", "smoke", "--num-epochs", "4", "--max-steps", "18", "--validate-every-epochs", "2",
+    "--checkpoint-every-steps", "2", "--log-every-steps", "1", "--num-threads", "1", "--precision", "fp32",
+]  # fmt: skip
+NUM_STEPS = 18
+ON_TINY = ["--dataset", "tiny", "--no-fresh-scenes", "--exhaustive-captions", "0"]
+
+
+@pytest.fixture(scope="module")
+def storage(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """One storage for all runs here, with 40 scenes to train on and a VQ-VAE of random weights."""
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    scenes = ShapesSettings(num_train=40, num_validation=8, num_test=0, image_size=32)
+    prepare(PrepareSettings(storage=storage.uri, shapes=scenes))
+    tiny_diffusion.write_vqvae_run(storage / "vqvae")
+    return storage
+
+
+def run_folder(storage: Storage, name: str) -> Storage:
+    return storage / "runs" / "autoregressive" / name
+
+
+def outcome(run: Storage) -> dict[str, Any]:
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    samples = run / "samples"
+    return {
+        "model": run.read("model/model.safetensors"),
+        "metrics": tiny.without_times(rows),
+        "samples": {name: samples.read(name) for name in samples.list()},
+    }
+
+
+_finished: set[tuple[str, int]] = set()
+
+
+def reference(call_job: Callable[..., Any], storage: Storage, num_workers: int) -> Storage:
+    """The run that nobody disturbs."""
+    name = f"workers-{num_workers}"
+    if (storage.uri, num_workers) not in _finished:
+        flags = ["--storage", storage, "--vqvae", storage / "vqvae", "--num-workers", num_workers]
+        call_job(main, *FLAGS, *flags, "--name", name)
+        _finished.add((storage.uri, num_workers))
+    return run_folder(storage, name)
+
+
+# -- refused before any work ---------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Callable[..., Any]) -> None:
+    before = sorted(Path(storage.uri).rglob("*"))
+    printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
+    assert "tokens: 64 an image (8 x 8), each one of 64 codes" in printed
+    assert "steps: 18 of 8 images, 5 an epoch" in printed
+    assert "images: 144 are seen, each a scene of its own: 144 are rendered" in printed
+    assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
+    assert "of 240 have more than 24 tokens" in printed, "of 40 scenes with five captions and an exhaustive one each"
+    assert sorted(Path(storage.uri).rglob("*")) == before
+
+
+def test_shapes_trains_first_the_vqvae_whose_codes_can_be_guessed() -> None:
+    job = Job("autoregressive", "shapes", VARIANTS["shapes"], RunOptions(storage="/out", name="mine"))
+    own = vqvae_job(job)
+    assert (own.variant, own.options.name) == ("shapes-codes", "mine-shapes-codes")
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(call_job: Callable[..., Any], storage: Storage) -> None:
+    fingerprint = open_autoencoder((storage / "vqvae").uri).load().fingerprint()
+    run = reference(call_job, storage, 1)
+    tiny.no_pickles(run)
+    facts = json.loads(run.read("recipe.json"))
+    assert (facts["code_shape"], facts["num_codes"], facts["resolution"]) == ([8, 8], 64, 32)
+    assert facts["autoencoder_fingerprint"] == fingerprint
+    # Frozen stays frozen, beside the weights: the VQ-VAE and the run's own copy of it.
+    for vqvae in (storage / "vqvae", run / "model" / "vqvae"):
+        assert open_autoencoder(vqvae.uri).load().fingerprint() == fingerprint
+    weights = load_file(Path(run.uri) / "model" / "model.safetensors")
+    assert not [name for name in weights if "vqvae" in name or "quantizer" in name]
+    assert (run / "model" / "tokenizer").exists("tokenizer.json")
+    left = outcome(run)
+    validated = [row for row in left["metrics"] if "validation_loss" in row]
+    assert [row["step"] for row in validated] == [10, 18]
+    for row in validated:
+        grid = run.read(row["samples"]["grid"]["image"])
+        assert np.asarray(decode_image(grid, name="grid")).shape == (2 * 32 + 2, 2 * 32 + 2, 3)
+    assert len({row["samples"]["prompts"] for row in validated}) == 1
+    assert len(left["samples"]) == 2
+
+
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_killed_workers_change_nothing(
+    start_job: Callable[..., Any],
+    call_job: Callable[..., Any],
+    storage: Storage,
+    tmp_path: Path,
+    num_workers: int,
+    shared_ray: dict[str, str],
+) -> None:
+    """In the second epoch, whose scenes the first did not have."""
+    undisturbed, gate, draw = reference(call_job, storage, num_workers), Gate(tmp_path), moments()
+    run, log = run_folder(storage, f"killed-{num_workers}"), tmp_path / "job.log"
+    flags = ["--storage", storage, "--vqvae", storage / "vqvae", "--num-workers", num_workers, "--name", run.name]
+    gate.allow(6 + AHEAD)
+    job, env = ["tests/gated_job.py", "train_autoregressive"], {**shared_ray, "GATE": str(tmp_path)}
+    process = start_job(*job, *FLAGS, *flags, env=env, log=log)
+    wait_for_step(run, 6, process)
+    time.sleep(draw.uniform(0, 0.2))
+    group = workers(process)
+    assert len(group) == num_workers
+    draw.choice(group).kill()
+    wait_until_gone(group)
+    gate.open()
+    assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
+    assert gate.arrived() == 2, "a second group of workers has gone on"
+    assert outcome(run) == outcome(undisturbed)
+
+
+def test_a_vqvae_of_another_size_is_refused(call_job: Callable[..., Any], storage: Storage) -> None:
+    """For a run that is half done."""
+    begun = reference(call_job, storage, 1)
+    (storage / "runs" / "autoregressive" / "half-done").write("recipe.json", begun.read("recipe.json"))
+    file = read_begun(begun, AutoregressiveRecipe, AutoregressiveFacts)
+    job = Job("autoregressive", "smoke", file.recipe, RunOptions(storage=storage.uri, name="half-done"))
+    with pytest.raises(InputError, match=r"half-done holds .* code_shape: \[16, 16\] \(there: \[8, 8\]\)"):
+        open_run(job, dataclasses.replace(file.facts, code_shape=(16, 16)))
