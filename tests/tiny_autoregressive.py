@@ -10,14 +10,12 @@ from tiny_runs import text_facts, write, write_vqvae_run
 from mmcore import checkpoint
 from mmcore.generators.autoregressive import VARIANTS
 from mmcore.generators.facts import AutoregressiveFacts
-from mmcore.generators.text_context import TextSettings
 
 
-def write_run(folder: Path, text: TextSettings | None = None, **changes: Any) -> Path:
-    """Images of 32² from 8² codes; `changes` are made to the recipe, and without `text` its encoder is trained with
-    the rest."""
+def write_run(folder: Path, **changes: Any) -> Path:
+    """Images of 32² from 8² codes; `changes` are made to the recipe."""
     vqvae, fingerprint = write_vqvae_run(folder / "model" / "vqvae")
-    recipe = dataclasses.replace(VARIANTS["smoke"], **({"text": text} if text else {}), **changes)
+    recipe = dataclasses.replace(VARIANTS["smoke"], **changes)
     inputs, text_fingerprint = text_facts(folder, recipe.text)
     facts = AutoregressiveFacts(
         inputs,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_autoregressive
 import tiny_runs
 import torch
 
@@ -74,6 +75,7 @@ def test_runs_that_the_pipeline_cannot_hold_are_refused(tmp_path: Path) -> None:
     short = TextSettings(max_tokens=16, text_width=32, text_layers=1, text_heads=2)
     refused = [
         (tiny_runs.write_pixel_run(runs / "pixel_diffusion" / "a"), "is no latent diffusion"),
+        (tiny_autoregressive.write_run(runs / "codes"), rf"export its VQ-VAE by --run {runs}/codes/model/vqvae, and"),
         (tiny_runs.write_latent_run(runs / "ldm" / "heads", num_heads=2), "num_heads 2: diffusers' VQModel has one"),
         (tiny_runs.write_latent_run(runs / "ldm" / "patches", patch_size=2), "patch_size 2: diffusers' pipeline has"),
         (tiny_runs.write_latent_run(runs / "ldm" / "short", short), "max_tokens 16: diffusers' pipeline pads"),
@@ -84,7 +86,7 @@ def test_runs_that_the_pipeline_cannot_hold_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "pipeline").exists()
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="is there already"):
-        export(ExportSettings(run=str(refused[1][0]), out=str(tmp_path / "there")))
+        export(ExportSettings(run=str(refused[2][0]), out=str(tmp_path / "there")))
 
 
 def test_a_pipeline_that_differs_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

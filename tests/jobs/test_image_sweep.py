@@ -1,19 +1,23 @@
-"""What a row of a sweep decides: the size of its image, and whether its prompt was read to its end."""
+"""What a row of a sweep decides: the size of its image, and whether its prompt was read to its end. What the options
+of a generator that is no diffusion are to a sweep."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny_autoregressive
 import tiny_runs
 import tiny_sweep
 from tiny_sweep import BATCH, NUM, SIZE, tiny_image
 
 from jobs.generate import GenerateSettings, generate
 from mmcore.errors import InputError
+from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
-from mmcore.images import decode_image
+from mmcore.images import decode_image, read_png_text
 
 pytest_plugins = ("sweep_fixtures",)
 OTHER = (24, 32)
@@ -102,3 +106,32 @@ def test_nothing_is_said_of_prompts_that_are_read_whole(sweep, capsys):
     summary = sweep()
     assert (summary["num_prompts_cut"], summary["prompts_cut"], summary["negative_prompt_is_cut"]) == (0, [], False)
     assert "cut off" not in capsys.readouterr().out
+
+
+def test_a_sweep_of_codes_resumes_and_says_its_own_options(without_ray, tmp_path):
+    run, out = tiny_autoregressive.write_run(tmp_path / "runs" / "autoregressive" / "a"), tmp_path / "out"
+    settings = GenerateSettings(str(run), "shapes-test", str(out), count=3, batch_size=2, num_threads=1)
+    options = AutoregressiveOptions(guidance=2.0, guidance_end=1.0, top_k=9)
+    assert generate(settings, options)["num_images"] == 3
+    plan, table = (out / "sweep.json").read_bytes(), pq.read_table(out / "manifest")
+    rows = table.to_pylist()
+    assert [(row["steps"], row["sampler"], row["guidance"]) for row in rows] == [(None, None, 2.0)] * 3
+    assert [str(table.schema.field(name).type) for name in ("steps", "sampler")] == ["int64", "string"]
+    said = {"guidance": 2.0, "guidance_end": 1.0, "temperature": 0.6, "top_k": 9, "top_p": 1.0, "negative_prompt": ""}
+    assert json.loads(rows[0]["options"]) == said
+    assert said.items() <= json.loads(plan)["settings"].items()
+    text = read_png_text((out / rows[2]["key"]).read_bytes())
+    assert {name: text.get(name) for name in said} == {
+        **{name: str(value) for name, value in said.items()}, "negative_prompt": None,
+    }  # fmt: skip
+    # Killed before a block was committed: its image is there, and is made again to the bit.
+    images = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "images").iterdir()}
+    for name in ("manifest/part-000001.parquet", "summary.json"):
+        (out / name).unlink()
+    generate(settings, options)
+    again = pq.read_table(out / "manifest").to_pylist()
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "images").iterdir()} == images
+    assert (out / "sweep.json").read_bytes() == plan
+    with pytest.raises(InputError, match=r"guidance_end was 1\.0 and is now None"):
+        generate(settings, dataclasses.replace(options, guidance_end=None))

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_autoregressive
 import tiny_diffusion
 import torch
 
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError, OptionError
+from mmcore.generators.autoregressive import VARIANTS
+from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.seeding import MAX_IMAGE_SEED
@@ -27,6 +30,7 @@ from mmcore.trained.generator import open_generator
 PROMPTS = ["a red square", "there is a blue square at the left of it", "a green square", "a yellow square"]
 SEEDS = [3, MAX_IMAGE_SEED, 5, 6]
 HOW = DiffusionOptions(steps=5, guidance=2.0, sampler="ddim")
+DRAWN = AutoregressiveOptions(guidance=2.0, temperature=1.0, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +50,17 @@ def ldm_run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     return run
 
 
-@pytest.mark.parametrize(("kind", "side"), [("pixel_run", 8), ("ldm_run", 32)])
-def test_an_image_is_decided_by_prompt_and_seed(kind: str, side: int, request: pytest.FixtureRequest) -> None:
+@pytest.fixture(scope="module")
+def code_run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return Storage(str(tiny_autoregressive.write_run(tmp_path_factory.mktemp("codes"))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "how"), [("pixel_run", 8, HOW), ("ldm_run", 32, HOW), ("code_run", 32, DRAWN)]
+)
+def test_an_image_is_decided_by_prompt_and_seed(kind: str, side: int, how: Any, request: pytest.FixtureRequest) -> None:
     generator = open_generator(request.getfixturevalue(kind).uri).load()
-    images = generator.generate(PROMPTS, SEEDS, HOW)
+    images = generator.generate(PROMPTS, SEEDS, how)
     assert images.shape == (4, side, side, 3)
     assert images.dtype == np.uint8
     assert generator.size == (side, side)
@@ -57,20 +68,20 @@ def test_an_image_is_decided_by_prompt_and_seed(kind: str, side: int, request: p
 
     # In another process, as it were: loaded again.
     again = open_generator(request.getfixturevalue(kind).uri).load()
-    assert np.array_equal(again.generate(PROMPTS, SEEDS, HOW), images)
+    assert np.array_equal(again.generate(PROMPTS, SEEDS, how), images)
     # In another order, and among others.
     order = [2, 0, 3, 1]
-    moved = generator.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], HOW)
+    moved = generator.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], how)
     assert np.array_equal(moved, images[order])
-    others = generator.generate([PROMPTS[1], *["a red square"] * 3], [SEEDS[1], 7, 8, 9], HOW)
+    others = generator.generate([PROMPTS[1], *["a red square"] * 3], [SEEDS[1], 7, 8, 9], how)
     assert np.array_equal(others[0], images[1])
     # In batches of other sizes, at most one step of 255.
     for size in (1, 2, 3):
-        parts = [generator.generate(PROMPTS[i : i + size], SEEDS[i : i + size], HOW) for i in range(0, 4, size)]
+        parts = [generator.generate(PROMPTS[i : i + size], SEEDS[i : i + size], how) for i in range(0, 4, size)]
         assert np.abs(np.concatenate(parts).astype(int) - images).max() <= 1
     # The prompt and the seed do count.
-    assert not np.array_equal(generator.generate(PROMPTS[::-1], SEEDS, HOW)[1], images[1])
-    assert not np.array_equal(generator.generate(PROMPTS, [1, 1, 1, 1], HOW), images)
+    assert not np.array_equal(generator.generate(PROMPTS[::-1], SEEDS, how)[1], images[1])
+    assert not np.array_equal(generator.generate(PROMPTS, [1, 1, 1, 1], how), images)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++"])
@@ -85,6 +96,20 @@ def test_samplers_guidance_and_what_to_lead_away_from(pixel_run: Storage, sample
         assert not np.array_equal(generator.generate(PROMPTS, SEEDS, dataclasses.replace(how, **change)), guided)
 
 
+def test_codes_are_counted_and_every_option_tells(code_run: Storage) -> None:
+    generator = open_generator(code_run.uri).load()
+    told: list[tuple[int, int]] = []
+    drawn = generator.generate(PROMPTS, SEEDS, DRAWN, on_step=lambda done, total: told.append((done, total)))
+    assert told == [(code, 64) for code in range(1, 65)]
+    assert np.array_equal(generator.generate(PROMPTS, SEEDS, DRAWN), drawn)
+    changes = (
+        {"guidance": 1.0}, {"guidance_end": 1.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5},
+        {"negative_prompt": PROMPTS[1]},
+    )  # fmt: skip
+    changed = [generator.generate(PROMPTS, SEEDS, dataclasses.replace(DRAWN, **change)) for change in changes]
+    assert len({images.tobytes() for images in (drawn, *changed)}) == 1 + len(changes)
+
+
 def test_latents_become_images_through_the_vqvae(tmp_path: Path) -> None:
     run, vqvae_run = Storage(str(tmp_path / "ldm")), Storage(str(tmp_path / "vqvae"))
     tiny_diffusion.write_ldm_run(run, vqvae_run)
@@ -94,17 +119,18 @@ def test_latents_become_images_through_the_vqvae(tmp_path: Path) -> None:
     assert torch.equal(generator.images(latents * 0.5), expected)
 
 
-def test_another_vqvae_than_the_latents_are_of_is_refused(tmp_path: Path) -> None:
-    run = Storage(str(tmp_path / "ldm"))
-    tiny_diffusion.write_ldm_run(run, Storage(str(tmp_path / "vqvae")))
+@pytest.mark.parametrize("kind", ["ldm_run", "code_run"])
+def test_another_vqvae_than_the_run_was_trained_on_is_refused(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run = Storage(str(tmp_path / "run"))
+    shutil.copytree(request.getfixturevalue(kind).uri, run.uri)
     copy = run / "model" / "vqvae"
     right = open_autoencoder(copy.uri).load().fingerprint()
     tiny_diffusion.write_vqvae_run(copy, seed=2)
     wrong = open_autoencoder(copy.uri).load().fingerprint()
-    message = (
-        rf"vqvae/model: another VQ-VAE \(fingerprint {wrong[:12]}\) than the latents or codes are of \({right[:12]}\)"
-    )
-    with pytest.raises(InputError, match=message):
+    message = rf"another VQ-VAE \(fingerprint {wrong[:12]}\) than the latents or codes are of \({right[:12]}\)"
+    with pytest.raises(InputError, match=rf"vqvae/model: {message}"):
         open_generator(run.uri).load()
 
 
@@ -115,6 +141,16 @@ def test_bfloat16_is_close(pixel_run: Storage) -> None:
     rounded = generator.generate(PROMPTS, SEEDS, HOW)
     difference = np.abs(rounded.astype(int) - exact)
     assert 0 < difference.mean() < 3  # measured 0.4 of 255
+
+
+def test_bfloat16_draws_codes_under_autocast(code_run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A code that is another by rounding changes those that follow, so images of both precisions are not compared."""
+    generator: Any = open_generator(code_run.uri).load(dtype=torch.bfloat16)
+    logits: list[torch.dtype] = []
+    generator.model.output.register_forward_hook(lambda layer, given, made: logits.append(made.dtype))
+    images = generator.generate(PROMPTS, SEEDS, DRAWN)
+    assert set(logits) == {torch.bfloat16}
+    assert len({image.tobytes() for image in images}) == 4
 
 
 def test_options_that_cannot_be_are_named(pixel_run: Storage) -> None:
@@ -139,6 +175,19 @@ def test_options_that_cannot_be_are_named(pixel_run: Storage) -> None:
         generator.generate(PROMPTS, SEEDS, refused[0][0])
 
 
+def test_what_a_transformer_over_codes_cannot_do_is_named(code_run: Storage, tmp_path: Path) -> None:
+    generator = open_generator(code_run.uri)
+    assert generator.options == VARIANTS["smoke"].sample
+    with pytest.raises(OptionError, match="--top-p 0: must be above 0"):
+        generator.check(AutoregressiveOptions(top_p=0), generator.size)
+    with pytest.raises(OptionError, match="--size 32x16: this model makes images of 32x32"):
+        generator.check(DRAWN, (16, 32))
+    unguided = AutoregressiveOptions(guidance=1.0)
+    run = tiny_autoregressive.write_run(tmp_path / "unguided", drop_text=0.0, sample=unguided)
+    with pytest.raises(OptionError, match="--guidance 2: this run never saw a prompt missing"):
+        open_generator(str(run)).check(DRAWN, generator.size)
+
+
 def test_what_is_wrong_is_said_in_one_line(pixel_run: Storage, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 prompts, 3 seeds"):
         open_generator(pixel_run.uri).load().generate(PROMPTS, SEEDS[:3], HOW)
@@ -151,7 +200,7 @@ def test_what_is_wrong_is_said_in_one_line(pixel_run: Storage, tmp_path: Path) -
     path = folder / "model" / "recipe.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "recipe": "resnet_captioner"}))
-    with pytest.raises(InputError, match="'resnet_captioner' is no generator; known: pixel_diffusion, ldm"):
+    with pytest.raises(InputError, match="'resnet_captioner' is no generator; known: pixel_diffusion, ldm, a"):
         open_generator(str(folder))
     facts["settings"] |= {"drop_text": 0.0, "sample_guidance": 1.0}
     path.write_text(json.dumps(facts))

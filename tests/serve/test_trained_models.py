@@ -1,6 +1,8 @@
 """Runs as training leaves them, served: captions and images are those of the bulk jobs."""
 
 import asyncio
+import base64
+import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import AUTHORIZED, KEY, InProcess, chat, data_uri, run, wanted
+from serving import AUTHORIZED, GENERATIONS, KEY, InProcess, chat, data_uri, error, events_of, run, wanted
+from tiny_autoregressive import write_run
 from tiny_runs import write_clip, write_latent_run, write_pixel_run, write_resnet
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +23,11 @@ from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_rows
 from mmcore.device import compute_thread
 from mmcore.frozen.vision import pixels_from_bytes
+from mmcore.generators.autoregressive import VARIANTS
+from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.text_context import TextSettings
+from mmcore.images import read_png_text
 from mmcore.storage import Storage
 from mmcore.trained.captioner import open_captioner
 from mmcore.trained.generator import open_generator
@@ -209,3 +215,49 @@ def test_options_reach_the_model(generator: Generator) -> None:
         return [np.asarray(Image.open(io.BytesIO(each["images"][0]))).tobytes() for each in done]
 
     assert len(set(run(main()))) == len(works)
+
+
+def test_a_transformer_over_codes_answers_with_its_own_options(tmp_path: Path) -> None:
+    run_folder = str(write_run(tmp_path / "codes"))
+    generator = Generator("tiny", open_generator(run_folder).load, LIMITS)
+    models = [Model("tiny", "generator", InProcess(generator))]
+    service = Service(models=models, keys=Keys({"SERVE_API_KEYS": KEY}), limits=LIMITS)
+    fields = {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "guidance_scale": 2, "guidance_scale_end": 1}
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(service.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=AUTHORIZED) as client:
+
+            async def ask(**fields: Any) -> httpx.Response:
+                return await client.post(GENERATIONS, json={"prompt": "a red circle", "seed": 5, **fields})
+
+            told = (await client.get("/v1/models/tiny")).json()
+            own = VARIANTS["smoke"].sample
+            api = {field.metadata.get("api", field.name): getattr(own, field.name) for field in dataclasses.fields(own)}
+            assert told["defaults"] == {**api, "size": "32x32"}
+            assert told["limits"].keys() == {"n", "job_n", "prompt_chars", "guidance_scale", "guidance_scale_end"}
+            # In company of other options, which is another batch; as a sweep makes it.
+            answers = await asyncio.gather(ask(n=2, **fields), ask(n=2), ask(n=2, **{**fields, "top_p": 0.2}))
+            pngs = [base64.b64decode(each["b64_json"]) for answer in answers for each in answer.json()["data"]]
+            images = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs])
+            assert len({image.tobytes() for image in images}) == 6
+            trained, options = open_generator(run_folder).load(), AutoregressiveOptions(2.0, 1.0, 0.9, 20, 0.8)
+            how = (["a red circle"] * 3, [5, 6, 6], options)
+            assert np.array_equal(await in_threads_of(LIMITS, lambda: trained.generate(*how)[:2]), images[:2])
+            said = {"guidance": "2.0", "guidance_end": "1.0", "temperature": "0.9", "top_k": "20", "top_p": "0.8"}
+            assert read_png_text(pngs[0]) == {"prompt": "a red circle", "seed": "5", **said, "model": "tiny"}
+            events = events_of((await ask(stream=True)).text)
+            steps = [data["step"] for name, data in events if name == "progress" and data["total"] == 64]
+            assert (steps, steps[-1]) == (sorted(steps), 64)
+            for name, value, words in (
+                ("top_p", 0, "top_p: 0: must be above 0"), ("top_p", 1.1, "at most 1"),
+                ("top_k", -1, "top_k: -1: must be at least 1"),
+                ("temperature", 0, "temperature: 0: must be at least"), ("guidance_scale", 0.5, "from 1 to 30"),
+                ("guidance_scale_end", 31, "from 1 to 30"), ("num_inference_steps", 4, "temperature"),
+                ("size", "64x64", "this model makes images of 32x32"),
+            ):  # fmt: skip
+                refused = error(await ask(**{name: value}))
+                assert (refused["param"], words in refused["message"]) == (name, True), refused
+        generator.batcher.close()
+
+    run(main())
