@@ -38,8 +38,8 @@ pre { background: var(--card); border-radius: .5rem; padding: .8rem; font-size: 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 1.2rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.charts figure { background: var(--card); border-radius: .5rem; padding: .8rem; }
+.beside { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.beside figure { background: var(--card); border-radius: .5rem; padding: .8rem; }
 .gallery { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
 .gallery figure { background: var(--card); border-radius: .5rem; overflow: hidden; }
 .gallery img { display: block; width: 100%; image-rendering: pixelated; }
@@ -147,9 +147,9 @@ def command(text: str) -> Html:
     return Html(f"<pre><code>{escape(text)}</code></pre>")
 
 
-def charts(*items: Html) -> Html:
-    """Charts beside each other where there is room."""
-    return Html(f'<div class="charts">{"".join(items)}</div>')
+def beside(*items: Html) -> Html:
+    """Charts or tables beside each other where there is room."""
+    return Html(f'<div class="beside">{"".join(items)}</div>')
 
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> Html:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from mmcore.data.shapes_oracle import DetectedObject, JudgedText, detect_objects, judge_objects, parse_caption
 from mmcore.data.shapes_parser import Span
 from mmcore.images import decode_image, image_grid, png_bytes
-from mmcore.page import Html, Mark, Picture, Series, charts, gallery, line_chart, paragraph, section, table
+from mmcore.page import Html, Mark, Picture, Series, beside, gallery, line_chart, paragraph, section, table
 from mmcore.storage import Storage
 
 Pixels = npt.NDArray[np.uint8]
@@ -52,7 +52,7 @@ def _marks(judged: JudgedText) -> list[Mark]:
 
 def _verdict(judged: JudgedText) -> str:
     if judged.whole_scene:
-        return "✓ the whole scene is right"
+        return "✓ whole scene right"
     more = judged.num_found - judged.num_named
     number = f", {abs(more)} shape{'s' * (abs(more) > 1)} {'too many' if more > 0 else 'missing'}" if more else ""
     return f"✗ {judged.score.num_correct} of {judged.score.num_named} right{number}"
@@ -114,15 +114,11 @@ def _score_tables(scores: dict[str, Any], chance: str) -> Html:
             ]
         ],
     )
-    return Html(
-        by_kind
-        + paragraph(
-            f"By chance: {chance}. An attribute counts only on its own object. A scene is right as a whole if all that "
-            "is named is right, and no object is left out or made up.",
-            style="soft",
-        )
-        + by_scene
+    note = (
+        f"By chance: {chance}. An attribute counts only on its own object. A scene is right as a whole if all that is "
+        "named is right, and no object is left out or made up."
     )
+    return Html(beside(by_kind, by_scene) + paragraph(note, style="soft"))
 
 
 def caption_scores(scores: dict[str, Any]) -> Html:
@@ -204,4 +200,4 @@ def _training(title: str, run: Storage, said: str, lines: Sequence[tuple[str, di
         line_chart(chart, [Series(legend, curve(name)) for legend, name in names.items()], x_label="epoch")
         for chart, names in lines
     ]
-    return section(title, paragraph(said), charts(*drawn), *([paragraph(note, style="soft")] if note else []))
+    return section(title, paragraph(said), beside(*drawn), *([paragraph(note, style="soft")] if note else []))

@@ -75,7 +75,7 @@ def scene(*looks: str) -> bytes:
 @pytest.mark.parametrize(
     ("looks", "wrong", "verdict"),
     [
-        (["large red star", "small blue circle"], {}, "✓ the whole scene is right"),
+        (["large red star", "small blue circle"], {}, "✓ whole scene right"),
         (["large red circle", "small blue circle"], {"star": "circle"}, "✗ 6 of 7 right"),
         (["small blue circle", "large red star"], {"left of": "right of"}, "✗ 6 of 7 right"),
         (["large red star"], {"left of": "", "small": "", "blue": "", "circle": ""}, "✗ 3 of 7 right, 1 shape missing"),

@@ -12,7 +12,7 @@ from mmcore.page import (
     Mark,
     Picture,
     Series,
-    charts,
+    beside,
     command,
     data_uri,
     gallery,
@@ -71,7 +71,7 @@ def everything(text: str) -> str:
         section(
             text,
             table([text, text], [[text, text]]),
-            charts(chart),
+            beside(chart),
             command(text),
             gallery(
                 [Picture(PNG, text, text, [Mark(0, len(text), False, text)], text, True), Picture(PNG, text, text)]
