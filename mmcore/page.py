@@ -41,6 +41,7 @@ th:first-child, td:first-child { text-align: left; }
 .beside { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .beside figure { background: var(--card); border-radius: .5rem; padding: .8rem; }
 .gallery { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
+.gallery.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .gallery figure { background: var(--card); border-radius: .5rem; overflow: hidden; }
 .gallery img { display: block; width: 100%; image-rendering: pixelated; }
 .gallery figcaption { padding: .6rem .8rem .8rem; }
@@ -129,8 +130,8 @@ def marked(text: str, marks: Sequence[Mark]) -> Html:
     return Html("".join(parts) + escape(text[at:]))
 
 
-def gallery(pictures: Sequence[Picture]) -> Html:
-    """A grid of images with what is written under them."""
+def gallery(pictures: Sequence[Picture], *, of_pairs: bool = False) -> Html:
+    """A grid of images, or of pairs of them twice as wide, with what is written under them."""
     parts = []
     for picture in pictures:
         style = {True: ' class="good"', False: ' class="bad"', None: ""}[picture.good]
@@ -139,7 +140,7 @@ def gallery(pictures: Sequence[Picture]) -> Html:
             f'<figure><img src="{data_uri(picture.image)}" alt="{escape(picture.alt)}" loading="lazy">'
             f"<figcaption><span>{marked(picture.text, picture.marks)}</span>{verdict}</figcaption></figure>"
         )
-    return Html(f'<div class="gallery">{"".join(parts)}</div>')
+    return Html(f'<div class="gallery{" pairs" * of_pairs}">{"".join(parts)}</div>')
 
 
 def command(text: str) -> Html:

@@ -7,6 +7,7 @@ from typing import Any
 MIN_CAPTIONS_CORRECT = 0.8
 # A caption that names little is easily right: half of what true captions name is the least.
 MIN_NAMED = 0.5
+MIN_IMAGES_CORRECT = 0.75
 
 
 def caption_failures(scores: Mapping[str, Any]) -> list[str]:
@@ -25,6 +26,17 @@ def caption_failures(scores: Mapping[str, Any]) -> list[str]:
             f"{MIN_NAMED:.0%} of the {scores['named_per_reference']:.2f} of true captions"
         )
     return lines
+
+
+def image_failures(scores: Mapping[str, Any]) -> list[str]:
+    """The same of generated images, whose prompts name what they name."""
+    correct = scores["all"]["fraction_correct"]
+    if correct >= MIN_IMAGES_CORRECT:
+        return []
+    return [
+        f"{_rounded_down(correct)} of the attributes that the prompts name are in the images; "
+        f"{MIN_IMAGES_CORRECT:.0%} are needed"
+    ]
 
 
 def _rounded_down(fraction: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmcore.data.shapes import MAX_OBJECTS, ShapesSettings
 from mmcore.data.shapes_oracle import DetectedObject, JudgedText, detect_objects, judge_objects, parse_caption
 from mmcore.data.shapes_parser import Span
 from mmcore.images import decode_image, image_grid, png_bytes
@@ -21,6 +22,18 @@ _LEGEND = (
     "Green words are right. A wrong one is struck out, and behind it stands what the image has in its place, if there "
     "is anything. None of these was chosen by hand: they are the first."
 )
+
+
+def introduction(shapes: ShapesSettings) -> Html:
+    """What was made, of which scenes."""
+    most = {1: "one shape", 2: "one and two shapes", 3: "one to three shapes"}[shapes.max_objects]
+    fewer = "" if shapes.max_objects == MAX_OBJECTS else ", as more take longer to learn than the demo may last"
+    return paragraph(
+        "Two models, trained from nothing on drawn scenes: one says what an image shows; the other makes an image of a "
+        "prompt, a Transformer that writes one code after the other and a VQ-VAE that turns codes into pixels. The "
+        f"scenes hold {most}{fewer}. A program that knows neither model, the oracle, reads texts and pixels and judges "
+        "every attribute that is named."
+    )
 
 
 # -- images with what is said of them ------------------------------------------------------------------------------
@@ -64,10 +77,10 @@ def captioned_pictures(rows: Sequence[Mapping[str, Any]]) -> Html:
     return section("Images of the test split, and what the captioner says", paragraph(_LEGEND), gallery(pictures))
 
 
-def generated_pictures(images: Sequence[bytes], prompts: Sequence[str]) -> Html:
-    """Images above the prompts that they were made from."""
+def generated_pictures(images: Sequence[bytes], prompts: Sequence[str], said: str) -> Html:
+    """Images above the prompts that they were made from; `said` of what better ones take."""
     pictures = [judged_picture(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return section("Prompts, and the images made from them", paragraph(_LEGEND), gallery(pictures))
+    return section("Prompts, and the images made from them", paragraph(_LEGEND), paragraph(said), gallery(pictures))
 
 
 def reconstructions(originals: Pixels, made: Pixels, captions: Sequence[str], said: str) -> Html:
@@ -76,7 +89,7 @@ def reconstructions(originals: Pixels, made: Pixels, captions: Sequence[str], sa
         judged_picture(png_bytes(image_grid(np.stack(pair), columns=2)), caption, shown=pair[1])
         for *pair, caption in zip(originals, made, captions, strict=True)
     ]
-    return section("Images as codes, and back", paragraph(said), gallery(pictures))
+    return section("Images as codes, and back", paragraph(said), gallery(pictures, of_pairs=True))
 
 
 # -- scores --------------------------------------------------------------------------------------------------------
@@ -133,11 +146,11 @@ def caption_scores(scores: dict[str, Any]) -> Html:
     )
 
 
-def image_scores(scores: dict[str, Any], *said: str) -> Html:
+def image_scores(scores: dict[str, Any], said: str) -> Html:
     """The oracle's word on generated images; `said` of how they were made."""
     return section(
         "Scores of the images",
-        *map(paragraph, said),
+        paragraph(said),
         _score_tables(scores, "what the prompts get on each other's images"),
     )
 
@@ -174,13 +187,15 @@ def vqvae_training(run: Storage, said: str) -> Html:
 
 def generator_training(run: Storage, said: str) -> Html:
     return _training(
-        "Training of the latent diffusion",
+        "Training of the Transformer over codes",
         run,
         said,
         [
-            ("Loss", {"training": "loss", "validation": "validation_loss"}),
+            ("Loss (nats a code)", {"training": "loss", "validation": "validation_loss"}),
+            ("Codes predicted right", {"training": "correct", "validation": "validation_correct"}),
             ("Learning rate", {"learning rate": "lr"}),
         ],
+        "Most codes are background, and a caption leaves open where exactly an object stands: the loss stays above 0.",
     )
 
 
