@@ -55,12 +55,12 @@ class PromptReader:
                     "tokenizer differ; name the right one with --text-encoder"
                 )
         # A fast tokenizer keeps the settings of its last call, and prompts are counted beside the work.
-        self._counter = copy.deepcopy(self.tokenizer.tokenizer)
+        self._counter = copy.deepcopy(self.tokenizer)
         return self
 
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, with begin and end, before any is cut."""
-        return [len(ids) for ids in self._counter(list(prompts), truncation=False)["input_ids"]]
+        return self._counter.lengths(prompts)
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts as the network takes them, all padded to `max_tokens`: no prompt changes another's sums."""
