@@ -24,10 +24,12 @@ from mmcore.data.shapes import ShapesSettings
 from mmcore.errors import InputError
 from mmcore.generators.autoregressive import VARIANTS, AutoregressiveRecipe
 from mmcore.generators.facts import AutoregressiveFacts
-from mmcore.images import decode_image
+from mmcore.images import decode_image, image_grid
 from mmcore.run_files import read_begun
+from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.generator import open_generator
 
 # Fresh scenes: every epoch of 5 steps has other ones.
 FLAGS = [
@@ -119,6 +121,12 @@ def test_what_a_run_leaves(call_job: Callable[..., Any], storage: Storage) -> No
         assert np.asarray(decode_image(grid, name="grid")).shape == (2 * 32 + 2, 2 * 32 + 2, 3)
     assert len({row["samples"]["prompts"] for row in validated}) == 1
     assert len(left["samples"]) == 2
+    # The last grid is what the finished run makes of its prompts and seeds.
+    generator, recipe = open_generator(run.uri).load(), VARIANTS["smoke"]
+    prompts = validated[-1]["samples"]["prompts"].split(" | ")
+    seeds = [derive_seed(recipe.train.seed, "sample", number) for number in range(4)]
+    made = image_grid(generator.generate(prompts, seeds, recipe.sample), 2)
+    np.testing.assert_array_equal(made, np.asarray(decode_image(grid, name="grid")))
 
 
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.nightly)])
@@ -147,6 +155,20 @@ def test_killed_workers_change_nothing(
     assert process.wait(TIMEOUT_S) == 0, log.read_text()[-4000:]
     assert gate.arrived() == 2, "a second group of workers has gone on"
     assert outcome(run) == outcome(undisturbed)
+
+
+@pytest.mark.nightly  # of a latent diffusion the gate trains both
+def test_on_cached_codes_of_both_views_and_a_vqvae_of_its_own(call_job: Callable[..., Any], storage: Storage) -> None:
+    tiny.write_dataset(storage)
+    done = call_job(main, *FLAGS, *ON_TINY, "--flip", "--max-steps", "6", "--storage", storage, "--name", "own")
+    assert f"training {storage}/runs/vqvae/own first" in done.stdout
+    run = run_folder(storage, "own")
+    tiny.no_pickles(run)
+    facts = json.loads(run.read("recipe.json"))
+    assert facts["settings"]["vqvae"] == f"{storage}/runs/vqvae/own"
+    columns = [json.loads((storage / "features" / name).read("_SUCCESS")) for name in facts["columns"]]
+    assert [(each["dtype"], each["shape"], each["num_rows"]) for each in columns] == [("uint8", [8, 8], 48)] * 2
+    assert open_generator(run.uri).load().generate(["a red square"], [1], VARIANTS["smoke"].sample).std() > 0
 
 
 def test_a_vqvae_of_another_size_is_refused(call_job: Callable[..., Any], storage: Storage) -> None:
