@@ -357,7 +357,7 @@ def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
         verdict = paragraph(f"✗ Below what the demo demands: {'; '.join(demo.failures)}.", style="bad")
     else:
         verdict = paragraph(
-            f"✓ All that the demo demands is reached. Right are {' and '.join(demo.results)}.", style="good"
+            f"✓ All that the demo demands is reached: {' and '.join(demo.results)} are right.", style="good"
         )
     when = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     text = page(

@@ -120,13 +120,14 @@ def test_low_scores_are_the_first_thing_that_the_page_says(
         return "fed"
 
     monkeypatch.setattr(demo, "STAGES", [("feed", feed)])
-    done = call_here(demo.main, "--storage", tmp_path, check=False)
+    done = call_here(demo.main, "--storage", tmp_path, "--shapes.max-objects", 2, check=False)
     assert done.returncode == 1
     line = "50.0% of the attributes that the prompts name are in the images; 75% are needed"
     assert f"error: {line}\n" in done.stderr
     html = (tmp_path / "index.html").read_text()
     assert 0 < html.index(line) < html.index("a section")
     assert "✓" not in html
+    assert "scenes hold one and two shapes, as more take longer" in html
 
 
 @pytest.mark.timeout(1800)
