@@ -8,6 +8,8 @@ from mmcore.errors import OptionError
 
 # Below it a draw is the likeliest code already, and a quotient of logits might leave fp32.
 _MIN_TEMPERATURE = 0.01
+# Far above what helps; a product of logits with much more might leave fp32, and then there is no code to draw.
+_MAX_GUIDANCE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class AutoregressiveOptions:
         for name, scale in (("guidance", self.guidance), ("guidance_end", self.guidance_end)):
             if scale is None:
                 continue
-            if not 1 <= scale < math.inf:
-                raise OptionError(name, f"{scale:g}: must be at least 1, which leaves guidance out, and finite")
+            if not 1 <= scale <= _MAX_GUIDANCE:
+                raise OptionError(
+                    name, f"{scale:g}: must be at least 1, which leaves guidance out, and at most {_MAX_GUIDANCE:g}"
+                )
             if scale != 1 and not guides:
                 raise OptionError(
                     name,
