@@ -27,5 +27,7 @@ def compute_thread(num_threads: int) -> ThreadPoolExecutor:
     theirs go to sleep after each kernel: on two cores a small U-Net was 1.7 times as slow while a second thread had a
     team, too. So nothing of PyTorch's is to be computed in any other.
     """
+    # Who asks keeps its number by that: a thread that has not computed yet would take over what another one sets.
+    torch.get_num_threads()
     # In the thread itself: the number is kept by thread.
     return ThreadPoolExecutor(1, "compute", torch.set_num_threads, (num_threads,))
