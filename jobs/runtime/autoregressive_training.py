@@ -25,7 +25,7 @@ from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
 from mmcore.data.columns import TensorSpec, default_cache, open_column
-from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
+from mmcore.data.prepared import TEST, TRAIN, VALIDATION, CaptionTable, read_captions
 from mmcore.data.shapes import ShapesSettings, make_scene
 from mmcore.data.shapes_captions import exhaustive_caption
 from mmcore.errors import InputError
@@ -44,7 +44,17 @@ _TOLD_SCENES = 1000
 
 def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
     """Make what is missing (Shapes, the VQ-VAE, codes, hidden states), then train. Returns the run's summary."""
-    kind = GeneratorKind(_facts, _describe, _encode, _columns, setup, reads_vqvae, _check, _exhaustive_captions)
+    kind = GeneratorKind(
+        _facts,
+        _describe,
+        _encode,
+        _columns,
+        setup,
+        cached=_cached,
+        reads=reads_vqvae,
+        check=_check,
+        more_captions=_exhaustive_captions,
+    )
     return train_generator(job, kind)
 
 
@@ -115,7 +125,15 @@ def _encode(
     run = ensure_vqvae(job)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
-        cached_code_column(job.storage, recipe.dataset, vqvae=run, flip=flip, stall_timeout_s=job.options.stall_timeout)
+        cached_code_column(
+            job.storage,
+            recipe.dataset,
+            vqvae=run,
+            flip=flip,
+            # Fresh scenes stand for those that train.
+            split=f"{recipe.split}:{VALIDATION if table.rows(VALIDATION) else TEST}" if recipe.fresh_scenes else None,
+            stall_timeout_s=job.options.stall_timeout,
+        )
         for flip in ([False, True] if recipe.flip else [False])
     ]
     facts = dataclasses.replace(
@@ -131,6 +149,10 @@ def _columns(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts) -> dict
     return {"codes": spec, "mirrored_codes": spec} if job.recipe.flip else {"codes": spec}
 
 
+def _cached(job: Job[AutoregressiveRecipe], table: CaptionTable) -> int:
+    return len(table.validation_rows() if job.recipe.fresh_scenes else table.image_ids)
+
+
 def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doing) -> Setup:
     """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded, for fresh scenes at once."""
     recipe = job.recipe
@@ -139,6 +161,9 @@ def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doi
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     fresh = None
     if recipe.fresh_scenes:
+        # Nobody asks for the captions of the scenes that fresh ones stand for.
+        captions = [[] if split == TRAIN else row for split, row in zip(table.splits, table.captions, strict=True)]
+        table = dataclasses.replace(table, captions=captions)
         fresh = FreshScenes(
             _shapes(table),
             vqvae.on(training_device()),

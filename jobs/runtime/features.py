@@ -128,10 +128,19 @@ def cached_latent_column(
 
 
 def cached_code_column(
-    storage: Storage, dataset: str, *, vqvae: Storage, flip: bool = False, stall_timeout_s: float | None = None
+    storage: Storage,
+    dataset: str,
+    *,
+    vqvae: Storage,
+    flip: bool = False,
+    split: str | None = None,
+    stall_timeout_s: float | None = None,
 ) -> CachedColumn:
-    """The images of a prepared dataset as codes (h, w) of the trained `vqvae`, a finished run."""
-    return _cached_vqvae_column("codes", EncodeCodes, storage, dataset, vqvae, flip, stall_timeout_s)
+    """The images of a prepared dataset as codes (h, w) of the trained `vqvae`, a finished run.
+
+    `split`: ``COLUMN:NAME`` takes the images of one split alone.
+    """
+    return _cached_vqvae_column("codes", EncodeCodes, storage, dataset, vqvae, flip, stall_timeout_s, split)
 
 
 def _cached_vqvae_column(
@@ -142,6 +151,7 @@ def _cached_vqvae_column(
     vqvae: Storage,
     flip: bool,
     stall_timeout_s: float | None,
+    split: str | None = None,
 ) -> CachedColumn:
     facts, fingerprint = read_dataset_facts(storage, dataset), open_autoencoder(vqvae.uri).load().fingerprint()
     view = "mirrored " if flip else ""
@@ -149,8 +159,8 @@ def _cached_vqvae_column(
         storage,
         what=f"encode {view}{dataset} with {vqvae}",
         encoder_fingerprint=fingerprint,
-        key=[kind, fingerprint, flip, facts["fingerprint"]],
-        blocks=lambda: plan_blocks(storage / "data" / dataset),
+        key=[kind, fingerprint, flip, facts["fingerprint"], *([split] if split else [])],
+        blocks=lambda: plan_blocks(storage / "data" / dataset, split),
         worker_type=worker_type,
         worker_kwargs={"vqvae": vqvae, "flip": flip},
         stall_timeout_s=stall_timeout_s,

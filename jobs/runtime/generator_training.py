@@ -49,6 +49,8 @@ class GeneratorKind(Generic[F]):
     """What is cached of an image, beside its text."""
     setup: Callable[[Job[Any], F, Doing], Setup]
     """Model and rows, on a worker."""
+    cached: Callable[[Job[Any], CaptionTable], int] = lambda job, table: len(table.image_ids)
+    """How many images that is cached of, for a dry run."""
     reads: Callable[[Job[Any]], str] = lambda job: ""
     """What is read beside the data and the text encoder, for a dry run."""
     check: Callable[[Job[Any]], object] = lambda job: None
@@ -103,7 +105,7 @@ def train_generator(job: Job[Any], kind: GeneratorKind[F]) -> RunSummary:
         )
         return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, text=text))
 
-    return train_by(Flow(check, plan, describe, encode, columns, kind.setup, reads), job)
+    return train_by(Flow(check, plan, describe, encode, columns, kind.setup, kind.cached, reads), job)
 
 
 def millions(module: nn.Module) -> float:

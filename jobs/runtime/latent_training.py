@@ -25,7 +25,8 @@ _SCALE_IMAGES = 1024
 
 def train_latent_diffusion(job: Job[LatentDiffusionRecipe]) -> RunSummary:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
-    return train_generator(job, GeneratorKind(_facts, describe, _encode, _columns, setup, reads_vqvae, _check))
+    kind = GeneratorKind(_facts, describe, _encode, _columns, setup, reads=reads_vqvae, check=_check)
+    return train_generator(job, kind)
 
 
 def _check(job: Job[LatentDiffusionRecipe]) -> None:

@@ -49,6 +49,8 @@ class Flow(Generic[R, F]):
     """The tensors that are cached of an image, by what they are, for a dry run."""
     setup: Callable[[Job[R], F, Doing], Setup]
     """Model and rows, on a worker."""
+    cached: Callable[[Job[R], CaptionTable], int] = lambda job, table: len(table.image_ids)
+    """How many images they are cached of, for a dry run."""
     reads: Callable[[Job[R]], str] = lambda job: ""
     """What a training reads beside its data and features, for a dry run."""
     writes: str = "tokenizers"
@@ -109,9 +111,10 @@ def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
     print(f"reads:  {', '.join(filter(None, reads))}")
     print(f"writes: {', '.join(filter(None, writes))}")
     specs = flow.columns(job, facts)
+    num_cached = flow.cached(job, table)
     size = bytes_per_image({"tensors": {name: dataclasses.asdict(spec) for name, spec in specs.items()}})
     print(
-        f"state:  {size:,} bytes an image ({' and '.join(specs)}), {size * len(table.image_ids) / 1e6:,.1f} MB for "
-        f"{len(table.image_ids):,} images, in the storage and on each machine"
+        f"state:  {size:,} bytes an image ({' and '.join(specs)}), {size * num_cached / 1e6:,.1f} MB for "
+        f"{num_cached:,} images, in the storage and on each machine"
     )
     flow.describe(job, facts, len(table.rows(TRAIN)))

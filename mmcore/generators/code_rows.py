@@ -43,17 +43,19 @@ class CodeRows:
         seed: int,
         fresh: FreshScenes | None = None,
     ) -> None:
-        """`views`: codes (h, w) of the images and, with `flip`, which mirrors half of them, of their mirror."""
+        """`views`: codes (h, w) of the images and, with `flip`, which mirrors half of them, of their mirror; with
+        `fresh` those that validate are enough, and no other has to have a caption."""
         if len({view.image_ids for view in views}) != 1:
             raise InputError("the cached views are not of the same images; remove STORAGE/features to make them anew")
         assert len(views) == 1 + flip, "mirrored codes are no codes of a mirror"
-        places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
-        self.places = [places[image_id] for image_id in table.image_ids]
         self.views, self.prompts, self.image_ids = [view.values for view in views], prompts, table.image_ids
         self.num_captions = [min(captions_per_image, len(captions)) for captions in table.captions]
         self.drop_text, self.flip, self.seed, self.fresh = drop_text, flip, seed, fresh
         self.train, self.validation = np.array(table.rows(TRAIN)), np.array(table.validation_rows())
         self.num_train, self.num_validation = len(self.train), len(self.validation)
+        places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
+        looked_up = [*self.validation.tolist(), *([] if fresh else self.train.tolist())]
+        self.places = {row: places[table.image_ids[row]] for row in looked_up}
 
     def _draw(self, row: int, epoch: int) -> Draw:
         """All draws are made always, so that no setting moves another draw."""

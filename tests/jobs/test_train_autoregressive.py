@@ -85,6 +85,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Ca
     printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
     assert "tokens: 64 an image (8 x 8), each one of 64 codes" in printed
     assert "steps: 18 of 8 images, 5 an epoch" in printed
+    assert "state:  64 bytes an image (codes), 0.0 MB for 8 images" in printed
     assert "images: 144 are seen, each a scene of its own: 144 are rendered" in printed
     assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
     assert "of 240 have more than 24 tokens" in printed, "of 40 scenes with five captions and an exhaustive one each"
@@ -107,6 +108,8 @@ def test_what_a_run_leaves(call_job: Callable[..., Any], storage: Storage) -> No
     facts = json.loads(run.read("recipe.json"))
     assert (facts["code_shape"], facts["num_codes"], facts["resolution"]) == ([8, 8], 64, 32)
     assert facts["autoencoder_fingerprint"] == fingerprint
+    (column,) = facts["columns"]
+    assert json.loads((storage / "features" / column).read("_SUCCESS"))["num_rows"] == 8, "those that validate"
     # Frozen stays frozen, beside the weights: the VQ-VAE and the run's own copy of it.
     for vqvae in (storage / "vqvae", run / "model" / "vqvae"):
         assert open_autoencoder(vqvae.uri).load().fingerprint() == fingerprint

@@ -48,6 +48,9 @@ def rows_of(
     codes = np.random.default_rng(0).integers(0, 64, (2, len(table.image_ids), 8, 8), dtype=np.uint8)
     # In another order than the dataset.
     views = [Column(tuple(reversed(table.image_ids)), view[::-1]) for view in codes[: 1 + settings["flip"]]]
+    if fresh is not None:
+        rows = table.validation_rows()
+        views = [Column(tuple(table.image_ids[row] for row in rows), codes[0][rows])]
     return CodeRows(table, views, PromptIds(table.captions, tokenizer), fresh=fresh, **settings)
 
 
