@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from jobs import train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
+from jobs import train_autoregressive, train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
 from jobs.runtime.job import Job, parse_job
 from mmcore.errors import InputError
 
 JOBS = {
+    "autoregressive": train_autoregressive,
     "ldm": train_ldm,
     "pixel_diffusion": train_pixel_diffusion,
     "resnet_captioner": train_resnet_captioner,
@@ -27,6 +28,7 @@ def parsed(name: str, *flags: str) -> Job:
     [
         ("ldm", [*FROZEN, "--tokenizer", "some/tokenizer"], "--text-encoder scratch"),
         ("ldm", [*FROZEN, "--text-width", "64"], "--text-encoder scratch"),
+        ("autoregressive", [*FROZEN, "--text-layers", "1"], "--text-encoder scratch"),
         ("pixel_diffusion", [*FROZEN, "--text-layers", "1"], "--text-encoder scratch"),
         ("pixel_diffusion", ["--variant", "report", "--text-heads", "2"], "--text-encoder scratch"),
         ("ldm", ["--beta-start", "0.001"], "--beta-schedule linear or scaled_linear"),
@@ -61,19 +63,23 @@ def test_with_what_it_needs_it_is_taken(name: str, flags: list[str]) -> None:
     assert parsed(name, *flags).recipe != JOBS[name].VARIANTS["shapes"]
 
 
-@pytest.mark.parametrize("variant", ["report", "best", "shapes", "smoke"])
 @pytest.mark.parametrize(
-    ("name", "flags"),
+    ("name", "flags", "variant"),
     [
-        *((name, []) for name in JOBS),
-        ("ldm", FROZEN),
-        ("pixel_diffusion", FROZEN),
-        ("ldm", ["--text-encoder", "scratch"]),
-        ("ldm", ["--beta-schedule", "squaredcos_cap_v2"]),
-        ("ldm", ["--timestep-shift", "1"]),
-        ("vqvae", ["--codebook-ema-decay", "0.99"]),
-        ("vqvae", ["--discriminator-from-step", "None"]),
-        ("vqvae", ["--perceptual", "None"]),
+        (name, flags, variant)
+        for name, flags in [
+            *((name, []) for name in JOBS),
+            ("autoregressive", FROZEN),
+            ("ldm", FROZEN),
+            ("pixel_diffusion", FROZEN),
+            ("ldm", ["--text-encoder", "scratch"]),
+            ("ldm", ["--beta-schedule", "squaredcos_cap_v2"]),
+            ("ldm", ["--timestep-shift", "1"]),
+            ("vqvae", ["--codebook-ema-decay", "0.99"]),
+            ("vqvae", ["--discriminator-from-step", "None"]),
+            ("vqvae", ["--perceptual", "None"]),
+        ]
+        for variant in JOBS[name].VARIANTS
     ],
 )
 def test_every_variant_takes_the_flag_that_changes_a_part(name: str, flags: list[str], variant: str) -> None:
