@@ -69,8 +69,6 @@ def _check(job: Job[AutoregressiveRecipe]) -> None:
         mend = "give --no-fresh-scenes --exhaustive-captions 0"
         if recipe.dataset != SHAPES:
             raise InputError(f"fresh_scenes: --dataset {recipe.dataset} is not rendered, only {SHAPES} is; {mend}")
-        if recipe.flip:
-            raise InputError("flip: of fresh scenes none is seen twice, mirrored or not; leave out --flip")
         if not recipe.text.is_scratch:
             raise InputError(
                 f"fresh_scenes: their captions are new, and the hidden states of --text-encoder "

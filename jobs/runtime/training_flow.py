@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ray.data import Dataset
 
@@ -16,6 +16,7 @@ from jobs.runtime.trainer import RunSummary, run_training
 from mmcore.data.columns import SUCCESS, TensorSpec, bytes_per_image, default_cache
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions, shapes_table
 from mmcore.data.shapes import ShapesSettings
+from mmcore.errors import InputError
 from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
 
@@ -64,6 +65,7 @@ def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
     """
     check_new_run(job)
     job = flow.check(job)
+    _check_flip(job.recipe)
     if job.options.dry_run:
         _dry_run(flow, job)
         return {}
@@ -73,6 +75,12 @@ def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
     flow.describe(job, facts, len(table.rows(TRAIN)))
     encoded = flow.encode(job, table, facts)
     return run_training(encoded.job, flow.setup, encoded.facts, encoded.datasets)
+
+
+def _check_flip(recipe: Any) -> None:
+    """Refuse mirrored scenes under captions that say what is on the left; a VQ-VAE reads no captions."""
+    if hasattr(recipe, "captions_per_image") and recipe.flip and recipe.dataset == SHAPES:
+        raise InputError(f"flip: the captions of --dataset {SHAPES} say left and right; give --no-flip")
 
 
 def ensure_dataset(storage: Storage, dataset: str) -> None:

@@ -72,7 +72,10 @@ REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
     (train_autoregressive, ["--vqvae", "no/such/run"], ["no/such/run: no model/ there"]),
     (train_autoregressive, ["--fresh-scenes"], ["fresh_scenes", "--dataset tiny is not rendered", "--no-fresh-scenes"]),
     (train_autoregressive, ["--exhaustive-captions", "0.5"], ["exhaustive_captions 0.5", "--fresh-scenes"]),
-    (train_autoregressive, ["--dataset", "shapes", "--fresh-scenes", "--flip"], ["flip", "leave out --flip"]),
+    *(
+        (job, ["--dataset", "shapes", "--flip"], ["flip", "--dataset shapes", "--no-flip"])
+        for job in (train_resnet_captioner, train_ldm, train_autoregressive, train_pixel_diffusion)
+    ),
     (
         train_autoregressive,
         ["--dataset", "shapes", "--fresh-scenes", "--text-encoder", "bert"],
