@@ -13,8 +13,9 @@ that both decode from the same codes, and their latents. Images of either's own 
 latent lies on the border of two codes, the last bit decides.
 
 A Transformer over codes is refused: diffusers has no class for it. Of its pipelines over codes, VQDiffusionPipeline,
-which is deprecated, diffuses them and AmusedPipeline unmasks them; none writes one code after another. Its VQ-VAE, a
-run by itself, can be exported, and its weights are safetensors already: RUN/model/model.safetensors.
+which is deprecated, diffuses them and AmusedPipeline unmasks them; none writes one code after another. Its weights are
+safetensors already: RUN/model/model.safetensors. Its VQ-VAE, a run by itself, can be exported where it has convolutions
+(--encoder convolutions --patch-size 1) and at most one attention head; the variant shapes-codes has patches.
 """
 
 import os

@@ -1,6 +1,7 @@
 """A finished run of a Transformer over the codes of a VQ-VAE, with random weights, made without training."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from mmcore.generators.autoregressive import VARIANTS
 from mmcore.generators.facts import AutoregressiveFacts
 
 
-def write_run(folder: Path, **changes: Any) -> Path:
-    """Images of 32² from 8² codes; `changes` are made to the recipe."""
-    vqvae, fingerprint = write_vqvae_run(folder / "model" / "vqvae")
+def write_run(folder: Path, of_vqvae: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+    """Images of 32² from 8² codes; `changes` are made to the recipe, `of_vqvae` to that of its VQ-VAE."""
+    vqvae, fingerprint = write_vqvae_run(folder / "model" / "vqvae", **(of_vqvae or {}))
     recipe = dataclasses.replace(VARIANTS["smoke"], **changes)
     inputs, text_fingerprint = text_facts(folder, recipe.text)
     facts = AutoregressiveFacts(

@@ -266,7 +266,7 @@ class VQVAE(nn.Module):
     def to_diffusers(self, scaling_factor: float = 1.0) -> "VQModel":
         """The same model as diffusers' class, in fp32; `scaling_factor` is what a pipeline divides its latents by.
 
-        Raises InputError for several attention heads, which VQModel could not be loaded with again.
+        Raises InputError for several attention heads, which VQModel could not be loaded with again, and for patches.
         """
         from diffusers import VQModel
 

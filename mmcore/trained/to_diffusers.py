@@ -32,9 +32,14 @@ def to_pipeline(generator: Generator) -> Any:
 
     if isinstance(generator, TrainedAutoregressive):
         run = generator.run
+        try:
+            generator.vqvae.model.to_diffusers()
+            vqvae = f"export its VQ-VAE by --run {run}/model/{VQVAE_ASSET}"
+        except InputError as error:
+            vqvae = f"nor can its VQ-VAE be exported ({error})"
         raise InputError(
-            f"--run {run}: diffusers has no class for a Transformer that writes codes one by one; export its VQ-VAE by "
-            f"--run {run}/model/{VQVAE_ASSET}, and take its own weights from {run}/model/model.safetensors"
+            f"--run {run}: diffusers has no class for a Transformer that writes codes one by one; its own weights are "
+            f"in {run}/model/model.safetensors; {vqvae}"
         )
     if not isinstance(generator, TrainedDiffusion) or generator.vqvae is None:
         raise InputError("--run: is no latent diffusion; diffusers has no pipeline for text to pixels of this kind")
