@@ -214,7 +214,7 @@ class CodeTransformer(nn.Module):
     def generate(
         self,
         prompts: dict[str, Tensor],
-        null: dict[str, Tensor],
+        null: dict[str, Tensor] | None,
         seeds: Sequence[int],
         options: AutoregressiveOptions,
         *,
@@ -224,11 +224,14 @@ class CodeTransformer(nn.Module):
 
         Args:
             prompts: the text of B images as `TextContext` takes it; `null`: as many of what the guidance leads away
-                from.
+                from, not needed without guidance.
             on_step: called with the codes of an image that are done and all; what it raises ends the work.
         """
         device, num_images = self.output.weight.device, len(seeds)
-        text = prompts if not options.guides else {name: torch.cat([prompts[name], null[name]]) for name in prompts}
+        text = prompts
+        if options.guides:
+            assert null is not None, "guidance leads away from something"
+            text = {name: torch.cat([prompts[name], null[name]]) for name in prompts}
         memory_RTM, memory_bias = self._read(text)
         num_rows = len(memory_RTM)
         state = self.layers.start(num_rows, self.length, memory_RTM, memory_bias)

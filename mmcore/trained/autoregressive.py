@@ -12,10 +12,10 @@ from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.autoregressive import AutoregressiveRecipe, CodeTransformer
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.facts import AutoregressiveFacts
-from mmcore.recipe import Autoencoder, Identity
+from mmcore.recipe import Identity
 from mmcore.run_files import VQVAE_ASSET, RunFile, read_weights
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 from mmcore.trained.prompts import PromptReader, check_size
 
 
@@ -26,7 +26,7 @@ class TrainedAutoregressive:
     """
 
     model: CodeTransformer
-    vqvae: Autoencoder
+    vqvae: TrainedVQVAE
     """Makes images of the codes."""
     device: torch.device
     dtype: torch.dtype
@@ -83,6 +83,6 @@ class TrainedAutoregressive:
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
         self.check(options, size or self.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            null = self.text([options.negative_prompt or NO_TEXT] * len(prompts))
+            null = self.text([options.negative_prompt or NO_TEXT] * len(prompts)) if options.guides else None
             codes = self.model.generate(self.text(prompts), null, seeds, options, on_step=on_step)
             return to_pixels(self.vqvae.decode_codes(codes)).cpu().numpy()

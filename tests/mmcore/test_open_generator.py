@@ -97,7 +97,7 @@ def test_samplers_guidance_and_what_to_lead_away_from(pixel_run: Storage, sample
 
 
 def test_codes_are_counted_and_every_option_tells(code_run: Storage) -> None:
-    generator = open_generator(code_run.uri).load()
+    generator: Any = open_generator(code_run.uri).load()
     told: list[tuple[int, int]] = []
     drawn = generator.generate(PROMPTS, SEEDS, DRAWN, on_step=lambda done, total: told.append((done, total)))
     assert told == [(code, 64) for code in range(1, 65)]
@@ -108,6 +108,10 @@ def test_codes_are_counted_and_every_option_tells(code_run: Storage) -> None:
     )  # fmt: skip
     changed = [generator.generate(PROMPTS, SEEDS, dataclasses.replace(DRAWN, **change)) for change in changes]
     assert len({images.tobytes() for images in (drawn, *changed)}) == 1 + len(changes)
+    reader, read = generator.text, []
+    generator.text = lambda prompts: read.append(prompts) or reader(prompts)
+    unguided = generator.generate(PROMPTS, SEEDS, dataclasses.replace(DRAWN, guidance=1.0))
+    assert (read, unguided.tobytes()) == ([PROMPTS], changed[0].tobytes()), "without guidance no other text is read"
 
 
 def test_latents_become_images_through_the_vqvae(tmp_path: Path) -> None:
