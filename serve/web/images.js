@@ -67,9 +67,13 @@ export function reuse(seed, prompt = null) {
   announce(prompt === null ? `Seed ${seed} is set.` : `The prompt and seed ${seed} are set.`);
 }
 
+function defaultsOfChosen() {
+  return generators.find(({ id }) => id === select.value)?.defaults;
+}
+
 // The fields of the model's own options. One that it does not have would be refused.
 function showDefaults() {
-  const defaults = generators.find(({ id }) => id === select.value)?.defaults;
+  const defaults = defaultsOfChosen();
   if (defaults === undefined) return;
   for (const [name, [id]] of Object.entries(OPTIONS)) {
     const field = byId(id);
@@ -87,6 +91,11 @@ function requestOfForm() {
   for (const [name, [id]] of Object.entries(OPTIONS)) {
     const { disabled, type, value, valueAsNumber } = byId(id);
     if (!disabled && value.trim() !== "") request[name] = type === "number" ? valueAsNumber : value;
+  }
+  // Left empty it is "the same", also where the model's own default is another.
+  const end = byId("guidance-end");
+  if (!end.disabled && end.value.trim() === "" && (defaultsOfChosen()?.guidance_scale_end ?? null) !== null) {
+    request.guidance_scale_end = request.guidance_scale;
   }
   if (byId("seed").value !== "") request.seed = BigInt(byId("seed").value);
   return request;

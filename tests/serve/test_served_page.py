@@ -226,6 +226,15 @@ def test_another_model_brings_its_settings(blank: Tab, service: StandIn) -> None
     wanted = {"model": "codes", "prompt": "a red circle", "guidance_scale": 1.5, "temperature": 0.6, "top_k": 0}
     assert sent == {**wanted, "top_p": 0.9, "n": 1, "response_format": "b64_json", "stream": True}
     assert "codes · guidance 1.5 · temperature 0.6 · top-k all · top-p 0.9 ·" in blank.text("#made")
+    # Emptied, the end is "the same" as the page says, whatever the model would do by itself.
+    other["defaults"]["guidance_scale_end"] = 3.0
+    blank.goto(service.url)
+    blank.wait_text("#service", "2 generators")
+    blank.run(f"{select}.value = 'codes', {select}.dispatchEvent(new Event('change'))")
+    assert fields()["guidance-end"] == "3"
+    generate(blank, **{"guidance-end": ""})
+    wait_made(blank, 1)
+    assert service.asked(GENERATE)[1].json["guidance_scale_end"] == 1.5
     service.failures[GENERATE] = [Failure(400, "top_p: 0: must be above 0", "top_p")]
     blank.click("#generate")
     blank.wait_text("#images-error", "top_p: 0: must be above 0")
