@@ -38,7 +38,7 @@ class CrossAttentionCaptionerRecipe:
     split: str = "split_report"
     """Column of the dataset that says which rows train and which validate."""
     captions_per_image: int = 1
-    """Captions of each image that are trained on: the first 1, or up to 5."""
+    """How many of an image's captions are trained on, the first ones."""
     encoder: str = "microsoft/resnet-18"
     """Hugging Face vision model by name or folder, frozen; `scratch` trains a small one instead."""
     image_size: int = 224

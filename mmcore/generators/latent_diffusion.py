@@ -24,7 +24,7 @@ class LatentDiffusionRecipe:
     split: str = "split_report_generation"
     """Column of the dataset that says which rows train."""
     captions_per_image: int = 5
-    """Captions of each image that are trained on, one drawn at random each time: the first 1, or up to 5."""
+    """How many of an image's captions are trained on, the first ones; each time one of them is drawn at random."""
     vqvae: str | None = None
     """Finished run of jobs/train_vqvae.py (STORAGE/runs/vqvae/NAME, a folder or s3://...), which says the size of the
     images; None trains the VQ-VAE of the same variant and name first."""

@@ -20,7 +20,7 @@ class PixelDiffusionRecipe:
     split: str = "split_report_generation"
     """Column of the dataset that says which rows train."""
     captions_per_image: int = 1
-    """Captions of each image that are trained on, one drawn at random each time: the first 1, or up to 5."""
+    """How many of an image's captions are trained on, the first ones; each time one of them is drawn at random."""
     image_size: int = 128
     """Pixels a side."""
     flip: bool = True
