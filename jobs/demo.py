@@ -50,7 +50,6 @@ from mmcore.data.shapes_oracle import AttributeScore, judge_text
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, vqvae
 from mmcore.generators.autoregressive import AutoregressiveRecipe
-from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.shapes import score_captions
@@ -97,8 +96,6 @@ class DemoSettings:
     """Beams of the search for captions; 1 is greedy."""
     num_generated: int = 48
     """Images to generate, from the first prompts of the test split."""
-    sampling: AutoregressiveOptions = field(default_factory=AutoregressiveOptions)
-    """How the images are drawn."""
     shapes: ShapesSettings = field(default_factory=ShapesSettings)
     """The built-in data."""
     captioner: CrossAttentionCaptionerRecipe = _CAPTIONER
@@ -106,7 +103,7 @@ class DemoSettings:
     vqvae: VQVAERecipe = _VQVAE
     """The VQ-VAE and its training."""
     autoregressive: AutoregressiveRecipe = _AUTOREGRESSIVE
-    """The Transformer over the VQ-VAE's codes, and its training."""
+    """The Transformer over the VQ-VAE's codes, its training, and by `sample` how the images are drawn."""
 
 
 @dataclass
@@ -294,7 +291,8 @@ def train_generator(demo: Demo) -> str:
 def generate_images(demo: Demo) -> str:
     settings = demo.settings
     count = min(settings.num_generated, settings.shapes.num_test)
-    wanted = {"count": count, **dataclasses.asdict(settings.sampling)}
+    sample = settings.autoregressive.sample
+    wanted = {"count": count, **dataclasses.asdict(sample)}
     remove_other(demo.sweep, wanted, MANIFEST)
     facts = generate(
         GenerateSettings(
@@ -304,7 +302,7 @@ def generate_images(demo: Demo) -> str:
             count=count,
             out=demo.sweep.uri,
         ),
-        settings.sampling,
+        sample,
     )
     demo.facts["sweep"] = facts
     return f"{facts['num_images']:,} images, {facts['images_per_s']:.3g} images/s"
@@ -312,7 +310,7 @@ def generate_images(demo: Demo) -> str:
 
 def score_images(demo: Demo) -> str:
     """The oracle's word on what the prompts name."""
-    facts, sampling = demo.facts["sweep"], demo.settings.sampling
+    facts, sample = demo.facts["sweep"], demo.settings.autoregressive.sample
     scores = evaluate_images(ShapesScoreSettings(sweep=demo.sweep.uri, run=demo.autoregressive.run.uri))
     demo.results.append(f"{scores['all']['fraction_correct']:.1%} of those that prompts name")
     demo.failures += image_failures(scores)
@@ -327,7 +325,7 @@ def score_images(demo: Demo) -> str:
         demo_page.image_scores(
             scores,
             f"{facts['num_images']:,} images of {facts['resolution']} x {facts['resolution']} pixels, "
-            f"{', '.join(f'{name} {value}' for name, value in dataclasses.asdict(sampling).items() if value)}: "
+            f"{', '.join(f'{name} {value}' for name, value in dataclasses.asdict(sample).items() if value)}: "
             f"{facts['images_per_s']:.3g} images/s.",
         ),
     ]
@@ -381,6 +379,11 @@ def run_demo(settings: DemoSettings) -> Demo:
         raise InputError(f"--shapes.num-test {settings.shapes.num_test}: at least 2 are needed to score them")
     if settings.num_generated < 2:
         raise InputError(f"--num-generated {settings.num_generated}: at least 2 are needed to score them")
+    if settings.autoregressive.vqvae is not None:
+        raise InputError(
+            f"--autoregressive.vqvae {settings.autoregressive.vqvae}: the demo trains a VQ-VAE of its own; leave the "
+            "flag out, and set that one by --vqvae.*"
+        )
     demo = Demo(settings)
     seconds: list[tuple[str, str, float]] = []
     for number, (title, stage) in enumerate(STAGES, start=1):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.decoder import DecoderLayers, LayerSettings, Packing, dropout, seen_only
-from mmcore.errors import InputError
+from mmcore.errors import InputError, OptionError
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.code_sampling import draw_codes, guidance_at, uniforms
 from mmcore.generators.facts import AutoregressiveFacts
@@ -68,7 +68,7 @@ class AutoregressiveRecipe:
     split: str = "split_report_generation"
     """Column of the dataset that says which rows train."""
     captions_per_image: int = 5
-    """Captions of each image that are trained on, one drawn at random each time: the first 1, or up to 5."""
+    """How many of an image's captions are trained on, the first ones; each time one of them is drawn at random."""
     vqvae: str | None = None
     """Finished run of jobs/train_vqvae.py (STORAGE/runs/vqvae/NAME, a folder or s3://...), which says the size of the
     images; None trains the VQ-VAE of the same variant and name first."""
@@ -82,7 +82,7 @@ class AutoregressiveRecipe:
     drop_text: float = 0.1
     """Share of the captions that are replaced by no text, for classifier-free guidance."""
     sample: AutoregressiveOptions = field(default_factory=AutoregressiveOptions)
-    """How the images that are written at each validation are drawn."""
+    """How images are drawn: those that are written at each validation, and by default those of the trained model."""
     transformer: TransformerSettings = field(
         default_factory=lambda: TransformerSettings(width=384, num_layers=8, num_heads=6, ffn_width=1536, dropout=0.1)
     )
@@ -123,7 +123,11 @@ class AutoregressiveRecipe:
             )
         self.transformer.check()
         self.text.check()
-        self.sample.check(guides=self.drop_text > 0)
+        try:
+            self.sample.check(guides=self.drop_text > 0)
+        except OptionError as error:
+            # Of an error in a nested field the command line's reader shows the first argument: a line, not a name.
+            raise InputError(str(error)) from None
 
     def build(self, facts: AutoregressiveFacts) -> "CodeTransformer":
         """The network."""

@@ -40,7 +40,7 @@ TINY = [
     "--autoregressive.text.text-heads", "2", "--autoregressive.train.num-epochs", "2",
     "--autoregressive.train.max-steps", "16", "--autoregressive.train.batch-size", "8",
     "--autoregressive.train.validate-every-epochs", "1", "--autoregressive.train.num-samples", "2",
-    "--num-generated", "12",
+    "--autoregressive.sample.temperature", "0.7", "--num-generated", "12",
 ]  # fmt: skip
 
 
@@ -130,6 +130,23 @@ def test_low_scores_are_the_first_thing_that_the_page_says(
     assert "scenes hold one and two shapes, as more take longer" in html
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--num-generated", "1", "error: --num-generated 1: at least 2 are needed"),
+        ("--autoregressive.vqvae", "a/run", "error: --autoregressive.vqvae a/run: the demo trains a VQ-VAE of its own"),
+        ("--autoregressive.sample.top-p", "0", "Error parsing autoregressive: --top-p 0: must be above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    flag: str, value: str, told: str, tmp_path: Path, call_here: Callable[..., CompletedProcess[str]]
+) -> None:
+    done = call_here(demo.main, "--storage", tmp_path / "a demo", flag, value, check=False)
+    assert done.returncode != 0
+    assert told in done.stderr
+    assert not (tmp_path / "a demo").exists()
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
@@ -157,6 +174,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     # Loss and accuracy twice each, rate; loss, PSNR and codes twice each; loss and accuracy twice each, rate.
     assert html.count("<polyline ") == 5 + 6 + 5
     assert "are needed" in html
+    assert "pixels, guidance 2.0, temperature 0.7, top_p 1.0: " in html
     # Its last words start a service that is closed, with what was trained.
     told = re.search(r"^serve: SERVE_API_KEYS=(\S+) (.*)$", first.stdout, re.M)
     assert told, first.stdout[-2000:]
@@ -169,7 +187,8 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     assert build(arguments)
     assert set(arguments.model_fields_set) == {"captioner", "generator", "gallery"}
     assert open_captioner(arguments.captioner.removeprefix("captions:")).load().image_size > 0
-    assert open_generator(arguments.generator.removeprefix("images:")).load().size > (0, 0)
+    generator = open_generator(arguments.generator.removeprefix("images:")).load()
+    assert generator.options.temperature == 0.7, "what is served draws as the page's images were drawn"
     result = json.loads((storage / "scores" / "resnet_captioner").read("default-attributes.json"))
     assert result["all"]["num_scenes"] == 12
     made = kept_files(storage)
