@@ -56,7 +56,7 @@ class GeneratorKind(Generic[F]):
     check: Callable[[Job[Any]], object] = lambda job: None
     """Raises InputError for what can be refused without any data."""
     more_captions: Callable[[Job[Any], CaptionTable], list[str]] = lambda job, table: []
-    """What is trained on beside the captions of the data, to tell how many of both are cut."""
+    """Such as are trained on beside those of the data: for their words, and to tell how many of both are cut."""
 
 
 def train_generator(job: Job[Any], kind: GeneratorKind[F]) -> RunSummary:
@@ -68,10 +68,10 @@ def train_generator(job: Job[Any], kind: GeneratorKind[F]) -> RunSummary:
     lengths: list[int] = []
 
     def plan(job: Job[Any], table: CaptionTable) -> F:
-        opened.append(open_text(job.recipe, table))
+        captions, more = train_captions(table, job.recipe.captions_per_image), kind.more_captions(job, table)
+        opened.append(open_text(job.recipe, captions, more))
         tokenizer = opened[0] if isinstance(opened[0], PromptTokenizer) else opened[0].tokenize
-        captions = train_captions(table, job.recipe.captions_per_image) + kind.more_captions(job, table)
-        lengths.extend(tokenizer.lengths(captions))
+        lengths.extend(tokenizer.lengths(captions + more))
         facts = kind.facts(job, text_inputs(opened[0]))
         return dataclasses.replace(facts, dataset_fingerprint=table.facts.get("fingerprint", ""))
 
@@ -128,14 +128,21 @@ def _longer(text: Text, max_tokens: int) -> str:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def open_text(recipe: Any, table: CaptionTable) -> Text:
-    """The frozen text encoder, or the tokenizer of the one that is trained along."""
+def open_text(recipe: Any, captions: list[str], more: list[str]) -> Text:
+    """The frozen text encoder, or the tokenizer of the one that is trained along.
+
+    One of words knows those of `captions`, and of `more` where they lack some.
+    """
     text = recipe.text
     if not text.is_scratch:
         return FrozenTextEncoder(text.text_encoder, text.max_tokens)
     if text.tokenizer != WORDS:
         return PromptTokenizer.from_name(text.tokenizer, text.max_tokens)
-    return PromptTokenizer.of_words(train_captions(table, recipe.captions_per_image), text.max_tokens)
+    words = PromptTokenizer.of_words(captions, text.max_tokens)
+    unknown = words.tokenizer.unk_token_id
+    lacking = bool(more) and any(unknown in ids for ids in words.tokenizer(more)["input_ids"])
+    # Otherwise every word keeps its id, which goes by how often it occurs: an unfinished run then goes on.
+    return PromptTokenizer.of_words(captions + more, text.max_tokens) if lacking else words
 
 
 def text_inputs(text: Text) -> TextInputs:

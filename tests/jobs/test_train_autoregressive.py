@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from jobs.prepare import PrepareSettings, prepare
 from jobs.runtime.frozen_vqvae import vqvae_job
+from jobs.runtime.generator_training import open_text
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.run_folder import open_run
 from jobs.train_autoregressive import main
 from mmcore.data.shapes import ShapesSettings
 from mmcore.errors import InputError
+from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.autoregressive import VARIANTS, AutoregressiveRecipe
 from mmcore.generators.facts import AutoregressiveFacts
 from mmcore.images import decode_image, image_grid
@@ -88,8 +90,18 @@ def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Ca
     assert "state:  64 bytes an image (codes), 0.0 MB for 8 images" in printed
     assert "images: 144 are seen, each a scene of its own: 144 are rendered" in printed
     assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
-    assert "of 240 have more than 24 tokens" in printed, "of 40 scenes with five captions and an exhaustive one each"
+    assert "of 600 have more than 24 tokens" in printed, "five of each of 40 scenes, and 400 exhaustive ones"
     assert sorted(Path(storage.uri).rglob("*")) == before
+
+
+def test_a_word_of_exhaustive_captions_alone_is_known() -> None:
+    captions, more = ["a red square"] * 2, ["a square left of a red one"] * 2
+    text = open_text(VARIANTS["smoke"], captions, more)
+    assert isinstance(text, PromptTokenizer)
+    assert text.tokenizer.unk_token_id not in text(more)[0]
+    # None is lacking: the ids are those of the captions alone.
+    alone = PromptTokenizer.of_words(captions, 24).fingerprint()
+    assert open_text(VARIANTS["smoke"], captions, ["square square red"] * 2).fingerprint() == alone
 
 
 def test_shapes_trains_first_the_vqvae_whose_codes_can_be_guessed() -> None:
