@@ -78,10 +78,10 @@ def _shorter(recipe: Any, max_steps: int, **train: Any) -> Any:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=max_steps, **train))
 
 
-_CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 2000)
+_CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 1000)
 _VQVAE = _shorter(vqvae.VARIANTS[CODES], 1000)
 # Often enough for a curve; the page has better pictures than the grids of the training.
-_AUTOREGRESSIVE = _shorter(autoregressive.VARIANTS["shapes"], 2000, validate_every_epochs=1, num_samples=0)
+_AUTOREGRESSIVE = _shorter(autoregressive.VARIANTS["shapes"], 800, validate_every_epochs=1, num_samples=0)
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ class DemoSettings:
     """Beams of the search for captions; 1 is greedy."""
     num_generated: int = 48
     """Images to generate, from the first prompts of the test split."""
-    shapes: ShapesSettings = field(default_factory=ShapesSettings)
-    """The built-in data."""
+    num_workers: int = 2
+    """Training workers of the Transformer, which share the cores."""
+    shapes: ShapesSettings = field(default_factory=lambda: ShapesSettings(max_objects=2))
+    """The built-in data, with scenes that can be learned in minutes."""
     captioner: CrossAttentionCaptionerRecipe = _CAPTIONER
     """The captioner and its training."""
     vqvae: VQVAERecipe = _VQVAE
@@ -124,9 +126,9 @@ class Demo:
     def storage(self) -> Storage:
         return output_storage(self.settings.storage, "--storage")
 
-    def job(self, file: Any, recipe: Any, variant: str = "shapes") -> Job:
+    def job(self, file: Any, recipe: Any, variant: str = "shapes", num_workers: int = 1) -> Job:
         """The training job of the module `file`."""
-        options = RunOptions(storage=self.storage.uri, fresh=self.settings.fresh)
+        options = RunOptions(storage=self.storage.uri, fresh=self.settings.fresh, num_workers=num_workers)
         return Job(recipe_name(file.__file__), variant, recipe, options)
 
     @property
@@ -140,7 +142,7 @@ class Demo:
     @property
     def autoregressive(self) -> Job:
         recipe = dataclasses.replace(self.settings.autoregressive, vqvae=self.vqvae.run.uri)
-        return self.job(train_autoregressive, recipe)
+        return self.job(train_autoregressive, recipe, num_workers=self.settings.num_workers)
 
     @property
     def captions(self) -> Storage:

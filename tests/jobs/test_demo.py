@@ -40,7 +40,7 @@ TINY = [
     "--autoregressive.text.text-heads", "2", "--autoregressive.train.num-epochs", "2",
     "--autoregressive.train.max-steps", "16", "--autoregressive.train.batch-size", "8",
     "--autoregressive.train.validate-every-epochs", "1", "--autoregressive.train.num-samples", "2",
-    "--autoregressive.sample.temperature", "0.7", "--num-generated", "12",
+    "--autoregressive.sample.temperature", "0.7", "--num-generated", "12", "--num-workers", "1",
 ]  # fmt: skip
 
 
