@@ -152,7 +152,7 @@ def test_the_lines_of_the_readme(
     monkeypatch.setenv("KEY", KEY)
     exec(compile(lines, "README.md", "exec"), {})
     with Image.open(tmp_path / "circle.png") as image:
-        assert image.getpixel((0, 0)) == colour_of("a large red circle", 7, 20)
+        assert image.getpixel((0, 0)) == colour_of("a large red circle", 7, guidance=2.0)
     assert re.fullmatch(r"a \w+ picture\n", capsys.readouterr().out)
 
 
