@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_diffusion
+import torch
 from gate import AHEAD, Gate
 from kills import TIMEOUT_S, moments, wait_for_step, wait_until_gone, workers
 from safetensors.torch import load_file
@@ -127,6 +128,11 @@ def test_what_a_run_leaves(call_job: Callable[..., Any], storage: Storage) -> No
         assert open_autoencoder(vqvae.uri).load().fingerprint() == fingerprint
     weights = load_file(Path(run.uri) / "model" / "model.safetensors")
     assert not [name for name in weights if "vqvae" in name or "quantizer" in name]
+    # All that trains has moved from where it began.
+    begun = read_begun(run, AutoregressiveRecipe, AutoregressiveFacts)
+    torch.manual_seed(derive_seed(begun.recipe.train.seed, "weights"))
+    first = dict(begun.recipe.build(begun.facts).named_parameters())
+    assert [name for name, weight in first.items() if torch.equal(weight, weights[name])] == []
     assert (run / "model" / "tokenizer").exists("tokenizer.json")
     left = outcome(run)
     validated = [row for row in left["metrics"] if "validation_loss" in row]
