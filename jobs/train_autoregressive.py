@@ -4,11 +4,16 @@
 Paper: DALL-E, Ramesh et al. 2021, https://arxiv.org/abs/2102.12092; Parti, Yu et al. 2022,
 https://arxiv.org/abs/2206.10789
 
-    python jobs/train_autoregressive.py --variant shapes --storage URI
+    python jobs/train_autoregressive.py --variant shapes --num-workers 2 --storage URI
 
 Without --vqvae the VQ-VAE that belongs to the variant is trained first, under the same name and into the same storage.
 
-Hardware, time and score: TODO
+Hardware, time and score, on two workers of one CPU thread beside other work (README, Results):
+
+Variant shapes: 50 minutes for 7,500 steps at commit b5db195, without its VQ-VAE (10 minutes). Of the attributes that
+500 test prompts name, 96.5 % are in the images; 80.2 % of the scenes are right as a whole.
+
+Variant best has not been run.
 """
 
 from jobs.runtime.autoregressive_training import train_autoregressive
