@@ -79,11 +79,11 @@ def _shorter(recipe: Any, max_steps: int, **train: Any) -> Any:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_steps=max_steps, **train))
 
 
-_CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 1000)
-_VQVAE = _shorter(vqvae.VARIANTS[CODES], 1000)
+_CAPTIONER = _shorter(resnet.VARIANTS["shapes"], 2000)
+_VQVAE = _shorter(vqvae.VARIANTS[CODES], 1500)
 # Often enough for a curve; the page has better pictures than the grids of the training.
 _AUTOREGRESSIVE = dataclasses.replace(
-    _shorter(autoregressive.VARIANTS["shapes"], 800, validate_every_epochs=1, num_samples=0),
+    _shorter(autoregressive.VARIANTS["shapes"], 1600, validate_every_epochs=1, num_samples=0),
     # So early in a training more guidance than the variant's is better.
     sample=AutoregressiveOptions(guidance=2.0, temperature=0.6),
 )
