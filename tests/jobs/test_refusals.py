@@ -83,7 +83,7 @@ REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
     ),
     (train_autoregressive, ["--top-p", "0"], ["--top-p 0", "above 0"]),
     (train_autoregressive, ["--temperature", "0"], ["--temperature 0", "at least"]),
-    (train_autoregressive, ["--drop-text", "0"], ["--guidance 2", "drop_text 0"]),
+    (train_autoregressive, ["--drop-text", "0"], ["--guidance 1.7", "drop_text 0"]),
     (train_autoregressive, ["--num-heads", "3"], ["num_heads 3", "width 32", "--num-heads"]),
     (
         train_pixel_diffusion,
