@@ -25,7 +25,7 @@ from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
 from mmcore.data.columns import TensorSpec, default_cache, open_column
-from mmcore.data.prepared import TEST, TRAIN, VALIDATION, CaptionTable, read_captions
+from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.data.shapes import ShapesSettings, make_scene
 from mmcore.data.shapes_captions import exhaustive_caption
 from mmcore.errors import InputError
@@ -129,7 +129,7 @@ def _encode(
             vqvae=run,
             flip=flip,
             # Fresh scenes stand for those that train.
-            split=f"{recipe.split}:{VALIDATION if table.rows(VALIDATION) else TEST}" if recipe.fresh_scenes else None,
+            split=f"{recipe.split}:{table.validation_split}" if recipe.fresh_scenes else None,
             stall_timeout_s=job.options.stall_timeout,
         )
         for flip in ([False, True] if recipe.flip else [False])

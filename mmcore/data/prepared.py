@@ -28,9 +28,14 @@ class CaptionTable:
     def rows(self, split: str) -> list[int]:
         return [row for row, name in enumerate(self.splits) if name == split]
 
+    @property
+    def validation_split(self) -> str:
+        """`validation`, or `test` in a split without any such row (Flickr8k's for generators)."""
+        return VALIDATION if VALIDATION in self.splits else TEST
+
     def validation_rows(self) -> list[int]:
-        """The rows of `validation`, or of `test` in a split without any (Flickr8k's for generators)."""
-        return self.rows(VALIDATION) or self.rows(TEST)
+        """The rows of `validation_split`."""
+        return self.rows(self.validation_split)
 
 
 def read_dataset_facts(storage: Storage, dataset: str) -> dict:
