@@ -161,7 +161,7 @@ class Denoiser(nn.Module):
     def generate(
         self,
         prompts: dict[str, Tensor],
-        null: dict[str, Tensor],
+        null: dict[str, Tensor] | None,
         seeds: Sequence[int],
         *,
         num_inference_steps: int,
@@ -172,11 +172,13 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Samples of x_0, fp32 (B, C, H, W), each decided by its prompt and its seed alone.
 
-        `prompts` and `null` hold the text as `forward` takes it, B prompts and B times what stands for none; `clip` as
-        in `make_sampler`.
+        `prompts` and `null` hold the text as `forward` takes it, B prompts and B times what stands for none, which may
+        be missing where the guidance scale is 1; `clip` as in `make_sampler`.
         """
-        context = self.text(prompts)
-        null_context = context if guidance_scale == 1 else self.text(null)
+        context = null_context = self.text(prompts)
+        if guidance_scale != 1:
+            assert null is not None, "guidance leads away from something"
+            null_context = self.text(null)
         return sample(
             guided(self.predict, context, null_context, guidance_scale),
             self.x_0_shape,

@@ -89,9 +89,10 @@ class TrainedDiffusion:
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
         self.check(options, size or self.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            null = self.text([options.negative_prompt or NO_TEXT] * len(prompts)) if options.guidance != 1 else None
             x_0 = self.model.generate(
                 self.text(prompts),
-                self.text([options.negative_prompt or NO_TEXT] * len(prompts)),
+                null,
                 seeds,
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance,
