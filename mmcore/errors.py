@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and checks that many settings share."""
 
 import shlex
 
@@ -22,6 +22,22 @@ class OptionError(InputError):
 
     def __str__(self) -> str:
         return f"--{self.option.replace('_', '-')} {self.problem}"
+
+
+def check_at_least_one(settings: object, *names: str) -> None:
+    """Raise InputError for a field of `settings` that is below 1, with its flag."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"{name} {getattr(settings, name)} must be at least 1; mend it with --{flag}")
+
+
+def check_share(settings: object, *names: str) -> None:
+    """Raise InputError for a field of `settings` that is not from 0 to below 1, with its flag."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            flag = name.replace("_", "-")
+            raise InputError(f"{name} {getattr(settings, name)} must be from 0 to below 1; mend it with --{flag}")
 
 
 def not_prepared(folder: object, dataset: str, storage: object) -> InputError:

@@ -17,16 +17,12 @@ from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import GREEDY, SearchOptions
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.decoder import Packing, dropout
-from mmcore.errors import InputError
+from mmcore.errors import InputError, check_at_least_one, check_share
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
 from mmcore.frozen.vision import SCRATCH, ScratchEncoder
 from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.text import CaptionTokenizer, WordVocabulary
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -94,12 +90,8 @@ class CrossAttentionCaptionerRecipe:
 
     def __post_init__(self) -> None:
         sizes = ("width", "num_layers", "num_heads", "ffn_width", "image_size", "captions_per_image", "min_word_count")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with {_flag(name)}")
-        for name in ("dropout", "attention_dropout", "image_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be from 0 to below 1; mend it with {_flag(name)}")
+        check_at_least_one(self, *sizes)
+        check_share(self, "dropout", "attention_dropout", "image_dropout", "label_smoothing")
         if self.max_length < 2:
             raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); mend it with --max-length")
         if self.width % self.num_heads:

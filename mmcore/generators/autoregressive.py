@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.decoder import DecoderLayers, LayerSettings, Packing, dropout, seen_only
-from mmcore.errors import InputError, OptionError
+from mmcore.errors import InputError, OptionError, check_at_least_one, check_share
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.code_sampling import draw_codes, guidance_at, uniforms
 from mmcore.generators.facts import AutoregressiveFacts
@@ -47,16 +47,12 @@ class TransformerSettings:
     def check(self) -> None:
         """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
         would show the error in a form of its own."""
-        for name in ("width", "num_layers", "num_heads", "ffn_width"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
+        check_at_least_one(self, "width", "num_layers", "num_heads", "ffn_width")
         if self.width % self.num_heads:
             raise InputError(
                 f"num_heads {self.num_heads} does not divide width {self.width}; mend it with --num-heads or --width"
             )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout {self.dropout} must be from 0 to below 1; mend it with --dropout")
+        check_share(self, "dropout")
 
 
 @dataclass(frozen=True)
@@ -110,12 +106,8 @@ class AutoregressiveRecipe:
     """How it is optimised."""
 
     def __post_init__(self) -> None:
-        if self.captions_per_image < 1:
-            raise InputError(
-                f"captions_per_image {self.captions_per_image} must be at least 1; mend it with --captions-per-image"
-            )
-        if not 0 <= self.drop_text < 1:
-            raise InputError(f"drop_text {self.drop_text} must be from 0 to below 1; mend it with --drop-text")
+        check_at_least_one(self, "captions_per_image")
+        check_share(self, "drop_text")
         if not 0 <= self.exhaustive_captions <= 1:
             raise InputError(
                 f"exhaustive_captions {self.exhaustive_captions} must be from 0 to 1; mend it with "

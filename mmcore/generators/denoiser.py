@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.errors import InputError
+from mmcore.errors import InputError, check_at_least_one
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.diffusion import NoiseSchedule, SamplerName, guided, make_sampler, sample
 from mmcore.generators.text_context import TextContext, TextSettings
@@ -51,10 +51,7 @@ class UNetSettings:
         would show the error in a form of its own."""
         if not self.channels or any(channels < 1 or channels % _NORM_GROUPS for channels in self.channels):
             raise InputError(f"channels {self.channels} must be multiples of {_NORM_GROUPS}; mend it with --channels")
-        for name in ("layers_per_block", "num_heads", "patch_size"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
+        check_at_least_one(self, "layers_per_block", "num_heads", "patch_size")
         if not set(self.attention_levels) <= set(range(len(self.channels))):
             raise InputError(
                 f"attention_levels {self.attention_levels}: there are levels 0 to {len(self.channels) - 1}; mend it "

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from mmcore.errors import InputError
+from mmcore.errors import InputError, check_at_least_one, check_share
 from mmcore.generators.denoiser import Denoiser, UNetSettings
 from mmcore.generators.diffusion import NoiseSchedule
 from mmcore.generators.facts import DiffusionFacts
@@ -38,12 +38,8 @@ class DiffusionRecipe(Recipe, Protocol):
 def check_diffusion(recipe: DiffusionRecipe, *counts: str) -> None:
     """Raise InputError for settings of a diffusion recipe that cannot be, such as guidance of a network that never sees
     a prompt missing; `counts` are the fields that must be at least 1."""
-    for name in counts:
-        if getattr(recipe, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"{name} {getattr(recipe, name)} must be at least 1; mend it with --{flag}")
-    if not 0 <= recipe.drop_text < 1:
-        raise InputError(f"drop_text {recipe.drop_text} must be from 0 to below 1; mend it with --drop-text")
+    check_at_least_one(recipe, *counts)
+    check_share(recipe, "drop_text")
     if recipe.sample_guidance != 1 and recipe.drop_text == 0:
         raise InputError(
             f"sample_guidance {recipe.sample_guidance} needs captions that are dropped in training, and drop_text is "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcore.errors import InputError
+from mmcore.errors import InputError, check_at_least_one
 from mmcore.frozen.text import SCRATCH, TextInputs
 from mmcore.frozen.tokenizers import WORDS
 
@@ -40,10 +40,7 @@ class TextSettings:
     def check(self) -> None:
         """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
         would show the error in a form of its own."""
-        for name in ("text_width", "text_layers", "text_heads"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with --{flag}")
+        check_at_least_one(self, "text_width", "text_layers", "text_heads")
         if self.max_tokens < 2:
             raise InputError(f"max_tokens {self.max_tokens} must be at least 2 (begin, end); mend it with --max-tokens")
         if self.text_width % self.text_heads:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.data.pixels import to_network
-from mmcore.errors import InputError
+from mmcore.errors import InputError, check_at_least_one, check_share
 from mmcore.generators.discriminator import PatchDiscriminator, fooling_loss, telling_loss
 from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
 from mmcore.generators.psnr import psnr
@@ -111,9 +111,7 @@ class VQVAERecipe:
     """How it is optimised."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "latent_channels", "layers_per_block", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1; mend it with {_flag(name)}")
+        check_at_least_one(self, "image_size", "patch_size", "latent_channels", "layers_per_block", "norm_groups")
         if self.num_codes < 2:
             raise InputError(f"num_codes {self.num_codes} must be at least 2; mend it with --num-codes")
         for name in ("commitment_weight", "codebook_weight", "perceptual_weight", "adversarial_weight"):
@@ -141,8 +139,7 @@ class VQVAERecipe:
                 f"codebook_ema_decay {self.codebook_ema_decay} must lie between 0 and 1; "
                 "mend it with --codebook-ema-decay"
             )
-        if not 0 <= self.revive_below < 1:
-            raise InputError(f"revive_below {self.revive_below} must be from 0 to below 1; mend it with --revive-below")
+        check_share(self, "revive_below")
         if self.revive_below and self.codebook_ema_decay is None:
             raise InputError(
                 "revive_below needs a codebook of moving averages; give --codebook-ema-decay, or --revive-below 0"
