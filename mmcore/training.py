@@ -54,7 +54,7 @@ class RunHooks:
     commit: Callable[[Path | None, dict[str, Any]], None] = lambda folder, metrics: None
     """A checkpoint folder (None on other ranks) and the metrics at it; returns once it is safe."""
     progress: Callable[[dict[str, Any]], None] = lambda progress: None
-    """Step, total, loss, rows per second."""
+    """Step, total, epoch and the means of the losses."""
     doing: Callable[[str], None] = lambda text: None
     """What takes time between two steps."""
     samples: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {}
@@ -335,13 +335,13 @@ class Training:
                 state.step += 1
                 state.rows_seen += settings.batch_size
                 now = time.perf_counter()
-                state.seconds, elapsed, clock = state.seconds + now - clock, now - clock, now
+                state.seconds, clock = state.seconds + now - clock, now
                 row = {"step": state.step, "epoch": state.step / self.steps_per_epoch, **means}
                 last = state.step == self.total_steps
                 if state.step % settings.log_every_steps == 0 or last:
                     state.history.append({**row, "seconds": round(state.seconds, 3)})
                 if self.rank == 0:
-                    self.hooks.progress({**row, "total": self.total_steps, "rows_per_s": settings.batch_size / elapsed})
+                    self.hooks.progress({**row, "total": self.total_steps})
                 validate = last or state.step % validate_every == 0
                 if validate:
                     row = self._validated(row)

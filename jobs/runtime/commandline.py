@@ -3,12 +3,15 @@
 import errno
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from mmcore.errors import InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_STDERR = 2
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -64,15 +67,28 @@ def _nobody_reads_stdout() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def still_ending(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C does from the second one on: the job lets go of its Ray, its folder and its lease meanwhile."""
+    # Not print(), which Ctrl-C may have interrupted.
+    os.write(_STDERR, b"still ending: Ray stops and its files are removed, a few seconds more\n")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, still_ending)
+    raise KeyboardInterrupt
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1.
 
+    The first Ctrl-C ends the job with 130, later ones do not hinder it.
     Where the reader of stdout is gone (`| head`) it ends silently with 141, as programs do that SIGPIPE ends.
     """
     # A pipe or a log file must show progress as it happens, not when a buffer fills.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except KeyboardInterrupt:

@@ -2,14 +2,23 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 LINE_INTERVAL_S = 10.0
+# The rate is that of the later half of the work so far, but of no more than this.
+_WINDOW_S = 300.0
+# What was seen for less time gives no rate.
+_SETTLED_S = 3.0
+_BAR_WIDTH = 40
 
 
 class Report(Protocol):
@@ -18,41 +27,119 @@ class Report(Protocol):
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...
 
 
+class Rate:
+    """How much is done a second, in the later half of the time since the first progress, five minutes at most.
+
+    So the slow first steps are soon forgotten, and a validation or a checkpoint is spread over the steps around it.
+    """
+
+    def __init__(self) -> None:
+        self.reports: deque[tuple[float, int]] = deque()
+        self.first_progress: float | None = None
+
+    def add(self, now_s: float, done: int) -> None:
+        """`done` in all, at the time `now_s`."""
+        if self.reports and done < self.reports[-1][1]:  # restarted from a checkpoint
+            self.reports.clear()
+            self.first_progress = None
+        if self.first_progress is None and self.reports and done > self.reports[-1][1]:
+            # Until then it was starting: what is measured begins here.
+            self.reports.clear()
+            self.first_progress = now_s
+        self.reports.append((now_s, done))
+        if self.first_progress is None:
+            return
+        since_s = now_s - min(_WINDOW_S, (now_s - self.first_progress) / 2)
+        while len(self.reports) > 2 and self.reports[1][0] <= since_s:
+            self.reports.popleft()
+
+    def per_s(self) -> float | None:
+        """None where too little was seen yet."""
+        if self.first_progress is None:
+            return None
+        (then_s, before), (now_s, done) = self.reports[0], self.reports[-1]
+        if done == before or now_s - self.first_progress < _SETTLED_S:
+            return None
+        return (done - before) / (now_s - then_s)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds, from an hour on as hours:minutes:seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+class Work:
+    """What is known of a work, and its numbers in words. Times are those of `time.monotonic`."""
+
+    def __init__(self, what: str, unit: str, began_s: float) -> None:
+        self.what, self.unit, self.began_s = what, unit, began_s
+        self.done, self.total, self.detail = 0, 0, ""
+        self.rate = Rate()
+
+    def add(self, now_s: float, done: int, total: int, detail: str) -> None:
+        self.done, self.total, self.detail = done, total, detail
+        if total:
+            self.rate.add(now_s, done)
+
+    def numbers(self, now_s: float) -> str:
+        """How much of it is done, how fast, for how long, and how long it takes yet at that rate."""
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}"] if self.total else []
+        rate = self.rate.per_s() if self.total else None
+        if rate is not None:
+            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
+        parts.append(f"{clock(now_s - self.began_s)} elapsed")
+        if rate is not None and self.done < self.total:
+            parts.append(f"{clock((self.total - self.done) / rate)} left")
+        return ", ".join(parts)
+
+
+class _Bar:
+    """What a terminal shows of a work: what it is and does, and below it a bar with its numbers."""
+
+    def __init__(self, work: Work, console: Console) -> None:
+        self.work, self.console = work, console
+
+    def __rich__(self) -> Group:
+        work, numbers = self.work, self.work.numbers(time.monotonic())
+        title = f"{work.what}: {work.detail}" if work.detail else work.what
+        bar = ProgressBar(
+            total=work.total or None,
+            completed=work.done,
+            # As much as the numbers leave of the line.
+            width=max(4, min(_BAR_WIDTH, self.console.width - len(numbers) - 1)),
+            pulse=not work.total,
+        )
+        line = Table.grid(padding=(0, 1))
+        line.add_row(bar, Text(numbers, no_wrap=True, overflow="ellipsis"))
+        return Group(Text(title, no_wrap=True, overflow="ellipsis"), line)
+
+
 @contextmanager
 def progress(what: str, unit: str) -> Iterator[Report]:
     """`report(done, total, detail)` in `unit` of the work that `what` names."""
     console = Console(stderr=True)
+    work = Work(what, unit, time.monotonic())
     if console.is_terminal:
-        detail_column = TextColumn("{task.fields[detail]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), detail_column)
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
-            task = bars.add_task(what, total=None, detail="")
 
-            def show(done: int, total: int, detail: str = "") -> None:
-                bars.update(task, completed=done, total=total or None, detail=detail)
+        def show(done: int, total: int, detail: str = "") -> None:
+            work.add(time.monotonic(), done, total, detail)
 
+        with Live(_Bar(work, console), console=console, refresh_per_second=4):
             yield show
+            work.detail = ""
         return
-    started = last_line = time.monotonic()
-    last_done = -1
-    # How much was done at first sight, and when: what is left is reckoned from there, without the start-up.
-    first: tuple[int, float] | None = None
+    last_line, last_done = work.began_s, -1
 
     def log(done: int, total: int, detail: str = "") -> None:
-        nonlocal last_line, last_done, first
+        nonlocal last_line, last_done
         now = time.monotonic()
-        if total and first is None:
-            first = done, now
+        work.add(now, done, total, detail)
         finished = done == total and done != last_done and total > 0
         if not finished and now - last_line < LINE_INTERVAL_S:
             return
-        parts = [f"{now - started:.0f} s"]
-        if first is not None and first[0] < done < total:
-            parts.append(f"{(total - done) * (now - first[1]) / (done - first[0]):.0f} s left")
-        if detail:
-            parts.append(detail)
-        count = f"{done:,} of {total:,} {unit}, " if total else ""
-        print(f"{what}: {count}{', '.join(parts)}", file=sys.stderr, flush=True)
+        print(f"{what}: {work.numbers(now)}{', ' if detail else ''}{detail}", file=sys.stderr, flush=True)
         last_line, last_done = now, done
 
     yield log

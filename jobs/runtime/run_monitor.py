@@ -17,7 +17,6 @@ class RunProgress(TypedDict, total=False):
     total: int
     epoch: float
     loss: float
-    rows_per_s: float
     committed: int
 
 

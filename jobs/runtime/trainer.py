@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime import ray_private
 from jobs.runtime.cluster import connect, max_gpus
-from jobs.runtime.commandline import one_line, say
+from jobs.runtime.commandline import one_line, say, still_ending
 from jobs.runtime.job import Job, R
 from jobs.runtime.lease import Lease
 from jobs.runtime.progress import progress
@@ -141,6 +141,7 @@ def _ctrl_c_interrupts() -> Iterator[None]:
     try:
         yield
     except SystemExit:
+        before = still_ending
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)
@@ -182,6 +183,7 @@ class _Follower:
     def _follow(self) -> None:
         seen = None
         with progress(f"train {self.job.recipe_name}", "steps") as report:
+            report(0, 0, "starting the workers")
             while not self.stop.wait(_POLL_S):
                 try:
                     state: RunState = ray.get(self.monitor.state.remote(), timeout=10)
@@ -196,8 +198,7 @@ class _Follower:
                 seen = latest
                 self.watchdog.beat()
                 if "step" in latest:
-                    speed = f"loss {latest['loss']:.4f}, {latest['rows_per_s']:.0f} rows/s"
-                    detail = latest["doing"] or f"epoch {latest['epoch']:.2f}, {speed}"
+                    detail = latest["doing"] or f"epoch {latest['epoch']:.2f}, loss {latest['loss']:.4f}"
                     report(latest["step"], latest["total"], detail)
                 elif latest.get("doing"):
                     report(0, 0, latest["doing"])

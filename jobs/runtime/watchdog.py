@@ -21,11 +21,12 @@ FIRST_REPORT_S = 45.0
 """A stall is named after this time without progress; with `QUERY_TIMEOUT_S` on top it stays below 60 s."""
 REPORT_INTERVAL_S = 60.0
 QUERY_TIMEOUT_S = 10.0
+_ALL_PLACED = "nothing waits for resources"
 _T = TypeVar("_T")
 
 
 class Watchdog:
-    """Says what a job waits for when nothing moves, and ends it after `stall_timeout_s` if that is given.
+    """Says what a job waits for, or that it is slow, when nothing moves; ends it after a `stall_timeout_s` if given.
 
     ::
 
@@ -88,7 +89,9 @@ class Watchdog:
             line = f"{self.what}: no progress for {idle_s:.0f} s{before}: {waiting}"
             if self.stall_timeout_s is not None and idle_s >= self.stall_timeout_s:
                 end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
-            say(f"{'waiting' if is_usual else 'stalled'}: {line}")
+            # What is placed and runs is slow at worst.
+            unusual = "slow" if waiting.startswith(_ALL_PLACED) else "stalled"
+            say(f"{'waiting' if is_usual else unusual}: {line}")
             next_report_s = idle_s + REPORT_INTERVAL_S
 
 
@@ -124,7 +127,7 @@ def describe_waiting() -> str:
         for name in sorted({"CPU", "GPU"} | asked)
     )
     if not demands:
-        return f"nothing waits for resources, so a task is slow or blocked; the cluster has {has}"
+        return f"{_ALL_PLACED}, so a task is slow; the cluster has {has}"
     never = sorted({name for bundles, _ in demands for name in _lacking(bundles, totals)})
     busy = sorted({name for bundles, _ in demands for name in _lacking(bundles, frees)} - set(never))
     line = f"waiting for {'; '.join(text for _, text in demands)}: the cluster has {has}"

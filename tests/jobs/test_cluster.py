@@ -274,6 +274,12 @@ def test_a_long_wait_that_is_usual_is_reported_calmly(watched):
     ]
 
 
+def test_what_has_all_that_it_asked_for_is_slow_and_no_stall(watched, monkeypatch):
+    monkeypatch.setattr(watchdog, "describe_waiting", lambda: "nothing waits for resources, so a task is slow")
+    ((_, line),) = watched("sweep", report_after_s=15, until=20)
+    assert line == "slow: sweep: no progress for 15 s: nothing waits for resources, so a task is slow"
+
+
 def test_watchdog_reports_a_head_that_does_not_answer(watched, monkeypatch):
     def gone():
         raise ConnectionError("the head\nis gone")

@@ -1,6 +1,7 @@
 """Where a job meets the shell."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -38,3 +39,48 @@ def test_a_reader_that_is_gone_ends_a_job_silently() -> None:
         os.close(writer)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+LETS_GO_SLOWLY = """
+import atexit, sys
+from jobs.runtime.commandline import run
+
+def lets_go(what):
+    print(what, flush=True)
+    sys.stdin.readline()
+
+def main():
+    atexit.register(lets_go, "removes its folder")
+    try:
+        lets_go("works")
+    finally:
+        lets_go("gives its lease back")
+
+run(main)
+"""
+
+
+@pytest.mark.process
+def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-c", LETS_GO_SLOWLY],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert job.stdin is not None
+    assert job.stdout is not None
+    assert job.stderr is not None
+    with job:
+        assert job.stdout.readline() == "works\n"
+        job.send_signal(signal.SIGINT)
+        assert job.stdout.readline() == "gives its lease back\n"
+        job.send_signal(signal.SIGINT)
+        assert job.stderr.readline().startswith("still ending: ")
+        job.stdin.write("\n")
+        job.stdin.flush()
+        assert job.stderr.readline().startswith("interrupted: run the same command again")
+        assert job.stdout.readline() == "removes its folder\n"
+        job.send_signal(signal.SIGINT)
+        assert job.stderr.readline().startswith("still ending: ")
+        rest = job.communicate("\n", timeout=HANG_S)
+    assert rest == ("", "")
+    assert job.returncode == 130
