@@ -8,7 +8,7 @@ https://arxiv.org/abs/2206.10789
 
 Without --vqvae the VQ-VAE that belongs to the variant is trained first, under the same name and into the same storage.
 
-Hardware, time and score, on two workers of one CPU thread beside other work (README, Results):
+Hardware, time and score, on two workers of one CPU thread beside other work (docs/results.md):
 
 Variant shapes: 50 minutes for 7,500 steps at commit b5db195, without its VQ-VAE (10 minutes). Of the attributes that
 500 test prompts name, 96.5 % are in the images; 80.2 % of the scenes are right as a whole.

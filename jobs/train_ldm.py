@@ -7,7 +7,7 @@ Paper: the report's VQ-VAE + latent diffusion; Rombach et al. 2022, https://arxi
 
 Without --vqvae the VQ-VAE of the same variant (not of `report`) and name is trained first, into the same storage.
 
-Hardware, time and score, all on one thread of a CPU beside other work (README, Results):
+Hardware, time and score, all on one thread of a CPU beside other work (docs/results.md):
 
 Variant shapes, on 16,000 scenes (jobs/prepare.py --num-train 16000): 89 minutes for 7,000 steps at commit 96025d9,
 without its VQ-VAE; of the attributes that 500 test prompts name, 66.3 % are in the images.

@@ -5,7 +5,7 @@ Paper: the report's "our diffusion"; DDPM, Ho et al. 2020, https://arxiv.org/abs
 
     python jobs/train_pixel_diffusion.py --variant best --storage URI
 
-Hardware, time and score (README, Results):
+Hardware, time and score (docs/results.md):
 
 Variant shapes, on 16,000 scenes (jobs/prepare.py --num-train 16000): 63 minutes for 7,000 steps on one thread of a CPU
 beside another training, at commit 144a62c; of the attributes that 500 test prompts name, 65.1 % are in the images.

@@ -8,7 +8,7 @@ Paper: van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, with the repo
 
 FILE: torchvision's vgg16 weights (a .pth file of its model zoo) and the lpips package's weights v0.1/vgg.
 
-Hardware, time and score, all on one thread of a CPU beside other work (README, Results), on validation images:
+Hardware, time and score, all on one thread of a CPU beside other work (docs/results.md), on validation images:
 
 Variant shapes, on 16,000 scenes (jobs/prepare.py --num-train 16000): 8 minutes for 2,000 steps at commit f786042; PSNR
 of 35.1 dB.

@@ -11,15 +11,17 @@ from conftest import RunJob
 
 ROOT = Path(__file__).resolve().parents[1]
 # A line that names a file in backticks, then the file's text.
-BLOCK = re.compile(r"^`([\w/]+\.\w+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^`([\w/]+\.\w+)`:\n\n(`{3,4})\w+\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
 RECIPES = "RECIPES: dict[str, Entry] = {\n"
 # One who adds a recipe runs this before the commit too.
 LIST = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
 IMPORT = re.compile(r"^from mmcore\.captioners import (.*)$", re.MULTILINE)
-# In the README's tree, a job that trains and a captioner.
-NEIGHBOURS = (r"train_ldm\.py", r"cross_attention\.py")
 # Tests that ask something of every recipe.
-OF_ALL = ("tests/test_readme.py", "tests/jobs/test_catalogue.py")
+OF_ALL = (
+    "tests/test_docs.py::test_its_program_parses_a_command",
+    "tests/test_docs.py::test_every_job_has_an_example",
+    "tests/jobs/test_catalogue.py",
+)
 JOB = "jobs/train_recurrent_captioner.py"
 # Through the door of the service, which knows the recipe by the catalogue alone.
 CAPTION = """
@@ -44,12 +46,12 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 def add_recipe(root: Path) -> dict[str, str]:
     """Follow the text; returns what was written, by file."""
-    blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))
-    readme = root / "README.md"
-    for line, before in zip(blocks.pop(readme.name).splitlines(), NEIGHBOURS, strict=True):
-        there, found = re.subn(rf"^( +{before} .*)$", rf"\1\n{line}", readme.read_text(), flags=re.MULTILINE)
-        assert found == 1
-        readme.write_text(there)
+    found = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())
+    blocks = {name: text for name, _fence, text in found if not name.endswith(".md")}
+    for name, _fence, text in found:
+        if name.endswith(".md"):
+            path = root / name
+            path.write_text(f"{path.read_text()}\n{text}")
     for name, text in blocks.items():
         path = root / name
         if not path.exists():

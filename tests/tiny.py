@@ -149,8 +149,10 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
-def write_dataset(storage: Storage, name: str = "tiny", num_train: int = 40, num_validation: int = 8) -> None:
-    """A prepared dataset as `jobs/prepare.py` leaves it: squares in four colours."""
+def write_dataset(
+    storage: Storage, name: str = "tiny", num_train: int = 40, num_validation: int = 8, split: str = "split"
+) -> None:
+    """A prepared dataset as `jobs/prepare.py` leaves it: squares in four colours; `split` names its column."""
     images = []
     for row in range(num_train + num_validation):
         image = Image.new("RGB", (32, 32), "white")
@@ -166,7 +168,7 @@ def write_dataset(storage: Storage, name: str = "tiny", num_train: int = 40, num
             "file_name": facts.file_names,
             "image": images,
             "captions": facts.captions,
-            "split": facts.splits,
+            split: facts.splits,
         }
     )
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ holds what Ray does now and then, while the median of the steps, given beside it
 Each run is a process group of its own; Ray is shut down while torchrun runs, since its daemons would slow it too.
 
 By default a core is left for Ray's own processes, which take about a tenth of one: with a thread on every core each
-of their wake-ups stops all threads of a step. The README has the figures of both.
+of their wake-ups stops all threads of a step. docs/results.md has the figures of both.
 
 The model is `best`'s decoder on one caption an image: steps several times shorter than those of a real run, which
 makes a fixed cost show more than it does there.

@@ -13,7 +13,7 @@ from the first batch to the last file, so that starting, loading and warming up 
 while the loop runs.
 
 By default there is a thread on every core, and whenever Ray's own processes run, all threads of a kernel wait. With
-a thread less (`--num-threads`) a core is left for them. The README has the figures of both.
+a thread less (`--num-threads`) a core is left for them. docs/results.md has the figures of both.
 
 `--part workers`: two workers of one thread each against one worker of one thread.
 """

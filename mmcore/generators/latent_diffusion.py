@@ -113,7 +113,7 @@ _SHAPES = dataclasses.replace(
     ),
     # Few large shapes can be seen through much noise: only in the last 40 timesteps is the caption all that says where
     # they are. A sixth of the training is there. A shift of 8, with or without half of it at all timesteps alike, gave
-    # fewer right places and shapes (README, Results).
+    # fewer right places and shapes (docs/results.md).
     noise=dataclasses.replace(_BEST.noise, timestep_shift=5.0),
     text=TextSettings(max_tokens=77, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The README's picture of the page as it is served: captions of some images, generated images, the gallery's beginning.
+"""The documents' picture of the page as it is served: captions of images, generated images, the gallery's beginning.
 
 Command: python tests/serve/take_screenshot.py URL KEY OUT.png IMAGE [IMAGE ...]
 """

@@ -138,11 +138,10 @@ def test_images_as_most_programs_ask(client: openai.OpenAI) -> None:
     assert answer.ignored == ["user"]  # type: ignore[attr-defined]
 
 
-def test_the_lines_of_the_readme(
+def test_the_lines_of_the_documents(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    section = (ROOT / "README.md").read_text().split("## Serve it")[1].split("\n## ")[0]
-    (lines,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)
     for here, there in {
         "http://127.0.0.1:8000/v1": url, 'model="images"': 'model="shapes"', 'model="captions"': 'model="words"',
     }.items():  # fmt: skip
@@ -150,7 +149,7 @@ def test_the_lines_of_the_readme(
         lines = lines.replace(here, there)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KEY", KEY)
-    exec(compile(lines, "README.md", "exec"), {})
+    exec(compile(lines, "docs/serving.md", "exec"), {})
     with Image.open(tmp_path / "circle.png") as image:
         assert image.getpixel((0, 0)) == colour_of("a large red circle", 7, guidance=2.0)
     assert re.fullmatch(r"a \w+ picture\n", capsys.readouterr().out)
