@@ -265,7 +265,7 @@ _SHAPES = dataclasses.replace(
     train=dataclasses.replace(
         _BEST.train,
         num_epochs=30,
-        max_steps=7500,
+        max_steps=6200,
         # No scene is seen twice: the last weights are the best.
         keep="last",
         lr=1e-3,

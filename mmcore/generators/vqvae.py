@@ -457,7 +457,7 @@ _SHAPES_CODES = dataclasses.replace(
     patch_size=4,
     latent_channels=8,
     channels=(64, 128),
-    train=dataclasses.replace(_SHAPES.train, num_epochs=8, max_steps=4000, batch_size=16),
+    train=dataclasses.replace(_SHAPES.train, num_epochs=8, max_steps=3000, batch_size=16),
 )
 _SMOKE = dataclasses.replace(
     _SHAPES,
