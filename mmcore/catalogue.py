@@ -1,4 +1,4 @@
-"""The scope on one screen: the name of a recipe, which its run folders hold -> what it is made of."""
+"""All recipes by name. A run is stored under the name of its recipe: ``runs/{recipe}/{name}``."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +23,7 @@ class Entry:
     facts_type: type[Any]
     variants: dict[str, Any]
     table_1: tuple[float, float] | None = None
-    """Of the report's Table 1: total and trainable parameters, in millions."""
+    """Total and trainable parameters in millions, from Table 1 of the report."""
 
 
 RECIPES: dict[str, Entry] = {
@@ -57,15 +57,17 @@ RECIPES: dict[str, Entry] = {
 
 
 def names(kind: Kind) -> list[str]:
-    """The recipes of a kind."""
+    """The names of the recipes of one kind."""
     return [name for name, entry in RECIPES.items() if entry.kind == kind]
 
 
 def read_model_file(run: Storage, kind: Kind) -> RunFile[Any, Any]:
-    """What a finished run says of itself. Raises InputError where it is not finished or of another kind."""
+    """``model/recipe.json`` of a finished run. Raises InputError if the run is unfinished or of another kind."""
     fields, where = read_fields(run)
     recipe_name = fields["recipe"]
     entry = RECIPES.get(recipe_name)
     if entry is None or entry.kind != kind:
-        raise InputError(f"{where}: recipe {recipe_name!r} is no {kind}; known: {', '.join(names(kind))}")
+        raise InputError(
+            f"{where}: recipe {recipe_name!r} is not of kind {kind}; name a run of {', '.join(names(kind))}"
+        )
     return run_file_from_json(fields, entry.recipe_type, entry.facts_type, where)

@@ -1,8 +1,8 @@
 """Checkpoints as safetensors and JSON.
 
-A checkpoint folder holds ``weights``, ``ema``, ``optimizer`` (and ``optimizer-PHASE`` for each further phase) and
-``best`` as safetensors, and ``state.json``, written last, which names each file with its SHA-256 and itself carries
-one: a folder that is incomplete or damaged does not load.
+A checkpoint folder holds safetensors files: ``weights``, ``ema``, ``optimizer`` and ``best``. Each further phase adds
+``optimizer-PHASE``. ``state.json`` is written last. It lists the SHA-256 of every file and its own. An incomplete or
+damaged folder therefore does not load.
 """
 
 import hashlib
@@ -21,27 +21,27 @@ STATE = "state.json"
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name, and no tied copy."""
+    """The trainable weights by name. Tied weights appear once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that training moves by other means than gradients: those that ``model.state_buffers`` names."""
+    """The buffers listed in ``model.state_buffers``. Training updates them without gradients."""
     return {name: model.get_buffer(name) for name in getattr(model, "state_buffers", ())}
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """All that training moves, by name: weights and state buffers (frozen weights are named in the recipe instead)."""
+    """Everything that training changes, by name: trainable weights and state buffers. Frozen weights are left out."""
     return trainable_parameters(model) | state_buffers(model)
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copy saved weights into `model`; a missing, unknown or differently shaped weight is an InputError."""
+    """Copy saved weights into `model`. Raises InputError for a missing, unknown or differently shaped weight."""
     copy_state(trainable_state(model), state, where)
 
 
 def copy_state(own: dict[str, Tensor], state: dict[str, Tensor], where: str) -> None:
-    """Copy the saved weights `state` into the tensors `own`, as `load_trainable` does."""
+    """Copy the saved weights `state` into the tensors `own`. Raises InputError as `load_trainable` does."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
         raise InputError(
@@ -65,15 +65,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave."""
+    """Restore the tensors that `optimizer_state` returned."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         like = parameters[int(index)]
         if value.shape == like.shape:
-            # In the layout of the weight: fused Adam walks both in memory order and would silently mix up the moments
-            # of a channels-last weight (safetensors holds rows first).
+            # Use the memory layout of the weight. Fused Adam reads weight and moment in memory order. With another
+            # layout it would silently mix up the moments of a channels-last weight (safetensors is row-major).
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         slots.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -85,13 +85,13 @@ def sha256_file(path: Path) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file. Raises OSError that names it where the disk cannot hold it."""
+    """Write a safetensors file. Raises DiskError with the path if the disk is full or broken."""
     with writing(path):
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
 
 
 def save(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write ``{name}.safetensors`` for each group of tensors and, last, ``state.json``."""
+    """Write ``{name}.safetensors`` for each group of tensors, then ``state.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, group in tensors.items():
@@ -108,7 +108,7 @@ def _sha256_json(content: Any) -> str:
 
 
 def load(folder: Path, where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `save` wrote. Raises InputError when a file is missing or is not the one that was written."""
+    """Read what `save` wrote: tensors by group and name, and the state. Raises InputError for a damaged folder."""
     mend = "the checkpoint is incomplete or damaged; restore it, or give another --name or --fresh to start anew"
     try:
         record = json.loads((folder / STATE).read_bytes())

@@ -1,11 +1,11 @@
-"""The layers of a Transformer decoder with their cache (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+"""The layers of a Transformer decoder with a key-value cache (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-What the tokens are, where they stand and what is predicted of them is the model's: words of a caption, codes of an
-image. Training works on packed tokens: every linear layer sees the real tokens of the batch only, and attention alone
-sees the padded layout. The rows of one image, such as its captions, share the keys and values of its memory.
+The model around the layers adds token embeddings, position embeddings and the output layer. The tokens are words of a
+caption or codes of an image. Training uses packed tokens: linear layers compute the real tokens only, and attention
+uses the padded layout. The rows of one image, such as its captions, share the keys and values of its memory.
 
-Shapes: B images, R = B·C rows with C rows (captions, beams) an image, T positions, S positions that are looked at,
-N real tokens of the batch, L tokens of a memory, D width, M width of a memory, H heads, K = D / H width of a head.
+Shapes: B images, C rows (captions, beams) per image, R = B·C rows, T query positions, S key positions, N real tokens of
+the batch, L tokens of a memory, D width, M width of a memory, H heads, K = D / H width of a head.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What keeps a head of zeros from a division by zero.
+# Avoids a division by zero for a head of zeros.
 _EPSILON = 1e-6
 
 
@@ -25,7 +25,7 @@ _EPSILON = 1e-6
 class Packing:
     """Which positions of (R, T) are real tokens."""
 
-    index_N: Tensor | None  # place of each real token in the flattened (R·T); None where all are real
+    index_N: Tensor | None  # index of each real token in the flattened (R·T); None if all are real
     num_rows: int
     num_positions: int
 
@@ -45,7 +45,7 @@ class Packing:
         return x.flatten(0, 1) if self.index_N is None else x.flatten(0, 1).index_select(0, self.index_N)
 
     def pad(self, x_ND: Tensor) -> Tensor:
-        """(N, D) -> (R, T, D), zeros where there is no token."""
+        """(N, D) -> (R, T, D), zeros at padding."""
         if self.index_N is None:
             return x_ND.view(self.num_rows, self.num_positions, -1)
         x_XD = x_ND.new_zeros(self.num_rows * self.num_positions, x_ND.shape[1])
@@ -63,10 +63,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero a share of `x` and scale up the rest (Srivastava et al. 2014).
+    """Set a share of `x` to zero and scale up the rest (Srivastava et al. 2014).
 
-    PyTorch's CPU dropout draws one word of its serial generator an element and took 19 % of a training step;
-    here one 64-bit word decides eight elements, so the share is a multiple of 1/256.
+    On a CPU one random 64-bit word serves eight elements, so the share is a multiple of 1/256. PyTorch's CPU dropout
+    draws one word per element and took 19 % of a training step.
     """
     if not training or probability == 0.0:
         return x
@@ -91,11 +91,11 @@ def attention(
     """Scaled dot-product attention of queries (R, H, T, K) to keys and values (R, H, S, K).
 
     Args:
-        bias: added to the scores, as broadcasts to (R, H, T, S): 0 where a position is seen, minus infinity elsewhere.
-        is_causal: position t sees the positions up to t; then T is S, and there is no bias.
-        fused: take PyTorch's kernel, on a GPU or CPU; else two products.
+        bias: added to the scores; broadcastable to (R, H, T, S); 0 for a visible key, minus infinity for a hidden one.
+        is_causal: position t attends to positions 0 to t. Needs T = S and no bias.
+        fused: use PyTorch's fused kernel; else two matrix products and a softmax.
     """
-    assert bias is None or not is_causal, "a bias says itself what is seen"
+    assert bias is None or not is_causal, "is_causal cannot be combined with a bias"
     bias = None if bias is None else bias.to(q.dtype)
     if fused:
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_probability, is_causal)
@@ -110,15 +110,15 @@ def attention(
 
 
 def seen_only(mask: Tensor) -> Tensor:
-    """A bias of `attention` from a mask that is True where a position is seen, in fp32."""
+    """The `bias` of `attention` in fp32, from a mask that is True for visible positions."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 class HeadNorm(nn.Module):
-    """Root mean square over each head, with a learned scale: queries and keys so normed keep their scores in bounds.
+    """RMSNorm over each head, with a learned scale. It bounds the attention scores of normalised queries and keys.
 
-    QK-norm of Henry et al. 2020 (arXiv 2010.04245), by the norm of Zhang & Sennrich 2019 (arXiv 1910.07467). PyTorch's
-    own takes half as long again in bf16, whose weights it wants in bf16 too.
+    QK-norm: Henry et al. 2020 (arXiv 2010.04245). RMSNorm: Zhang & Sennrich 2019 (arXiv 1910.07467). In bf16,
+    PyTorch's RMSNorm took 1.5 times as long and needs weights in bf16.
     """
 
     def __init__(self, head_width: int) -> None:
@@ -126,42 +126,42 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> the same; computed in fp32 at least."""
+        """(..., K) -> (..., K), computed in fp32 or above."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON) * self.weight).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """Sizes and kind of a layer."""
+    """Sizes and options of a layer."""
 
     width: int
     num_heads: int
     ffn_width: int
     memory_width: int | None
-    """Width of the memory that a layer attends to beside its own positions; None has no cross-attention."""
+    """Width of the memory for cross-attention; None has no cross-attention."""
     dropout: float = 0.0
     attention_dropout: float = 0.0
     norm_first: bool = True
     activation: Literal["relu", "gelu"] = "relu"
-    """GELU by its tanh approximation."""
+    """gelu is the tanh approximation."""
     qk_norm: bool = False
-    """Norm queries and keys, each head by itself."""
+    """Normalise queries and keys per head."""
     zero_outputs: bool = False
-    """Begin with output projections of zero weights, so that a layer first adds hardly anything."""
+    """Initialise the output projections to zero, so that a new layer is close to the identity."""
     fused_on_cpu: bool = True
-    """Outside of training, attend by PyTorch's fused kernel on a CPU too. With bf16 and one query it took up to six
-    times as long as two products, in fp32 as long."""
+    """Use PyTorch's fused attention on a CPU outside of training. With bf16 and one query it took up to six times as
+    long as two products. In fp32 both took equally long."""
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, cross-attention to a memory if there is one, feed-forward."""
+    """Causal self-attention, optional cross-attention to a memory, feed-forward."""
 
     def __init__(self, settings: LayerSettings) -> None:
         super().__init__()
         self.settings, self.num_heads = settings, settings.num_heads
         width, ffn_width = settings.width, settings.ffn_width
-        # In this order: checkpoints hold the optimiser's state by the place of a weight.
+        # Keep this order. Checkpoints store the optimiser's state by the index of a weight.
         self.self_qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         outputs = [self.self_out]
         if settings.memory_width is not None:
@@ -186,7 +186,7 @@ class DecoderLayer(nn.Module):
         return dropout(x, self.settings.dropout, self.training)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool = False) -> Tensor:
-        # In training on a CPU the backward pass of PyTorch's fused kernel was 29 % of a step, against 8 % by products.
+        # On a CPU the backward pass of PyTorch's fused kernel took 29 % of a training step; two products took 8 %.
         fused = q.device.type != "cpu" or (not self.training and self.settings.fused_on_cpu)
         probability = self.settings.attention_dropout if self.training else 0.0
         return attention(q, k, v, bias, is_causal=is_causal, dropout_probability=probability, fused=fused)
@@ -197,7 +197,7 @@ class DecoderLayer(nn.Module):
         return self.ffn_out(self._drop(hidden))
 
     def memory_kv(self, memory_BLM: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a memory: two of (B, H, L, K)."""
+        """Keys and values of a memory: two tensors (B, H, L, K)."""
         key_BLD, value_BLD = self.cross_kv(memory_BLM).chunk(2, dim=-1)
         return self.cross_k_norm(split_heads(key_BLD, self.num_heads)), split_heads(value_BLD, self.num_heads)
 
@@ -216,16 +216,15 @@ class DecoderLayer(nn.Module):
         memory_bias: Tensor | None = None,
         cache: "Cache | None" = None,
     ) -> Tensor:
-        """All positions at once or, with a cache, those that follow what it holds.
+        """Compute all positions at once, or with a cache the positions after the cached ones.
 
         Args:
             x_ND: packed tokens.
-            packing: which positions they are.
-            memory: (B, L, M), or what `memory_kv` made of it.
-            bias: what positions see of each other, as `attention` takes it; None is causal, and with a cache every
-                position sees all that it holds by then.
-            memory_bias: what they see of the memory, as broadcasts to (B, H, C·T, L); None is all of it.
-            cache: takes over the keys and values.
+            packing: the positions of the tokens.
+            memory: (B, L, M), or the keys and values from `memory_kv`.
+            bias: of the self-attention, as in `attention`. None is causal; with a cache, None hides nothing.
+            memory_bias: of the cross-attention, broadcastable to (B, H, C·T, L). None hides nothing.
+            cache: stores the new keys and values.
         Returns: (N, D).
         """
 
@@ -235,7 +234,7 @@ class DecoderLayer(nn.Module):
             q, k = self.self_q_norm(q), self.self_k_norm(k)
             if cache is not None:
                 k, v = cache.extended(k, v)
-            # Real tokens come first in their row, so the causal mask alone keeps padding out.
+            # Padding is at the end of a row, so the causal mask hides it from the real tokens.
             mixed_RHTK = self._attend(q, k, v, bias, is_causal=bias is None and cache is None)
             return self.self_out(packing.pack(merge_heads(mixed_RHTK)))
 
@@ -243,7 +242,7 @@ class DecoderLayer(nn.Module):
             assert memory is not None
             key_BHLK, value_BHLK = self.memory_kv(memory) if isinstance(memory, Tensor) else memory
             q_RTD = packing.pad(self.cross_q(x_ND))
-            # The C rows of an image are C·T queries on one set of keys and values.
+            # The C rows of an image become C·T queries that share one set of keys and values.
             q_BHXK = split_heads(q_RTD.reshape(len(key_BHLK), -1, q_RTD.shape[-1]), self.num_heads)
             mixed_BHXK = self._attend(self.cross_q_norm(q_BHXK), key_BHLK, value_BHLK, memory_bias)
             return self.cross_out(packing.pack(merge_heads(mixed_BHXK).reshape_as(q_RTD)))
@@ -256,17 +255,17 @@ class DecoderLayer(nn.Module):
 
 @dataclass
 class Cache:
-    """Keys and values of a layer, allocated once for the whole length."""
+    """Keys and values of a layer, allocated once for the full length."""
 
     key_RHTK: Tensor
     value_RHTK: Tensor
     length: int = 0
-    """Positions that are filled."""
+    """Number of filled positions."""
 
     def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next positions, two of (R, H, n, K); returns all that are filled."""
+        """Append keys and values (R, H, n, K). Returns all filled keys and values, (R, H, S, K)."""
         start, self.length = self.length, self.length + key.shape[2]
-        assert self.length <= self.key_RHTK.shape[2], "more positions than the cache was made for"
+        assert self.length <= self.key_RHTK.shape[2], "more positions than the cache was allocated for"
         self.key_RHTK[:, :, start : self.length] = key
         self.value_RHTK[:, :, start : self.length] = value
         return self.key_RHTK[:, :, : self.length], self.value_RHTK[:, :, : self.length]
@@ -274,15 +273,15 @@ class Cache:
 
 @dataclass
 class DecodingState:
-    """What incremental decoding remembers; the methods re-order or drop rows and images."""
+    """The state of incremental decoding. The methods re-order or drop rows and images."""
 
-    caches: list[Cache]  # of each layer
-    memory_kv: list[tuple[Tensor, Tensor] | None]  # of each layer two of (B, H, L, K)
+    caches: list[Cache]  # one per layer
+    memory_kv: list[tuple[Tensor, Tensor] | None]  # one pair (B, H, L, K) per layer
     memory_bias: Tensor | None = None  # (B, 1, 1, L)
 
     @property
     def position(self) -> int:
-        """Where the next token stands."""
+        """Position of the next token."""
         return self.caches[0].length
 
     def select_rows(self, rows_R: Tensor) -> None:
@@ -296,7 +295,7 @@ class DecodingState:
 
 
 class DecoderLayers(nn.ModuleList):
-    """Layers one after the other; a norm after the last is the model's."""
+    """A stack of layers. The final norm belongs to the model."""
 
     def __init__(self, settings: LayerSettings, num_layers: int) -> None:
         super().__init__(DecoderLayer(settings) for _ in range(num_layers))
@@ -314,7 +313,7 @@ class DecoderLayers(nn.ModuleList):
         bias: Tensor | None = None,
         memory_bias: Tensor | None = None,
     ) -> Tensor:
-        """All positions at once: packed tokens (N, D) -> (N, D); the rest as `DecoderLayer` takes it."""
+        """All positions at once: packed tokens (N, D) -> (N, D). Other arguments as in `DecoderLayer.forward`."""
         for layer in self:
             x_ND = layer(x_ND, packing, memory_BLM, bias=bias, memory_bias=memory_bias)
         return x_ND
@@ -326,13 +325,13 @@ class DecoderLayers(nn.ModuleList):
         memory_BLM: Tensor | None = None,
         memory_bias: Tensor | None = None,
     ) -> DecodingState:
-        """Empty caches of `num_rows` rows, R = B·C with those of an image together, for `num_positions` positions."""
+        """Empty caches for `num_rows` = B·C rows and `num_positions` positions. The C rows of an image are adjacent."""
         weight = self.layers()[0].self_qkv.weight
         shape = (num_rows, self.settings.num_heads, num_positions, self.settings.width // self.settings.num_heads)
         device = weight.device
         dtype = weight.dtype
         if torch.is_autocast_enabled(device.type):
-            # What the layers hand over: a cache of another type would be cast as a whole in every step.
+            # The type of the layers' outputs. A cache of another type would be cast as a whole in every step.
             dtype = torch.get_autocast_dtype(device.type)
         empty = functools.partial(torch.zeros, shape, dtype=dtype, device=device)
         return DecodingState(
@@ -342,9 +341,9 @@ class DecoderLayers(nn.ModuleList):
         )
 
     def step(self, x_RTD: Tensor, state: DecodingState, bias: Tensor | None = None) -> Tensor:
-        """The next T positions of every row, which `state` then holds: (R, T, D) -> (R, T, D).
+        """Compute the next T positions of every row and add them to `state`: (R, T, D) -> (R, T, D).
 
-        `bias` as `DecoderLayer` takes it, for S positions up to the last of these.
+        `bias` as in `DecoderLayer.forward`. Its S key positions end with the new ones.
         """
         packing = Packing.full(*x_RTD.shape[:2])
         x_ND = packing.pack(x_RTD)

@@ -1,4 +1,4 @@
-"""What a computation runs on."""
+"""The hardware of this process, and the thread that computes."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import torch
 
 
 def device_name(kind: str | None = None) -> str:
-    """The model of the GPU, or of the CPU with its number of cores; `kind` "cpu" asks for the CPU in any case."""
+    """The model of the GPU, else the model of the CPU with its number of cores. `kind` "cpu" ignores a GPU."""
     if kind != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
@@ -21,13 +21,13 @@ def device_name(kind: str | None = None) -> str:
 
 
 def compute_thread(num_threads: int) -> ThreadPoolExecutor:
-    """The one thread of a process that loads a model and computes with it, on `num_threads` threads of the CPU.
+    """A pool of one thread that loads a model and computes with it, on `num_threads` CPU threads.
 
-    OpenMP keeps a team of threads for each thread that calls it, and where the teams together are more than the cores,
-    theirs go to sleep after each kernel: on two cores a small U-Net was 1.7 times as slow while a second thread had a
-    team, too. So nothing of PyTorch's is to be computed in any other.
+    Call PyTorch from no other thread of the process. OpenMP keeps a team of threads for each calling thread. If the
+    teams together have more threads than there are cores, they sleep after each kernel. On two cores, a second team
+    made a small U-Net 1.7 times as slow.
     """
-    # Who asks keeps its number by that: a thread that has not computed yet would take over what another one sets.
+    # This call fixes the number for the calling thread. Otherwise it would inherit the number set below.
     torch.get_num_threads()
-    # In the thread itself: the number is kept by thread.
+    # Set in the new thread, as the number is stored per thread.
     return ThreadPoolExecutor(1, "compute", torch.set_num_threads, (num_threads,))

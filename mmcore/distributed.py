@@ -1,4 +1,4 @@
-"""What workers of one training share beside the average of their gradients."""
+"""Communication between the workers of one training, beside DDP's averaging of gradients."""
 
 from typing import Any
 
@@ -18,19 +18,18 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        # Each worker's loss reads the features of all: what they ask of this worker's features adds up.
+        # Every worker's loss depends on the features of all workers, so their gradients are summed.
         total = gradient.contiguous().clone()
         torch.distributed.all_reduce(total)
         return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 def gathered(features: Tensor) -> Tensor:
-    """The features (B, ...) of this worker's rows -> those of the whole batch (W·B, ...), by rank.
+    """All-gather with gradients: features (B, ...) of this worker -> features (W·B, ...) of all workers, by rank.
 
-    For a loss that compares rows with each other: it is a sum over this worker's rows, against the gathered features
-    of all. Gradients flow back to the workers that the features came from, and the loop's average over workers gives
-    the gradient of the whole batch. Only in training, where all workers have as many rows: in validation each has
-    batches of its own.
+    For losses that compare rows of the whole batch, such as a contrastive loss. Such a loss sums over this worker's
+    rows and compares them with the gathered rows. Gradients flow back to the worker of each feature. The average over
+    workers is then the gradient of the whole batch. Use it in training only, where all workers have equally many rows.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return features
@@ -38,12 +37,12 @@ def gathered(features: Tensor) -> Tensor:
 
 
 def first_row(num_rows: int) -> int:
-    """Where this worker's `num_rows` rows begin among the gathered ones."""
+    """Index of this worker's first row among the gathered rows, if each worker has `num_rows`."""
     return torch.distributed.get_rank() * num_rows if torch.distributed.is_initialized() else 0
 
 
 def check_frozen_alike(digests: dict[str, str], world_size: int) -> None:
-    """Raise InputError where a worker has loaded other frozen weights than the first, by name their digests."""
+    """Raise InputError if a worker's frozen weights differ from those of worker 0. `digests`: SHA-256 by name."""
     if world_size == 1:
         return
     workers: list[Any] = [None] * world_size
@@ -52,17 +51,17 @@ def check_frozen_alike(digests: dict[str, str], world_size: int) -> None:
         other = [name for name, digest in workers[0].items() if theirs.get(name) != digest]
         if other:
             raise InputError(
-                f"frozen weight {other[0]} of worker {rank} is not that of worker 0; give all machines the same "
+                f"frozen weight {other[0]} differs between worker {rank} and worker 0; give all machines the same "
                 "pretrained files"
             )
 
 
 class Replica(nn.Module):
-    """What DDP wraps.
+    """The module that DDP wraps: the model and one unused parameter.
 
-    DDP warns on every worker where it looked for weights without a gradient and found none, and no filter of Python's
-    sees that warning. `without_gradient` is one that it finds, in a bucket of its own by its type, so the layout of the
-    others is as if it were not there.
+    With ``find_unused_parameters``, DDP warns on every worker if it finds no unused parameter. The warning comes from
+    C++, so Python's filters do not apply. `without_gradient` is an unused parameter. It is fp16 and so has a gradient
+    bucket of its own: the buckets of the other parameters do not change.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""The frozen parts of a model that trains: held once, in the precision that they are used in, the same at the end.
+"""The frozen parts of a model in training: their precision, and the check that they do not change.
 
-A frozen part is a largest module of which no weight trains. The precision is that of `TrainSettings.frozen_precision`.
-A part that computes outside autocast says so by ``own_precision = True`` and stays as it was loaded, unless the setting
-names a precision.
+A frozen part is a largest module without trainable weights. `TrainSettings.frozen_precision` sets its precision. A part
+that computes outside of autocast has ``own_precision = True``. It then stays as loaded unless the setting names a
+precision.
 """
 
 import functools
@@ -18,7 +18,7 @@ from mmcore import checkpoint
 from mmcore.errors import InputError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What autocast computes in the lower precision, so it casts the weights each time.
+# Layers that autocast computes in the lower precision. It would cast their weights in every step.
 _CAST_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -37,20 +37,20 @@ def _frozen_parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def hold_frozen(model: nn.Module, frozen_precision: str, precision: str) -> None:
-    """Bring the frozen parts of `model` into `frozen_precision`, where `precision` is that of the training.
+    """Cast the frozen parts of `model` to `frozen_precision`. `precision` is the precision of the training.
 
-    Raises InputError for a precision where nothing is frozen.
+    Raises InputError if `frozen_precision` names a precision and the model has no frozen part.
     """
     parts = list(frozen_parts(model).values())
     if frozen_precision != "auto" and not parts:
         raise InputError(
-            f"frozen_precision {frozen_precision}: nothing in this model is frozen; leave --frozen-precision out"
+            f"frozen_precision {frozen_precision}: this model has no frozen part; leave --frozen-precision out"
         )
     for part in parts:
         if frozen_precision != "auto":
             dtype = _DTYPES[frozen_precision]
             saved = part.state_dict(keep_vars=True).values()
-            # Not of buffers that are computed, such as the frequencies of rotary positions, which bf16 would ruin.
+            # Computed buffers stay in fp32. In bf16 the frequencies of rotary positions would be far off.
             _cast([value for value in saved if isinstance(value, Tensor)], dtype)
             part.forward = _computing_in(dtype, part.forward)  # type: ignore[method-assign]
         elif precision == "bf16":
@@ -74,7 +74,7 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> None:
 
 
 def _computing_in(dtype: torch.dtype, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` in `dtype` throughout; what it returns is in the precision of what it was given, or else in fp32."""
+    """`forward` computed in `dtype`. Outputs are cast back to the dtype of the first real input, else to fp32."""
 
     @functools.wraps(forward)
     def computed(*arguments: Any, **keywords: Any) -> Any:
@@ -93,16 +93,18 @@ def _computing_in(dtype: torch.dtype, forward: Callable[..., Any]) -> Callable[.
 
 
 def digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of each tensor that training must leave as it is, by name: frozen weights, and buffers that are saved
-    with a model and not named in its ``state_buffers``."""
+    """SHA-256, by name, of each tensor that training must not change.
+
+    These are the frozen weights and the saved buffers that are not in ``state_buffers``.
+    """
     moving = checkpoint.trainable_state(model)
-    found: dict[int, str] = {}  # a tied weight once
+    found: dict[int, str] = {}  # tied weights are hashed once
     result = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or value.requires_grad or name in moving or id(value) in found:
             continue
         found[id(value)] = name
-        # One at a time, and of a contiguous one on the CPU no copy.
+        # One tensor at a time to save memory. A contiguous CPU tensor is not copied.
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
         result[name] = hashlib.sha256(data.numpy().data).hexdigest()
     return result

@@ -1,9 +1,10 @@
-"""What a model returns to the loop: named losses, each a sum and its count, and how they become one loss.
+"""The outputs of a model for the training loop: named losses, each a sum and its count, and their combination.
 
-The total is the weighted sum of the means, each over the whole batch. What a mean divides by is agreed over
-micro-batches and workers before the first backward pass, so a step is the same for any number of either. A model
-whose losses all count rows needs nothing more. Any other says what they count: ``counts(batch)``, of the losses that do
-not count rows, computed from the batch alone (with phases, ``counts(batch, phase)``).
+The total loss is the weighted sum of the mean losses over the whole batch. The denominators are summed over
+micro-batches and workers before the first backward pass. A step is therefore the same for any number of either.
+
+By default a loss is divided by the number of rows. A model with other denominators defines ``counts(batch)``, or with
+phases ``counts(batch, phase)``. It returns the denominators of those losses, computed from the batch alone.
 """
 
 from collections.abc import Callable
@@ -17,52 +18,51 @@ TOTAL = "loss"
 
 
 class Mean(NamedTuple):
-    """A number to log."""
+    """A mean to log."""
 
     sum: Tensor
-    """Over what `count` counts; a scalar."""
+    """Sum of the values; a scalar."""
     count: Tensor | int  # type: ignore[assignment]  # not the method of tuples
-    """How many it is of, such as images or words."""
+    """Number of values, such as images or words."""
 
 
 class Loss(NamedTuple):
-    """A part of what is minimised."""
+    """One term of the total loss."""
 
     sum: Tensor
-    """Over what `count` counts; a scalar with a gradient."""
+    """Sum of the values; a scalar with a gradient."""
     count: Tensor | int  # type: ignore[assignment]  # not the method of tuples
-    """How many it is of, such as images or words; equal to what the model's ``counts`` told."""
+    """Number of values, such as images or words; must equal what the model's ``counts`` returned."""
     weight: float = 1.0
-    """Share of the mean in the total."""
+    """Weight of the mean in the total."""
 
 
 class Outputs(NamedTuple):
-    """What ``forward`` returns for a batch. DDP finds the gradients in it."""
+    """The return value of ``forward``. DDP finds the tensors with gradients in it."""
 
     losses: dict[str, Loss]
-    """A sole loss is called `loss`; several have names of their own and are logged beside their total, `loss`."""
+    """A single loss is named `loss`. Several losses have other names; their total is logged as `loss`."""
     metrics: dict[str, Mean] = {}  # noqa: RUF012 - never changed
     """Logged as means."""
     statistics: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
-    """Summed over micro-batches and workers, for the model's ``after_step`` and ``summarize``; never logged."""
+    """Summed over micro-batches and workers and given to ``after_step`` and ``summarize`` of the model; not logged."""
 
 
 class Denominators:
-    """What the losses of one step are divided by."""
+    """The denominators of the losses of one step."""
 
     def __init__(self, num_rows: int, counts: dict[str, float]) -> None:
-        """`num_rows`: rows of the whole batch; `counts`: of the losses that do not count rows, over the whole batch."""
+        """`num_rows`: rows of the whole batch; `counts`: other denominators by loss name, over the whole batch."""
         self.num_rows, self.counts = float(num_rows), counts
-        # Gradients come in units of the largest count and are divided by it once, at the end: the sum of a sole loss is
-        # then what is differentiated, and micro-batches differ in nothing else.
+        # The loop differentiates the loss times `unit`, the largest count, and divides the gradient by it at the end.
+        # With a single loss its plain sum is differentiated, so rounding does not depend on the micro-batches.
         self.unit = 1.0
 
     def of(self, name: str) -> float:
         return self.counts.get(name, self.num_rows)
 
     def backward_loss(self, outputs: Outputs) -> Tensor:
-        """What to differentiate: the batch's part of the total, times `unit`. A loss of which the whole batch holds
-        nothing has no part in it."""
+        """This batch's part of the total loss, times `unit`. A loss with a count of 0 is left out."""
         self.unit = max(1.0, *(self.of(name) for name in outputs.losses))
         parts = [
             loss.weight * (self.unit / self.of(name) if self.of(name) else 0.0) * loss.sum
@@ -71,11 +71,11 @@ class Denominators:
         return sum(parts[1:], start=parts[0])
 
     def check(self, sums: "Sums") -> None:
-        """Whether ``forward`` counted what ``counts`` had told."""
+        """Assert that the counts from ``forward`` equal those from ``counts``."""
         for name in sums.weights:
             counted = sums.count(name)
             assert counted == self.of(name), (
-                f"{name} is a sum over {counted:g}, and {self.of(name):g} were agreed: the model's `counts` is wrong"
+                f"{name} is a sum over {counted:g} values, but the model's `counts` returned {self.of(name):g}"
             )
 
 
@@ -85,10 +85,12 @@ class Sums:
 
     parts: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
-    """Of each loss."""
+    """The weight of each loss."""
 
     def add(self, outputs: Outputs) -> None:
-        assert TOTAL not in outputs.losses or len(outputs.losses) == 1, "one of several losses is called like their sum"
+        assert TOTAL not in outputs.losses or len(outputs.losses) == 1, (
+            "one of several losses has the name of the total"
+        )
         for name, loss in outputs.losses.items():
             self.weights[name] = loss.weight
         for name, mean in (outputs.losses | outputs.metrics).items():
@@ -102,11 +104,11 @@ class Sums:
         self.parts[key] = self.parts[key] + value if key in self.parts else value
 
     def zeros(self) -> "Sums":
-        """Nothing, in the shapes of this."""
+        """Zeros of the same shapes."""
         return Sums({key: torch.zeros_like(value) for key, value in self.parts.items()}, self.weights)
 
     def reduced(self, add_up: Callable[[Tensor], Tensor]) -> "Sums":
-        """The sums over all workers, on the CPU; `add_up` takes a vector of this worker's."""
+        """The sums over all workers, on the CPU. `add_up` reduces a vector over the workers."""
         keys = sorted(self.parts)
         values = add_up(torch.cat([self.parts[key].cpu().flatten() for key in keys]))
         parts = values.split([self.parts[key].numel() for key in keys])
@@ -118,8 +120,10 @@ class Sums:
         return self.parts["count", name].item()
 
     def means(self) -> dict[str, float]:
-        """`loss`, the weighted sum of the mean losses; the losses, where they are several; the metrics. What nothing
-        was counted of adds nothing to the total and is left out."""
+        """The total `loss`, the losses if there are several, and the metrics.
+
+        A mean with a count of 0 is left out of the result and of the total.
+        """
         means = {
             name: self.parts["sum", name].item() / self.count(name)
             for kind, name in self.parts

@@ -1,4 +1,4 @@
-"""What moves the weights: phases of a step with an optimiser each, the learning rate, the average of the weights."""
+"""Optimisation: the phases of a step, each with its optimiser, the learning rate, and the moving average of weights."""
 
 import math
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ from torch import nn
 from mmcore import checkpoint
 from mmcore.recipe import TrainSettings
 
-# Of the schedule linear_tail: the share of the steps before it falls, and where it ends.
+# Schedule linear_tail: the share of the steps at the peak rate, and the last rate as a share of the peak.
 _TAIL_FROM, _TAIL_END = 0.6, 0.02
 
 
 def lr_factor(settings: TrainSettings, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of `step` as a share of the peak; a function of the step alone, so nothing is remembered."""
+    """The learning rate of `step` as a share of the peak. It depends on the step alone and has no state to save."""
     warmup = settings.warmup_steps
     factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    # From the peak on: a cosine that began with the warm-up would never let the rate reach it. A run that ends within
-    # its warm-up has no such step, so nothing is divided by 0.
+    # The cosine begins after the warm-up, so that the rate reaches its peak. A run that ends during its warm-up never
+    # gets here, so there is no division by 0.
     if settings.schedule == "cosine" and step >= warmup:
         factor *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
     elif settings.schedule == "step" and step >= settings.step_epoch * steps_per_epoch:
@@ -44,36 +44,36 @@ def build_optimizer(settings: TrainSettings, parameters: list[nn.Parameter]) -> 
 
 @dataclass
 class Phase:
-    """A part of each step: the weights that it moves, by an optimiser of its own."""
+    """A part of each training step, with its own weights and optimiser."""
 
     name: str | None
-    """None where the model has but one phase, which is then never spoken of."""
+    """None if the model has no phases."""
     is_first: bool
-    """The first phase gives the run its loss and is what is validated; its outputs are logged under their own names."""
+    """The first phase gives the loss of the run and is validated. Its outputs are logged without a prefix."""
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """What ``forward`` takes after the batch."""
+        """The arguments of ``forward`` after the batch."""
         return () if self.name is None else (self.name,)
 
     @property
     def group(self) -> str:
-        """The optimiser's file in a checkpoint."""
+        """Name of the optimiser's file in a checkpoint, without its ending."""
         return "optimizer" if self.is_first else f"optimizer-{self.name}"
 
     def logged(self, output: str) -> str:
-        """The name under which the metrics hold `output`."""
+        """The name of `output` in the metrics."""
         return output if self.is_first else f"{self.name}_{output}"
 
     def of(self, what: str) -> str:
-        """`what` in an error message."""
+        """`what` with the name of the phase, for an error message."""
         return f"the {what}" if self.is_first else f"the {self.name}'s {what}"
 
 
 def build_phases(model: nn.Module, settings: TrainSettings) -> list[Phase]:
-    """The phases that `model` names, or the one that moves everything trainable."""
+    """The phases of `model`, or a single phase with all trainable weights."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names: tuple[str, ...] = getattr(model, "phases", ())
     if not names:
@@ -86,13 +86,13 @@ def build_phases(model: nn.Module, settings: TrainSettings) -> list[Phase]:
     moved = [id(p) for phase in phases for p in phase.parameters]
     unmoved = [name for name, p in trainable.items() if moved.count(id(p)) != 1]
     assert not unmoved, f"not in exactly one phase: {unmoved[:3]}"
-    assert len(moved) == len(trainable), "a phase moves what is frozen"
+    assert len(moved) == len(trainable), "a phase has frozen weights"
     return phases
 
 
 @contextmanager
 def only(phase: Phase, phases: list[Phase]) -> Iterator[None]:
-    """Gradients reach the weights of `phase` alone: a loss that runs through another phase's network leaves it be."""
+    """Within the block, only the weights of `phase` get gradients. A loss may use the network of another phase."""
     others = [p for other in phases if other is not phase for p in other.parameters]
     for parameter in others:
         parameter.requires_grad_(False)
@@ -104,17 +104,17 @@ def only(phase: Phase, phases: list[Phase]) -> Iterator[None]:
 
 
 class Average:
-    """The exponential moving average of the weights that train, and of nothing else.
+    """The exponential moving average of the trainable weights.
 
-    State buffers are copied: what a model averages by itself, such as a codebook, needs no second average.
+    State buffers are copied, not averaged. A codebook, for example, is a moving average already.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = {name: value.clone() for name, value in checkpoint.trainable_state(model).items()}
-        """By name, as in a checkpoint."""
+        """The averages by name, as in a checkpoint."""
 
     def update(self, model: nn.Module, decay: float, step: int) -> None:
-        """Move towards the weights; early steps move it faster, so that it forgets the initial weights."""
+        """Update the average after `step`. The decay is smaller in early steps, to forget the initial weights."""
         decay = min(decay, (1 + step) / (10 + step))
         with torch.no_grad():
             weights = checkpoint.trainable_parameters(model)
@@ -124,7 +124,7 @@ class Average:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """`model` has the average for its weights. Both change places, so nothing is copied."""
+        """Within the block, `model` has the averaged weights. Both are swapped, not copied."""
         self._swap(model)
         try:
             yield

@@ -1,9 +1,8 @@
-"""The contracts: what a recipe, a captioner, a generator and an autoencoder are to jobs and to the service.
+"""The protocols that jobs and the service use: recipe, captioner, generator and autoencoder.
 
-A recipe is what a training is told. What it trained is opened by ``open_captioner``, ``open_generator`` or
-``open_autoencoder`` (``mmcore.trained``), the one door for all that uses it. Opening reads facts alone, so that a
-driver or a service can check a request, and what is opened can be sent to another machine; ``load`` then reads the
-weights, there and on the device that is to compute.
+A recipe holds the settings of a training. ``open_captioner``, ``open_generator`` and ``open_autoencoder`` of
+``mmcore.trained`` open a finished run. They read recipe.json and no weights. A driver or a service can then check a
+request, or send the object to another machine. There ``load`` reads the weights onto the device that computes.
 
 Shapes: B images, H rows, W columns, C channels of a latent with h rows and w columns.
 """
@@ -22,11 +21,11 @@ from mmcore.errors import InputError
 
 T = TypeVar("T")
 Identity = dict[str, str]
-"""What a model is made of: names to URIs, digests and revisions. Equal identities give equal outputs."""
+"""Names to URIs, digests and revisions of all parts of a model. Equal identities give equal outputs."""
 
 
 class Recipe(Protocol):
-    """Everything about one model: data, sizes, optimisation. A frozen dataclass beside its model."""
+    """All settings of one model: data, sizes, optimisation. A frozen dataclass in the file of the model."""
 
     @property
     def dataset(self) -> str: ...
@@ -40,51 +39,51 @@ class Captioner(Protocol):
     """Images to captions."""
 
     image_size: int
-    """Pixels a side that images are squashed to."""
+    """Side in pixels that images are resized to."""
     max_length: int
-    """Words at which a caption ends whatever the options ask for."""
+    """Upper limit of a caption's length in tokens, for any options."""
     options: Any
-    """The default search: a frozen dataclass whose fields become flags and fields of a request (there under the name in
-    the field's metadata ``api``, where that is another). The metadata ``caps`` of the field with the most words of a
-    caption is "words", that of the field with the beams is "beams": the service sets both."""
+    """The default search options: a frozen dataclass whose fields become flags and request fields. The metadata ``api``
+    of a field is its name in a request, if it differs. The metadata ``caps`` marks two fields that the service limits:
+    "words" is the longest caption, "beams" the number of beams."""
     takes_prompt: bool
-    """Whether words beside an image change its caption."""
+    """Whether a caption can depend on a text prompt beside the image."""
 
     def identity(self) -> Identity: ...
 
     def check(self, options: Any) -> None:
-        """Raise OptionError for a search that this captioner cannot do."""
+        """Raise OptionError for search options that this captioner does not support."""
 
     def load(self, device: str = "cpu") -> Self:
-        """Read the weights; returns itself. Raises InputError where they are not those that the facts name."""
+        """Read the weights and return self. Raises InputError if their digests differ from those in recipe.json."""
 
     def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
-        """uint8 (B, P, P, 3) with P `image_size` -> B captions."""
+        """uint8 (B, P, P, 3) with P = `image_size` -> B captions."""
 
 
 class Generator(Protocol):
     """Prompts and seeds to images."""
 
     size: tuple[int, int]
-    """Height and width of an image where nobody asks for another size."""
+    """Default height and width of an image."""
     options: Any
-    """The default sampling: a frozen dataclass whose fields become flags, columns, text chunks and request fields. Its
-    method ``shortened`` gives the same with as little work as shows every kernel."""
+    """The default sampling options: a frozen dataclass whose fields become flags, manifest columns, PNG text chunks and
+    request fields. Its method ``shortened`` returns options for a warm-up: every kernel runs with the least work."""
     max_tokens: int
-    """Tokens of a prompt, with begin and end, beyond which its tail is lost."""
+    """Longest prompt in tokens, including the begin and end tokens. Longer prompts are truncated."""
     decides_by_code: bool
-    """Whether images come from discrete codes, where the last bit of a sum can change a whole patch."""
+    """Whether images come from discrete codes. Then one rounding error can change a whole patch."""
 
     def identity(self) -> Identity: ...
 
     def check(self, options: Any, size: tuple[int, int]) -> None:
-        """Raise OptionError for options or a (height, width), named ``size``, that this generator cannot do."""
+        """Raise OptionError for options, or a (height, width) `size`, that this generator does not support."""
 
     def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """Read the weights; returns itself. Raises InputError where they are not those that the facts name."""
+        """Read the weights and return self. Raises InputError if their digests differ from those in recipe.json."""
 
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, with begin and end, before any is cut. Safe beside `generate` on another thread."""
+        """Tokens of each prompt before truncation, including begin and end. Safe while `generate` runs in a thread."""
 
     def generate(
         self,
@@ -95,9 +94,9 @@ class Generator(Protocol):
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """An image of each prompt and seed, uint8 (B, H, W, 3); none depends on its batch-mates.
+        """One image per prompt and seed, uint8 (B, H, W, 3). No image depends on the others of the batch.
 
-        `on_step(done, total)` is called as the work goes on, and what it raises ends the work.
+        `on_step(done, total)` is called after each step. An exception that it raises stops the work.
         """
 
 
@@ -106,105 +105,103 @@ class Autoencoder(Protocol):
 
     image_size: int
     latent_shape: tuple[int, int, int]
-    """(C, h, w) of an image of `image_size`."""
+    """(C, h, w) of the latents of one image."""
     num_codes: int
     """Codes in the codebook."""
     code_shape: tuple[int, int]
-    """(h, w) of the codes of an image of `image_size`."""
+    """(h, w) of the codes of one image."""
 
     def identity(self) -> Identity: ...
 
     def load(self, device: str = "cpu") -> Self:
-        """Read the weights; returns itself. Raises InputError where they are not those that the facts name."""
+        """Read the weights and return self. Raises InputError if their digests differ from those in recipe.json."""
 
     def encode(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (B, P, P, 3) -> latents (B, C, h, w), before any quantisation."""
+        """uint8 (B, P, P, 3) -> latents (B, C, h, w) before quantisation."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, P, P) in [-1, 1]."""
 
     def codes(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (B, P, P, 3) -> the number of the code nearest to each latent, int64 (B, h, w)."""
+        """uint8 (B, P, P, 3) -> index of the nearest code of each latent, int64 (B, h, w)."""
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Numbers of codes, int64 (B, h, w) -> images (B, 3, P, P) in [-1, 1]."""
+        """Code indices, int64 (B, h, w) -> images (B, 3, P, P) in [-1, 1]."""
 
 
 def capped_fields(options: Any) -> dict[str, str]:
-    """What fields of a captioner's `options` cap, "words" or "beams", to the names of the fields."""
+    """The names of the fields of `options` with the metadata ``caps``, keyed by that: "words" or "beams"."""
     return {field.metadata["caps"]: field.name for field in dataclasses.fields(options) if "caps" in field.metadata}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a model is optimised; every recipe holds one as `train`."""
+    """Settings of the optimisation. Every recipe has them in its field `train`."""
 
     num_epochs: int = 50
     """Passes over the training rows."""
     max_steps: int | None = None
-    """Stop after this many steps, whatever `num_epochs` says (the schedule ends there too)."""
+    """Stop after this many steps, even if `num_epochs` is not reached. The schedule ends there too."""
     batch_size: int = 24
-    """Rows of one optimiser step, over all workers; constant whatever their number."""
+    """Rows of one optimiser step, summed over all workers. It does not change with the number of workers."""
     gradient_accumulation: int = 1
-    """Micro-batches that a worker's share of a step is cut into, to fit its memory."""
+    """Micro-batches per worker and step, to save memory."""
     optimizer: Literal["adam", "adamw"] = "adamw"
-    """adam adds the weight decay to the gradient (L2), adamw decouples it."""
+    """adam adds the weight decay to the gradient (L2); adamw decouples it."""
     fused_optimizer: bool = True
-    """Move each weight in one pass: on one CPU thread in bf16, a step of a U-Net of 9 M took 0.21 s, else 0.28 s."""
+    """Use PyTorch's fused optimiser. A U-Net of 9 M took 0.21 instead of 0.28 s per step (one CPU thread, bf16)."""
     lr: float = 1e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Adam's decay rates of the first and second moment."""
     weight_decay: float = 1e-4
-    """Weight decay, on every trainable parameter."""
+    """Weight decay of all trainable parameters."""
     schedule: Literal["constant", "cosine", "step", "linear_tail"] = "constant"
-    """cosine falls from the end of the warm-up to 0 at the last step; step multiplies by 0.1 at `step_epoch`;
-    linear_tail is constant for the first 60 % of the steps and then falls in a straight line to 2 %."""
+    """Learning-rate schedule after the warm-up. cosine falls to 0 at the last step. step multiplies by 0.1 at
+    `step_epoch`. linear_tail is constant for 60 % of the steps, then falls linearly to 2 %."""
     step_epoch: int = 30
-    """Epoch of the fall of the `step` schedule."""
+    """Epoch at which the schedule `step` multiplies by 0.1."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     clip_grad_norm: float | None = 1.0
-    """Largest L2 norm of the whole gradient; None does not clip."""
+    """Largest L2 norm of the gradient; None does not clip."""
     ema_decay: float | None = None
-    """Decay of the exponential moving average of the weights that is validated and kept; None keeps the weights."""
+    """Decay of the exponential moving average (EMA) of the weights. The EMA is validated and saved. None has no EMA."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """auto is bf16 autocast where the device has it, else fp32."""
+    """auto is bf16 autocast if the device supports bf16, else fp32."""
     frozen_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of a model's frozen parts. auto holds in bf16 what bf16 autocast would cast anew each time, with equal
-    results, and leaves the rest as it was loaded; any other computes a frozen part in that precision throughout."""
+    """Precision of the model's frozen parts. auto stores weights in bf16 if bf16 autocast would cast them in every
+    step, with equal results. Other values compute the frozen parts in that precision."""
     compile: bool = False
-    """Compile the model with torch.compile. Off, since it pays in long runs only: on one CPU thread in bf16, a step of
-    a captioner of 7 M took 14 % less after 13 s; a U-Net of 9 M took over 8 minutes on a shared machine to compile.
-    Resuming is then exact only up to rounding, since other shapes may be compiled first."""
+    """Compile the model with torch.compile. It pays in long runs only. A captioner of 7 M compiled in 13 s and then
+    took 14 % less per step (one CPU thread, bf16). A U-Net of 9 M took over 8 minutes to compile. A resumed run is then
+    exact only up to rounding, as shapes may be compiled in another order."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the model's blocks and compute them again in the backward pass, to the same bits. Off,
-    since it pays where memory is short only: a U-Net of 9 M kept 18 MB where it kept 66 MB, a captioner of 7 M 4 MB
-    where it kept 44 MB; on one CPU thread their steps took 33 % and 20 % longer."""
+    """Recompute the model's blocks in the backward pass to save memory, with bit-identical results. A U-Net of 9 M kept
+    18 instead of 66 MB, a captioner of 7 M 4 instead of 44 MB. Their steps took 33 % and 20 % longer (one CPU
+    thread)."""
     seed: int = 2024
-    """Everything random derives from it."""
+    """Seed of everything random."""
     keep: Literal["best", "last"] = "best"
-    """The weights that a finished run holds: those of the lowest validation loss, or the last ones."""
+    """Weights that a finished run saves: those with the lowest validation loss, or the last ones."""
     validate_every_epochs: int = 1
-    """Epochs between validations; the last step is always validated."""
+    """Epochs between validations. The last step is always validated."""
     checkpoint_every_steps: int = 500
-    """Steps between checkpoints, beside the one at each validation."""
+    """Steps between checkpoints. Each validation also writes one."""
     log_every_steps: int = 10
     """Steps between rows of metrics.jsonl."""
     num_samples: int = 4
-    """Validation rows whose output is written out at each validation."""
+    """Validation rows whose samples are written at each validation."""
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        """Fields without effect under the other settings, each with the flag that would make it effective."""
         return {} if self.schedule == "step" else {"step_epoch": "--schedule step"}
 
 
 def check_effect(recipe: Any, variant: Any) -> None:
-    """Raise InputError for a field in which `recipe` departs from its `variant` although its other settings leave that
-    field without effect, by its ``without_effect()``.
+    """Raise InputError for a field that differs from `variant` but has no effect, by ``recipe.without_effect()``.
 
-    Only for what departs, since a flag that changes the kind of a part must not call for others that undo the sizes
-    which the variant gives to the part of the other kind.
+    Fields equal to the variant pass. A variant may set sizes of a part that another flag replaces.
     """
     ignored: dict[str, str] = getattr(recipe, "without_effect", dict)()
     for field in dataclasses.fields(recipe):
@@ -214,7 +211,7 @@ def check_effect(recipe: Any, variant: Any) -> None:
         elif mine != theirs and field.name in ignored:
             flag = "--" + field.name.replace("_", "-")
             raise InputError(
-                f"{flag} {mine}: has no effect without {ignored[field.name]}; give that, or leave {flag} out"
+                f"{flag} {mine}: has no effect without {ignored[field.name]}; give that too, or leave {flag} out"
             )
 
 
@@ -224,9 +221,9 @@ def recipe_to_json(recipe: Any) -> dict[str, Any]:
 
 
 def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -> T:
-    """Build `recipe_type` from what `recipe_to_json` gave.
+    """Build `recipe_type` from the fields that `recipe_to_json` returned.
 
-    Raises InputError, naming `where`, for unknown keys and for missing ones that have no default.
+    Raises InputError, naming `where`, for unknown fields and for missing fields without a default.
     """
     known = {field.name: field for field in dataclasses.fields(recipe_type)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(known))
@@ -251,7 +248,7 @@ def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -
 
 
 def difference(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two JSON recipes differ, as ``lr: 0.1 (there: 0.2)``."""
+    """The fields that differ between two JSON recipes, as ``lr: 0.1 (there: 0.2)``."""
     lines: list[str] = []
     for name in sorted(set(mine) | set(theirs)):
         here, there = mine.get(name), theirs.get(name)

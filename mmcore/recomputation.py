@@ -1,7 +1,7 @@
-"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): memory for time.
+"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): less memory for more time.
 
-Of a block only its inputs are kept; the backward pass computes it a second time, with the same dropout and to the same
-bits.
+The forward pass keeps only the inputs of a block. The backward pass computes the block again, with the same dropout and
+bit-identical results.
 """
 
 import functools
@@ -16,12 +16,11 @@ from mmcore.errors import InputError
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Let the backward pass compute each of ``model.blocks()`` again. Raises InputError for a model that names none."""
+    """Apply activation checkpointing to each of ``model.blocks()``. Raises InputError for a model without blocks."""
     blocks: list[nn.Module] = model.blocks() if hasattr(model, "blocks") else []  # type: ignore[operator]
     if not blocks:
         raise InputError(
-            "activation_checkpointing: this model names no blocks that could be computed again; leave "
-            "--activation-checkpointing out"
+            "activation_checkpointing: this model does not support it; leave --activation-checkpointing out"
         )
     for block in blocks:
         block.forward = _recomputed(block.forward)  # type: ignore[method-assign]

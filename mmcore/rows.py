@@ -1,4 +1,4 @@
-"""The rows that a model trains on, and how they reach the loop."""
+"""Rows of training data, and their batches for the training loop."""
 
 import itertools
 import queue
@@ -14,9 +14,9 @@ from mmcore.recipe import TrainSettings
 from mmcore.seeding import permutation
 
 Batch = dict[str, Tensor]
-# Batches that are put together while the step before them runs.
+# Batches that are prepared while a step runs.
 _PREFETCH = 2
-# Seconds that a reader of batches which somebody else keeps waiting is waited for when the training ends.
+# Seconds to wait at the end of a training for a prefetch thread that is still blocked in a read.
 _JOIN_S = 5.0
 
 
@@ -27,21 +27,21 @@ class Rows(Protocol):
     num_validation: int
 
     def train_batch(self, indices: np.ndarray, epoch: int) -> Batch:
-        """The training rows `indices`, augmented as (seed, epoch, image_id) say."""
+        """The training rows `indices`, with augmentation drawn from (seed, epoch, image_id)."""
 
     def validation_batch(self, indices: np.ndarray) -> Batch:
-        """The validation rows `indices`, as they are."""
+        """The validation rows `indices`, without augmentation."""
 
     def train_stream(self, epoch: int, rows_per_batch: int) -> Iterator[Batch] | None:
-        """This worker's batches of an epoch where rows cannot be looked up by index, else None."""
+        """This worker's batches of an epoch, if rows are streamed; None if they are looked up by index."""
 
 
 def micro_batches(
     rows: Rows, settings: TrainSettings, *, rank: int, world_size: int, steps_per_epoch: int, first_step: int
 ) -> Iterator[list[Batch]]:
-    """A worker's micro-batches of each step from `first_step` on, without an end.
+    """A worker's micro-batches of each step from `first_step` on, as an endless iterator.
 
-    Raises InputError where the shard of a stream ends before its epoch does.
+    Raises InputError if a streamed shard ends before its epoch.
     """
     share = settings.batch_size // world_size
     micro = share // settings.gradient_accumulation
@@ -53,8 +53,8 @@ def micro_batches(
                 batches = list(itertools.islice(stream, settings.gradient_accumulation))
                 if len(batches) < settings.gradient_accumulation:
                     raise InputError(
-                        f"the streamed shard of worker {rank} ended before epoch {epoch} did; use a batch size that "
-                        "leaves rows over, fewer workers, or no --stream"
+                        f"the streamed shard of worker {rank} ended before epoch {epoch}; use a --batch-size "
+                        "that leaves a remainder, fewer workers, or no --stream"
                     )
                 yield batches
             continue
@@ -66,7 +66,7 @@ def micro_batches(
 
 
 def prefetched(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-    """`batches`, put together on a thread while the caller computes."""
+    """`batches`, prepared on another thread while the caller computes."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=_PREFETCH)
     stop = threading.Event()
     end = object()

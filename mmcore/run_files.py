@@ -1,7 +1,7 @@
-"""The files that say what a run is.
+"""The files that describe a run.
 
-``RUN/recipe.json`` is written when it begins. ``RUN/model/`` of a finished one holds model.safetensors, and a
-recipe.json that names its SHA-256 too.
+``RUN/recipe.json`` is written when a run begins. A finished run has ``RUN/model/`` with model.safetensors and a
+recipe.json that also holds the SHA-256 of the weights.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from mmcore.temporary import temporary_folder
 R = TypeVar("R")
 F = TypeVar("F")
 _WEIGHTS, _RECIPE = "model.safetensors", "recipe.json"
-# Folders under model/ of a tokenizer, and of the VQ-VAE whose latents or codes a run was trained on.
+# Folders under model/: the tokenizer, and the VQ-VAE whose latents or codes a run was trained on.
 TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
 # Fields of the file itself; all others are facts.
 _OWN = ("recipe", "variant", "settings", "commit", "weights_sha256")
@@ -30,18 +30,18 @@ _OWN = ("recipe", "variant", "settings", "commit", "weights_sha256")
 
 @dataclass(frozen=True)
 class RunFile(Generic[R, F]):
-    """What the file recipe.json of a run says; in it, the facts stand beside the other fields and not below them."""
+    """The content of a run's recipe.json. In the file, the fields of `facts` are at the top level."""
 
     recipe_name: str
     variant: str
     recipe: R
     facts: F
-    """What beside the recipe decides the result, such as the fingerprint of the dataset."""
+    """Inputs of the training that are not settings, such as the fingerprint of the dataset."""
     commit: str
     weights_sha256: str = ""
-    """Of the weights beside it, in the folder model/."""
+    """SHA-256 of model.safetensors in the same folder; empty in RUN/recipe.json."""
     written: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The file as it was read: what a later version adds must not change a fingerprint of what is there."""
+    """The file as read. Fingerprints use it, so that a field added by a later version does not change them."""
 
     def to_json(self) -> dict[str, Any]:
         own = {"recipe": self.recipe_name, "variant": self.variant, "settings": recipe_to_json(self.recipe)}
@@ -50,12 +50,12 @@ class RunFile(Generic[R, F]):
 
 
 def facts_to_json(facts: Any) -> dict[str, Any]:
-    """The fields of the facts of a run as JSON."""
+    """The fields of the facts as JSON."""
     return recipe_to_json(facts)
 
 
 def run_file_from_json(fields: dict[str, Any], recipe_type: type[R], facts_type: type[F], where: str) -> RunFile[R, F]:
-    """Raises InputError, naming `where`, for unknown and for missing fields."""
+    """Build a `RunFile` from JSON fields. Raises InputError, naming `where`, for unknown and missing fields."""
     facts = {name: value for name, value in fields.items() if name not in _OWN}
     if (upgraded := getattr(facts_type, "upgraded", None)) is not None:
         facts = upgraded(facts)
@@ -71,17 +71,17 @@ def run_file_from_json(fields: dict[str, Any], recipe_type: type[R], facts_type:
 
 
 def read_begun(run: Storage, recipe_type: type[R], facts_type: type[F]) -> RunFile[R, F]:
-    """What a run was begun as. Raises InputError for a file of another version."""
+    """``RUN/recipe.json``. Raises InputError for a file of an unknown version."""
     return run_file_from_json(json.loads(run.read(_RECIPE)), recipe_type, facts_type, f"{run}/{_RECIPE}")
 
 
 def write_begun(run: Storage, file: RunFile[Any, Any]) -> bool:
-    """Begin a run; False where one is there."""
+    """Write ``RUN/recipe.json``; False if it exists already."""
     return run.create(_RECIPE, _bytes(file))
 
 
 def write_model(run: Storage, weights: dict[str, Tensor], file: RunFile[Any, Any]) -> None:
-    """Write the weights and, last, `file` with their SHA-256."""
+    """Write the weights, then `file` with their SHA-256."""
     with temporary_folder("model") as folder:
         path = folder / _WEIGHTS
         save_tensors(path, weights)
@@ -95,26 +95,26 @@ def _bytes(file: RunFile[Any, Any]) -> bytes:
 
 
 def read_fields(run: Storage) -> tuple[dict[str, Any], str]:
-    """The fields of what `write_model` wrote, and the file's name for messages; `mmcore.catalogue` knows their types.
+    """The JSON fields that `write_model` wrote, and the file's path for messages. `mmcore.catalogue` has their types.
 
-    Raises InputError where `run` is not finished.
+    Raises InputError if `run` is not finished.
     """
     where = f"{run}/model/{_RECIPE}"
     try:
         fields = json.loads((run / "model").read(_RECIPE))
     except FileNotFoundError:
-        raise InputError(f"{run}: {_why_not(run)}") from None
+        raise InputError(f"{run}: {_unfinished_reason(run)}") from None
     if "weights_sha256" not in fields:
-        raise InputError(f"{where}: names no weights_sha256; copy model/ again, or train it anew")
+        raise InputError(f"{where}: no field weights_sha256; copy model/ again, or train the run again")
     return fields, where
 
 
-def _why_not(run: Storage) -> str:
-    """What a folder without ``model/`` is, and what to name instead."""
+def _unfinished_reason(run: Storage) -> str:
+    """Why `run` has no ``model/``, and which folder to name instead."""
     if run.exists(_WEIGHTS):
-        return "no model/ there, since it is one; name the folder that holds it"
+        return "this is the folder model/ of a run; name the folder that holds it"
     if run.exists(_RECIPE):
-        return "no model/ there, so the run is not finished; give its training command again to go on"
+        return "no model/ there, so the run is not finished; repeat its training command to continue"
     finished: list[str] = []
     if re.search(r"/runs/[^/]+/[^/]+$", run.uri):
         finished = [name for name in run.parent.folders() if (run.parent / name / "model").exists(_RECIPE)]
@@ -123,7 +123,7 @@ def _why_not(run: Storage) -> str:
 
 
 def read_weights(run: Storage, sha256: str) -> dict[str, Tensor]:
-    """The weights. Raises InputError where `sha256`, which recipe.json names, is not theirs."""
+    """The weights of a finished run. Raises InputError if their SHA-256 is not `sha256` of recipe.json."""
     with temporary_folder("model") as folder:
         path = folder / _WEIGHTS
         try:
@@ -131,5 +131,5 @@ def read_weights(run: Storage, sha256: str) -> dict[str, Tensor]:
         except FileNotFoundError:
             raise InputError(f"{run}/model/{_WEIGHTS}: missing; copy the whole folder model/ again") from None
         if sha256_file(path) != sha256:
-            raise InputError(f"{run}/model/{_WEIGHTS}: not the weights that recipe.json names; copy model/ again")
+            raise InputError(f"{run}/model/{_WEIGHTS}: SHA-256 differs from the one in recipe.json; copy model/ again")
         return load_file(path)

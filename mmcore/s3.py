@@ -1,4 +1,4 @@
-"""S3 as a storage: its client, its attempts, and files of which parts are read."""
+"""Access to S3: the client, its retries, and files that are read in parts."""
 
 import functools
 import io
@@ -10,30 +10,30 @@ from typing import Any
 
 S3 = "s3://"
 _S3_MAX_ATTEMPTS = 10
-# A request that has failed this often is told of: until then it is soon repaired, afterwards it takes long.
-_S3_TELL_AFTER = 3
-# Before attempt n + 1 of a request: a random part of 2^(n - 1) times the base, and of no more than the last of these.
+# Failed attempts before a warning. The first retries are quick, later ones take long.
+_S3_WARN_AFTER = 3
+# Wait before attempt n + 1: a random share of base · 2^(n - 1), at most the last of these values.
 _S3_BACKOFF_S, _S3_THROTTLED_BACKOFF_S, _S3_MAX_BACKOFF_S = 0.05, 1.0, 20.0
 _S3_CONNECT_TIMEOUT_S = 10
 _S3_READ_TIMEOUT_S = 60
-# Connections that are kept open for the threads of one process; each further one would be opened anew.
+# Connections kept open for the threads of one process. Any further connection is opened for each request.
 _S3_CONNECTIONS = 32
 
 
 @functools.cache
 def s3_client(process_id: int) -> Any:
-    """One client a process: boto3 clients are safe across threads, not across forks."""
+    """One client per process: boto3 clients are safe across threads but not across forks."""
     import boto3
     from botocore.config import Config
 
-    # A session of its own: threads that come here together must not share one while a client is made of it.
+    # A new session: creating clients from one session in several threads is not safe.
     client = boto3.session.Session().client(
         "s3",
         config=Config(
-            # Links as well: by itself boto3 signs them by the old scheme, which newer regions refuse.
+            # Needed for presigned links. boto3's default for them is the old scheme, which newer regions refuse.
             signature_version="s3v4",
-            # Not boto3's own attempts: in its standard mode all of them share one allowance, which a storage that
-            # fails one request in five uses up after about a thousand, and the next failure is then final.
+            # boto3's own retries are off. In its standard mode all requests share one retry quota. With one failure
+            # in five requests the quota is used up after about a thousand requests, and the next failure is final.
             retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=_S3_CONNECT_TIMEOUT_S,
             read_timeout=_S3_READ_TIMEOUT_S,
@@ -47,7 +47,7 @@ def s3_client(process_id: int) -> Any:
 def _s3_retry_delay(
     response: tuple[Any, dict[str, Any]] | None, attempts: int, caught_exception: Exception | None, **_: Any
 ) -> float | None:
-    """Seconds until a request's next attempt; None to leave it at that. botocore asks after each attempt."""
+    """Seconds until the next attempt of a request; None to stop. botocore calls this after each attempt."""
     from botocore.exceptions import ConnectionError, HTTPClientError
 
     if attempts >= _S3_MAX_ATTEMPTS:
@@ -62,7 +62,7 @@ def _s3_retry_delay(
             base = _S3_THROTTLED_BACKOFF_S
         elif status not in (500, 502, 504) and code != "RequestTimeout":
             return None
-    if attempts == _S3_TELL_AFTER:
+    if attempts == _S3_WARN_AFTER:
         reason = (
             f"answers {response[0].status_code}" if response is not None else f"does not answer: {caught_exception}"
         )
@@ -75,7 +75,7 @@ def _s3_backoff(base: float, attempts: int) -> float:
 
 
 def read_object(bucket: str, key: str, **part: str) -> bytes:
-    """An object, or the `part` of it that boto3's arguments name. Raises FileNotFoundError."""
+    """An object, or a part of it by boto3's arguments in `part`, such as Range. Raises FileNotFoundError."""
     from botocore.exceptions import ClientError, IncompleteReadError, ResponseStreamingError
 
     for attempt in range(1, _S3_MAX_ATTEMPTS + 1):
@@ -86,7 +86,7 @@ def read_object(bucket: str, key: str, **part: str) -> bytes:
                 raise FileNotFoundError(f"{S3}{bucket}/{key}") from None
             raise
         except (IncompleteReadError, ResponseStreamingError):
-            # A request is tried again until its answer begins; this one broke off in the middle.
+            # botocore retries until an answer begins. This answer broke off in the middle.
             if attempt == _S3_MAX_ATTEMPTS:
                 raise
             time.sleep(_s3_backoff(_S3_BACKOFF_S, attempt))
@@ -94,7 +94,7 @@ def read_object(bucket: str, key: str, **part: str) -> bytes:
 
 
 class S3File(io.RawIOBase):
-    """An object of `size` bytes of which parts are read."""
+    """An object of `size` bytes that is read in parts."""
 
     def __init__(self, bucket: str, key: str, size: int) -> None:
         self.bucket, self.key, self.size, self.at = bucket, key, size, 0

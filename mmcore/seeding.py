@@ -1,8 +1,7 @@
-"""Randomness as a function of names, not of history.
+"""Random generators with keys instead of state.
 
-Every random choice is drawn from a generator keyed by what it belongs to, such as (seed, epoch, image_id).
-Nothing depends on which worker draws it, in what order, or after which restart, so there is no generator
-state to save: it is rebuilt from its key.
+Every random choice comes from a generator with a key, such as (seed, epoch, image_id). The result does not depend on
+the worker, the order of draws, or restarts. No generator state is saved: a generator is rebuilt from its key.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ import random
 import numpy as np
 import torch
 
-# Of an image: torch's generator on a CPU looks at 32 bits, and larger seeds that are equal there give equal noise.
+# torch's CPU generator uses the lower 32 bits of a seed. Two larger seeds could give equal noise.
 MAX_IMAGE_SEED = 2**32 - 1
 
 
@@ -22,12 +21,12 @@ def derive_seed(seed: int, *keys: int | str) -> int:
 
 
 def generator(seed: int, *keys: int | str) -> torch.Generator:
-    """A CPU generator for the thing that `keys` name."""
+    """A CPU generator for (seed, keys)."""
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
 
 
 def uniform(seed: int, *keys: int | str) -> float:
-    """A number in [0, 1) for the thing that `keys` name."""
+    """A uniform number in [0, 1) for (seed, keys)."""
     return derive_seed(seed, *keys) / 2**63
 
 
@@ -37,7 +36,7 @@ def permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def seed_step(*key: int | str) -> None:
-    """Set the generator of every library for one step."""
+    """Seed the global generators of Python, NumPy and PyTorch for one step."""
     seed = derive_seed(0, *key)
     random.seed(seed)
     np.random.seed(seed % 2**32)

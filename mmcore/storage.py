@@ -1,8 +1,8 @@
-"""A folder on the local disk or in S3, behind one small interface.
+"""A folder on the local disk or in S3, with one small interface.
 
-Everything that the project writes lies under one storage URI: a local path or ``s3://bucket/prefix``.
-A name is written whole or not at all: locally through a temporary file and a rename, on S3 by one PUT.
-Credentials, region and endpoint come from the usual ``AWS_*`` environment variables, never from the URI.
+All files are written under one storage URI: a local path or ``s3://bucket/prefix``. Writes are atomic: locally by a
+temporary file and a rename, on S3 by one PUT. Credentials, region and endpoint come from the ``AWS_*`` environment
+variables, never from the URI.
 """
 
 import builtins
@@ -29,20 +29,21 @@ from safetensors import SafetensorError
 from mmcore.errors import InputError
 from mmcore.s3 import S3, S3File, read_object, s3_client
 
-# Before a conditional write that met another one is tried again.
+# Wait before a conditional write is repeated after a conflict with another one.
 _CONFLICT_PAUSE_S = 0.1
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
-# What file systems without hard links answer (FAT and exFAT, some network and user-space ones).
+# Errors of file systems without hard links (FAT and exFAT, some network and user-space file systems).
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DiskError(OSError):
-    """A disk that is full or broken, at a path that is kept on the way between processes.
+    """An error of a full or broken disk, with the path.
 
-    Ray Data adds its advice to an error's arguments, the last of which is a common OSError's file name over there.
+    It keeps the path when it is pickled between processes. Ray Data appends advice to an error's arguments, and a plain
+    OSError would unpickle that advice as its file name.
     """
 
     def __init__(self, code: int, path: str) -> None:
@@ -54,7 +55,7 @@ class DiskError(OSError):
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Errors of a disk that are raised in the block without a file's name, as a full one's are, name `path`."""
+    """Turn disk errors in the block into DiskError with a path. A full disk's error has no path by itself."""
     try:
         yield
     except OSError as error:
@@ -69,7 +70,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 class _WholeFile:
-    """A file under a name of its own that takes its real name when it is closed, unless writing failed."""
+    """A file with a temporary name. `close` renames it to its real name unless a write failed."""
 
     def __init__(self, path: str) -> None:
         self.path, self.temporary = path, f"{path}.{uuid.uuid4().hex}.tmp"
@@ -88,7 +89,7 @@ class _WholeFile:
             with writing(self.path):
                 return self.file.write(data)
         except BaseException:
-            # Gone at once: Arrow may leave it open for long, and the disk may be full.
+            # Delete it at once, as the disk may be full and Arrow may close the file much later.
             self.failed = True
             Path(self.temporary).unlink(missing_ok=True)
             raise
@@ -101,7 +102,7 @@ class _WholeFile:
         if self.file.closed:
             return
         try:
-            # Arrow closes a file whose write failed too; that one must not take the name.
+            # Arrow also closes a file after a failed write. That file must not get the real name.
             if not self.failed:
                 with writing(self.path):
                     self.file.flush()
@@ -109,16 +110,16 @@ class _WholeFile:
                 os.replace(self.temporary, self.path)
         finally:
             Path(self.temporary).unlink(missing_ok=True)
-            # What could not be written is still in its buffer, and fails once more.
+            # Data that could not be written is still in the buffer and fails again.
             with contextlib.suppress(OSError):
                 self.file.close()
 
 
 class _WholeFiles(pyarrow.fs.FSSpecHandler):
-    """The local disk for Arrow, where a file appears whole or not at all.
+    """A local file system for Arrow with atomic writes.
 
-    Arrow's own empties a file and then fills it: killed in between, or on a full disk, Ray Train would leave its
-    snapshot, the commit point of a run, torn.
+    Arrow's own file system truncates a file and then fills it. A kill or a full disk in between would damage Ray
+    Train's snapshot, which says where a run resumes.
     """
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.PythonFile:
@@ -148,7 +149,7 @@ class Storage:
         elif not uri:
             raise InputError("storage '': name a folder or s3://bucket/prefix")
         else:
-            # Absolute, so that it means the same folder in a worker whose working directory differs.
+            # Absolute, as workers may have another working directory.
             uri = str(Path(uri).expanduser().absolute())
         object.__setattr__(self, "uri", uri)
 
@@ -180,7 +181,7 @@ class Storage:
         return Path(self.uri) / name
 
     def exists(self, name: str = "") -> bool:
-        """Whether the file `name` is there; with no name, whether the folder holds anything."""
+        """Whether the file `name` exists; without a name, whether the folder is not empty."""
         if not self.is_s3:
             return self._path(name).exists()
         bucket, key = self._key(name)
@@ -204,7 +205,7 @@ class Storage:
         return read_object(*self._key(name)) if self.is_s3 else self._path(name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
-        """`name`, of which parts are to be read, such as columns of Parquet. Raises FileNotFoundError."""
+        """Open `name` to read parts of it, such as columns of Parquet. Raises FileNotFoundError."""
         if not self.is_s3:
             return self._path(name).open("rb")
         bucket, key = self._key(name)
@@ -214,7 +215,7 @@ class Storage:
         return cast(BinaryIO, S3File(bucket, key, head["ContentLength"]))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write `name` whole or not at all, over what was there."""
+        """Write `name` atomically. An existing file is replaced."""
         if self.is_s3:
             bucket, key = self._key(name)
             s3_client(os.getpid()).put_object(Bucket=bucket, Key=key, Body=data)
@@ -222,9 +223,10 @@ class Storage:
         os.replace(self._write_temporary(name, io.BytesIO(data)), self._path(name))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it is there already; return whether this call wrote it.
+        """Write `name` if it does not exist; return whether this call wrote it.
 
-        Of several writers exactly one succeeds: a hard link locally, a conditional PUT (If-None-Match) on S3.
+        Exactly one of several writers succeeds: by a hard link locally, by a conditional PUT (If-None-Match) on S3.
+        Raises InputError for a file system without hard links.
         """
         if self.is_s3:
             from botocore.exceptions import ClientError
@@ -239,10 +241,10 @@ class Storage:
                     code = error.response["Error"]["Code"]
                     retried |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     if code == "ConditionalRequestConflict":
-                        time.sleep(_CONFLICT_PAUSE_S)  # another writer is at it: S3 asks to try again
+                        time.sleep(_CONFLICT_PAUSE_S)  # another writer is active: S3 asks for a retry
                         continue
                     if code in ("PreconditionFailed", "412"):
-                        # A retry after a lost answer meets its own object: only then are the same bytes ours.
+                        # If an answer was lost, the retry finds the object of its own first attempt.
                         return retried and self.read(name) == data
                     raise
         temporary = self._write_temporary(name, io.BytesIO(data))
@@ -254,8 +256,8 @@ class Storage:
             if error.errno not in _NO_HARD_LINKS:
                 raise
             raise InputError(
-                f"{self.uri}: no hard links there ({os.strerror(error.errno)}), by which a file is created once; name "
-                "a folder on a file system that has them, or s3://bucket/prefix"
+                f"{self.uri}: this file system has no hard links ({os.strerror(error.errno)}), which are needed here; "
+                "name a folder on another file system, or s3://bucket/prefix"
             ) from None
         finally:
             os.unlink(temporary)
@@ -264,7 +266,7 @@ class Storage:
     def _write_temporary(self, name: str, content: BinaryIO) -> Path:
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Hidden and at the root of this storage, so that no reader of the files takes it for one of them.
+        # A hidden folder at the root of this storage, so that no listing contains temporary files.
         folder = self._path(".tmp")
         folder.mkdir(exist_ok=True)
         temporary = folder / f"{target.name}.{uuid.uuid4().hex}"
@@ -279,9 +281,9 @@ class Storage:
         return temporary
 
     def list(self, suffix: str = "") -> list[str]:
-        """Sorted names of the files directly in this folder that end in `suffix`; empty where it is absent.
+        """Sorted names of the files directly in this folder that end in `suffix`; empty if it does not exist.
 
-        Hidden files (``.DS_Store``, ``._a.parquet``) are left out: systems write them without being asked.
+        Hidden files (``.DS_Store``, ``._a.parquet``) are left out. Operating systems write them unasked.
         """
         if not self.is_s3:
             folder = self._path()
@@ -298,10 +300,10 @@ class Storage:
         return sorted(name for name in names if name and name.endswith(suffix) and not name.startswith("."))
 
     def walk(self) -> builtins.list[str]:
-        """Sorted names of the files in this folder and in those below it, such as ``a/b.png``, hidden ones left out.
+        """Sorted names of the files in this folder and all folders below it, such as ``a/b.png``, without hidden ones.
 
-        Links to folders are followed, each folder is entered once; empty where the folder is absent. Raises OSError for
-        a folder that cannot be read and InputError for a link to nothing: neither is left out in silence.
+        Empty if the folder does not exist. Links to folders are followed, and each folder is visited once. Raises
+        OSError for an unreadable folder and InputError for a broken link.
         """
         names: builtins.list[str] = []
         if not self.is_s3:
@@ -317,7 +319,7 @@ class Storage:
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 found = [os.path.join(folder, name) for name in files if not name.startswith(".")]
                 if nothing := next((path for path in found if not os.path.exists(path)), None):
-                    raise InputError(f"{nothing}: a link to a file that is not there; mend it or take it away")
+                    raise InputError(f"{nothing}: a link to a missing file; repair or remove it")
                 names += [
                     os.path.relpath(path, self.uri).replace(os.sep, "/") for path in found if os.path.isfile(path)
                 ]
@@ -327,7 +329,7 @@ class Storage:
         pages = s3_client(os.getpid()).get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=bucket, Prefix=prefix):
             names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
-        # An object that ends in / stands for a folder.
+        # An object whose name ends in / is a folder marker.
         return sorted(name for name in names if name and name[-1] != "/" and not f"/{name}".count("/."))
 
     def folders(self) -> builtins.list[str]:
@@ -348,17 +350,17 @@ class Storage:
         return sorted(names)
 
     def presigned_url(self, name: str, expires_s: float) -> str:
-        """A link by which anybody can read `name` until it expires. Raises InputError for a local folder."""
+        """A link that lets anybody read `name` until it expires. Raises InputError for a local folder."""
         if not self.is_s3:
             raise InputError(f"{self}: only files in S3 have links; name a storage s3://bucket/prefix")
         bucket, key = self._key(name)
-        # Browsers show a file by this type, and not as a download.
+        # With this type a browser shows the file instead of downloading it.
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
         params = {"Bucket": bucket, "Key": key, "ResponseContentType": content_type}
         return s3_client(os.getpid()).generate_presigned_url("get_object", Params=params, ExpiresIn=int(expires_s))
 
     def delete(self, name: str) -> None:
-        """Remove the file `name`; nothing happens where it is absent."""
+        """Remove the file `name` if it exists."""
         if not self.is_s3:
             self._path(name).unlink(missing_ok=True)
             return
@@ -366,9 +368,9 @@ class Storage:
         s3_client(os.getpid()).delete_object(Bucket=bucket, Key=key)
 
     def delete_tree(self, first: Sequence[str] = ()) -> None:
-        """Remove this folder and all that is in it, before the rest the files `first`, in this order.
+        """Remove this folder with its content. The files `first` are removed first, in this order.
 
-        Killed on the way, it then leaves nothing that says that the rest is whole.
+        `first` names files that mark the content as complete. A killed removal then leaves no such mark.
         """
         for name in first:
             self.delete(name)
@@ -386,7 +388,7 @@ class Storage:
                 client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
 
     def remove_temporary(self) -> None:
-        """Remove what killed writes below this folder have left. Only for who alone writes there; S3 knows no such."""
+        """Remove temporary files of killed writes below this folder. Only safe without other writers. No-op on S3."""
         if self.is_s3:
             return
         for path in [*self._path().rglob("*.tmp"), *self._path().rglob(".tmp/*")]:
@@ -394,7 +396,7 @@ class Storage:
                 path.unlink(missing_ok=True)
 
     def upload(self, local_path: str | Path, name: str) -> None:
-        """Copy a local file to `name`, whole or not at all."""
+        """Copy a local file to `name` atomically."""
         if self.is_s3:
             bucket, key = self._key(name)
             s3_client(os.getpid()).upload_file(str(local_path), bucket, key)
@@ -417,7 +419,7 @@ class Storage:
             s3_client(os.getpid()).download_file(bucket, key, str(local_path))
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """This folder as pyarrow and Ray see it: ``read_parquet(path, filesystem=filesystem)``."""
+        """File system and path for pyarrow and Ray: ``read_parquet(path, filesystem=filesystem)``."""
         if not self.is_s3:
             return pyarrow.fs.LocalFileSystem(), self.uri
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
@@ -429,7 +431,7 @@ class Storage:
         return pyarrow.fs.S3FileSystem(**options), self.uri[len(S3) :]
 
     def arrow_whole_files(self) -> tuple[pyarrow.fs.FileSystem, str]:
-        """As `arrow`, for a writer whose files must appear whole or not at all (on S3 they do anyway)."""
+        """As `arrow`, but writes are atomic. On S3 they always are."""
         if self.is_s3:
             return self.arrow()
         return pyarrow.fs.PyFileSystem(_WholeFiles(LocalFileSystem())), self.uri

@@ -1,6 +1,6 @@
-"""Captions to ids and back: what a captioner needs of a tokenizer, and the words of captioners that learn theirs.
+"""Tokenizers of captions: the protocol, and a vocabulary of words built from the training captions.
 
-Other tokenizers are in `mmcore.frozen.text`.
+Pretrained tokenizers are in `mmcore.frozen.tokenizers`.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ WORDS_FILE = "words.json"
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The ids that a decoder must know."""
+    """The size of a vocabulary and its special ids."""
 
     size: int
-    """Ids are from 0 to below it."""
+    """Size of the vocabulary; ids are 0 to size - 1."""
     bos_id: int
-    """Begins a caption."""
+    """Begin token."""
     eos_id: int
-    """Ends a caption."""
+    """End token."""
     silent_ids: tuple[int, ...]
-    """Never written into a caption, as they carry no word: padding, begin, unknown and the like."""
+    """Tokens that a decoder never generates, such as padding, begin and unknown."""
 
 
 class CaptionTokenizer(Protocol):
@@ -39,28 +39,28 @@ class CaptionTokenizer(Protocol):
     def token_ids(self) -> TokenIds: ...
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        """Begin, the caption, end: at most `max_length` ids. A longer caption loses its tail and has no end."""
+        """Begin token, caption, end token: at most `max_length` ids. A longer caption is truncated at its end."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The caption up to the first end; begin, padding and unknown are left out."""
+        """The caption up to the first end token, without begin, padding and unknown tokens."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the ids."""
+        """SHA-256 over everything that determines the ids."""
 
     def files(self) -> dict[str, bytes]:
-        """The tokenizer as files by name, for `mmcore.frozen.text.read_caption_tokenizer`."""
+        """The tokenizer as files by name, for `mmcore.frozen.tokenizers.read_caption_tokenizer`."""
 
 
 @dataclass(frozen=True)
 class WordVocabulary:
-    """Words split at white space, most frequent first; ids 0 to 3 are padding, begin, end and unknown."""
+    """Words split at white space, the most frequent first. Ids 0 to 3 are padding, begin, end and unknown."""
 
     words: tuple[str, ...]
     lowercase: bool
 
     @classmethod
     def build(cls, captions: Iterable[str], *, min_count: int, lowercase: bool) -> "WordVocabulary":
-        """The words that occur at least `min_count` times in `captions`; ties in alphabetical order."""
+        """The words that occur at least `min_count` times in `captions`. Ties are in alphabetical order."""
         counts = Counter(word for caption in captions for word in (caption.lower() if lowercase else caption).split())
         kept = sorted(
             (word for word, count in counts.items() if count >= min_count and word not in SPECIAL),
@@ -86,13 +86,13 @@ class WordVocabulary:
         return {word: index for index, word in enumerate(self.words, start=len(SPECIAL))}
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        """``<bos> words <eos>``, at most `max_length` ids; a longer caption loses its tail and has no end."""
+        """``<bos> words <eos>``: at most `max_length` ids. A longer caption is truncated at its end."""
         words = (caption.lower() if self.lowercase else caption).split()
         ids = [BOS_ID, *(self.ids.get(word, UNK_ID) for word in words), EOS_ID]
         return ids[:max_length]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words up to the first end mark; begin, padding and unknown are left out."""
+        """The words up to the first end token, without begin, padding and unknown tokens."""
         words = []
         for index in ids:
             if index == EOS_ID:

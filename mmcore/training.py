@@ -1,21 +1,21 @@
-"""The one training loop.
+"""The training loop of all recipes.
 
-A model's ``forward(batch)`` returns `Outputs`: named losses, each a sum and its count, and what to log beside them.
-The loop adds them up over micro-batches and workers and divides once, so a step means the same for any number of
-workers. Everything random in a step is drawn from (seed, step, worker); nothing has to be remembered to repeat it.
+A model's ``forward(batch)`` returns `Outputs`: named losses, each a sum and its count, and metrics to log. The loop
+sums over micro-batches and workers and divides once. A step is therefore the same for any number of workers. Random
+numbers of a step are seeded by (seed, step, worker), so a step can be repeated without saved generator states.
 
-A model may have more, all of it optional:
+A model may define more; all of it is optional:
 
-* ``counts(batch)``: what its losses are divided by, of those that do not count rows; see `mmcore.losses`.
-* ``whole_batch_losses``: names of losses that compare the rows of the whole batch with each other, as a contrastive one
-  does over ``gathered`` features. They are refused where micro-batches would cut the batch.
-* ``phases`` and ``phase_parameters(phase)``: parts of a step in turn, each with an optimiser of its own, as
-  ``("generator", "discriminator")``. The loop then calls ``forward(batch, phase)``, and before each step
-  ``active_phases(step)``, which says what runs in it; the first phase always does, and it is what is validated.
-* ``after_step(statistics, step)`` takes the statistics of the whole batch once the weights have moved;
-  ``summarize(statistics)`` makes scalars to log of them, for the batch and for the whole validation set.
-* ``blocks()``: modules that activation checkpointing computes again.
-* ``state_buffers``: names of buffers that ``after_step`` moves; they are saved wherever the weights are.
+* ``counts(batch)``: the denominators of losses that are not means over rows; see `mmcore.losses`.
+* ``whole_batch_losses``: names of losses that compare all rows of the batch, such as a contrastive loss over
+  ``gathered`` features. Gradient accumulation is refused for them.
+* ``phases`` and ``phase_parameters(phase)``: the phases of a step, such as ``("generator", "discriminator")``. Each
+  phase has its own optimiser. The loop calls ``forward(batch, phase)`` for each.
+* ``active_phases(step)``: the phases of that step. The first phase is always active, and it is validated.
+* ``after_step(statistics, step)``: called with the statistics of the whole batch after the weights are updated.
+* ``summarize(statistics)``: scalars to log, for a batch and for the whole validation set.
+* ``blocks()``: modules for activation checkpointing.
+* ``state_buffers``: names of buffers that ``after_step`` changes. They are saved with the weights.
 """
 
 import contextlib
@@ -48,30 +48,32 @@ from mmcore.training_plan import check_batch, num_steps, resolve_precision
 
 @dataclass
 class RunHooks:
-    """What the loop tells the outside. Every worker calls `commit` equally often; `doing` is called
-    on every worker too; the others run on rank 0 only."""
+    """Callbacks of the loop. `commit` and `doing` are called on every worker, the others on rank 0 only.
+
+    Every worker calls `commit` equally often.
+    """
 
     commit: Callable[[Path | None, dict[str, Any]], None] = lambda folder, metrics: None
-    """A checkpoint folder (None on other ranks) and the metrics at it; returns once it is safe."""
+    """Store a checkpoint folder (None on ranks above 0) and its metrics. Returns once both are stored."""
     progress: Callable[[dict[str, Any]], None] = lambda progress: None
-    """Step, total, epoch and the means of the losses."""
+    """Report step, total, epoch and mean losses."""
     doing: Callable[[str], None] = lambda text: None
-    """What takes time between two steps."""
+    """Report slow work between two steps, such as a validation."""
     samples: Callable[[nn.Module, int], dict[str, Any]] = lambda model, step: {}
-    """What the model makes of a few validation rows; kept in the metrics."""
+    """Outputs of the model for a few validation rows, for the metrics."""
 
 
 @dataclass
 class Progress:
-    """What a checkpoint knows beside tensors."""
+    """The part of a checkpoint that is not tensors."""
 
     step: int = 0
     seconds: float = 0.0
     rows_seen: int = 0
     best_loss: float = math.inf
-    """Validation loss of the weights that are kept: the lowest so far or, where `keep` is `last`, the last."""
+    """Validation loss of the saved weights: the lowest so far, or the last if `keep` is `last`."""
     best_step: int = -1
-    """Step of those weights."""
+    """Step of the saved weights."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -89,29 +91,29 @@ class Training:
         resume_from: Path | None = None,
         resume_name: str | None = None,
     ) -> None:
-        """`workdir`: a local folder for checkpoints under way. `resume_from`: a checkpoint folder; `resume_name`:
-        what errors call it where the folder is a copy."""
+        """`workdir`: a local folder for checkpoints before they are stored. `resume_from`: a checkpoint folder.
+        `resume_name`: the name of that checkpoint in errors, if the folder is a copy."""
         self.settings, self.rows, self.hooks, self.workdir = settings, rows, hooks, workdir
         on_gpu = torch.cuda.is_available()
         num_threads = torch.get_num_threads()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.precision = resolve_precision(settings, device)
-        # With this flag DDP keeps its first layout of gradients. Without it the second step has another one, and with
-        # three workers or more a resumed run would add up in another order than the run that went on.
-        # A phase leaves the weights of the others without a gradient, too, which DDP must look for.
+        # With this flag DDP keeps its first gradient buckets. Without it the buckets change after the first step. A
+        # resumed run on three or more workers would then sum gradients in another order than an unbroken run.
+        # With phases the flag is also needed because the other phases' weights have no gradient.
         keep_layout = DistributedDataParallelKwargs(find_unused_parameters=True)
-        # Autocast is entered below: accelerate would fix one precision for the whole process.
+        # Autocast is entered in each step. accelerate would fix one precision for the whole process.
         self.accelerator = Accelerator(
             cpu=not on_gpu, step_scheduler_with_optimizer=False, kwargs_handlers=[keep_layout]
         )
-        torch.set_num_threads(num_threads)  # accelerate sets its own number where OMP_NUM_THREADS is unset
+        torch.set_num_threads(num_threads)  # accelerate changes it if OMP_NUM_THREADS is unset
         self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         check_batch(settings, self.world_size)
         whole = getattr(model, "whole_batch_losses", ())
         if whole and settings.gradient_accumulation > 1:
             raise InputError(
-                f"gradient_accumulation {settings.gradient_accumulation}: {', '.join(whole)} compares the rows of the "
-                "whole batch, which micro-batches would cut; give --gradient-accumulation 1"
+                f"gradient_accumulation {settings.gradient_accumulation}: {', '.join(whole)} needs all rows of the "
+                "batch at once, not micro-batches; give --gradient-accumulation 1"
             )
         self.steps_per_epoch, self.total_steps = num_steps(settings, rows.num_train)
         if rows.num_validation < 1:
@@ -125,14 +127,14 @@ class Training:
         if settings.activation_checkpointing:
             recompute_blocks(self.model)
         if settings.compile:
-            self.model.compile()  # in place: names of weights stay
+            self.model.compile()  # in place, so the names of weights do not change
         self.phases = build_phases(self.model, settings)
         self.ema = Average(self.model) if settings.ema_decay is not None else None
         self.best: dict[str, Tensor] = {}
         self.state = Progress()
         if resume_from is not None:
             self._load(resume_from, resume_name or str(resume_from))
-        # The last step that is safe; a checkpoint that resumes is.
+        # The last step with a stored checkpoint.
         self.committed_step = self.state.step
         self.wrapped = self.model if self.world_size == 1 else self.accelerator.prepare_model(Replica(self.model))
 
@@ -149,14 +151,14 @@ class Training:
         parallelism = {"num_workers": self.world_size, "num_threads": torch.get_num_threads()}
         if self.rank == 0 and state["parallelism"] != parallelism:
             print(
-                f"resuming on {parallelism}, saved on {state['parallelism']}: the place in the data holds, "
-                "sums may round differently",
+                f"resuming on {parallelism}, saved on {state['parallelism']}: the order of the data is the same, "
+                "but sums may round differently",
                 flush=True,
             )
         self.state = Progress(**state["progress"])
 
     def _commit(self, metrics: dict[str, Any]) -> None:
-        """Hand a checkpoint to the outside; every rank calls it at the same step."""
+        """Write a checkpoint and pass it to the hook. Every rank calls this at the same step."""
         weights = checkpoint.trainable_state(self.model)
         if not all(torch.isfinite(weight).all() for weight in weights.values()):
             raise self._diverged("some weights are not finite", self.state.step)
@@ -191,7 +193,7 @@ class Training:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _add_up(self, values: Tensor) -> Tensor:
-        """Sums of this worker -> of all workers, in float64 on the CPU."""
+        """Sum over all workers, in float64 on the CPU."""
         if self.world_size == 1:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
@@ -202,7 +204,7 @@ class Training:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def _step(self, micro_batches: list[Batch]) -> dict[str, float]:
-        """One step of each phase that is active; returns the means over the whole batch."""
+        """One step of each active phase. Returns the means over the whole batch."""
         settings, step = self.settings, self.state.step
         self._train_mode()
         active = self.model.active_phases(step) if self.phases[0].name else (None,)  # type: ignore[operator]
@@ -224,7 +226,7 @@ class Training:
     def _phase_step(
         self, phase: Phase, micro_batches: list[Batch], lr: float
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Move the weights of `phase` once; returns its means and its statistics over the whole batch."""
+        """Update the weights of `phase` once. Returns its means and statistics over the whole batch."""
         settings, step = self.settings, self.state.step
         phase.optimizer.zero_grad(set_to_none=True)
         denominators = self._denominators(micro_batches, phase)
@@ -243,7 +245,7 @@ class Training:
         means = sums.means()
         if not math.isfinite(means[TOTAL]):
             raise self._diverged(f"{phase.of('loss')} is {means[TOTAL]}", step + 1)
-        # Each backward pass summed over its rows; DDP averaged over workers. Now divide once by the whole count.
+        # Each backward pass summed over its rows, and DDP averaged over workers. Divide once by the total count.
         gradients = [p.grad for p in phase.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, self.world_size / denominators.unit)
         if settings.clip_grad_norm is not None:
@@ -257,27 +259,27 @@ class Training:
         return means, sums.statistics
 
     def _denominators(self, micro_batches: list[Batch], phase: Phase) -> Denominators:
-        """Agreed before anything is computed, so that each loss has its share from the first backward pass on."""
-        told: dict[str, Tensor] = {}
+        """The denominators of the whole batch, summed over workers before the first backward pass."""
+        counts: dict[str, Tensor] = {}
         if hasattr(self.model, "counts"):
             for batch in micro_batches:
                 for name, count in self.model.counts(batch, *phase.arguments).items():  # type: ignore[operator]
-                    told[name] = told.get(name, 0) + torch.as_tensor(count, dtype=torch.float64)
-        if told:
-            agreed = self._add_up(torch.stack(list(told.values()))).tolist()
-        return Denominators(self.settings.batch_size, dict(zip(told, agreed, strict=True)) if told else {})
+                    counts[name] = counts.get(name, 0) + torch.as_tensor(count, dtype=torch.float64)
+        if counts:
+            totals = self._add_up(torch.stack(list(counts.values()))).tolist()
+        return Denominators(self.settings.batch_size, dict(zip(counts, totals, strict=True)) if counts else {})
 
     def _diverged(self, what: str, step: int) -> InputError:
         """The error for `what` at `step`, counted from 1 as in the metrics."""
-        good = f"the one of step {self.committed_step}" if self.committed_step else "none yet"
+        good = f"step {self.committed_step}" if self.committed_step else "none"
         return InputError(
-            f"{what} at step {step}; the last good checkpoint is {good}; start anew with a lower --lr "
-            f"(now {self.settings.lr:g}), or look at the data of this step"
+            f"{what} at step {step}; last good checkpoint: {good}; start a new run with a lower --lr "
+            f"(now {self.settings.lr:g}), or check the data of this step"
         )
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """Means over the validation rows, of the evaluated model; each worker takes every W-th batch."""
+        """Means over the validation rows. Each of W workers takes every W-th batch."""
         model, phase = self.model, self.phases[0]
         batch_size = self.settings.batch_size
 
@@ -290,7 +292,7 @@ class Training:
         sums = Sums()
         for start in list(range(0, self.rows.num_validation, batch_size))[self.rank :: self.world_size]:
             sums.add(outputs_of(start))
-        if not sums.parts:  # more workers than batches: this one adds nothing, in the shapes of the others
+        if not sums.parts:  # more workers than batches: this worker adds zeros of the right shapes
             sums.add(outputs_of(0))
             sums = sums.zeros()
         sums = sums.reduced(self._add_up)
@@ -298,14 +300,14 @@ class Training:
         return {f"validation_{name}": value for name, value in means.items()}
 
     def _train_mode(self) -> None:
-        """What is frozen drops nothing out and keeps the statistics that it came with."""
+        """Training mode, but frozen parts stay in evaluation mode: no dropout, stored batch statistics."""
         self.model.train()
         for part in frozen_parts(self.model).values():
             part.eval()
 
     @contextlib.contextmanager
     def _evaluated(self) -> Iterator[None]:
-        """The model has the weights that are validated, sampled and kept: their average where there is one."""
+        """Within the block, the model is in evaluation mode and has the EMA weights if there is an EMA."""
         self.model.eval()
         with self.ema.applied(self.model) if self.ema is not None else contextlib.nullcontext():
             yield
@@ -316,7 +318,7 @@ class Training:
                 raise AssertionError(f"frozen weight {name} has moved")
 
     def run(self) -> dict[str, Tensor]:
-        """Train to the last step. Returns the weights to keep, those of the best validation or the last, by name."""
+        """Train to the last step. Returns the weights to save by name: the best or the last, by `keep`."""
         settings, state = self.settings, self.state
         validate_every = settings.validate_every_epochs * self.steps_per_epoch
         stream = micro_batches(
@@ -356,13 +358,13 @@ class Training:
         return self.best
 
     def _validated(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Validate, keep the weights if they are the best so far or only the last count, and write samples down."""
+        """Validate, keep a copy of the weights if they are the ones to save, and add samples to the history."""
         state = self.state
         with self._evaluated():
             metrics = {**row, **self._validate()}
             if self.settings.keep == "last" or metrics["validation_loss"] < state.best_loss:
                 state.best_loss, state.best_step = metrics["validation_loss"], state.step
-                # Tied weights are saved once; a copy, since training goes on under it, and not in a GPU's memory.
+                # A copy in CPU memory, since training changes the weights. Tied weights are kept once.
                 source = checkpoint.trainable_state(self.model)
                 self.best = {name: value.to("cpu", copy=True) for name, value in source.items()}
             if not math.isfinite(metrics["validation_loss"]):

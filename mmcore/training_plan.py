@@ -1,4 +1,4 @@
-"""What the settings of a training come to: its precision on a device, its steps, and whether its batch can be cut."""
+"""Values derived from the settings of a training: precision, number of steps, and the check of its settings."""
 
 import math
 
@@ -24,7 +24,7 @@ def resolve_precision(settings: TrainSettings, device: torch.device) -> str:
 
 
 def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
-    """Steps of an epoch and of the whole run. An epoch's last rows that fill no batch wait for the next shuffle."""
+    """Steps per epoch and steps of the run. Rows that do not fill a last batch are left out of the epoch."""
     if num_rows < settings.batch_size:
         raise InputError(f"batch_size {settings.batch_size} is above the {num_rows} training rows; lower --batch-size")
     steps_per_epoch = num_rows // settings.batch_size
@@ -33,7 +33,7 @@ def num_steps(settings: TrainSettings, num_rows: int) -> tuple[int, int]:
 
 
 def check_batch(settings: TrainSettings, num_workers: int) -> None:
-    """Raise InputError for a number that cannot train, or a batch that workers and micro-batches do not divide."""
+    """Raise InputError for an invalid setting, or a batch that is not divisible by workers x micro-batches."""
     for name in (
         "num_epochs",
         "max_steps",
@@ -45,19 +45,17 @@ def check_batch(settings: TrainSettings, num_workers: int) -> None:
     ):
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1; mend it with --{name.replace('_', '-')}")
+            raise InputError(f"{name} {value} must be at least 1; change --{name.replace('_', '-')}")
     if settings.clip_grad_norm is not None and not settings.clip_grad_norm > 0:
-        raise InputError(f"clip_grad_norm {settings.clip_grad_norm} must be above 0; mend it with --clip-grad-norm")
+        raise InputError(f"clip_grad_norm {settings.clip_grad_norm} must be above 0; change --clip-grad-norm")
     for name in ("lr", "weight_decay", "warmup_steps", "step_epoch", "num_samples"):
         if not 0 <= getattr(settings, name) < math.inf:
-            raise InputError(
-                f"{name} {getattr(settings, name)} must be 0 or above; mend it with --{name.replace('_', '-')}"
-            )
+            raise InputError(f"{name} {getattr(settings, name)} must be 0 or above; change --{name.replace('_', '-')}")
     for name, value in (("betas", settings.betas[0]), ("betas", settings.betas[1]), ("ema_decay", settings.ema_decay)):
         if value is not None and not 0 <= value < 1:
-            raise InputError(f"{name} {value} must be from 0 to below 1; mend it with --{name.replace('_', '-')}")
+            raise InputError(f"{name} {value} must be from 0 to below 1; change --{name.replace('_', '-')}")
     if num_workers < 1:
-        raise InputError(f"num_workers {num_workers} must be at least 1; mend it with --num-workers")
+        raise InputError(f"num_workers {num_workers} must be at least 1; change --num-workers")
     parts = num_workers * settings.gradient_accumulation
     if settings.batch_size % parts:
         raise InputError(

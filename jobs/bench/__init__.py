@@ -1,1 +1,1 @@
-"""One file a measured claim; each prints JSON with ratios of medians."""
+"""Benchmarks: one file per measured claim. Each prints one JSON object with ratios of medians."""

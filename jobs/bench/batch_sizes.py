@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How far images depend on the size of the batch that they are made in.
+"""Measures how much generated images depend on the batch size.
 
 Command: python jobs/bench/batch_sizes.py --run STORAGE/runs/ldm/NAME --prompts shapes-test --count 96
 
-The same prompts and seeds are generated in batches of each size, and every image is compared with its own of the first
-size. In fp32 kernels of another batch size sum in another order, which is a few steps of 1/255 at most; but where a
-latent lies between two codes of a VQ-VAE, the last bit decides which of them is decoded, and a whole patch differs.
-Where a Transformer draws one code after another, all that follow such a code may differ too.
-Prints one JSON object: the share of images that are equal, and of values that differ, by how much at most and by more
-than 1/255.
+The same prompts and seeds are generated with each batch size. Every image is compared with its image of the first size.
+In fp32, kernels may sum in another order for another batch size. Pixels then differ by a few steps of 1/255 at most.
+Near the border of two codes of a VQ-VAE, a rounding error decides the code, and a whole patch differs. In an
+autoregressive Transformer all later codes may differ too.
+Prints one JSON object: the share of equal images, the share of different values, the share of values that differ by
+more than 1/255, and the largest difference.
 """
 
 import dataclasses
@@ -30,24 +30,24 @@ from mmcore.trained.generator import open_generator
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """What is generated, and in which batches."""
+    """Settings of the benchmark."""
 
     run: str
     """Finished run of a generator."""
     prompts: str = "shapes-test"
-    """Prompts as of jobs/generate.py."""
+    """Prompts as in jobs/generate.py."""
     storage: str | None = None
     """Folder or s3://bucket/prefix with the prepared data of flickr8k:report-test or shapes-test."""
     count: int = 96
-    """Images of each batch size."""
+    """Images per batch size."""
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    """The first is what the others are compared with."""
+    """Batch sizes. The others are compared with the first one."""
     num_threads: int | None = None
     """CPU threads; by default PyTorch's choice."""
 
 
 def generated(generator: Generator, prompts: list[Prompt], options: Any, batch_size: int) -> np.ndarray:
-    """uint8 (N, H, W, 3) of `prompts` in batches of `batch_size`, the last one smaller."""
+    """Images of `prompts`, uint8 (N, H, W, 3), generated in batches of `batch_size`. The last batch may be smaller."""
     images = []
     for at in range(0, len(prompts), batch_size):
         batch = prompts[at : at + batch_size]
@@ -57,7 +57,7 @@ def generated(generator: Generator, prompts: list[Prompt], options: Any, batch_s
 
 
 def differences(images: np.ndarray, others: np.ndarray) -> dict[str, float]:
-    """Of two times uint8 (N, H, W, 3)."""
+    """Differences between two sets of images, uint8 (N, H, W, 3)."""
     steps = np.abs(images.astype(np.int16) - others)
     per_image = steps.reshape(len(steps), -1).max(axis=1)
     return {
@@ -70,7 +70,7 @@ def differences(images: np.ndarray, others: np.ndarray) -> dict[str, float]:
 
 
 def measure(bench: BatchSizes, options: Any) -> dict[str, Any]:
-    """`options`: of the generator."""
+    """Compare all batch sizes. `options`: the sampling options of the generator."""
     prompts = list(read_prompts(bench.prompts, storage=bench.storage, count=bench.count))
     generator = open_generator(bench.run).load("cuda" if torch.cuda.is_available() else "cpu")
     first, *others = bench.batch_sizes

@@ -1,21 +1,22 @@
 #!/usr/bin/env python
-"""Captions trained per second: our way against the report's way of training the same decoder.
+"""Measures trained captions per second: our training loop against the report's, for the same decoder.
 
-Command: python jobs/bench/captioner_step.py              (quiet machine; 2 CPU cores: about 3 minutes)
-Target: ratio of at least 10 at the report's own size. Also measured: both ways at the size of `best`.
+Command: python jobs/bench/captioner_step.py              (idle machine; 2 CPU cores: about 3 minutes)
+Target: a ratio of at least 10 with the report's sizes. The sizes of `best` are measured too.
 
-Ours: jobs/train_resnet_captioner.py's loop, `mmcore.training.Training`, as it is: image tokens from the cache of the
-frozen encoder, five captions an image that share its tokens, packed words, bf16 where the device has it, fused
-optimiser; each variant with its own schedule, clipping and average of the weights.
-The report's: the frozen encoder runs again in each step, fp32, 24 images a step with one caption each, captions
-padded to 50, `torch.nn.TransformerDecoder` of the same sizes in a plain loop with Adam. Its images lie decoded in
-memory: reading and decoding JPEGs, which its steps do too, is left out in its favour.
+Ours is `mmcore.training.Training`, the loop of jobs/train_resnet_captioner.py. It reads image tokens from the cache of
+the frozen encoder. The five captions of an image share its tokens. Words are packed without padding. It uses bf16 if
+the device supports it, and a fused optimiser. Each variant has its own schedule, gradient clipping and EMA.
 
-Encoding once is part of our way. `ratio_with_encoding` adds its time, spread over the variant's own number of epochs
-(`best` encodes each image twice, as it is and mirrored); it is measured in the same run.
+The report's loop runs the frozen encoder in every step, in fp32. A step has 24 images with one caption each, padded to
+50 tokens. It trains `torch.nn.TransformerDecoder` of the same sizes in a plain loop with Adam. Its images are decoded
+in advance. The report also reads and decodes JPEGs in every step; that time is not counted.
 
-Without data: ResNet-18 with random weights, random pixels and words, captions as long as Flickr8k's.
-Real data: --storage URI --encoder FOLDER (what `jobs/prepare.py` wrote; a vision model).
+Encoding once is a part of our training. `ratio_with_encoding` includes its time, divided by the variant's number of
+epochs. `best` encodes each image twice, as it is and mirrored. The time is measured in the same run.
+
+By default the data are synthetic: ResNet-18 with random weights, random pixels, random words, and captions of
+Flickr8k's lengths. For real data give --storage URI (data of `jobs/prepare.py`) and --encoder FOLDER (a vision model).
 """
 
 import dataclasses
@@ -48,35 +49,35 @@ Variant = Literal["report", "best"]
 
 @dataclass(frozen=True)
 class TrainBench:
-    """How much is measured."""
+    """Settings of the benchmark."""
 
     variants: tuple[Variant, ...] = ("report", "best")
-    """Sizes at which both ways are measured; the target holds for `report`."""
+    """Variants to measure. The target is for `report`."""
     pairs: int = 6
-    """Pairs of a block of our steps and a block of the report's."""
+    """Number of pairs: a block of our steps and a block of the report's."""
     our_steps: int = 8
-    """Steps in a block of ours."""
+    """Steps per block of our loop."""
     report_steps: int = 3
-    """Steps in a block of the report's."""
+    """Steps per block of the report's loop."""
     warmup_steps: int = 3
-    """Steps of either way before the first block."""
+    """Steps of each loop before the first block."""
     our_batch: int = 32
-    """Images in a step of ours, with five captions each."""
+    """Images per step of our loop, with five captions each."""
     report_batch: int = 24
-    """Images in a step of the report's, with one caption each."""
+    """Images per step of the report's loop, with one caption each."""
     num_images: int = 256
-    """Images to draw from; only their number a step matters for the time."""
+    """Images to draw from. They do not affect the time."""
     storage: str | None = None
-    """Prepared real data instead of synthetic."""
+    """Storage with prepared real data, instead of synthetic data."""
     encoder: str | None = None
-    """Folder or name of a frozen vision encoder instead of ResNet-18 with random weights."""
+    """Name or folder of a frozen vision encoder, instead of ResNet-18 with random weights."""
     smoke: bool = False
-    """Tiny sizes: shows that it runs, measures nothing."""
+    """Use tiny sizes, to test the script. The figures then mean nothing."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images in memory, decoded and encoded, and five captions of each."""
+    """Images in memory, decoded and encoded, with five captions each."""
 
     pixels: np.ndarray  # uint8 (B, P, P, 3)
     features: np.ndarray  # fp16 (B, L, E)
@@ -107,7 +108,7 @@ def load_data(
 
 
 class ReportTraining:
-    """The report's loop: a step encodes, pads, and updates with Adam as PyTorch has it by default."""
+    """The report's loop: each step encodes images, pads captions, and updates with PyTorch's default Adam."""
 
     def __init__(
         self, recipe: CrossAttentionCaptionerRecipe, data: Data, encoder: FrozenVisionEncoder, batch: int
@@ -128,7 +129,7 @@ class ReportTraining:
         started = clock()
         for _ in range(num_steps):
             rows = permutation(len(self.input_ids), 0, self.step)[: self.batch]
-            # A clone, since autograd takes no tensor made in inference mode.
+            # A clone, as autograd does not accept tensors made in inference mode.
             tokens_BLE = self.encoder(self.data.pixels[rows]).clone()
             loss = self.model.loss(tokens_BLE, self.input_ids[torch.from_numpy(rows)].to(self.device))
             self.optimizer.zero_grad()
@@ -140,7 +141,7 @@ class ReportTraining:
 
 
 def measure_variant(bench: TrainBench, variant: Variant, encoder: FrozenVisionEncoder) -> dict[str, Any]:
-    """Both ways at the size of `variant`."""
+    """Measure both loops with the sizes of `variant`."""
     published = VARIANTS[variant]
     recipe = dataclasses.replace(
         inputs.tiny(published) if bench.smoke else published,
@@ -195,7 +196,7 @@ def measure(bench: TrainBench) -> dict[str, Any]:
 def main() -> None:
     bench = tyro.cli(TrainBench, description=__doc__, prog="python jobs/bench/captioner_step.py")
     if bench.storage is not None and bench.encoder is None:
-        raise InputError("--storage takes real images; name their encoder too with --encoder FOLDER")
+        raise InputError("--storage needs an encoder for its images; give --encoder FOLDER too")
     if bench.num_images < 2 * bench.our_batch:
         raise InputError(f"--num-images {bench.num_images}: at least twice --our-batch {bench.our_batch} are needed")
     publish("train_captioner", dataclasses.asdict(bench), lambda: measure(bench))

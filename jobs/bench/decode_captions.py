@@ -1,20 +1,22 @@
 #!/usr/bin/env python
-"""Captions decoded per second: cached greedy decoding against full re-decoding, with the same weights.
+"""Measures decoded captions per second: greedy decoding with a cache against decoding without, for the same weights.
 
-Command: python jobs/bench/decode_captions.py              (quiet machine; 2 CPU cores: about 3 minutes)
-Target: ratio of at least 20 at the report's own size. Every caption must be equal up to its first end mark.
+Command: python jobs/bench/decode_captions.py              (idle machine; 2 CPU cores: about 3 minutes)
+Target: a ratio of at least 20 with the report's sizes. All captions must be equal up to the first end token.
 
-Ours: `mmcore.captioners.decoding.greedy` as jobs/caption.py calls it: keys and values are kept, a caption that has
-ended leaves the batch, the batch ends with its longest caption.
-The report's: `torch.nn.TransformerDecoder` holding the same weights runs over the whole prefix in each of 50 steps
-and goes on after the end mark. Both work in fp32 on the same batches and the same limit of 50 words, and start from
-image tokens: the encoder takes the same time either way and is left out of both.
+Ours is `mmcore.captioners.decoding.greedy`, as in jobs/caption.py. Keys and values are cached. Finished captions leave
+the batch, and the batch ends with its longest caption.
 
-Speed depends on the weights only through the lengths of the captions. Without --run the weights are random but for
-the end mark's row of the output layer: it is fitted by least squares so that each image's caption ends where one of
-Flickr8k's, drawn at random, does (the image tokens carry that length). The lengths that came out are printed; a
-trained captioner's vary less, which ends a batch of ours earlier.
-A trained run: --run STORAGE/runs/resnet_captioner/NAME --storage URI [--encoder FOLDER]
+The report's decoding runs `torch.nn.TransformerDecoder` on the whole prefix in each of 50 steps, also after the end
+token. Both use the same weights, batches, limit of 50 words, and fp32. Both start from image tokens, so the encoder's
+time is not counted.
+
+Weights affect the speed only by the lengths of the captions. Without --run the weights are random, except for the row
+of the end token in the output layer. That row is fitted by least squares, so that caption lengths follow Flickr8k's.
+Each image has a random wanted length, which its tokens contain. The lengths that result are printed. Captions of a
+trained captioner vary less in length, so our batches would end earlier.
+
+For a trained run: --run STORAGE/runs/resnet_captioner/NAME --storage URI [--encoder FOLDER]
 """
 
 import dataclasses
@@ -45,39 +47,40 @@ from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
 from mmcore.trained.captioner import open_captioner
 
 TARGET = 20.0
-# How much the end mark's logit rises a word (the other words' best logit varies by some tenths), and how near to
-# the wanted end, in words, the fit has to be good. With 4 and 4, 128 captions end 0.1 words off on average.
+# Increase of the end token's logit per word, and the distance in words from the wanted end within which the fit has to
+# be accurate. The best logit of other words varies by some tenths. With 4 and 4, 128 captions end 0.1 words off on
+# average.
 _END_SLOPE, _END_NEAR = 4.0, 4.0
-# Of two words whose logits are closer than this, rounding may choose either.
+# If the logits of two words are closer than this, rounding may choose either word.
 _TIE = 1e-3
 
 
 @dataclass(frozen=True)
 class DecodeBench:
-    """How much is measured."""
+    """Settings of the benchmark."""
 
     run: str | None = None
-    """A finished run of the captioner, instead of the report's sizes with random weights."""
+    """Finished run of the captioner, instead of the report's sizes with random weights."""
     storage: str | None = None
-    """Prepared data whose first images a --run captions."""
+    """Storage with prepared data. With --run, the first images of its dataset are captioned."""
     encoder: str | None = None
-    """Folder or name of the run's frozen encoder, if it is not where the run had it."""
+    """Name or folder of the run's frozen encoder, if it differs from the one in recipe.json."""
     pairs: int = 5
-    """Pairs of one pass of ours and one of the report's over all images."""
+    """Number of pairs: one pass of each decoding over all images."""
     num_images: int = 64
-    """Images that each pass captions."""
+    """Images per pass."""
     batch_size: int = 64
-    """Images decoded together, by both."""
+    """Images per batch, for both."""
     smoke: bool = False
-    """Tiny sizes: shows that it runs and that the captions are equal, measures nothing."""
+    """Use tiny sizes, to test the script and that captions are equal. The figures then mean nothing."""
 
 
 @torch.inference_mode()
 def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor, token_ids: TokenIds) -> None:
-    """Set the end mark's row of the output layer so that greedy captions end after about `lengths_B` words.
+    """Set the end token's row of the output layer so that greedy captions end after about `lengths_B` words.
 
-    The row is the weighted least-squares answer to "words so far minus words wanted" on the decoder's last hidden
-    states along the very captions that it will write: the words before the end do not depend on this row.
+    The row is a weighted least-squares fit of "words so far minus wanted words" to the decoder's last hidden states.
+    The hidden states are those of the captions without an end. The words before the end do not depend on the row.
     """
     hidden: list[Tensor] = []
     highest: list[Tensor] = []
@@ -93,13 +96,13 @@ def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor, 
     handle.remove()
     x_TBD, highest_TB = torch.stack(hidden), torch.stack(highest)
     words_T1 = torch.arange(MAX_LENGTH, device=x_TBD.device, dtype=torch.float64)[:, None]
-    # Half a word before the wanted place the end mark overtakes the others.
+    # The end token's logit exceeds the others half a word before the wanted end.
     past_TB = words_T1 - lengths_B + 0.5
-    # Far from the end a straight line is not needed: a small weight keeps its sign right.
+    # Far from the end only the sign matters, so the weight is small there.
     weight_X1 = (torch.exp(-((past_TB / _END_NEAR) ** 2)) + 1e-3).flatten()[:, None]
     inputs_XD = torch.cat([x_TBD, torch.ones_like(x_TBD[..., :1])], dim=-1).flatten(0, 1)
     wanted_X1 = (highest_TB + _END_SLOPE * past_TB).flatten()[:, None]
-    # Solved through the normal equations, with the little ridge that keeps them solvable.
+    # Solve the normal equations with a small ridge term for stability.
     gram_DD = inputs_XD.T @ (weight_X1 * inputs_XD)
     gram_DD.diagonal().add_(1e-6 * gram_DD.diagonal().mean())
     row_D = torch.linalg.solve(gram_DD, inputs_XD.T @ (weight_X1 * wanted_X1)).squeeze(1)
@@ -110,7 +113,7 @@ def fit_lengths(decoder: CaptionDecoder, memory_BLD: Tensor, lengths_B: Tensor, 
 def synthetic_model(
     bench: DecodeBench, recipe: CrossAttentionCaptionerRecipe, device: str
 ) -> tuple[CrossAttentionCaptioner, Tensor]:
-    """The report's sizes with random weights, and image tokens (B, L, D) that say how long a caption is wanted."""
+    """The report's sizes with random weights, and image tokens (B, L, D) that contain the wanted caption length."""
     seed = recipe.train.seed
     torch.manual_seed(derive_seed(seed, "weights"))
     vocabulary = inputs.synthetic_vocabulary(inputs.NUM_VOCABULARY["report"], recipe.lowercase)
@@ -128,7 +131,7 @@ def synthetic_model(
 
 
 def trained_model(bench: DecodeBench, run: str, storage: str, device: str) -> tuple[CrossAttentionCaptioner, Tensor]:
-    """A run's weights, and the projected tokens of the first images of its dataset."""
+    """The trained model, and the projected tokens (B, L, D) of the first images of its dataset."""
     captioner: Any = open_captioner(run, encoder=bench.encoder).load(device)
     model = captioner.model
     data, names, _ = inputs.prepared_images(Storage(storage), captioner.recipe.dataset, bench.num_images)
@@ -148,7 +151,7 @@ def up_to_end(ids: list[int]) -> list[int]:
 
 @torch.inference_mode()
 def count_ties(report: ReportCaptioner, memory_BLD: Tensor, ours: list[list[int]], theirs: list[list[int]]) -> int:
-    """How many captions differ, each only from a word on where the two best logits are equal but for rounding.
+    """Number of captions that differ by rounding: at the first different word the two best logits are nearly equal.
 
     Raises RuntimeError for any other difference.
     """
@@ -227,9 +230,9 @@ def measure(bench: DecodeBench) -> dict[str, Any]:
 def main() -> None:
     bench = tyro.cli(DecodeBench, description=__doc__, prog="python jobs/bench/decode_captions.py")
     if bench.run is not None and bench.storage is None:
-        raise InputError("--run: name the prepared data whose images it captions too, with --storage URI")
+        raise InputError("--run needs images to caption; give --storage URI with prepared data too")
     if bench.run is None and (bench.storage or bench.encoder):
-        raise InputError("--storage and --encoder belong to a trained run; give --run URI too")
+        raise InputError("--storage and --encoder have no effect without a trained run; give --run URI too")
     publish("decode_captions", dataclasses.asdict(bench), lambda: measure(bench))
 
 

@@ -1,4 +1,4 @@
-"""What the measurements run on: synthetic images and captions as long as Flickr8k's, or prepared real data.
+"""Inputs of the benchmarks: synthetic images and captions of Flickr8k's lengths, or prepared real data.
 
 Shapes: B images, P pixels a side, L image tokens, E channels of the encoder.
 """
@@ -24,14 +24,14 @@ from mmcore.text import WordVocabulary
 
 CAPTIONS_PER_IMAGE = 5
 
-# Words of all 40,455 captions of Flickr8k's captions.txt (split at white space, the final full stop is a word):
-# how many captions have 1, 2, 3, ... words. Their mean is 11.78.
+# Number of captions with 1, 2, 3, ... words among the 40,455 captions of Flickr8k's captions.txt. Words are split at
+# white space, and the final full stop is a word. The mean is 11.78.
 NUM_CAPTIONS_BY_WORDS = (
     *(2, 15, 47, 238, 556, 1316, 2711, 3445, 3863, 4307, 4363, 4079, 3649, 3049, 2459, 1791, 1352, 956, 728, 496),
     *(329, 189, 178, 112, 66, 60, 30, 23, 11, 11, 9, 6, 3, 4, 1, 0, 0, 1),
 )
 
-# Entries of the vocabulary that each variant builds from the prepared captions, with the four special ones.
+# Vocabulary size of each variant for the prepared captions, including the four special tokens.
 NUM_VOCABULARY = {"report": 2366, "best": 2764}
 
 # Channels of the last feature map of ResNet-18, and its tokens at 224 pixels.
@@ -39,7 +39,7 @@ ENCODER_WIDTH, IMAGE_TOKENS = 512, 49
 
 
 def tiny(recipe: CrossAttentionCaptionerRecipe) -> CrossAttentionCaptionerRecipe:
-    """The same recipe at a size that shows only that a measurement runs."""
+    """The recipe with tiny sizes, to test a benchmark."""
     return dataclasses.replace(recipe, width=32, num_layers=2, num_heads=2, ffn_width=64, image_size=64)
 
 
@@ -49,21 +49,21 @@ def synthetic_vocabulary(num_entries: int, lowercase: bool) -> WordVocabulary:
 
 
 def caption_lengths(num_captions: int, seed: int) -> np.ndarray:
-    """Words of each caption, drawn as Flickr8k has them."""
+    """Random caption lengths in words, with the distribution of Flickr8k: int64 (num_captions,)."""
     counts = np.array(NUM_CAPTIONS_BY_WORDS, dtype=np.float64)
     generator = np.random.default_rng(derive_seed(seed, "lengths"))
     return generator.choice(np.arange(1, len(counts) + 1), num_captions, p=counts / counts.sum())
 
 
 def caption_table(captions: list[list[str]], num_validation: int) -> CaptionTable:
-    """`captions` of each image as a dataset; the last `num_validation` images validate."""
+    """A dataset with `captions` of each image. The last `num_validation` images are for validation."""
     names = [f"image-{index:06d}" for index in range(len(captions))]
     splits = [TRAIN] * (len(captions) - num_validation) + [VALIDATION] * num_validation
     return CaptionTable(names, names, captions, splits, {})
 
 
 def synthetic_captions(vocabulary: WordVocabulary, num_images: int, seed: int) -> list[list[str]]:
-    """Five captions an image, of random words."""
+    """Five captions of random words per image."""
     lengths = caption_lengths(num_images * CAPTIONS_PER_IMAGE, seed).reshape(num_images, CAPTIONS_PER_IMAGE)
     generator = np.random.default_rng(derive_seed(seed, "words"))
     words = np.array(vocabulary.words)
@@ -96,9 +96,9 @@ def prepared_pixels(data: list[bytes], names: list[str], image_size: int) -> np.
 
 
 def write_random_resnet18(folder: Path) -> None:
-    """ResNet-18 with random weights, as a Hugging Face folder: the report's encoder where no hub can be reached.
+    """Write a Hugging Face folder of ResNet-18 with random weights, the report's encoder without a download.
 
-    Its time is that of the trained one.
+    It takes the same time as the trained one.
     """
     from transformers import AutoModel, ResNetConfig
 
@@ -109,7 +109,7 @@ def write_random_resnet18(folder: Path) -> None:
 
 
 def encode(encoder: Callable[[Any], torch.Tensor], values: Any, batch_size: int = 32) -> np.ndarray:
-    """What a frozen `encoder` makes of pixels or ids (B, ...), in fp16 as its cache holds it."""
+    """Outputs of a frozen `encoder` for pixels or ids (B, ...), in fp16 like its cache."""
     parts = [encoder(values[i : i + batch_size]).half().cpu().numpy() for i in range(0, len(values), batch_size)]
     return np.concatenate(parts)
 
@@ -117,7 +117,7 @@ def encode(encoder: Callable[[Any], torch.Tensor], values: Any, batch_size: int 
 def caption_rows(
     recipe: CrossAttentionCaptionerRecipe, vocabulary: WordVocabulary, table: CaptionTable, features: np.ndarray
 ) -> CaptionRows:
-    """Training rows over `features` in memory. The mirrored view is the same array: looking it up costs the same."""
+    """Training rows over `features` in memory. The mirrored view is the same array, as it takes the same time."""
     column = Column(tuple(table.image_ids), features)
     return CaptionRows(
         table,
@@ -132,7 +132,7 @@ def caption_rows(
 def synthetic_training(
     recipe: CrossAttentionCaptionerRecipe, num_train: int
 ) -> tuple[CrossAttentionCaptioner, CaptionRows]:
-    """A model and rows in memory, equal on every worker: random tokens of ResNet-18's shape, random captions."""
+    """A model and rows in memory, equal on every worker: random image tokens of ResNet-18's shape, random captions."""
     seed = recipe.train.seed
     vocabulary = synthetic_vocabulary(NUM_VOCABULARY["best"], recipe.lowercase)
     num_images = num_train + recipe.train.batch_size

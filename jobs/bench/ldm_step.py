@@ -1,29 +1,30 @@
 #!/usr/bin/env python
-"""Images per second of training a latent diffusion: our way against the report's way with the same U-Net.
+"""Measures trained images per second of a latent diffusion: our loop against the report's, with the same U-Net.
 
-Command: python jobs/bench/ldm_step.py                    (quiet machine; 2 CPU cores: about 6 minutes, 12 GB)
+Command: python jobs/bench/ldm_step.py                    (idle machine; 2 CPU cores: about 6 minutes, 12 GB)
          python jobs/bench/ldm_step.py --variants best    (about 3 minutes)
-Target: ratio of at least 5 with the U-Net of `best`. Also measured: both ways with the report's of 298 M parameters.
+Target: a ratio of at least 5 with the U-Net of `best`. The report's U-Net of 298 M parameters is measured too.
 
-Ours: jobs/train_ldm.py's loop, `mmcore.training.Training`, as it is: latents from the cache of the frozen VQ-VAE,
-memory-mapped, bf16 where the device has it, fused optimiser; each variant with its own text, loss, schedule, clipping
-and average of the weights. `report` reads the hidden states of its frozen text encoder from their cache; `best` trains
-a small text encoder along, which is on our clock.
-The report's: in each step, fp32, the encoder of its VQ-VAE runs again on images of 256 pixels and the text half of CLIP
-ViT-B/16 on captions padded to 77; the error of the noise in a plain loop with Adam. Left out in its favour: reading and
-decoding JPEGs, tokenising, and finding the code nearest to each latent, which its steps do too.
+Ours is `mmcore.training.Training`, the loop of jobs/train_ldm.py. It reads memory-mapped latents from the cache of the
+frozen VQ-VAE. It uses bf16 if the device supports it, and a fused optimiser. Each variant has its own text encoder,
+loss, schedule, gradient clipping and EMA. `report` reads the hidden states of its frozen text encoder from a cache.
+`best` trains a small text encoder jointly, and its time is included.
 
-Equal in both: the U-Net to the last weight, also in memory layout and kind of attention, the images a step, and
-latents of 32 x 32 x 4. The U-Net of `best` takes 192 channels of text, so the report's way has one Linear there, after
-CLIP's 512. `best` itself trains on 16 x 16 x 4, of images of 128 pixels, and 64 images a step: --own-latents measures
-ours so, a smaller task than the report's and no like for like, and judges no target. Few images a step let the cost
-of moving the weights, equal in both, weigh more: at the report's size, 4 instead of 16, that lowers the ratio.
+The report's loop runs two frozen encoders in every step, in fp32. They are its VQ-VAE on images of 256 pixels, and the
+text encoder of CLIP ViT-B/16 on captions padded to 77 tokens. The loss is the error of the noise, in a plain loop with
+Adam. The report also decodes JPEGs, tokenises captions and quantises latents in every step; that time is not counted.
 
-Encoding once is part of our way. `ratio_with_encoding` adds its time, spread over the variant's own number of epochs
-(`best` encodes each image twice, as it is and mirrored; `report` encodes five captions an image, too); it is measured
-in the same run.
+Both have the same U-Net, memory layout, kind of attention, images per step, and latents of 32 x 32 x 4. The U-Net of
+`best` takes 192 channels of text. The report's loop therefore has a Linear from CLIP's 512 channels. `best` itself
+trains on latents of 16 x 16 x 4 (128 pixels) with 64 images per step. --own-latents measures our loop on these. That is
+a smaller task, so there is no target for it. With few images per step the optimiser's time, equal in both, has a larger
+share. With the report's U-Net a step has 4 instead of 16 images, which lowers the ratio.
 
-All weights, pixels and words are random; the time does not depend on them.
+Encoding once is a part of our training. `ratio_with_encoding` includes its time, divided by the variant's number of
+epochs. `best` encodes each image twice, as it is and mirrored. `report` also encodes five captions per image. The time
+is measured in the same run.
+
+All weights, pixels and words are random, as the time does not depend on them.
 """
 
 import copy
@@ -58,7 +59,7 @@ from mmcore.seeding import derive_seed, generator, permutation
 TARGET = 5.0
 Variant = Literal["best", "report"]
 
-# The text half of openai/clip-vit-base-patch16.
+# The text encoder of openai/clip-vit-base-patch16.
 CLIP_TEXT: dict[str, Any] = {
     "vocab_size": 49_408,
     "hidden_size": 512,
@@ -78,37 +79,37 @@ TINY_CLIP_TEXT: dict[str, Any] = CLIP_TEXT | {
     "bos_token_id": 98,
     "eos_token_id": 99,
 }
-# Entries of the tokenizer that `best` makes of its training captions (five of each of Flickr8k's first 7,000 images),
-# with the four special ones.
+# Vocabulary size of `best` for its training captions (five of each of Flickr8k's first 7,000 images), including the
+# four special tokens.
 NUM_WORDS = 4883
-# Images or captions that are encoded at once.
+# Images or captions per encoding batch.
 _ENCODE_BATCH = 16
 
 
 @dataclass(frozen=True)
 class LDMBench:
-    """How much is measured."""
+    """Settings of the benchmark."""
 
     variants: tuple[Variant, ...] = ("best", "report")
-    """U-Nets with which both ways are measured; the target holds for that of `best`."""
+    """Variants whose U-Nets are measured. The target is for `best`."""
     pairs: int = 6
-    """Pairs of a block of our steps and a block of the report's."""
+    """Number of pairs: a block of our steps and a block of the report's."""
     our_steps: int = 2
-    """Steps in a block of ours."""
+    """Steps per block of our loop."""
     report_steps: int = 1
-    """Steps in a block of the report's."""
+    """Steps per block of the report's loop."""
     warmup_steps: int = 1
-    """Steps of either way before the first block."""
+    """Steps of each loop before the first block."""
     batch: int = 16
-    """Images in a step of either way with the U-Net of `best`."""
+    """Images per step of both loops, with the U-Net of `best`."""
     large_batch: int = 4
-    """The same with the U-Net of `report`."""
+    """Images per step of both loops, with the U-Net of `report`."""
     num_images: int = 32
-    """Images to draw from; only their number a step matters for the time."""
+    """Images to draw from. They do not affect the time."""
     own_latents: bool = False
-    """Ours trains on the latents of its variant's own VQ-VAE, the report's on those of 256 pixels as always."""
+    """Train our loop on latents of the variant's own VQ-VAE. The report's loop keeps those of 256 pixels."""
     smoke: bool = False
-    """Tiny sizes: shows that it runs, measures nothing."""
+    """Use tiny sizes, to test the script. The figures then mean nothing."""
 
     def batch_of(self, variant: Variant) -> int:
         return self.large_batch if variant == "report" else self.batch
@@ -126,13 +127,13 @@ class LDMBench:
 
 
 class FrozenVQVAE:
-    """Pixels to latents, as the cache of latents is made; weights are random."""
+    """Pixels -> latents, as for the cache of latents, with random weights."""
 
     def __init__(self, recipe: vqvae.VQVAERecipe, device: str) -> None:
         torch.manual_seed(recipe.train.seed)
         self.model, self.device = recipe.build().eval().requires_grad_(False).to(device), device
 
-    # Not inference mode: autograd takes no tensor that is made there.
+    # no_grad, as autograd does not accept tensors made in inference mode.
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """uint8 (B, P, P, 3) -> (B, C, h, w)"""
@@ -140,7 +141,7 @@ class FrozenVQVAE:
 
 
 class FrozenText:
-    """Ids to hidden states of CLIP; weights are random."""
+    """Token ids -> hidden states of CLIP, with random weights."""
 
     def __init__(self, sizes: dict[str, Any], device: str) -> None:
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -157,18 +158,18 @@ class FrozenText:
 
 @dataclass(frozen=True)
 class Data:
-    """Images in memory, five captions of each, and what the frozen encoders make of them, as the caches hold it."""
+    """Images in memory with five captions each, and the outputs of the frozen encoders like in the caches."""
 
     pixels: np.ndarray  # uint8 (N, P, P, 3)
-    input_ids: Tensor  # int64 (N, K, T), of CLIP
+    input_ids: Tensor  # int64 (N, K, T), for CLIP
     latents: np.ndarray  # fp16 (N, C, h, w), memory-mapped
     hidden: np.ndarray  # fp16 (N, K, T, E), memory-mapped
-    latents_seconds: float  # of one image
-    hidden_seconds: float  # of one caption
+    latents_seconds: float  # per image
+    hidden_seconds: float  # per caption
 
 
 def encode_once(encoder: Callable[[Any], Tensor], values: Any, file: Path) -> tuple[np.ndarray, float]:
-    """What `encoder` makes of `values`, from a memory-mapped file, and the seconds that one of them took."""
+    """The outputs of `encoder` for `values` as a memory-mapped file, and the seconds per value."""
     encoder(values[:_ENCODE_BATCH])  # warm-up
     started = clock()
     encoded = inputs.encode(encoder, values, _ENCODE_BATCH)
@@ -188,7 +189,7 @@ def load_data(bench: LDMBench, vqvae: FrozenVQVAE, text: FrozenText, folder: Pat
 
 
 def own_latents(bench: LDMBench, variant: Variant, data: Data, device: str, folder: Path) -> Data:
-    """`data` with the latents of the variant's own VQ-VAE, of images of its own size."""
+    """`data` with the latents of the variant's own VQ-VAE and image size."""
     vqvae = FrozenVQVAE(bench.vqvae(variant), device)
     pixels = inputs.synthetic_pixels(bench.num_images, vqvae.model.recipe.image_size, seed=0)
     latents, seconds = encode_once(vqvae, pixels, folder / f"latents-{variant}.npy")
@@ -196,7 +197,7 @@ def own_latents(bench: LDMBench, variant: Variant, data: Data, device: str, fold
 
 
 def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, GenerationRows]:
-    """The network and the rows of jobs/train_ldm.py; the last image validates."""
+    """The network and the rows of jobs/train_ldm.py. The last image is for validation."""
     num_images, seed = len(data.latents), recipe.train.seed
     vocabulary = inputs.synthetic_vocabulary(NUM_WORDS, lowercase=True)
     captions = inputs.synthetic_captions(vocabulary, num_images, seed)
@@ -204,7 +205,7 @@ def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, G
     column = Column(tuple(table.image_ids), data.latents)
     prompts: Prompts
     if recipe.text.is_scratch:
-        # Twice: a word that occurs once is left out.
+        # Each word twice, as words that occur once are left out.
         tokenizer = PromptTokenizer.of_words(vocabulary.words * 2, recipe.text.max_tokens)
         prompts, text_inputs = PromptIds(captions, tokenizer), tokenizer.inputs()
     else:
@@ -213,7 +214,7 @@ def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, G
         text_inputs = TextInputs(width=data.hidden.shape[-1])
     rows = GenerationRows(
         table,
-        # The mirrored view is the same array: looking it up costs the same.
+        # The mirrored view is the same array, as it takes the same time.
         [column] * (2 if recipe.flip else 1),
         prompts,
         captions_per_image=recipe.captions_per_image,
@@ -228,15 +229,15 @@ def our_training(recipe: LatentDiffusionRecipe, data: Data) -> tuple[Denoiser, G
 
 
 class ReportTraining:
-    """The report's loop: a step runs both frozen encoders, and updates with Adam as PyTorch has it by default.
+    """The report's loop: each step runs both frozen encoders and updates with PyTorch's default Adam.
 
-    It drops no captions, which takes no time.
+    It drops no captions, as that takes no time.
     """
 
     def __init__(
         self, recipe: LatentDiffusionRecipe, data: Data, vqvae: FrozenVQVAE, text: FrozenText, unet: Any
     ) -> None:
-        """`unet`: this loop's own."""
+        """`unet`: a copy for this loop."""
         self.data, self.vqvae, self.text, self.device = data, vqvae, text, vqvae.device
         self.noise, self.batch, self.step = recipe.noise, recipe.train.batch_size, 0
         self.scaling_factor = scaling_factor(data.latents)
@@ -246,7 +247,7 @@ class ReportTraining:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=recipe.train.lr)
 
     def predict(self, pixels: np.ndarray, input_ids: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the U-Net makes of noisy images and their captions, (B, C, h, w)."""
+        """The U-Net's prediction for noisy images and their captions, (B, C, h, w)."""
         x_0 = self.vqvae(pixels) * self.scaling_factor
         context = self.model["projection"](self.text(input_ids))
         return self.model["unet"](self.noise.add_noise(x_0, noise, timesteps), timesteps, context).sample
@@ -279,7 +280,7 @@ def num_parameters(model: nn.Module) -> int:
 def measure_variant(
     bench: LDMBench, variant: Variant, data: Data, vqvae: FrozenVQVAE, text: FrozenText, folder: Path
 ) -> dict[str, Any]:
-    """Both ways with the U-Net of `variant`."""
+    """Measure both loops with the U-Net of `variant`."""
     recipe = bench.recipe(variant)
     ours = own_latents(bench, variant, data, vqvae.device, folder) if bench.own_latents else data
     model, rows = our_training(recipe, ours)

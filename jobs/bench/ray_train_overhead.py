@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""What Ray Train adds to a training step: the same loop through jobs/runtime/trainer.py and under plain torchrun.
+"""Measures the overhead of Ray Train per training step: the same loop under Ray Train and under plain torchrun.
 
-Command: python jobs/bench/ray_train_overhead.py           (quiet machine; 2 CPU cores: about 4 minutes)
+Command: python jobs/bench/ray_train_overhead.py           (idle machine; 2 CPU cores: about 4 minutes)
          python jobs/bench/ray_train_overhead.py --num-workers 2
-Target: ratio of step times at most 1.025 aimed, 1.05 required.
+Target: a ratio of step times of at most 1.025. At most 1.05 is required.
 
 Both run `mmcore.training.Training` on one model with the same data in memory, workers and threads. Under Ray it is a
-whole job: `run_training` with its progress messages, the follower that asks for them and Ray's health checks; under
-torchrun no hook is set. No checkpoint and no validation falls into the timed steps. The time is the loop's own, from
-the end of the warm-up to the last step, so starting and ending are left out; it is the mean over the steps, which
-holds what Ray does now and then, while the median of the steps, given beside it, does not.
-Each run is a process group of its own; Ray is shut down while torchrun runs, since its daemons would slow it too.
+whole job: `run_training` with progress messages, their polling, and Ray's health checks. Under torchrun no hook is set.
+The timed steps contain no checkpoint and no validation. The time is taken from the end of the warm-up to the last step,
+so start and end are not counted. The ratio uses the mean over the steps, which includes occasional work of Ray. The
+median, which does not, is printed too. Each run has its own process group. Ray is shut down while torchrun runs, as its
+daemons would slow it.
 
-By default a core is left for Ray's own processes, which take about a tenth of one: with a thread on every core each
-of their wake-ups stops all threads of a step. docs/results.md has the figures of both.
+By default one core is left for Ray's own processes, which use about a tenth of a core. With a thread on every core,
+each of their wake-ups stops all threads of a step. docs/results.md has both figures.
 
-The model is `best`'s decoder on one caption an image: steps several times shorter than those of a real run, which
-makes a fixed cost show more than it does there.
+The model is the decoder of `best` with one caption per image. Its steps are several times shorter than in a real run,
+so a fixed overhead has a larger share.
 """
 
 import dataclasses
@@ -55,24 +55,24 @@ _TORCHRUN_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class OverheadBench:
-    """How much is measured."""
+    """Settings of the benchmark."""
 
     num_workers: int = 1
     """Training workers, under Ray and under torchrun."""
     num_threads: int | None = None
-    """CPU threads of a worker; by default what one core fewer than there are gives each."""
+    """CPU threads per worker. By default all cores but one are divided among the workers."""
     pairs: int = 5
-    """Pairs of a Ray run and a torchrun run."""
+    """Number of pairs: one run under Ray and one under torchrun."""
     steps: int = 100
-    """Timed steps of a run."""
+    """Timed steps per run."""
     warmup_steps: int = 15
-    """Steps before them."""
+    """Steps before the timed ones."""
     batch_size: int = 16
-    """Images a step, over all workers."""
+    """Images per step, over all workers."""
     num_images: int = 256
     """Images in memory."""
     smoke: bool = False
-    """Tiny sizes: shows that it runs, measures nothing."""
+    """Use tiny sizes, to test the script. The figures then mean nothing."""
 
     @property
     def threads(self) -> int:
@@ -99,15 +99,15 @@ class BenchFacts:
 
 
 def set_up(job: Job[CrossAttentionCaptionerRecipe], facts: BenchFacts, doing: Doing) -> Setup:
-    """Model and rows, on a Ray worker; nothing is sampled."""
+    """Model and rows on a Ray worker, without samples."""
     model, rows = synthetic_training(job.recipe, facts.num_train)
     return Setup(model, rows, lambda model, step: {})
 
 
 def step_seconds(history: bytes, warmup_steps: int, medians: list[float]) -> float:
-    """Mean time of a step after the warm-up; the median is added to `medians`."""
+    """Mean seconds of a step after the warm-up. The median is appended to `medians`."""
     lines = [json.loads(line) for line in history.splitlines()]
-    # The last step has a second line, of its validation, at the same time.
+    # The last step has a second line for its validation, with the same time.
     seconds = {row["step"]: row["seconds"] for row in lines}
     timed = [seconds[step] - seconds[step - 1] for step in sorted(seconds) if step > warmup_steps]
     medians.append(statistics.median(timed))
@@ -178,7 +178,7 @@ def main() -> None:
     bench = tyro.cli(OverheadBench, description=__doc__, prog="python jobs/bench/ray_train_overhead.py")
     check_batch(bench.recipe().train, bench.num_workers)
     if bench.steps < MIN_STEPS and not bench.smoke:
-        raise InputError(f"--steps {bench.steps}: what Ray does now and then needs at least {MIN_STEPS} to show")
+        raise InputError(f"--steps {bench.steps}: at least {MIN_STEPS} are needed to include occasional work of Ray")
     publish("ray_train_overhead", dataclasses.asdict(bench), lambda: measure(bench))
 
 

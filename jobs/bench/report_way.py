@@ -1,4 +1,4 @@
-"""The report's captioner as its code runs it: PyTorch's own decoder, padded captions, no cache.
+"""The captioner of the report as its code runs it: PyTorch's decoder, padded captions, no cache.
 
 Shapes: B images, T positions, L image tokens, E channels of the encoder, D width, V words.
 """
@@ -15,11 +15,11 @@ from mmcore.decoder import DecoderLayer
 from mmcore.text import BOS_ID, PAD_ID, UNK_ID
 
 MAX_LENGTH = 50
-"""Captions are padded to it in training, and decoding always runs that long."""
+"""Padded length of captions in training, and number of decoding steps."""
 
 
 class ReportCaptioner(nn.Module):
-    """Linear image projection and `torch.nn.TransformerDecoder`, of the sizes that `recipe` names."""
+    """Linear image projection and `torch.nn.TransformerDecoder`, with the sizes of `recipe`."""
 
     def __init__(self, recipe: CrossAttentionCaptionerRecipe, num_vocabulary: int, encoder_width: int) -> None:
         super().__init__()
@@ -39,23 +39,23 @@ class ReportCaptioner(nn.Module):
             self.output.weight = self.embedding.weight
 
     def forward(self, input_ids_BT: Tensor, memory_BLD: Tensor) -> Tensor:
-        """Logits (B, T, V) of the word after each position; `memory_BLD` are projected image tokens."""
+        """Logits (B, T, V) of the next word at each position. `memory_BLD` are projected image tokens."""
         num_positions, width = input_ids_BT.shape[1], self.embedding.embedding_dim
         x_BTD = self.dropout(self.embedding(input_ids_BT) * math.sqrt(width) + self.positions_TD[:num_positions])
-        # Boolean like the padding mask; True is what no position may look at.
+        # Boolean like the padding mask. True hides a position.
         ones_TT = torch.ones(num_positions, num_positions, dtype=torch.bool, device=input_ids_BT.device)
         return self.output(
             self.layers(x_BTD, memory_BLD, tgt_mask=ones_TT.triu(1), tgt_key_padding_mask=input_ids_BT == PAD_ID)
         )
 
     def loss(self, tokens_BLE: Tensor, input_ids_BT: Tensor) -> Tensor:
-        """Mean cross-entropy of the words after the first; `input_ids_BT` are padded to `MAX_LENGTH`."""
+        """Mean cross-entropy of all words but the first. `input_ids_BT` are padded to `MAX_LENGTH`."""
         logits_BTV = self(input_ids_BT[:, :-1], self.image_dropout(self.image_projection(tokens_BLE)))
         return F.cross_entropy(logits_BTV.flatten(0, 1), input_ids_BT[:, 1:].flatten(), ignore_index=PAD_ID)
 
     @torch.no_grad()
     def load_decoder(self, decoder: CaptionDecoder) -> None:
-        """Take over the weights of ours, so that both give the same captions."""
+        """Copy the weights of our decoder, so that both give the same captions."""
         self.embedding.weight.copy_(decoder.embedding.weight)
         self.output.load_state_dict(decoder.output.state_dict())
         if self.layers.norm is not None:
@@ -80,10 +80,10 @@ class ReportCaptioner(nn.Module):
 
     @torch.inference_mode()
     def greedy(self, memory_BLD: Tensor, num_steps: int = MAX_LENGTH) -> Tensor:
-        """The most probable word each time, always `num_steps` of them, over the whole prefix each time: (B, T).
+        """Greedy decoding without a cache, always for `num_steps` words: ids (B, T).
 
-        The prefix grows by a word a step, as in the report's code; what follows the first end mark is thrown away
-        by the caller. Marks that carry no word are never chosen, which is our decoding's rule.
+        Each step runs on the whole prefix, as in the report's code. The caller drops the words after the first end
+        token. Padding, begin and unknown tokens are never chosen, as in our decoding.
         """
         num_images, device = memory_BLD.shape[0], memory_BLD.device
         ids_BT = torch.full((num_images, 1), BOS_ID, device=device)

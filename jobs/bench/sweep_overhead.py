@@ -1,21 +1,20 @@
 #!/usr/bin/env python
-"""Images per second of a sweep through Ray Data: against a plain loop that also writes PNGs, and with two workers.
+"""Measures images per second of a sweep by Ray Data, against a plain loop that also writes PNGs, and with two workers.
 
-Command: python jobs/bench/sweep_overhead.py                  (quiet machine; 2 CPU cores: about 20 minutes)
+Command: python jobs/bench/sweep_overhead.py                  (idle machine; 2 CPU cores: about 20 minutes)
          python jobs/bench/sweep_overhead.py --part workers   (about 15 minutes)
-Target: the sweep at least 0.97 of the loop's speed, at 1,000 images of at least 100 ms each and equal threads.
+Target: at least 0.97 of the loop's speed, with 1,000 images of at least 100 ms each and equal threads.
 
-Both make the same images in the same batches with one generator: the pixel diffusion of `--variant`, of random weights,
-with as many steps of DPM-Solver++ as take the wanted time (found once, before anything is compared). The loop writes
-each batch's PNGs when it has made them, as one would: one after another, to a local folder. The sweep is
-`jobs.generate.generate` with its manifest, its lease and files that are either whole or not there. Time is counted
-from the first batch to the last file, so that starting, loading and warming up are left out of both; Ray is shut down
-while the loop runs.
+Both generate the same images in the same batches. The generator is the pixel diffusion of `--variant` with random
+weights. The number of DPM-Solver++ steps is set once in advance, so that an image takes the wanted time. The loop
+writes the PNGs of each batch one by one to a local folder. The sweep is `jobs.generate.generate` with its manifest,
+lease and atomic writes. Time is counted from the first batch to the last file, without start, loading and warm-up. Ray
+is shut down while the loop runs.
 
-By default there is a thread on every core, and whenever Ray's own processes run, all threads of a kernel wait. With
-a thread less (`--num-threads`) a core is left for them. docs/results.md has the figures of both.
+By default there is a thread on every core. Whenever Ray's own processes run, all threads of a kernel wait. With one
+thread less (`--num-threads`) they have a core of their own. docs/results.md has both figures.
 
-`--part workers`: two workers of one thread each against one worker of one thread.
+`--part workers` compares two workers of one thread each with one worker of one thread.
 """
 
 import dataclasses
@@ -52,24 +51,24 @@ TARGET = 0.97
 
 @dataclass(frozen=True)
 class SweepBench:
-    """How much is measured."""
+    """Settings of the benchmark."""
 
     part: Literal["loop", "workers"] = "loop"
-    """loop: the sweep against a plain loop; workers: two workers against one."""
+    """loop: the sweep against a plain loop. workers: two workers against one."""
     variant: Literal["shapes", "best", "smoke"] = "shapes"
     """Variant of the pixel diffusion."""
     pairs: int = 5
-    """Pairs of runs."""
+    """Number of pairs of runs."""
     count: int = 1000
-    """Images a run."""
+    """Images per run."""
     batch_size: int = 8
-    """Images made together."""
+    """Images per batch."""
     item_seconds: float = 0.1
-    """What an image has to take at least."""
+    """Minimum seconds per image."""
     num_threads: int | None = None
-    """CPU threads of `--part loop`, of both; by default the cores."""
+    """CPU threads of sweep and loop for `--part loop`; by default the number of cores."""
     smoke: bool = False
-    """Tiny sizes: shows that it runs, measures nothing."""
+    """Use tiny sizes, to test the script. The figures then mean nothing."""
 
     @property
     def threads(self) -> int:
@@ -77,7 +76,7 @@ class SweepBench:
 
 
 def write_random_run(folder: Path, bench: SweepBench) -> Storage:
-    """A finished run of the pixel diffusion without training: its speed does not depend on the weights."""
+    """Write a finished run of the pixel diffusion with random weights, which do not affect the speed."""
     recipe = VARIANTS["smoke" if bench.smoke else bench.variant]
     captions = [each.prompt for each in read_prompts(SHAPES_TEST, count=200)]
     tokenizer = PromptTokenizer.of_words(captions, recipe.text.max_tokens)
@@ -97,7 +96,7 @@ def make(generator: Generator, prompts: list[str], seeds: list[int], steps: int)
 
 
 def steps_that_take(generator: Generator, bench: SweepBench) -> int:
-    """So many steps of the sampler that an image of a full batch takes `item_seconds` and a tenth more."""
+    """The number of sampling steps with which an image of a full batch takes 1.1 · `item_seconds`."""
     prompts, seeds = ["a red circle"] * bench.batch_size, list(range(bench.batch_size))
     make(generator, prompts, seeds, 2)
     times = []
@@ -123,7 +122,7 @@ def loop(generator: Generator, bench: SweepBench, steps: int, folder: Path) -> f
 
 
 def sweep(source: Storage, bench: SweepBench, steps: int, num_workers: int, out: Storage) -> float:
-    """Images per second of a whole sweep, through a Ray of its own."""
+    """Images per second of a whole sweep, with a Ray started for it."""
     settings = GenerateSettings(
         run=source.uri,
         prompts=SHAPES_TEST,

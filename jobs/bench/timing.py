@@ -1,4 +1,4 @@
-"""What the measurements share: the clock, pairs taken in turn, their medians, and one JSON object on stdout."""
+"""Common code of the benchmarks: the clock, interleaved pairs, medians, and one JSON object on stdout."""
 
 import contextlib
 import dataclasses
@@ -26,19 +26,19 @@ MIN_PAIRS = 5
 
 
 def clock() -> float:
-    """Seconds, with all work of the device done."""
+    """The time in seconds after all work of the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def say(line: str) -> None:
-    """Progress, on stderr: stdout holds the result alone."""
+    """Print progress to stderr, as stdout is for the result only."""
     print(line, file=sys.stderr, flush=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes and every value."""
+    """Median, minimum, maximum and all values."""
     return {
         "median": round(statistics.median(values), 5),
         "min": round(min(values), 5),
@@ -48,16 +48,16 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def compare(unit: str, figures: dict[str, list[float]]) -> dict[str, Any]:
-    """Two series, taken in pairs: the spread of each, and of the ratios first / second within a pair."""
+    """The spread of two series measured in pairs, and of the ratios first / second within the pairs."""
     first, second = figures.values()
     ratios = [one / other for one, other in zip(first, second, strict=True)]
     return {"unit": unit, "ratio": spread(ratios)} | {name: spread(values) for name, values in figures.items()}
 
 
 def interleaved(unit: str, ways: dict[str, Callable[[], float]], num_pairs: int) -> dict[str, Any]:
-    """`compare` of two ways, each giving one figure a call, called in turn.
+    """`compare` two functions that each return one figure per call, called in turn.
 
-    The order changes from pair to pair, so that neither always runs on the machine that the other warmed or tired.
+    The order alternates between pairs, as one run can affect the machine for the next, for example by heat.
     """
     names = list(ways)
     figures: dict[str, list[float]] = {name: [] for name in names}
@@ -69,7 +69,7 @@ def interleaved(unit: str, ways: dict[str, Callable[[], float]], num_pairs: int)
 
 
 class _AllPairsTaken(Exception):
-    """Ends a run that is measured: its last validation and checkpoint, gigabytes of a large model, are not."""
+    """Ends a measured run early, before its last validation and checkpoint, which can have gigabytes."""
 
 
 def training_in_turn(
@@ -83,14 +83,16 @@ def training_in_turn(
     warmup_steps: int,
     items_per_step: int,
 ) -> dict[str, Any]:
-    """`compare` of our training loop with the report's way: one run of ours goes through its steps, and after each
-    block of `our_steps` the report's way takes its turn, off our clock.
+    """`compare` our training loop with the report's. The report's runs after each block of `our_steps` of one run.
 
-    `training`: what `Training` takes, here with as many steps as are measured; `report` gives one figure a call;
-    `items_per_step` of ours are what `unit` counts. Also returned: `our_precision`.
+    Args:
+        training: model, rows and settings for `Training`; the number of steps is set here.
+        report: returns one figure of the report's loop per call.
+        items_per_step: number of items, as counted by `unit`, in one of our steps.
+    Returns: the figures and `our_precision`. Raises InputError without warm-up steps.
     """
     if warmup_steps < 1:
-        raise InputError("--warmup-steps 0: the first block begins where a step ends; give at least 1")
+        raise InputError("--warmup-steps 0: the first block is timed from the end of a step; give at least 1")
     model, rows, settings = training
     num_steps = warmup_steps + pairs * our_steps
     settings = dataclasses.replace(
@@ -125,21 +127,20 @@ def training_in_turn(
 
 
 def ratio_with_encoding(figures: dict[str, Any], encode_seconds: float) -> float:
-    """The ratio of the medians where each item of ours also takes `encode_seconds`, its share of the encoding."""
+    """The ratio of the medians if each of our items also takes `encode_seconds`, its share of the encoding."""
     return round(1 / (1 / figures["ours"]["median"] + encode_seconds) / figures["report"]["median"], 3)
 
 
 def verdict(name: str, met: bool, limit: float, smoke: bool) -> dict[str, Any]:
-    """The limit and whether it is met; tiny sizes show nothing about it."""
+    """The limit and whether it is met; None with tiny sizes."""
     return {name: limit, f"{name}_met": None if smoke else met}
 
 
 def publish(bench: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-    """Print the one JSON object of a measurement: where and how it was taken, and its figures.
+    """Print one JSON object: device, versions, settings and figures of a measurement.
 
-    Whatever else the measured code prints goes to stderr. `load_before` over the number of cores tells that the
-    machine was shared, and the figures are rough. Raises InputError for too few pairs, unless `smoke` says that nothing
-    is measured.
+    Other output of the measured code goes to stderr. If `load_before` exceeds the number of cores, the machine was in
+    use and the figures are inaccurate. Raises InputError for too few pairs unless `smoke` is set.
     """
     if settings.get("pairs", MIN_PAIRS) < MIN_PAIRS and not settings["smoke"]:
         raise InputError(f"--pairs {settings['pairs']}: a median needs at least {MIN_PAIRS}")

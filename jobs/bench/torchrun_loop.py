@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""The training loop under plain torchrun, without Ray: what ray_train_overhead.py compares with.
+"""The training loop under plain torchrun, without Ray: the baseline of ray_train_overhead.py.
 
 Command: torchrun --standalone --nproc-per-node 1 jobs/bench/torchrun_loop.py --recipe FILE --out FILE
-Writes the history of the run, one JSON object a step, as the jobs' metrics.jsonl.
+
+Writes the history of the run like metrics.jsonl of the jobs, one JSON object per line.
 """
 
 import json
@@ -22,16 +23,16 @@ from mmcore.training import RunHooks, Training, write_history
 
 @dataclass(frozen=True)
 class Loop:
-    """One run."""
+    """Settings of one run."""
 
     recipe: Path
-    """JSON that `mmcore.recipe.recipe_to_json` made."""
+    """JSON file of the recipe, from `mmcore.recipe.recipe_to_json`."""
     out: Path
     """File for the history."""
     num_train: int = 256
     """Images to train on, held in memory."""
     num_threads: int = 1
-    """CPU threads of each worker."""
+    """CPU threads per worker."""
 
 
 def main() -> None:

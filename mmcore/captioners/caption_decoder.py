@@ -1,6 +1,6 @@
-"""The Transformer decoder that writes captions.
+"""The Transformer decoder of captions.
 
-Shapes: B images, R = B·C rows with C captions (or beams) an image, T positions, N real tokens of the batch, L image
+Shapes: B images, C captions (or beams) per image, R = B·C rows, T positions, N real tokens of the batch, L image
 tokens, D width, V words.
 """
 
@@ -13,7 +13,7 @@ from mmcore.decoder import DecoderLayers, DecodingState, LayerSettings, Packing,
 
 
 def sinusoidal_positions(num_positions: int, width: int) -> Tensor:
-    """Sine and cosine position codes (Vaswani et al. 2017, section 3.5): (T, D)."""
+    """Sinusoidal position embeddings (Vaswani et al. 2017, section 3.5): (T, D)."""
     position_T1 = torch.arange(num_positions, dtype=torch.float64)[:, None]
     frequency_F = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10_000.0) / width))
     codes_TD = torch.zeros(num_positions, width, dtype=torch.float64)
@@ -23,7 +23,7 @@ def sinusoidal_positions(num_positions: int, width: int) -> Tensor:
 
 
 class CaptionDecoder(nn.Module):
-    """Words so far and image tokens -> logits of the next word."""
+    """Previous words and image tokens -> logits of the next word."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class CaptionDecoder(nn.Module):
         # ReLU, as in the report; GELU made no measurable difference here.
         settings = LayerSettings(width, num_heads, ffn_width, width, dropout, attention_dropout, norm_first)
         self.layers = DecoderLayers(settings, num_layers)
-        # Pre-norm leaves the residual stream unnormalised at the end; post-norm has just normalised it.
+        # With pre-norm the last layer's output is not normalised; with post-norm it is.
         self.final_norm = nn.LayerNorm(width) if norm_first else nn.Identity()
         self.output = nn.Linear(width, vocabulary_size)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
@@ -55,16 +55,16 @@ class CaptionDecoder(nn.Module):
             self.output.weight = self.embedding.weight
 
     def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        # sqrt(D) brings the embeddings (std 1/sqrt(D)) to the scale of the position codes.
+        # sqrt(D) scales the embeddings (std 1/sqrt(D)) to the size of the position embeddings.
         x = self.embedding(input_ids) * math.sqrt(self.width) + positions
         return dropout(x, self.dropout, self.training)
 
     def forward(self, input_ids_RT: Tensor, packing: Packing, memory_BLD: Tensor) -> Tensor:
-        """Logits of the word after each real token.
+        """Logits of the next word at each real token.
 
         Args:
-            input_ids_RT: int64 (B·C, T), rows of one image together, begun by ``<bos>``.
-            packing: which of them are real.
+            input_ids_RT: int64 (B·C, T), beginning with ``<bos>``; the rows of one image are adjacent.
+            packing: which of them are real tokens.
             memory_BLD: (B, L, D).
         Returns: (N, V).
         """
@@ -73,10 +73,10 @@ class CaptionDecoder(nn.Module):
         return self.output(self.final_norm(self.layers(x_ND, packing, memory_BLD)))
 
     def start(self, memory_BLD: Tensor, rows_per_image: int, num_positions: int) -> DecodingState:
-        """Empty caches for `rows_per_image` rows an image and at most `num_positions` words."""
+        """Empty caches for `rows_per_image` rows per image and at most `num_positions` words."""
         return self.layers.start(memory_BLD.shape[0] * rows_per_image, num_positions, memory_BLD)
 
     def step(self, input_ids_R: Tensor, state: DecodingState) -> Tensor:
-        """Logits (R, V) of the word after `input_ids_R`, which stands at ``state.position``."""
+        """Logits (R, V) of the word after `input_ids_R`, whose position is ``state.position``."""
         x_RD = self._embed(input_ids_R, self.positions_TD[state.position])
         return self.output(self.final_norm(self.layers.step(x_RD[:, None], state)[:, 0]))

@@ -1,6 +1,6 @@
-"""Captioned images as rows that a captioner trains on.
+"""Training rows of a captioner: images with their captions.
 
-Shapes: B images, C captions an image, T tokens."""
+Shapes: B images, C captions per image, T tokens."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from mmcore.text import CaptionTokenizer
 
 
 class CaptionRows:
-    """Rows by index: the image column(s), the token ids of its captions."""
+    """Rows by index: `images`, `input_ids` int64 (B, C, T) and `lengths` int64 (B, C)."""
 
     def __init__(
         self,
@@ -28,11 +28,11 @@ class CaptionRows:
         max_length: int,
         seed: int,
     ) -> None:
-        """`views`: the image column, and the mirrored one where half of the images are to be mirrored."""
+        """`views`: the image column, and the mirrored image column if images are mirrored at random."""
         if len({view.image_ids for view in views}) != 1:
-            raise InputError("the cached views are not of the same images; remove STORAGE/features to make them anew")
+            raise InputError("the cached views have different images; remove STORAGE/features and repeat the command")
         places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
-        # -1 where a streamed run keeps no copy of the row.
+        # -1 for rows that a streamed run does not keep on this machine.
         self.place = np.array([places.get(image_id, -1) for image_id in table.image_ids])
         self.views, self.seed = [view.values for view in views], seed
         self.image_ids = table.image_ids
@@ -51,16 +51,16 @@ class CaptionRows:
                 self.lengths[row, column] = len(ids)
 
     def images(self, rows: np.ndarray, epoch: int | None) -> torch.Tensor:
-        """The image column of `rows`; in training, the view that (seed, epoch, image_id) draws."""
+        """The images of `rows`. In training (`epoch` given), (seed, epoch, image_id) draws the view."""
         places = self.place[rows]
-        assert (places >= 0).all(), "a row was looked up that is not on this machine"
+        assert (places >= 0).all(), "a row is not on this machine"
         if epoch is None or len(self.views) == 1:
             return torch.from_numpy(self.views[0][places])
         view = [uniform(self.seed, "flip", epoch, self.image_ids[row]) < 0.5 for row in rows]
         return torch.from_numpy(np.stack([self.views[int(v)][place] for v, place in zip(view, places, strict=True)]))
 
     def with_captions(self, images: torch.Tensor, rows: np.ndarray) -> Batch:
-        """A batch of `images`, which are those of `rows`."""
+        """The batch of `rows`, whose images are `images`."""
         index = torch.from_numpy(rows)
         return {"images": images, "input_ids": self.input_ids[index], "lengths": self.lengths[index]}
 

@@ -1,6 +1,6 @@
-"""Row 1 of the report's Table 1: a frozen image encoder of any kind, cross-attention, a Transformer decoder.
+"""A captioner with a frozen image encoder and a Transformer decoder with cross-attention (report, Table 1, row 1).
 
-Shapes: B images, C captions an image, T tokens, L image tokens, E channels of the encoder, D width of the decoder.
+Shapes: B images, C captions per image, T tokens, L image tokens, E channels of the encoder, D width of the decoder.
 """
 
 import dataclasses
@@ -27,30 +27,30 @@ from mmcore.text import CaptionTokenizer, WordVocabulary
 
 @dataclass(frozen=True)
 class CrossAttentionCaptionerRecipe:
-    """ResNet-18 (frozen), cross-attention, Transformer decoder; the defaults are the report's settings."""
+    """ResNet-18 (frozen), cross-attention, Transformer decoder. The defaults are the settings of the report."""
 
     dataset: str = "flickr8k"
     """Name of the prepared dataset under STORAGE/data/."""
     split: str = "split_report"
-    """Column of the dataset that says which rows train and which validate."""
+    """Column of the dataset that assigns rows to training and validation."""
     captions_per_image: int = 1
-    """How many of an image's captions are trained on, the first ones."""
+    """Number of captions per image to train on, the first ones."""
     encoder: str = "microsoft/resnet-18"
-    """Hugging Face vision model by name or folder, frozen; `scratch` trains a small one instead."""
+    """Frozen vision model of Hugging Face, by name or folder. `scratch` trains a small encoder instead."""
     image_size: int = 224
-    """Pixels a side that images are squashed to for the encoder."""
+    """Side in pixels that images are resized to for the encoder."""
     flip: bool = False
-    """Mirror half of the images, drawn anew each epoch (the frozen encoder then runs on both views)."""
+    """Mirror images at random with probability 1/2 (the frozen encoder runs on both views)."""
     tokenizer: str = WORDS
-    """`words` are those of the captions; else the pieces of Hugging Face's tokenizer of that name or folder."""
+    """`words` builds a vocabulary of words from the captions. Else a Hugging Face tokenizer by name or folder."""
     vocabulary_source: Literal["first_captions", "train_captions"] = "first_captions"
-    """Captions that the words come from: the first of every image (the report's), or those that are trained on."""
+    """Captions that the vocabulary is built from: the first of every image (as in the report), or the training ones."""
     min_word_count: int = 2
-    """Rarer words become <unk>."""
+    """Words that occur less often become <unk>."""
     lowercase: bool = True
     """Lower-case the captions."""
     max_length: int = 50
-    """Longest caption, in tokens with begin and end; longer ones lose their tail."""
+    """Longest caption in tokens, including begin and end. Longer captions are truncated."""
     width: int = 512
     """Width of the decoder."""
     num_layers: int = 6
@@ -60,19 +60,19 @@ class CrossAttentionCaptionerRecipe:
     ffn_width: int = 2048
     """Width of the feed-forward layers."""
     dropout: float = 0.1
-    """Share dropped in the decoder's residual branches and feed-forward layers."""
+    """Dropout of the decoder's residual branches and feed-forward layers."""
     attention_dropout: float = 0.1
-    """Share of the attention weights dropped."""
+    """Dropout of the attention weights."""
     image_dropout: float = 0.2
-    """Share of the projected image tokens' channels dropped."""
+    """Dropout of the projected image tokens."""
     norm_first: bool = False
-    """Normalise before each sub-layer instead of after it."""
+    """Use pre-norm layers instead of post-norm."""
     image_norm: bool = False
-    """Learned positions and LayerNorm on the projected image tokens."""
+    """Add learned position embeddings and a LayerNorm to the projected image tokens."""
     tie_embeddings: bool = False
     """Share the word embeddings with the output layer."""
     label_smoothing: float = 0.0
-    """Share of the target probability that is spread over the vocabulary."""
+    """Label smoothing of the training loss."""
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=50,
@@ -86,31 +86,31 @@ class CrossAttentionCaptionerRecipe:
             seed=2024,
         )
     )
-    """How it is optimised."""
+    """Optimisation."""
 
     def __post_init__(self) -> None:
         sizes = ("width", "num_layers", "num_heads", "ffn_width", "image_size", "captions_per_image", "min_word_count")
         check_at_least_one(self, *sizes)
         check_share(self, "dropout", "attention_dropout", "image_dropout", "label_smoothing")
         if self.max_length < 2:
-            raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); mend it with --max-length")
+            raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); change --max-length")
         if self.width % self.num_heads:
             raise InputError(
-                f"num_heads {self.num_heads} does not divide width {self.width}; mend it with --num-heads or --width"
+                f"num_heads {self.num_heads} does not divide width {self.width}; change --num-heads or --width"
             )
         if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
             raise InputError(
                 f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "
-                f"{self.width} and image_size {self.image_size}; mend it with --width and --image-size"
+                f"{self.width} and image_size {self.image_size}; change --width and --image-size"
             )
 
     def without_effect(self) -> dict[str, str]:
-        """As `mmcore.recipe.check_effect` wants it."""
+        """Fields without effect under the other settings, for `mmcore.recipe.check_effect`."""
         of_words = ("vocabulary_source", "min_word_count", "lowercase")
         return {} if self.tokenizer == WORDS else dict.fromkeys(of_words, f"--tokenizer {WORDS}")
 
     def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
-        """Raises InputError for a pretrained tokenizer that is not to be had."""
+        """Raises InputError for a pretrained tokenizer that cannot be found."""
         if self.tokenizer != WORDS:
             return PieceTokenizer(load_tokenizer(self.tokenizer, "--tokenizer"))
         if self.vocabulary_source == "first_captions":
@@ -120,17 +120,17 @@ class CrossAttentionCaptionerRecipe:
         return WordVocabulary.build(captions, min_count=self.min_word_count, lowercase=self.lowercase)
 
     def build(self, facts: CaptionerFacts) -> "CrossAttentionCaptioner":
-        """The trainable half."""
+        """The trainable part."""
         return CrossAttentionCaptioner(self, facts)
 
 
 def _num_predicted(lengths: Tensor) -> Tensor:
-    """Words that captions of `lengths` ids predict: all but the first; an absent caption (length 0) predicts none."""
+    """Number of predicted tokens in captions of `lengths` ids: all but the first. A missing caption has length 0."""
     return lengths.sub(1).clamp_min(0)
 
 
 class CrossAttentionCaptioner(nn.Module):
-    """Projected image tokens, then the decoder; the frozen encoder itself stays outside and runs once."""
+    """Projection of image tokens, and the decoder. The frozen encoder is not part of it: it runs once, in advance."""
 
     def __init__(self, recipe: CrossAttentionCaptionerRecipe, facts: CaptionerFacts) -> None:
         super().__init__()
@@ -165,20 +165,20 @@ class CrossAttentionCaptioner(nn.Module):
         return dropout(self.image_norm(memory_BLD), self.recipe.image_dropout, self.training)
 
     def blocks(self) -> list[nn.Module]:
-        """What activation checkpointing computes again."""
+        """Modules for activation checkpointing."""
         return list(self.decoder.layers)
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Words of the batch that `forward` predicts."""
+        """Number of tokens that `forward` predicts."""
         return {"loss": _num_predicted(batch["lengths"]).sum()}
 
     def forward(self, batch: dict[str, Tensor]) -> Outputs:
         """The cross-entropy of the words of the batch.
 
         Args:
-            batch: `images` as `memory` takes them; `input_ids` int64 (B, C, T) with begin and end; `lengths`
-                int64 (B, C), their real words (0 where an image has fewer captions).
-        Returns: `loss` (with label smoothing in training) and the metric `correct`, each of the words predicted.
+            batch: `images` as in `memory`; `input_ids` int64 (B, C, T) with begin and end; `lengths` int64 (B, C),
+                the number of real tokens (0 for a missing caption).
+        Returns: `loss` (with label smoothing in training) and the metric `correct`, both over the predicted words.
         """
         lengths_R = _num_predicted(batch["lengths"]).flatten()
         num_positions = max(1, int(lengths_R.max()))
@@ -186,7 +186,7 @@ class CrossAttentionCaptioner(nn.Module):
         packing = Packing.from_lengths(lengths_R, num_positions)
         logits_NV = self.decoder(ids_RT[:, :-1], packing, self.memory(batch["images"]))
         labels_N = packing.pack(ids_RT[:, 1:, None]).squeeze(-1)
-        # At least fp32: a sum over thousands of words.
+        # fp32 or above, as the loss is a sum over thousands of words.
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         smoothing = self.recipe.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=smoothing)
@@ -196,11 +196,11 @@ class CrossAttentionCaptioner(nn.Module):
 
     @torch.inference_mode()
     def caption(self, images: Tensor, options: SearchOptions = GREEDY) -> list[list[int]]:
-        """The ids of a caption of each image, without begin and end; `images` as `memory` takes them.
+        """The ids of one caption per image, without begin and end tokens; `images` as in `memory`.
 
         One beam is greedy search.
         """
-        max_length = min(options.max_length, self.recipe.max_length)  # no position was trained beyond it
+        max_length = min(options.max_length, self.recipe.max_length)  # later positions were not trained
         memory_BLD = self.memory(images)
         if options.num_beams == 1:
             return greedy(self.decoder, memory_BLD, max_length, self.token_ids)
@@ -242,9 +242,10 @@ _BEST = dataclasses.replace(
         ema_decay=0.998,
     ),
 )
-# Chosen by trials on 4,000 or 8,000 images, attributes right of 300 test scenes with beam 3: 2 layers and 1,500 steps
-# of 32 gave 81.2 % (shapes 60 %, relations 36 %), 2 layers and 5,000 steps of 16 gave 91.9 %, 3 layers and 4,000
-# steps of 16 gave 94.9 %: a relation needs a third layer, and small batches buy more steps for the same work.
+# Chosen by trials on 4,000 or 8,000 images. The score is the share of correct attributes of 300 test scenes with 3
+# beams. 2 layers and 1,500 steps of batch 32 gave 81.2 % (shapes 60 %, relations 36 %). 2 layers and 5,000 steps of 16
+# gave 91.9 %. 3 layers and 4,000 steps of 16 gave 94.9 %. So relations need a third layer, and a small batch gives more
+# steps for the same compute.
 _SHAPES = dataclasses.replace(
     _BEST,
     dataset="shapes",

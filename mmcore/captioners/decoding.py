@@ -1,6 +1,6 @@
-"""Greedy and beam search over a decoder with a cache: a whole batch at once, stopping as early as it can.
+"""Batched greedy and beam search over a decoder with a cache. Finished images leave the batch.
 
-Shapes: B images, K beams an image, R rows still running, V words, T words so far.
+Shapes: B images, K beams per image, R rows not yet finished, V words, T words so far.
 """
 
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from mmcore.text import TokenIds
 
 
 class State(Protocol):
-    """What a decoder remembers of its rows, of which an image has as many as beams."""
+    """The state of incremental decoding. Each image has one row per beam."""
 
     def select_rows(self, rows_R: Tensor) -> None:
         """Keep the rows `rows_R`, in that order."""
@@ -22,13 +22,13 @@ class State(Protocol):
 
 
 class Decoder(Protocol):
-    """Writes word after word from the memory of an image."""
+    """An autoregressive decoder of words with a memory of the image."""
 
     def start(self, memory: Tensor, rows_per_image: int, num_positions: int, /) -> Any:
-        """The State of `rows_per_image` rows of each image (B, ...), for at most `num_positions` words."""
+        """The initial State: memory (B, ...), `rows_per_image` rows per image, at most `num_positions` words."""
 
     def step(self, ids_R: Tensor, state: Any, /) -> Tensor:
-        """Logits (R, V) of the word after `ids_R`; moves `state` on."""
+        """Logits (R, V) of the word after `ids_R`. Updates `state`."""
 
 
 def _log_probabilities(decoder: Decoder, last_R: Tensor, state: State, tokens: TokenIds) -> Tensor:
@@ -39,9 +39,9 @@ def _log_probabilities(decoder: Decoder, last_R: Tensor, state: State, tokens: T
 
 @torch.inference_mode()
 def greedy(decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds) -> list[list[int]]:
-    """The most probable word each time, until the end mark or `max_length` words.
+    """Greedy search: the most probable word at each step, until the end token or `max_length` words.
 
-    A caption that has ended leaves the batch, so the work shrinks with it. Returns ids without begin and end.
+    A finished caption leaves the batch, which saves work. Returns ids without begin and end tokens.
     """
     num_images = memory.shape[0]
     captions: list[list[int]] = [[] for _ in range(num_images)]
@@ -72,10 +72,10 @@ def beam_search(
     num_beams: int,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """The caption with the highest log-probability / length**length_penalty that `num_beams` beams find.
+    """Beam search for the caption with the highest log-probability / length**length_penalty.
 
-    An image is done when its best ended caption scores at least what its best running beam could still reach.
-    Returns ids without begin and end.
+    An image is finished if no open beam can still exceed its best finished caption. Returns ids without begin and end
+    tokens.
     """
     device, num_images = memory.device, memory.shape[0]
     best: list[tuple[float, list[int]]] = [(-torch.inf, [])] * num_images
@@ -83,21 +83,21 @@ def beam_search(
     state = decoder.start(memory, num_beams, max_length)
     last_R = torch.full((num_images * num_beams,), tokens.bos_id, device=device)
     scores_BK = torch.full((num_images, num_beams), -torch.inf, device=device)
-    scores_BK[:, 0] = 0.0  # all beams begin alike: let one of them branch
+    scores_BK[:, 0] = 0.0  # all beams are equal at first, so only one may branch
     words_RT = torch.zeros(num_images * num_beams, 0, dtype=torch.long, device=device)
 
     for length in range(1, max_length + 1):
         log_probs_RV = _log_probabilities(decoder, last_R, state, tokens)
         vocabulary_size = log_probs_RV.shape[1]
         totals_BX = (scores_BK.flatten()[:, None] + log_probs_RV).view(len(running_B), -1)
-        # 2K candidates hold at least K that do not end, since each beam ends in one way only.
+        # Among 2K candidates at least K do not end, as each beam has one end token only.
         top_BX, index_BX = totals_BX.topk(2 * num_beams, dim=1)
         beam_BX, word_BX = index_BX // vocabulary_size, index_BX % vocabulary_size
         ended_BX = word_BX == tokens.eos_id
         for row, candidate in ended_BX.nonzero().tolist():
             score = top_BX[row, candidate].item() / length**length_penalty
             image = int(running_B[row])
-            # An end that ranks below the K best candidates is no beam's choice.
+            # A finished caption counts only if it is among the K best candidates.
             if candidate < num_beams and score > best[image][0]:
                 best[image] = (score, words_RT[row * num_beams + int(beam_BX[row, candidate])].tolist())
         scores_BK, choice_BK = top_BX.masked_fill(ended_BX, -torch.inf).topk(num_beams, dim=1)
@@ -106,13 +106,13 @@ def beam_search(
         last_R = word_BX.gather(1, choice_BK).flatten()
         words_RT = torch.cat([words_RT[rows_R], last_R[:, None]], dim=1)
 
-        # Log-probabilities only fall: the most a running beam can reach divides by the longest length.
+        # Log-probabilities only decrease. The upper bound of an open beam divides its score by the longest length.
         reach_B = scores_BK[:, 0] / (max_length if length_penalty > 0 else length) ** length_penalty
         open_B = torch.tensor([best[int(image)][0] for image in running_B], device=device) < reach_B
         if length == max_length or not open_B.any():
             for row, image in enumerate(running_B.tolist()):
                 score = scores_BK[row, 0].item() / length**length_penalty
-                # A caption cut at the limit counts only where none has ended.
+                # A caption truncated at the limit counts only if no caption has finished.
                 if best[image][0] == -torch.inf:
                     best[image] = (score, words_RT[row * num_beams].tolist())
             break

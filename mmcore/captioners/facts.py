@@ -1,6 +1,6 @@
-"""What every captioner is to its training and to what opens it: its recipe, and the facts of its runs.
+"""The protocol of captioner recipes, and the facts that their runs store in recipe.json.
 
-Shapes: B images, L image tokens, E channels of the frozen encoder.
+Shapes: B images, C captions per image, T tokens, L image tokens, E channels of the frozen encoder, P pixels a side.
 """
 
 from dataclasses import dataclass
@@ -15,26 +15,26 @@ from mmcore.text import CaptionTokenizer, TokenIds, WordVocabulary
 
 @dataclass(frozen=True)
 class CaptionerFacts:
-    """What a run of a captioner knows beside its settings."""
+    """Facts of a captioner's run that are not settings."""
 
     token_ids: TokenIds
-    """Of its tokenizer."""
+    """Special ids of the tokenizer."""
     image_tokens: int
-    """Tokens of an image by the frozen encoder (L); its pixels where the recipe trains its own."""
+    """Tokens per image from the frozen encoder (L); the number of pixels if the recipe trains its own encoder."""
     encoder_width: int
-    """Channels of such a token (E)."""
+    """Channels of an image token (E)."""
     encoder_fingerprint: str = ""
     dataset_fingerprint: str = ""
     columns: tuple[str, ...] = ()
-    """Folders under STORAGE/features: the images, and the mirrored ones where half are to be mirrored."""
+    """Folders under STORAGE/features: the images and, with `flip`, the mirrored images."""
     text_fingerprint: str = ""
-    """Of the tokenizer."""
+    """Fingerprint of the tokenizer."""
     text: tuple[str, ...] = ()
-    """Path under STORAGE of the tokenizer's files, of which a finished run has a copy."""
+    """Path under STORAGE of the tokenizer's files. A finished run has a copy of them."""
 
     @staticmethod
     def upgraded(fields: dict[str, Any]) -> dict[str, Any]:
-        """Facts as JSON. Up to commit 34e6a7a they held the words themselves, under `vocabulary`."""
+        """Convert facts of earlier versions. Up to commit 34e6a7a the words were stored in the field `vocabulary`."""
         if "vocabulary" not in fields:
             return fields
         words = WordVocabulary.from_json(fields["vocabulary"])
@@ -44,18 +44,18 @@ class CaptionerFacts:
 
 
 def tokenizer_path(tokenizer: CaptionTokenizer) -> tuple[str, str]:
-    """Where under STORAGE its files lie."""
+    """Path of the tokenizer's files under STORAGE."""
     return "tokenizers", tokenizer.fingerprint()[:24]
 
 
 class CaptionerRecipe(Recipe, Protocol):
-    """What training, ``open_captioner`` and the service ask of the recipe of a captioner."""
+    """The fields and methods of a captioner recipe that training, ``open_captioner`` and the service use."""
 
     @property
     def captions_per_image(self) -> int: ...
     @property
     def encoder(self) -> str:
-        """The frozen vision encoder by name or folder; `scratch` where the model is fed pixels."""
+        """The frozen vision encoder by name or folder; `scratch` if the model takes pixels."""
 
     @property
     def image_size(self) -> int: ...
@@ -63,15 +63,16 @@ class CaptionerRecipe(Recipe, Protocol):
     def flip(self) -> bool: ...
     @property
     def max_length(self) -> int:
-        """Longest caption in tokens, with begin and end."""
+        """Longest caption in tokens, including begin and end."""
 
     def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer: ...
 
     def build(self, facts: CaptionerFacts) -> nn.Module:
-        """The trainable half.
+        """The trainable part.
 
-        ``forward(batch)`` takes `images`, the frozen tokens (B, L, E) or with `scratch` uint8 pixels (B, P, P, 3),
-        `input_ids` (B, C, T) and `lengths` (B, C) of C captions, and returns named losses. ``caption(images,
-        options)`` returns the ids of a caption of each image, without begin and end; `options` are those of what opens
-        it (by default ``SearchOptions``), without them the search is greedy.
+        ``forward(batch)`` returns named losses. The batch has `images`, `input_ids` (B, C, T) and `lengths` (B, C).
+        `images` are frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) with `scratch`.
+
+        ``caption(images, options)`` returns the ids of one caption per image, without begin and end tokens. `options`
+        are ``SearchOptions`` unless the class that opens the run has others. The default is greedy search.
         """

@@ -1,4 +1,4 @@
-"""The options of the search for a caption: flags of a job and fields of a request."""
+"""The options of caption search: flags of a job and fields of a request."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,17 +8,17 @@ from mmcore.errors import OptionError
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How the most probable caption is looked for."""
+    """Options of greedy and beam search."""
 
     num_beams: int = field(default=3, metadata={"caps": "beams"})
-    """Beams of the search; 1 is greedy."""
+    """Number of beams; 1 is greedy search."""
     max_length: int = field(default=30, metadata={"caps": "words"})
     """Longest caption in words."""
     length_penalty: float = 1.0
-    """Power of the length that a beam's log-probability is divided by: below 1 prefers shorter captions."""
+    """Beams are ranked by log-probability / length^penalty. A value below 1 prefers shorter captions."""
 
     def check(self) -> None:
-        """Raise OptionError for what cannot be."""
+        """Raise OptionError for an invalid value."""
         for name in ("num_beams", "max_length"):
             if getattr(self, name) < 1:
                 raise OptionError(name, f"{getattr(self, name)}: must be at least 1")
@@ -26,7 +26,7 @@ class SearchOptions:
             raise OptionError("length_penalty", f"{self.length_penalty}: must be a finite number")
         if self.length_penalty != 1 and self.num_beams == 1:
             raise OptionError(
-                "length_penalty", f"{self.length_penalty:g}: greedy search has no use for it; give more beams"
+                "length_penalty", f"{self.length_penalty:g}: has no effect on greedy search; give more beams"
             )
 
 

@@ -1,4 +1,4 @@
-"""Pretrained models in the form of Hugging Face, by the hub's name or from a local folder: whole, frozen, quiet."""
+"""Loads frozen pretrained models of Hugging Face, by name on the hub or from a local folder."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from torch import nn
 
 from mmcore.errors import InputError
 
-# What recipes say instead of a model's name. A folder of such a name is none of theirs.
+# Values of recipes that are not names of models. A local folder of such a name is ignored.
 _NO_MODELS = ("scratch", "words")
 
 
 @contextmanager
 def quiet_load() -> Iterator[None]:
-    """transformers without its bar and its report on weights, which every process that loads one would print."""
+    """Within the block, transformers prints no progress bar and no report on weights."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -33,14 +33,15 @@ def quiet_load() -> Iterator[None]:
 
 
 def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str) -> Any:
-    """The model `name` in fp32, for inference, without gradients. `choose(config)` gives the class that loads it.
+    """The model `name` in fp32, in evaluation mode and without gradients. `choose(config)` returns its class.
 
-    Raises InputError, naming `flag`, where there is no such model (`what` says of which kind) or weights are missing.
+    Raises InputError, naming `flag`, if the model is not found or weights are missing. `what` is the kind of model for
+    the message.
     """
     from transformers import AutoConfig
 
     try:
-        # Said wherever something is loaded: left out, transformers asks on a terminal whether to run code from outside.
+        # trust_remote_code is always given. Without it transformers may ask on a terminal whether to run remote code.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with quiet_load():
             model, loaded = choose(config).from_pretrained(
@@ -49,10 +50,10 @@ def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{flag} {name!r}: no {what} in such a folder, and none by that name can be had ({reason})"
+            f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason})"
         ) from None
-    # Weights that are left over (a classifier's head) are none of ours; missing ones would be random. A pooler comes
-    # after the last hidden state, which is all that is used.
+    # Missing weights would be random. Unused ones, such as a classifier's head, do no harm. A missing pooler does no
+    # harm either: only the last hidden state is used, and the pooler comes after it.
     missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
     if missing:
         raise InputError(f"{flag} {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
@@ -60,7 +61,7 @@ def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str
 
 
 def sha256_of(model: nn.Module, facts: Any) -> str:
-    """SHA-256 over `facts` (JSON, whatever its order) and all weights and buffers of `model`."""
+    """SHA-256 over `facts` (as JSON with sorted keys) and all weights and buffers of `model`."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
@@ -69,5 +70,5 @@ def sha256_of(model: nn.Module, facts: Any) -> str:
 
 
 def absolute_folder(name: str) -> str:
-    """A local folder's absolute path, since a worker's working directory is not the driver's; other names as is."""
+    """The absolute path of a local folder, as workers have another working directory. Other names are unchanged."""
     return str(Path(name).absolute()) if name not in _NO_MODELS and Path(name).is_dir() else name

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import load_frozen, sha256_of
-from mmcore.frozen.tokenizers import TOKENIZER_FILES, load_tokenizer, marks, read_tokenizer, tokenizer_files
+from mmcore.frozen.tokenizers import TOKENIZER_FILES, load_tokenizer, read_tokenizer, special_ids, tokenizer_files
 from mmcore.storage import Storage
 from mmcore.text import BOS, EOS, PAD, SPECIAL, UNK
 
 SCRATCH = "scratch"
-# Of the tokenizer that is made of the captions: a word that occurs once is not learned, but becomes <unk>.
+# Vocabulary built from captions: rarer words become <unk>.
 _MIN_WORD_COUNT = 2
 
 
 @dataclass(frozen=True)
 class TextInputs:
-    """What a network is fed: the hidden states of a frozen encoder (`width` channels), or ids of a vocabulary."""
+    """The text inputs of a network: hidden states of a frozen encoder (`width` channels), or token ids."""
 
     width: int | None = None
     vocabulary_size: int | None = None
@@ -33,13 +33,13 @@ class TextInputs:
 
 
 class PromptTokenizer:
-    """Prompts to ids of one length; a fast tokenizer of Hugging Face."""
+    """Prompts -> token ids of one length, by a fast tokenizer of Hugging Face."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
-        """Raises InputError for a tokenizer without an end mark."""
-        self.bos_id, self.eos_id = marks(tokenizer)
+        """Raises InputError for a tokenizer without an end token."""
+        self.bos_id, self.eos_id = special_ids(tokenizer)
         if tokenizer.pad_token_id is None:
-            # As CLIP's does; nothing after the first end mark is looked for.
+            # CLIP also pads with its end token. Tokens after the first end token are ignored.
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.eos_id)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         tokenizer.model_max_length = max_tokens
@@ -47,12 +47,12 @@ class PromptTokenizer:
 
     @classmethod
     def from_name(cls, name: str, max_tokens: int, flag: str = "--tokenizer") -> "PromptTokenizer":
-        """Raises InputError, naming `flag`, where `name` is neither a folder with a tokenizer.json nor on the hub."""
+        """Raises InputError, naming `flag`, if `name` is neither a folder with a tokenizer.json nor on the hub."""
         return cls(load_tokenizer(name, flag), max_tokens)
 
     @classmethod
     def of_words(cls, captions: Iterable[str], max_tokens: int) -> "PromptTokenizer":
-        """Lower-cased words and marks of punctuation that occur at least twice in `captions`, most frequent first."""
+        """A vocabulary of lower-cased words and punctuation that occur at least twice in `captions`."""
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
         from transformers import PreTrainedTokenizerFast
 
@@ -71,15 +71,15 @@ class PromptTokenizer:
 
     @classmethod
     def read(cls, folder: Storage, max_tokens: int) -> "PromptTokenizer":
-        """What `files` gave, from a folder of the storage."""
+        """The tokenizer whose `files` are in `folder`."""
         return cls(read_tokenizer(folder), max_tokens)
 
     def files(self) -> dict[str, bytes]:
-        """The tokenizer as files that transformers reads, by name."""
+        """The tokenizer as files by name, readable by transformers."""
         return tokenizer_files(self.tokenizer)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the ids (the other file also says where the tokenizer was read from)."""
+        """SHA-256 over everything that determines the ids. tokenizer_config.json is left out: it has a path."""
         marks = json.dumps([self.max_tokens, dataclasses.asdict(self.inputs())])
         return hashlib.sha256(marks.encode() + self.files()[TOKENIZER_FILES[0]]).hexdigest()
 
@@ -92,14 +92,14 @@ class PromptTokenizer:
         )
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each, with begin and end, before any is cut."""
+        """Number of tokens of each prompt before truncation, including begin and end."""
         if not prompts:
             return []
-        # Or it warns of what is longer than the model reads.
+        # verbose=False turns off a warning about prompts that are too long.
         return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """int64 ids (B, T) and the mask of what is no padding (B, T)."""
+        """int64 ids (B, T) and the attention mask (B, T), 0 for padding."""
         encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
@@ -107,31 +107,31 @@ class PromptTokenizer:
 
 
 class FrozenTextEncoder:
-    """A pretrained text encoder: prompts to its last hidden state."""
+    """A frozen pretrained text encoder: prompts -> last hidden states."""
 
     def __init__(self, name: str, max_tokens: int, device: str = "cpu") -> None:
-        """Raises InputError where `name` is no text encoder with its tokenizer, or takes fewer tokens."""
+        """Raises InputError if `name` is not a text encoder with a tokenizer, or takes fewer tokens."""
         from transformers import AutoModelForTextEncoding, CLIPTextModel
 
-        # A two-tower model such as CLIP: its text half alone.
+        # Of a two-tower model such as CLIP, load the text encoder only.
         choose = lambda config: CLIPTextModel if hasattr(config, "text_config") else AutoModelForTextEncoding
         flag = "--text-encoder"
         self.model = load_frozen(name, choose, flag=flag, what="text encoder").to(device)
         most = getattr(self.model.config, "max_position_embeddings", None) or max_tokens
         if max_tokens > most:
-            raise InputError(f"max_tokens {max_tokens}: {flag} {name!r} takes {most}; mend it with --max-tokens")
+            raise InputError(f"max_tokens {max_tokens}: {flag} {name!r} takes at most {most}; change --max-tokens")
         self.tokenize = PromptTokenizer.from_name(name, max_tokens, flag)
         if len(self.tokenize.tokenizer) > self.model.config.vocab_size:
             raise InputError(
                 f"{flag} {name!r}: its tokenizer has {len(self.tokenize.tokenizer)} tokens, the model only "
                 f"{self.model.config.vocab_size}"
             )
-        # CLIP looks back only and pads with its end mark; pipelines call it without a mask, and so does this.
+        # CLIP's attention is causal and its padding comes last, so it needs no mask. Pipelines of diffusers give none.
         self.masked = not isinstance(self.model, CLIPTextModel)
         self.name, self.device = name, torch.device(device)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the hidden states: weights, tokenizer and number of tokens."""
+        """SHA-256 over everything that determines the hidden states: weights, tokenizer and number of tokens."""
         return sha256_of(self.model, self.tokenize.fingerprint())
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Fast tokenizers of Hugging Face, by name or from files, and captions as the pieces of one."""
+"""Loads fast tokenizers of Hugging Face, by name or from files, and uses them for captions."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,30 +9,30 @@ from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
 from mmcore.text import WORDS_FILE, CaptionTokenizer, TokenIds, WordVocabulary
 
-# A tokenizer that is made of the captions, instead of a pretrained one.
+# The setting for a vocabulary built from the captions, instead of a pretrained tokenizer.
 WORDS = "words"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def load_tokenizer(name: str, flag: str) -> Any:
-    """Raises InputError, naming `flag`, where `name` is neither a folder with a tokenizer.json nor on the hub."""
+    """The tokenizer `name`. Raises InputError, naming `flag`, if it is neither a local folder nor on the hub."""
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
     try:
-        # Without this file transformers makes an empty tokenizer up and says nothing.
+        # Without this file transformers silently creates an empty tokenizer.
         if cached_file(name, TOKENIZER_FILES[0], _raise_exceptions_for_missing_entries=False) is None:
             raise OSError(f"no {TOKENIZER_FILES[0]} there")
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{flag} {name!r}: no tokenizer in such a folder, and none by that name can be had ({reason})"
+            f"{flag} {name!r}: no tokenizer in a folder of this name, and none of this name on the hub ({reason})"
         ) from None
 
 
 def read_tokenizer(folder: Storage) -> Any:
-    """What `tokenizer_files` gave, from a folder of the storage."""
+    """The tokenizer whose `tokenizer_files` are in `folder`."""
     from transformers import AutoTokenizer
 
     with temporary_folder("tokenizer") as local:
@@ -42,8 +42,8 @@ def read_tokenizer(folder: Storage) -> Any:
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """A tokenizer as files that transformers reads, by name."""
-    # What the last call padded to would be written down too.
+    """The tokenizer as files by name, readable by transformers."""
+    # Reset the padding and truncation of the last call, which would be saved too.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     with temporary_folder("tokenizer") as local:
@@ -51,22 +51,22 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {name: (local / name).read_bytes() for name in TOKENIZER_FILES}
 
 
-def marks(tokenizer: Any) -> tuple[int | None, int]:
-    """The ids of begin (None where there is none) and end. Raises InputError for a tokenizer without an end mark."""
+def special_ids(tokenizer: Any) -> tuple[int | None, int]:
+    """The ids of the begin token (or None) and the end token. Raises InputError if there is no end token."""
     bos_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if eos_id is None:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end mark; choose another with --tokenizer")
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token; choose another with --tokenizer")
     return bos_id, eos_id
 
 
 class PieceTokenizer:
-    """Captions to the pieces of a pretrained tokenizer, such as BERT's or a language model's."""
+    """Captions -> subword ids of a pretrained tokenizer, such as BERT's or a language model's."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Raises InputError for a tokenizer without an end mark."""
-        bos_id, eos_id = marks(tokenizer)
-        # A language model that has no mark of its own begins after the end of what was before.
+        """Raises InputError for a tokenizer without an end token."""
+        bos_id, eos_id = special_ids(tokenizer)
+        # Language models without a begin token use the end token to begin a text.
         bos_id = eos_id if bos_id is None else bos_id
         silent = sorted({*tokenizer.all_special_ids, bos_id} - {eos_id})
         self.tokenizer, self.token_ids = tokenizer, TokenIds(len(tokenizer), bos_id, eos_id, tuple(silent))
@@ -77,7 +77,7 @@ class PieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         ended = list(ids)
-        start = 1 if ended[:1] == [self.token_ids.bos_id] else 0  # which may be the end mark too
+        start = 1 if ended[:1] == [self.token_ids.bos_id] else 0  # begin and end may be the same token
         if self.token_ids.eos_id in ended[start:]:
             ended = ended[: ended.index(self.token_ids.eos_id, start)]
         return self.tokenizer.decode(ended, skip_special_tokens=True).strip()
@@ -90,7 +90,7 @@ class PieceTokenizer:
 
 
 def read_caption_tokenizer(folder: Storage) -> CaptionTokenizer:
-    """What ``CaptionTokenizer.files`` gave, from a folder of the storage."""
+    """The tokenizer whose ``CaptionTokenizer.files`` are in `folder`."""
     if folder.exists(WORDS_FILE):
         return WordVocabulary.from_json(folder.read(WORDS_FILE).decode())
     return PieceTokenizer(read_tokenizer(folder))

@@ -1,4 +1,4 @@
-"""Images to image tokens: a frozen pretrained encoder by name or folder, or a small one trained from scratch.
+"""Image encoders: a frozen pretrained encoder by name or folder, or a small one trained from scratch.
 
 Shapes: B images, L image tokens, C channels of a token, P pixels a side.
 """
@@ -17,8 +17,8 @@ from mmcore.frozen.pretrained import load_frozen, sha256_of
 from mmcore.images import decode_image, resize_image
 
 SCRATCH = "scratch"
-# Of a configuration: where it came from and how it was stored, not what the model computes.
-_NOT_OF_THE_FUNCTION = (
+# Fields of a configuration that do not affect what the model computes.
+_CONFIG_WITHOUT_EFFECT = (
     "_name_or_path",
     "transformers_version",
     "architectures",
@@ -26,19 +26,19 @@ _NOT_OF_THE_FUNCTION = (
     "torch_dtype",
     "_commit_hash",
 )
-# Where a model does not say its statistics: those of ImageNet.
+# Statistics of ImageNet, for models that do not state theirs.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pixels_from_bytes(images: Sequence[bytes | None], image_size: int, names: Sequence[str]) -> np.ndarray:
-    """Decode and squash to uint8 (B, P, P, 3). Raises InputError that names the image that does not decode."""
+    """Decode and resize images to uint8 (B, P, P, 3). Raises InputError with the name of an image that is broken."""
     return np.stack(
         [resize_image(decode_image(data, name=name), image_size) for data, name in zip(images, names, strict=True)]
     )
 
 
 def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Mean and standard deviation of the three channels of pixels in [0, 1], and where they come from."""
+    """Mean and standard deviation of the three channels for pixels in [0, 1], and their source."""
     from transformers.utils import cached_file
 
     for file in ("preprocessor_config.json", "processor_config.json"):
@@ -49,17 +49,17 @@ def _statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...], str]:
             return (0.0,) * 3, (1.0,) * 3, file
         if "image_mean" in fields and "image_std" in fields:
             return tuple(fields["image_mean"]), tuple(fields["image_std"]), file
-    return _IMAGENET_MEAN, _IMAGENET_STD, "ImageNet, as the model names none"
+    return _IMAGENET_MEAN, _IMAGENET_STD, "ImageNet, as the model states none"
 
 
 class FrozenVisionEncoder:
-    """A Hugging Face vision model whose last hidden state becomes tokens: a feature map is flattened row by row."""
+    """A frozen Hugging Face vision model. Image tokens are its last hidden state. Feature maps are flattened."""
 
     def __init__(self, name: str, image_size: int, device: str = "cpu", *, flag: str = "--encoder") -> None:
-        """Raises InputError, naming `flag`, where `name` is neither a folder with a vision model nor on the hub."""
+        """Raises InputError, naming `flag`, if `name` is neither a folder with a vision model nor on the hub."""
         from transformers import AutoModel, CLIPVisionModel
 
-        # CLIP's vision half alone; other models of two halves are read whole, and theirs is taken.
+        # Of CLIP only the vision encoder is loaded. Other two-tower models are loaded whole.
         choose = lambda config: CLIPVisionModel if config.model_type == "clip" else AutoModel
         model = load_frozen(name, choose, flag=flag, what="vision model")
         model = getattr(model, "vision_model", model)
@@ -67,7 +67,7 @@ class FrozenVisionEncoder:
             kind, takes = model.config.model_type, model.main_input_name
             raise InputError(f"{flag} {name!r}: a {kind} model takes {takes}, not images; name another")
         self.name, self.image_size, self.device = name, image_size, torch.device(device)
-        # On a CPU convolutions run 1.7 times as fast with the channels last (MobileNetV2, one thread, fp32).
+        # On a CPU, channels-last convolutions run 1.7 times as fast (MobileNetV2, one thread, fp32).
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.mean, self.std, self.statistics_from = _statistics(name)
         try:
@@ -75,13 +75,13 @@ class FrozenVisionEncoder:
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"{flag} {name!r} does not take images of {image_size} x {image_size}: {reason}; mend --image-size"
+                f"{flag} {name!r} does not take images of {image_size} x {image_size}: {reason}; change --image-size"
             ) from None
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides the tokens: weights, configuration, normalisation and image size."""
+        """SHA-256 over everything that determines the tokens: weights, configuration, normalisation and image size."""
         config = self.model.config.to_dict()
-        settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_FUNCTION}
+        settings = {key: value for key, value in config.items() if key not in _CONFIG_WITHOUT_EFFECT}
         return sha256_of(self.model, [self.image_size, self.mean, self.std, settings])
 
     @torch.inference_mode()
@@ -95,7 +95,7 @@ class FrozenVisionEncoder:
 
 
 class ScratchEncoder(nn.Module):
-    """Three stride-2 convolutions and one more, with GroupNorm (no batch statistics), for small synthetic images."""
+    """A small encoder for synthetic images: three stride-2 convolutions and one more, with GroupNorm and SiLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

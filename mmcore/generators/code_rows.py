@@ -1,7 +1,7 @@
-"""Captioned images as rows that a model of codes trains on: the codes of a frozen autoencoder, and a prompt.
+"""Training rows of the autoregressive generator: the codes of an image and a prompt.
 
-Everything random of a row is drawn from one generator of its own, keyed by (seed, epoch, image_id): no worker, no
-order and no restart changes it.
+Each row has a random generator with the key (seed, epoch, image_id). Its random choices do not depend on the worker,
+the order of rows, or restarts.
 
 Shapes: N rows of the dataset, B rows of a batch, h and w sides of a grid of codes, L = h·w codes.
 """
@@ -21,14 +21,14 @@ from mmcore.seeding import generator
 
 
 def code_dtype(num_codes: int) -> np.dtype:
-    """The smallest integers that hold the numbers of so many codes."""
+    """The smallest integer type for the indices of `num_codes` codes."""
     return np.min_scalar_type(num_codes - 1)
 
 
 class CodeRows:
     """Rows by index: `codes` int64 (B, L), row by row of the grid, and the prompts.
 
-    In validation every row has its first caption. With `fresh`, training rows are scenes that no epoch before had.
+    Validation uses the first caption of each row. With `fresh`, every epoch trains on new scenes.
     """
 
     def __init__(
@@ -43,11 +43,13 @@ class CodeRows:
         seed: int,
         fresh: FreshScenes | None = None,
     ) -> None:
-        """`views`: codes (h, w) of the images and, with `flip`, which mirrors half of them, of their mirror; with
-        `fresh` those that validate are enough, and no other has to have a caption."""
+        """`views`: codes (h, w) of the images and, with `flip`, of the mirrored images.
+
+        With `fresh`, only validation rows need codes and captions.
+        """
         if len({view.image_ids for view in views}) != 1:
-            raise InputError("the cached views are not of the same images; remove STORAGE/features to make them anew")
-        assert len(views) == 1 + flip, "mirrored codes are no codes of a mirror"
+            raise InputError("the cached views have different images; remove STORAGE/features and repeat the command")
+        assert len(views) == 1 + flip, "flip needs the codes of the mirrored images"
         self.views, self.prompts, self.image_ids = [view.values for view in views], prompts, table.image_ids
         self.num_captions = [min(captions_per_image, len(captions)) for captions in table.captions]
         self.drop_text, self.flip, self.seed, self.fresh = drop_text, flip, seed, fresh
@@ -58,7 +60,7 @@ class CodeRows:
         self.places = {row: places[table.image_ids[row]] for row in looked_up}
 
     def _draw(self, row: int, epoch: int) -> Draw:
-        """All draws are made always, so that no setting moves another draw."""
+        """Always draws all numbers, so that one setting does not change the draws of another."""
         random = generator(self.seed, "row", epoch, self.image_ids[row])
         mirrored, caption, dropped, exhaustive = torch.rand(4, generator=random, dtype=torch.float64).tolist()
         return Draw(self.flip and mirrored < 0.5, None if dropped < self.drop_text else caption, exhaustive)

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion, without a network: noise, targets, losses and sampling.
+"""Diffusion without the network: noise schedule, targets, losses and sampling.
 
 DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), v-prediction (Salimans & Ho 2022,
 https://arxiv.org/abs/2202.00512, section 4), min-SNR weights (Hang et al. 2023, https://arxiv.org/abs/2303.09556,
@@ -21,52 +21,50 @@ from mmcore.errors import InputError
 
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
 Denoise = Callable[[Tensor, int], Tensor]
-"""Noisy samples (B, C, H, W) and their timestep -> what the network predicts, (B, C, H, W)."""
+"""Noisy samples (B, C, H, W) and their timestep -> prediction of the network, (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How noise is added, what the network predicts of it, and how the timesteps are weighted."""
+    """The noise schedule, the prediction target and the weights of the timesteps."""
 
     num_timesteps: int = 1000
-    """Steps of the diffusion, T."""
+    """Number of diffusion timesteps, T."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Variance added at each step; squaredcos_cap_v2 (the cosine schedule) has no start and end of its own."""
+    """Schedule of the variances. squaredcos_cap_v2 is the cosine schedule; it ignores `beta_start` and `beta_end`."""
     beta_start: float = 1e-4
     """First variance of linear and scaled_linear."""
     beta_end: float = 0.02
     """Last variance of linear and scaled_linear."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the network predicts: the noise, or v = alpha noise - sigma x_0."""
+    """Prediction target of the network: the noise, or v = alpha noise - sigma x_0."""
     min_snr_gamma: float | None = None
-    """Cap of the signal-to-noise ratio in the weights of the loss; None weights all timesteps alike."""
+    """Gamma of min-SNR loss weights; None weights all timesteps equally."""
     timestep_shift: float = 1.0
-    """More training of the noisier timesteps: t / T is drawn as s u / (1 + (s - 1) u) with u uniform, s this number;
-    1 draws all alike, and with 3 half of them are in the last quarter."""
+    """Train more on noisy timesteps: t / T = s u / (1 + (s - 1) u) with u uniform and s this value. 1 is uniform. With
+    3, half of the timesteps are in the last quarter."""
     unshifted_share: float = 0.0
-    """The share of the training, 0 to 1, that draws all timesteps alike whatever the shift."""
+    """Share of the training, 0 to 1, that draws timesteps uniformly in spite of `timestep_shift`."""
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
-        would show the error in a form of its own."""
+        """Raise InputError for invalid settings. The recipe calls this: tyro would reformat an error of a nested
+        field."""
         if self.num_timesteps < 1:
-            raise InputError(f"num_timesteps {self.num_timesteps} must be at least 1; mend it with --num-timesteps")
+            raise InputError(f"num_timesteps {self.num_timesteps} must be at least 1; change --num-timesteps")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
-                f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise within 0 and 1; mend them with "
-                "--beta-start and --beta-end"
+                f"beta_start {self.beta_start} and beta_end {self.beta_end} must be rising values between 0 and 1; "
+                "change --beta-start and --beta-end"
             )
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be above 0; mend it with --min-snr-gamma")
+            raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be above 0; change --min-snr-gamma")
         if not 0 < self.timestep_shift < float("inf"):
-            raise InputError(f"timestep_shift {self.timestep_shift} must be above 0; mend it with --timestep-shift")
+            raise InputError(f"timestep_shift {self.timestep_shift} must be above 0; change --timestep-shift")
         if not 0 <= self.unshifted_share <= 1:
-            raise InputError(
-                f"unshifted_share {self.unshifted_share} must be from 0 to 1; mend it with --unshifted-share"
-            )
+            raise InputError(f"unshifted_share {self.unshifted_share} must be from 0 to 1; change --unshifted-share")
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        """Fields without effect under the other settings, each with the flag that would make it effective."""
         fields: dict[str, str] = {}
         if self.beta_schedule == "squaredcos_cap_v2":
             fields |= dict.fromkeys(("beta_start", "beta_end"), "--beta-schedule linear or scaled_linear")
@@ -75,22 +73,22 @@ class NoiseSchedule:
         return fields
 
     def timestep(self, drawn: int, coin: float) -> int:
-        """The timestep to train on, from 0 to T - 1, of a uniform draw of one and of a uniform number in [0, 1)."""
+        """The training timestep, 0 to T - 1, from a uniform timestep `drawn` and a uniform number `coin` in [0, 1)."""
         if coin < self.unshifted_share:
             return drawn
         u, shift = (drawn + 0.5) / self.num_timesteps, self.timestep_shift
-        # Of a shift beyond all measure the quotient rounds to 1.
+        # For a very large shift the quotient rounds to 1.
         return min(self.num_timesteps - 1, int(self.num_timesteps * shift * u / (1 + (shift - 1) * u)))
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The arguments that every scheduler of diffusers takes."""
+        """The arguments common to the schedulers of diffusers."""
         return {
             "num_train_timesteps": self.num_timesteps,
             "beta_schedule": self.beta_schedule,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "prediction_type": self.prediction,
-            # From the very last timestep on, which is (nearly) pure noise, as the first noise is (Lin et al. 2023).
+            # Sampling starts at the last timestep, which is nearly pure noise like the first sample (Lin et al. 2023).
             "timestep_spacing": "trailing",
         }
 
@@ -99,7 +97,7 @@ class NoiseSchedule:
         return _training_scheduler(self).add_noise(x_0, noise, timesteps)
 
     def targets(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict, (B, C, H, W)."""
+        """The targets of the network's prediction, (B, C, H, W)."""
         if self.prediction == "epsilon":
             return noise
         return _training_scheduler(self).get_velocity(x_0, noise, timesteps)
@@ -112,8 +110,8 @@ class NoiseSchedule:
     def loss_weights(self, timesteps: Tensor) -> Tensor:
         """The weight of each sample's squared error, float64 (B,).
 
-        Min-SNR weights the error of x_0 by min(SNR, gamma); as the error of the noise is SNR times that of x_0, and
-        the error of v is SNR + 1 times that, theirs is divided by as much.
+        Min-SNR weights the error of x_0 by min(SNR, gamma). The error of the noise is SNR times the error of x_0, so
+        its weight is divided by SNR. For v the factor is SNR + 1.
         """
         if self.min_snr_gamma is None:
             return torch.ones(timesteps.shape, dtype=torch.float64, device=timesteps.device)
@@ -121,7 +119,7 @@ class NoiseSchedule:
         return snr.clamp_max(self.min_snr_gamma) / (snr if self.prediction == "epsilon" else snr + 1)
 
     def losses(self, predicted: Tensor, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The weighted mean squared error of each sample, (B,), in fp32 at least."""
+        """The weighted mean squared error of each sample, (B,), in fp32 or above."""
         dtype = torch.promote_types(predicted.dtype, torch.float32)
         errors = (predicted.to(dtype) - self.targets(x_0, noise, timesteps).to(dtype)).square().flatten(1).mean(1)
         return errors * self.loss_weights(timesteps).to(dtype)
@@ -135,15 +133,15 @@ def _training_scheduler(schedule: NoiseSchedule) -> Any:
 
 
 def make_sampler(name: SamplerName, schedule: NoiseSchedule, *, clip: bool = False) -> Any:
-    """The scheduler of diffusers that samples what was trained with `schedule`.
+    """The scheduler of diffusers for sampling from a model trained with `schedule`.
 
-    `clip` keeps the x_0 that each step estimates within [-1, 1], where pixels are.
+    `clip` clips the estimate of x_0 to [-1, 1] in each step, for pixels. Raises InputError for an unknown name.
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
     config = schedule.scheduler_config()
     if name == "dpmsolver++":
-        # A dynamic threshold that may not rise above 1 is a fixed one.
+        # Dynamic thresholding with a maximum of 1 is the same as clipping.
         return DPMSolverMultistepScheduler(**config, thresholding=clip, sample_max_value=1.0)
     kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}.get(name)
     if kind is None:
@@ -152,18 +150,18 @@ def make_sampler(name: SamplerName, schedule: NoiseSchedule, *, clip: bool = Fal
 
 
 def _takes(method: Callable[..., Any], argument: str) -> bool:
-    """How diffusers' own pipelines tell its schedulers apart."""
+    """Whether `method` has this argument. diffusers' pipelines distinguish schedulers in the same way."""
     return argument in inspect.signature(method).parameters
 
 
 def check_timesteps(name: SamplerName, num_timesteps: int, num_inference_steps: int) -> None:
-    """Raise InputError for a number of steps, of a training's `num_timesteps`, that the sampler `name` cannot take."""
+    """Raise InputError if the sampler `name` does not support `num_inference_steps` of `num_timesteps`."""
     if not 1 <= num_inference_steps <= num_timesteps:
         raise InputError(
             f"{num_inference_steps} sampling steps: give 1 to {num_timesteps}, the timesteps of the training"
         )
     if name == "ddim" and num_timesteps % num_inference_steps:
-        # DDIM's step goes from t to t - T // steps; between other timesteps it would leave noise behind.
+        # A step of DDIM goes from t to t - T // steps. With another spacing some noise would remain.
         fitting = [steps for steps in range(1, num_timesteps + 1) if num_timesteps % steps == 0]
         below = max(steps for steps in fitting if steps < num_inference_steps)
         above = min(steps for steps in fitting if steps > num_inference_steps)
@@ -174,23 +172,23 @@ def check_timesteps(name: SamplerName, num_timesteps: int, num_inference_steps: 
 
 
 def set_timesteps(sampler: Any, num_inference_steps: int) -> None:
-    """Choose the timesteps that `sampler` visits. Raises InputError for a number that it cannot take."""
+    """Set the timesteps of `sampler`. Raises InputError for an unsupported number of steps."""
     total = sampler.config.num_train_timesteps
     takes_any = _takes(sampler.set_timesteps, "timesteps")
     check_timesteps("dpmsolver++" if takes_any else "ddim", total, num_inference_steps)
     if not takes_any:
         sampler.set_timesteps(num_inference_steps)
         return
-    # Computed here: in diffusers' own spacing a quotient that is rounded can lead to a timestep of -1.
+    # Computed here, as rounding in diffusers' own spacing can give a timestep of -1.
     timesteps = [round(total * k / num_inference_steps) - 1 for k in range(num_inference_steps, 0, -1)]
     sampler.set_timesteps(timesteps=timesteps)
 
 
 def guided(predict: Callable[[Tensor, int, Tensor], Tensor], context: Tensor, null: Tensor, scale: float) -> Denoise:
-    """A denoiser under classifier-free guidance: null + scale (conditional - null).
+    """A denoiser with classifier-free guidance: null + scale · (conditional - null).
 
-    `predict(x, timestep, context)` is the network; `context` and `null` (B, T, D) are the prompts and what stands
-    for no prompt. A scale of 1 is no guidance, and then no second half is computed.
+    `predict(x, timestep, context)` is the network. `context` and `null` (B, T, D) are the prompts and the negative
+    prompts. With a scale of 1 only the conditional prediction is computed.
     """
     if scale == 1:
         return lambda x, timestep: predict(x, timestep, context)
@@ -214,18 +212,17 @@ def sample(
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """x_0 (B, C, H, W) in fp32 on `device`, from noise that each sample's own seed decides.
+    """Sample x_0, fp32 (B, C, H, W) on `device`, with noise from one seed per sample. `shape`: (C, H, W).
 
-    One CPU generator a sample gives its first noise and that of every step, so what becomes of a sample depends
-    neither on its batch-mates nor on the device's generator. `shape`: (C, H, W). `on_step(done, total)` is called
-    after each step; what it raises ends the sampling.
+    All noise of a sample comes from its own CPU generator. A sample therefore depends neither on the rest of its batch
+    nor on the device's generator. `on_step(done, total)` is called after each step. An exception stops the sampling.
     """
     set_timesteps(sampler, num_inference_steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     options: dict[str, Any] = {"generator": generators}
     if _takes(sampler.step, "use_clipped_model_output"):
-        # DDIM's alone: the noise that belongs to the clipped x_0, as the others take it always.
+        # For DDIM only: compute the noise from the clipped x_0, as the other samplers always do.
         options["use_clipped_model_output"] = sampler.config.clip_sample
     for done, timestep in enumerate(sampler.timesteps, start=1):
         predicted = denoise(x, int(timestep)).to(x.dtype)

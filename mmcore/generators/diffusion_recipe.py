@@ -1,4 +1,4 @@
-"""What every recipe of a diffusion is to its training and to what opens it."""
+"""The protocol of diffusion recipes and the check of their settings."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from mmcore.recipe import Recipe
 
 
 class DiffusionRecipe(Recipe, Protocol):
-    """Beside these fields, what x_0 is: pixels have an `image_size`, latents a `vqvae`."""
+    """The common fields of diffusion recipes. A recipe for pixels also has `image_size`, one for latents `vqvae`."""
 
     @property
     def captions_per_image(self) -> int: ...
@@ -19,7 +19,7 @@ class DiffusionRecipe(Recipe, Protocol):
     def flip(self) -> bool: ...
     @property
     def drop_text(self) -> float:
-        """Share of the captions that are replaced by no text, for classifier-free guidance."""
+        """Share of the captions that are replaced by the empty text, for classifier-free guidance."""
 
     @property
     def sample_steps(self) -> int: ...
@@ -36,14 +36,13 @@ class DiffusionRecipe(Recipe, Protocol):
 
 
 def check_diffusion(recipe: DiffusionRecipe, *counts: str) -> None:
-    """Raise InputError for settings of a diffusion recipe that cannot be, such as guidance of a network that never sees
-    a prompt missing; `counts` are the fields that must be at least 1."""
+    """Raise InputError for invalid settings of a diffusion recipe. `counts` are the fields that must be at least 1."""
     check_at_least_one(recipe, *counts)
     check_share(recipe, "drop_text")
     if recipe.sample_guidance != 1 and recipe.drop_text == 0:
         raise InputError(
-            f"sample_guidance {recipe.sample_guidance} needs captions that are dropped in training, and drop_text is "
-            "0; mend it with --drop-text 0.1 or --sample-guidance 1"
+            f"sample_guidance {recipe.sample_guidance} needs captions that are dropped in training, but drop_text is "
+            "0; give --drop-text 0.1 or --sample-guidance 1"
         )
     for part in (recipe.unet, recipe.noise, recipe.text):
         part.check()

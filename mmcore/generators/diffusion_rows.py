@@ -1,7 +1,7 @@
-"""Captioned images as rows that a generator trains on: pixels or latents, a prompt, a timestep and noise.
+"""Training rows of a diffusion: pixels or latents, a prompt, a timestep and noise.
 
-Everything random of a row is drawn from one generator of its own, keyed by (seed, epoch, image_id): no worker, no
-order and no restart changes it.
+Each row has a random generator with the key (seed, epoch, image_id). Its random choices do not depend on the worker,
+the order of rows, or restarts.
 
 Shapes: N rows of the dataset, B rows of a batch, C channels, H rows and W columns of a sample.
 """
@@ -24,7 +24,7 @@ from mmcore.seeding import generator
 
 @dataclass(frozen=True)
 class _Draw:
-    """What is random of one row in one epoch."""
+    """The random choices for one row in one epoch."""
 
     mirrored: bool
     caption: int | None
@@ -35,7 +35,7 @@ class _Draw:
 class GenerationRows:
     """Rows by index: `x_0`, `noise` (B, C, H, W), `timesteps` (B,) and the prompts.
 
-    In validation every row has its first caption and the same timestep and noise each time.
+    Validation uses the first caption of each row, and the same timestep and noise every time.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class GenerationRows:
         scaling_factor: float,
         seed: int,
     ) -> None:
-        """`views`: pixels uint8 (H, W, 3), mirrored here, or latents (C, H, W), whose mirrored view must be given.
+        """`views`: pixels uint8 (H, W, 3), or latents (C, H, W) and with `flip` the latents of the mirrored images.
 
-        `scaling_factor` is what latents are multiplied with; `flip` mirrors half of the images.
+        `flip` mirrors images with probability 1/2. Latents are multiplied by `scaling_factor`.
         """
         if len({view.image_ids for view in views}) != 1:
-            raise InputError("the cached views are not of the same images; remove STORAGE/features to make them anew")
+            raise InputError("the cached views have different images; remove STORAGE/features and repeat the command")
         self.are_pixels = views[0].values.dtype == np.uint8
-        assert len(views) == (2 if flip and not self.are_pixels else 1), "a mirrored latent is no latent of a mirror"
+        assert len(views) == (2 if flip and not self.are_pixels else 1), "flip needs the latents of mirrored images"
         places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
         self.places = [places[image_id] for image_id in table.image_ids]
         self.views, self.prompts, self.image_ids = [view.values for view in views], prompts, table.image_ids
@@ -71,7 +71,7 @@ class GenerationRows:
         self.num_train, self.num_validation = len(self.train), len(self.validation)
 
     def _draw(self, row: int, epoch: int | None) -> _Draw:
-        """All draws are made always, so that no setting moves another draw."""
+        """Always draws all numbers, so that one setting does not change the draws of another."""
         random = generator(self.seed, "row", "validation" if epoch is None else epoch, self.image_ids[row])
         mirrored, caption, dropped = torch.rand(3, generator=random, dtype=torch.float64).tolist()
         drawn = int(torch.randint(self.noise.num_timesteps, (1,), generator=random))
@@ -111,11 +111,11 @@ class GenerationRows:
 
 
 def scaling_factor(latents: np.ndarray) -> float:
-    """What scales latents (N, C, H, W) to a standard deviation of 1, as diffusers' autoencoders name it.
+    """The factor that scales latents (N, C, H, W) to a standard deviation of 1; `scaling_factor` in diffusers.
 
-    Raises InputError where they do not vary: the autoencoder has collapsed.
+    Raises InputError if all latents are equal, that is if the autoencoder has collapsed.
     """
     deviation = float(latents.astype(np.float64).std())
     if not deviation > 0:
-        raise InputError("the latents of the VQ-VAE are all alike: its training collapsed; train it anew")
+        raise InputError("the latents of the VQ-VAE are all equal: its training collapsed; train it again")
     return 1 / deviation

@@ -1,4 +1,4 @@
-"""What the runs of generators, and of the models that they build on, know beside their settings."""
+"""Facts of the runs of generators and autoencoders that are not settings. They are stored in recipe.json."""
 
 from dataclasses import dataclass
 
@@ -7,56 +7,56 @@ from mmcore.frozen.text import TextInputs
 
 @dataclass(frozen=True)
 class DiffusionFacts:
-    """What a run of a diffusion recipe knows beside its settings."""
+    """Facts of a diffusion run."""
 
     text_inputs: TextInputs
-    """What the network is fed of the text."""
+    """The text inputs of the network."""
     x_0_shape: tuple[int, int, int]
     """(C, H, W) of a sample."""
     resolution: int = 0
-    """Pixels a side of an image."""
+    """Side of an image in pixels."""
     scaling_factor: float = 1.0
-    """By which latents are multiplied, so that they have the deviation of noise; 1 for pixels."""
+    """Factor that scales latents to a standard deviation of 1; 1 for pixels."""
     vqvae_fingerprint: str | None = None
-    """Of the VQ-VAE whose latents the samples are; None where they are pixels."""
+    """Fingerprint of the VQ-VAE of the latents; None for pixels."""
     dataset_fingerprint: str = ""
     columns: tuple[str, ...] = ()
-    """Folders under STORAGE/features: the samples, and the mirrored ones where half are to be mirrored."""
+    """Folders under STORAGE/features: the samples and, with `flip`, the mirrored samples."""
     text_fingerprint: str = ""
-    """Of the frozen text encoder, or of the tokenizer."""
+    """Fingerprint of the frozen text encoder, or of the tokenizer."""
     text: tuple[str, ...] = ()
     """Path under STORAGE of the hidden states, or of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class AutoregressiveFacts:
-    """What a run of a Transformer over codes knows beside its settings."""
+    """Facts of a run of the autoregressive generator."""
 
     text_inputs: TextInputs
-    """What the network is fed of the text."""
+    """The text inputs of the network."""
     code_shape: tuple[int, int]
     """Rows and columns of the codes of an image."""
     num_codes: int
-    """Codes of the codebook."""
+    """Number of codes in the codebook."""
     resolution: int = 0
-    """Pixels a side of an image."""
+    """Side of an image in pixels."""
     autoencoder_fingerprint: str = ""
-    """Of the frozen autoencoder whose codes they are."""
+    """Fingerprint of the frozen autoencoder of the codes."""
     dataset_fingerprint: str = ""
     columns: tuple[str, ...] = ()
-    """Folders under STORAGE/features: the codes, and those of the mirrored images where half are to be mirrored."""
+    """Folders under STORAGE/features: the codes and, with `flip`, the codes of the mirrored images."""
     text_fingerprint: str = ""
-    """Of the frozen text encoder, or of the tokenizer."""
+    """Fingerprint of the frozen text encoder, or of the tokenizer."""
     text: tuple[str, ...] = ()
     """Path under STORAGE of the hidden states, or of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class VQVAEFacts:
-    """What a run of a VQ-VAE knows beside its settings."""
+    """Facts of a VQ-VAE run."""
 
     dataset_fingerprint: str = ""
     column: str = ""
     """Folder under STORAGE/features of the pixels."""
     perceptual_fingerprint: str | None = None
-    """Of the frozen network of the perceptual loss."""
+    """Fingerprint of the frozen network of the perceptual loss."""

@@ -1,7 +1,7 @@
-"""Shapes scenes that are drawn, rendered and encoded while a model trains: no epoch sees one again.
+"""New Shapes scenes for every epoch. They are rendered and encoded during the training.
 
-Scene `index` and all that is said of it come from (seed, index), and its codes are the same in every batch: nothing has
-to be stored, and a resumed run sees what the run before it would have seen.
+A scene and its captions depend on (seed, index) only, and its codes do not depend on the batch. No scenes are stored,
+and a resumed run trains on the same scenes as an unbroken run.
 
 Shapes: B scenes of a batch, P pixels a side, h and w sides of a grid of codes, L = h·w codes.
 """
@@ -22,25 +22,25 @@ from mmcore.images import resize_image
 from mmcore.recipe import Autoencoder
 from mmcore.rows import Batch
 
-# Images that are encoded at once, filled up where there are fewer. On a CPU the last bits of a sum depend on how many
-# there are: alone, 15 of 131,072 codes were others on two threads, and with a fixed number on one thread not one latent
-# differed by a bit, whatever the others in the batch.
+# Images per encoding batch; smaller batches are padded. On a CPU the last bits of a sum depend on the batch size. With
+# single images on two threads, 15 of 131,072 codes differed. With a fixed batch size on one thread all latents were
+# bit-identical for any other images in the batch.
 _ENCODE_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random of one row in one epoch."""
+    """The random choices for one row in one epoch."""
 
     mirrored: bool
     caption: float | None
-    """In [0, 1), which of its captions; None has no text."""
+    """A number in [0, 1) that selects the caption; None is the empty text."""
     exhaustive: float
-    """In [0, 1), against the share of exhaustive captions."""
+    """A number in [0, 1). The caption is exhaustive if it is below the share of exhaustive captions."""
 
 
 class FreshScenes:
-    """The training scenes of Shapes by their index, beyond any number of them."""
+    """The training scenes of Shapes by index, without a limit."""
 
     def __init__(
         self,
@@ -51,15 +51,15 @@ class FreshScenes:
         captions_per_image: int,
         exhaustive_captions: float,
     ) -> None:
-        """`settings`: those of the dataset that the scenes go on; `autoencoder`: loaded;
-        `exhaustive_captions`: share of the captions that name all there is."""
+        """`settings`: the settings of the dataset, whose scenes are continued. `autoencoder`: with loaded weights.
+        `exhaustive_captions`: share of the captions that describe the whole scene."""
         self.settings, self.autoencoder, self.tokenizer = settings, autoencoder, tokenizer
         self.captions_per_image, self.exhaustive_captions = captions_per_image, exhaustive_captions
-        # Of its own, as whoever asks for batches computes beside a training.
+        # A thread of its own, as batches are requested while the training computes.
         self.thread = compute_thread(1)
 
     def batch(self, indices: Sequence[int], draws: Sequence[Draw]) -> Batch:
-        """`codes` int64 (B, L) and `input_ids` (B, T) of the scenes `indices`, which nothing mirrors."""
+        """`codes` int64 (B, L) and `input_ids` (B, T) of the scenes `indices`. Scenes are never mirrored."""
         settings = self.settings
         scenes = [make_scene(settings.seed, TRAIN, index, settings.max_objects) for index in indices]
         texts = [self._text(*each) for each in zip(indices, scenes, draws, strict=True)]

@@ -1,7 +1,7 @@
-"""The report's latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752): a conditional U-Net on the
-continuous latents of a frozen VQ-VAE, which quantises them when it decodes.
+"""The latent diffusion of the report (Rombach et al. 2022, https://arxiv.org/abs/2112.10752).
 
-The report's own U-Net has a middle of (768, 512) channels; diffusers' stays at 768.
+A conditional U-Net denoises the continuous latents of a frozen VQ-VAE. The VQ-VAE quantises them when it decodes. The
+middle block of the report's U-Net has (768, 512) channels; the one of diffusers has 768.
 """
 
 import dataclasses
@@ -17,25 +17,25 @@ from mmcore.recipe import TrainSettings
 
 @dataclass(frozen=True)
 class LatentDiffusionRecipe:
-    """VQ-VAE and CLIP (frozen), U-Net on latents; the defaults are the report's settings."""
+    """VQ-VAE and CLIP (frozen), U-Net on latents. The defaults are the settings of the report."""
 
     dataset: str = "flickr8k"
     """Name of the prepared dataset under STORAGE/data/."""
     split: str = "split_report_generation"
-    """Column of the dataset that says which rows train."""
+    """Column of the dataset that selects the training rows."""
     captions_per_image: int = 5
-    """How many of an image's captions are trained on, the first ones; each time one of them is drawn at random."""
+    """Number of captions per image to train on, the first ones. Each epoch draws one of them at random."""
     vqvae: str | None = None
-    """Finished run of jobs/train_vqvae.py (STORAGE/runs/vqvae/NAME, a folder or s3://...), which says the size of the
-    images; None trains the VQ-VAE of the same variant and name first."""
+    """Finished run of jobs/train_vqvae.py (STORAGE/runs/vqvae/NAME, a folder or s3://...). It sets the size of the
+    images. None first trains a VQ-VAE of the same variant and name."""
     flip: bool = False
-    """Mirror half of the images, drawn anew each epoch (the VQ-VAE then runs on both views)."""
+    """Mirror images at random with probability 1/2 (the VQ-VAE runs on both views)."""
     drop_text: float = 0.1
-    """Share of the captions that are replaced by no text, for classifier-free guidance."""
+    """Share of the captions that are replaced by the empty text, for classifier-free guidance."""
     sample_steps: int = 50
-    """Sampling steps of the images that are written at each validation."""
+    """Sampling steps of the images at each validation."""
     sample_guidance: float = 3.0
-    """Guidance scale of those images; 1 is none."""
+    """Guidance scale of the images at each validation; 1 is no guidance."""
     unet: UNetSettings = field(
         default_factory=lambda: UNetSettings(
             channels=(256, 384, 512, 768), attention_levels=(0, 1, 2, 3), num_heads=16, time_width=512
@@ -45,7 +45,7 @@ class LatentDiffusionRecipe:
     noise: NoiseSchedule = field(
         default_factory=lambda: NoiseSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     )
-    """The diffusion."""
+    """The noise schedule."""
     text: TextSettings = field(
         default_factory=lambda: TextSettings(text_encoder="openai/clip-vit-base-patch16", max_tokens=77)
     )
@@ -53,7 +53,7 @@ class LatentDiffusionRecipe:
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=100,
-            # Not the best validation's: samples go on improving long after the loss does not.
+            # Samples improve long after the validation loss has stopped improving.
             keep="last",
             batch_size=16,
             optimizer="adam",
@@ -64,7 +64,7 @@ class LatentDiffusionRecipe:
             num_samples=16,
         )
     )
-    """How it is optimised."""
+    """Optimisation."""
 
     def __post_init__(self) -> None:
         check_diffusion(self, "captions_per_image", "sample_steps")
@@ -75,18 +75,18 @@ class LatentDiffusionRecipe:
 
 
 _REPORT = LatentDiffusionRecipe()
-# The 77 tokens stay in every variant: diffusers' pipeline of this kind pads to as many.
+# All variants have 77 tokens: the pipeline of diffusers pads prompts to 77.
 _BEST = dataclasses.replace(
     _REPORT,
     flip=True,
     unet=UNetSettings(channels=(128, 256), layers_per_block=1, attention_levels=(0, 1), num_heads=4),
-    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by. No
-    # min-SNR: what is where, and in which colour, is decided in the noisiest steps, which it weights least.
+    # v-prediction: at the end of the cosine schedule hardly any signal is left, and noise prediction divides by it. No
+    # min-SNR: it weights the noisiest steps least, and these decide the layout and the colours.
     noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction"),
     text=TextSettings(max_tokens=77, text_width=192, text_layers=3, text_heads=4),
     train=TrainSettings(
         num_epochs=60,
-        # Not the best validation's: samples go on improving long after the loss does not.
+        # Samples improve long after the validation loss has stopped improving.
         keep="last",
         batch_size=64,
         lr=3e-4,
@@ -104,16 +104,16 @@ _SHAPES = dataclasses.replace(
     _BEST,
     dataset="shapes",
     split="split",
-    # A mirrored image would make "left" mean right.
+    # A mirrored image would contradict "left" and "right" in its caption.
     flip=False,
     sample_steps=25,
-    # Down to 2 x 2 positions, each of which sees another border. Not compared alone.
+    # Down to 2 x 2 positions, each with a different border of the image. Its effect alone was not measured.
     unet=UNetSettings(
         channels=(64, 96, 128, 128), layers_per_block=1, attention_levels=(1, 2, 3), num_heads=4, pooled_text=True
     ),
-    # Few large shapes can be seen through much noise: only in the last 40 timesteps is the caption all that says where
-    # they are. A sixth of the training is there. A shift of 8, with or without half of it at all timesteps alike, gave
-    # fewer right places and shapes (docs/results.md).
+    # Large shapes are visible through much noise. Only in the last 40 timesteps the caption is needed to place them. A
+    # shift of 5 spends a sixth of the training there. A shift of 8, with or without half of the timesteps uniform, gave
+    # fewer correct places and shapes (docs/results.md).
     noise=dataclasses.replace(_BEST.noise, timestep_shift=5.0),
     text=TextSettings(max_tokens=77, text_width=128, text_layers=2, text_heads=4),
     train=dataclasses.replace(

@@ -1,8 +1,8 @@
-"""Perceptual distance: how far two images are apart in the features of a frozen network.
+"""Perceptual distance of two images: the distance of their features in a frozen network.
 
-`LPIPS` is Zhang et al. 2018 (arXiv 1801.03924, equation 1) over VGG-16, with the published weights read from files (the
-``lpips`` package needs torchvision). `FeatureDistance` is the same without the learned channel weights, over any
-convolutional vision model of Hugging Face, by name or folder.
+`LPIPS` (Zhang et al. 2018, arXiv 1801.03924, equation 1) uses VGG-16. Its published weights are read from files, as the
+``lpips`` package needs torchvision. `FeatureDistance` has no learned channel weights. It uses any convolutional vision
+model of Hugging Face, by name or folder.
 
 Shapes: B images, P pixels a side, C channels, H and W sides of a feature map.
 """
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mmcore.errors import InputError
 from mmcore.frozen.vision import FrozenVisionEncoder
 
-# torchvision's vgg16: places of its convolutions in `features`, and after which ones LPIPS looks (relu1_2 ... relu5_3).
+# The convolutions of torchvision's vgg16 by their index in `features`, and the layers that LPIPS compares (relu1_2 to
+# relu5_3).
 _VGG16_CHANNELS = {
     0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
     17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512),
@@ -27,23 +28,23 @@ _VGG16_CHANNELS = {
 _LAST_OF_STAGE = (2, 7, 14, 21, 28)
 # The reference implementation's normalisation of images in [-1, 1].
 _LPIPS_SHIFT, _LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-# What the two formats raise on a file that is none of them.
+# Errors of the two file formats for an invalid file.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
-# Guards the unit vectors against a feature of length zero.
+# Avoids a division by zero for a feature of length zero.
 _EPSILON = 1e-10
 
 
 def _squared_differences(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Squared differences of features scaled to unit length over their channels: (B, C, H, W), at least fp32."""
+    """Squared differences of features, each scaled to unit length over channels: (B, C, H, W), fp32 or above."""
     real = torch.promote_types(a_BCHW.dtype, torch.float32)
     a_BCHW, b_BCHW = (F.normalize(each.to(real), dim=1, eps=_EPSILON) for each in (a_BCHW, b_BCHW))
     return (a_BCHW - b_BCHW).square()
 
 
 class PerceptualDistance(nn.Module):
-    """Never trained: no gradient reaches the weights, and BatchNorm always uses its stored statistics."""
+    """Base class of frozen networks. Weights get no gradient, and BatchNorm always uses its stored statistics."""
 
-    # Depthwise convolutions leave autocast, and the weights of channels meet fp32 distances.
+    # Depthwise convolutions are computed outside of autocast, and channel weights are multiplied in fp32.
     own_precision = True
 
     def freeze(self) -> None:
@@ -55,10 +56,10 @@ class PerceptualDistance(nn.Module):
 
 
 class FeatureDistance(PerceptualDistance):
-    """Mean over resolutions of the squared distance of unit features, from the last feature map of each resolution."""
+    """The squared distance of unit-length features in the last feature map of each resolution, averaged."""
 
     def __init__(self, name: str, image_size: int) -> None:
-        """Raises InputError where `name` is no convolutional vision model."""
+        """Raises InputError if `name` is not a convolutional vision model."""
         super().__init__()
         encoder = FrozenVisionEncoder(name, image_size, flag="--perceptual")
         self.network = encoder.model
@@ -68,11 +69,11 @@ class FeatureDistance(PerceptualDistance):
         with torch.no_grad():
             maps = self._features(torch.zeros(1, 3, image_size, image_size))
         if not maps:
-            raise InputError(f"--perceptual {name!r}: no feature maps there; name a convolutional vision model")
+            raise InputError(f"--perceptual {name!r}: has no feature maps; name a convolutional vision model")
 
     def _features(self, x_B3PP: Tensor) -> list[Tensor]:
         normalised = ((x_B3PP + 1) / 2 - self.mean) / self.std  # type: ignore[operator]
-        # In fp32 on a CPU, where depthwise convolutions are slow in bf16.
+        # No autocast on a CPU: depthwise convolutions are slow in bf16.
         enabled = torch.is_autocast_enabled(x_B3PP.device.type) and x_B3PP.device.type != "cpu"
         with torch.autocast(x_B3PP.device.type, enabled=enabled):
             hidden = self.network(normalised, output_hidden_states=True).hidden_states
@@ -88,8 +89,10 @@ class LPIPS(PerceptualDistance):
     """LPIPS 0.1 over VGG-16."""
 
     def __init__(self, vgg16: str, heads: str) -> None:
-        """`vgg16`: torchvision's state dict; `heads`: the ``lpips`` package's ``weights/v0.1/vgg.pth``; each a
-        safetensors or .pth file. Raises InputError where a weight is missing there."""
+        """`vgg16`: file of torchvision's state dict. `heads`: ``weights/v0.1/vgg.pth`` of the ``lpips`` package.
+
+        Both are safetensors or .pth files. Raises InputError for a missing weight.
+        """
         super().__init__()
         convolutions = _read_weights(vgg16, "--vgg16")
         self.convolutions = nn.ModuleDict()
@@ -130,7 +133,7 @@ class LPIPS(PerceptualDistance):
 
 def _read_weights(path: str, flag: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
-        raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file of weights")
+        raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file with weights")
     try:
         if path.endswith(".safetensors"):
             return load_file(path)

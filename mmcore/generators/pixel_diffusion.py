@@ -1,4 +1,4 @@
-"""The report's "our diffusion": a conditional U-Net on pixels, with a frozen or a jointly trained text encoder."""
+"""The pixel diffusion of the report ("our diffusion"): a conditional U-Net with a frozen or trained text encoder."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,28 +13,28 @@ from mmcore.recipe import TrainSettings
 
 @dataclass(frozen=True)
 class PixelDiffusionRecipe:
-    """BERT (frozen), projection, U-Net on pixels; the defaults are the report's settings."""
+    """BERT (frozen), projection, U-Net on pixels. The defaults are the settings of the report."""
 
     dataset: str = "flickr8k"
     """Name of the prepared dataset under STORAGE/data/."""
     split: str = "split_report_generation"
-    """Column of the dataset that says which rows train."""
+    """Column of the dataset that selects the training rows."""
     captions_per_image: int = 1
-    """How many of an image's captions are trained on, the first ones; each time one of them is drawn at random."""
+    """Number of captions per image to train on, the first ones. Each epoch draws one of them at random."""
     image_size: int = 128
-    """Pixels a side."""
+    """Side of an image in pixels."""
     flip: bool = True
-    """Mirror half of the images, drawn anew each epoch."""
+    """Mirror images at random with probability 1/2."""
     drop_text: float = 0.0
-    """Share of the captions that are replaced by no text, for classifier-free guidance."""
+    """Share of the captions that are replaced by the empty text, for classifier-free guidance."""
     sample_steps: int = 50
-    """Sampling steps of the images that are written at each validation."""
+    """Sampling steps of the images at each validation."""
     sample_guidance: float = 1.0
-    """Guidance scale of those images; 1 is none."""
+    """Guidance scale of the images at each validation; 1 is no guidance."""
     unet: UNetSettings = field(default_factory=UNetSettings)
     """The network."""
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
-    """The diffusion."""
+    """The noise schedule."""
     text: TextSettings = field(
         default_factory=lambda: TextSettings(text_encoder="bert-base-uncased", max_tokens=24, projection_width=512)
     )
@@ -42,7 +42,7 @@ class PixelDiffusionRecipe:
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=5,
-            # Not the best validation's: samples go on improving long after the loss does not.
+            # Samples improve long after the validation loss has stopped improving.
             keep="last",
             batch_size=32,
             optimizer="adamw",
@@ -55,7 +55,7 @@ class PixelDiffusionRecipe:
             num_samples=16,
         )
     )
-    """How it is optimised."""
+    """Optimisation."""
 
     def __post_init__(self) -> None:
         check_diffusion(self, "captions_per_image", "image_size", "sample_steps")
@@ -72,15 +72,15 @@ _BEST = dataclasses.replace(
     image_size=64,
     drop_text=0.1,
     sample_guidance=3.0,
-    # Attention where there are at most 16² positions.
+    # Attention only at levels with at most 16² positions.
     unet=UNetSettings(channels=(32, 96, 192, 256), layers_per_block=1, attention_levels=(2, 3), num_heads=4),
-    # Of the cosine schedule's last steps hardly any signal is left, which predictions of the noise divide by. No
-    # min-SNR: what is where, and in which colour, is decided in the noisiest steps, which it weights least.
+    # v-prediction: at the end of the cosine schedule hardly any signal is left, and noise prediction divides by it. No
+    # min-SNR: it weights the noisiest steps least, and these decide the layout and the colours.
     noise=NoiseSchedule(beta_schedule="squaredcos_cap_v2", prediction="v_prediction"),
     text=TextSettings(max_tokens=40, text_width=192, text_layers=3, text_heads=4),
     train=TrainSettings(
         num_epochs=60,
-        # Not the best validation's: samples go on improving long after the loss does not.
+        # Samples improve long after the validation loss has stopped improving.
         keep="last",
         batch_size=32,
         lr=3e-4,
@@ -99,10 +99,10 @@ _SHAPES = dataclasses.replace(
     dataset="shapes",
     split="split",
     image_size=32,
-    # A mirrored image would make "left" mean right.
+    # A mirrored image would contradict "left" and "right" in its caption.
     flip=False,
     sample_steps=25,
-    # Positions of 2 x 2 pixels; the rest as the latent diffusion's, whose samples have as many positions.
+    # Patches of 2 x 2 pixels give as many positions as the latent diffusion has. Other sizes are the same as there.
     unet=UNetSettings(
         channels=(64, 96, 128, 128),
         layers_per_block=1,

@@ -1,6 +1,6 @@
-"""The captions of a dataset in the form that a generator's network takes.
+"""The captions of a dataset as inputs of a generator's network: token ids or cached hidden states.
 
-Shapes: N rows of the dataset, K captions an image, B rows of a batch, T text tokens, E channels of a frozen text
+Shapes: N rows of the dataset, K captions per image, B rows of a batch, T text tokens, E channels of a frozen text
 encoder.
 """
 
@@ -16,17 +16,17 @@ from mmcore.rows import Batch
 
 
 class Prompts(Protocol):
-    """The captions of a dataset in the form that a network takes."""
+    """The captions of a dataset as inputs of a network."""
 
     def batch(self, rows: Sequence[int], captions: Sequence[int | None]) -> Batch:
-        """Of each row of the dataset the caption of that number, or with None what stands for no text."""
+        """The text inputs of `rows`, each with the caption of that index. None is the empty text."""
 
 
 class PromptIds:
-    """Captions as token ids, for a text encoder that is trained along."""
+    """Captions as token ids, for a text encoder that is trained jointly."""
 
     def __init__(self, captions: Sequence[Sequence[str]], tokenizer: PromptTokenizer) -> None:
-        """`captions`: of each row of the dataset, in its order."""
+        """`captions`: the captions of each row, in the order of the dataset."""
         ids, _ = tokenizer([text for row in captions for text in row])
         self.ids_by_row = ids.split([len(row) for row in captions])
         self.null_T = tokenizer([NO_TEXT])[0][0]
@@ -42,7 +42,7 @@ class PromptEmbeddings:
     """Captions as the cached hidden states of a frozen text encoder."""
 
     def __init__(self, column: Column, null: np.ndarray, image_ids: Sequence[str]) -> None:
-        """`column`: fp16 (N, K, T, E); `null`: hidden states of no text, (T, E); `image_ids`: the dataset's order."""
+        """`column`: fp16 (N, K, T, E). `null`: hidden states of the empty text, (T, E). `image_ids`: of the dataset."""
         places = {image_id: place for place, image_id in enumerate(column.image_ids)}
         self.places = [places[image_id] for image_id in image_ids]
         self.values_NKTE, self.null_TE = column.values, null.astype(column.values.dtype)

@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio of images, and what a plain shrinking would reach.
+"""Peak signal-to-noise ratio (PSNR) of images, and the PSNR of bicubic downsampling as a baseline.
 
 Shapes: B images, P pixels a side.
 """
@@ -15,13 +15,13 @@ _MIN_SQUARED_ERROR = 1e-10
 
 
 def psnr(x_B3PP: Tensor, y_B3PP: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]; what `y` has beyond that is clipped first."""
+    """Peak signal-to-noise ratio (B,) in dB of images in [-1, 1]. `y` is clipped to [-1, 1]."""
     error_B = (x_B3PP - y_B3PP.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
     return -10 * error_B.clamp_min(_MIN_SQUARED_ERROR).log10()
 
 
 def bicubic_psnr(pixels_BPP3: np.ndarray, factor: int) -> float:
-    """Mean PSNR in dB of images that are only made smaller by `factor` and larger again: what a VQ-VAE has to beat."""
+    """Mean PSNR in dB of images after bicubic downsampling by `factor` and upsampling: a baseline for a VQ-VAE."""
     side, total = pixels_BPP3.shape[1], 0.0
     for pixels in pixels_BPP3:
         small = Image.fromarray(pixels).resize((side // factor, side // factor), Image.Resampling.BICUBIC)

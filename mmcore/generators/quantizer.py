@@ -1,11 +1,12 @@
-"""Vector quantisation: the nearest code of a codebook, and how the codebook learns.
+"""Vector quantisation with a codebook that is trained by gradient or by moving averages.
 
-Two ways to learn it. By gradient, the codebook loss of van den Oord et al. 2017 (arXiv 1711.00937, equation 3). Or as
-moving averages of the latents that chose each code (appendix A.1 there; Razavi et al. 2019, arXiv 1906.00446), with
-revival: a code that hardly anything chooses is thrown away, and one whose latents scatter much is split in two, as in
-Linde, Buzo & Gray 1980. (By scatter and not by use: half of all latents may be one even background, which one code
-serves.) Sums of a whole batch are all that the averages and the revival see, so they are the same for any number of
-workers.
+By gradient: the codebook loss of van den Oord et al. 2017 (arXiv 1711.00937, equation 3).
+
+By moving averages: a code is the average of the latents assigned to it (appendix A.1 there; Razavi et al. 2019, arXiv
+1906.00446). Rarely used codes are revived: a code whose latents have a large scatter is split in two, and a rarely used
+code becomes one half (Linde, Buzo & Gray 1980). The split code is chosen by scatter, not by use. Half of all latents
+may be one plain background, for which one code is enough. Averages and revival use sums over the whole batch only, so
+they do not depend on the number of workers.
 
 Shapes: B images, D channels of a latent, H and W its sides, N = B·H·W latents, K codes.
 """
@@ -15,16 +16,16 @@ from torch import Tensor, nn
 
 from mmcore.seeding import generator
 
-# Distances that are held at once (fp32: 64 MB).
+# Distances in memory at once (fp32: 64 MB).
 _MAX_DISTANCES = 2**24
-# A split puts the two halves this many standard deviations of their latents from where the code was.
+# Distance of both halves of a split from the old code, in standard deviations of its latents.
 _SPLIT = 0.5
-# Use that both halves begin with, as a multiple of the use below which a code is dead.
-_PROBATION = 2.0
+# Initial use of both halves, as a multiple of the use below which a code is dead.
+_SPLIT_USE = 2.0
 
 
 class Quantizer(nn.Module):
-    """A codebook (K, D): a parameter that gradients move, or with `ema_decay` a buffer that `after_step` moves."""
+    """A codebook (K, D): a parameter trained by gradient, or with `ema_decay` a buffer updated by `after_step`."""
 
     codebook: Tensor
     ema_counts: Tensor
@@ -32,7 +33,7 @@ class Quantizer(nn.Module):
     ema_scatter: Tensor
 
     def __init__(self, num_codes: int, width: int, *, ema_decay: float | None, revive_below: float, seed: int) -> None:
-        """`revive_below`: a code is dead below this share of the mean use; 0 revives none."""
+        """`revive_below`: codes used less than this share of the mean use are revived; 0 turns revival off."""
         super().__init__()
         self.ema_decay, self.revive_below, self.seed = ema_decay, revive_below, seed
         codebook_KD = torch.randn(num_codes, width)
@@ -47,31 +48,32 @@ class Quantizer(nn.Module):
             self.state_buffers = ("codebook", "ema_counts", "ema_sums", "ema_scatter")
 
     def nearest(self, latents_ND: Tensor) -> Tensor:
-        """The index (N,) of the code nearest to each latent, by the arithmetic of diffusers' VectorQuantizer."""
+        """Index (N,) of the nearest code of each latent, computed like diffusers' VectorQuantizer."""
         codebook_KD = self.codebook.detach()
         rows = max(1, _MAX_DISTANCES // len(codebook_KD))
         return torch.cat([torch.cdist(part, codebook_KD).argmin(1) for part in latents_ND.split(rows)])
 
     def quantize(self, latents_BDHW: Tensor) -> Tensor:
-        """Each latent replaced by its nearest code."""
+        """Replace each latent by its nearest code: (B, D, H, W) -> (B, D, H, W)."""
         return self.vectors(self.numbers(latents_BDHW))
 
     def numbers(self, latents_BDHW: Tensor) -> Tensor:
-        """The number of the code nearest to each latent, int64 (B, H, W)."""
+        """Index of the nearest code of each latent: (B, D, H, W) -> int64 (B, H, W)."""
         latents_BHWD = latents_BDHW.permute(0, 2, 3, 1)
         return self.nearest(latents_BHWD.flatten(0, 2)).view(latents_BHWD.shape[:3])
 
     def vectors(self, numbers_BHW: Tensor) -> Tensor:
-        """The codes (B, D, H, W) of those numbers."""
+        """The codes (B, D, H, W) with those indices."""
         return self.codebook[numbers_BHW].permute(0, 3, 1, 2)
 
     def forward(self, latents_BDHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Quantised latents, whose gradient passes straight through to `latents`, and what training needs.
+        """Quantise latents with a straight-through gradient.
 
-        Returns: (B, D, H, W), and a dict of `commitment_loss` (B,) and, for a codebook that gradients move,
-            `codebook_loss` (B,): mean squared distances; the statistics `counts` (K,), how many latents chose each
-            code, and, for a codebook of averages, `sums` (K, D) of them and `squares` (K,) of their lengths, all in
-            float64.
+        Returns: quantised latents (B, D, H, W), and a dict:
+            `commitment_loss` (B,), and `codebook_loss` (B,) for a codebook trained by gradient: mean squared distances.
+            `counts` float64 (K,): the number of latents of each code.
+            `sums` float64 (K, D) and `squares` float64 (K,), for moving averages: per code, the sums of the latents and
+            of their squared lengths.
         """
         latents_BHWD = latents_BDHW.permute(0, 2, 3, 1)
         latents_ND = latents_BHWD.detach().flatten(0, 2)
@@ -92,24 +94,24 @@ class Quantizer(nn.Module):
         return straight_BHWD.permute(0, 3, 1, 2), outputs
 
     def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
-        """Move a codebook of averages by the statistics of the whole batch of `step`; revive dead codes."""
+        """Update moving averages by the statistics of the whole batch, and revive dead codes."""
         if self.ema_decay is None:
             return
         counts_K, sums_KD, squares_K = (statistics[name].to(self.ema_sums) for name in ("counts", "sums", "squares"))
-        # Squared distances of a code's latents to their own mean, within one batch: over several the encoder moves on.
+        # Scatter is measured within one batch, as the encoder changes between batches.
         scatter_K = (squares_K - sums_KD.square().sum(1) / counts_K.clamp_min(1)).clamp_min(0)
         weight = 1 - self.ema_decay
         self.ema_counts.lerp_(counts_K, weight)
         self.ema_sums.lerp_(sums_KD, weight)
         self.ema_scatter.lerp_(scatter_K, weight)
-        # Sum and count of the others have shrunk alike, so that their means are where they were.
+        # For unused codes, sum and count shrank by the same factor, so their means did not change.
         chosen_K = counts_K > 0
         self.codebook[chosen_K] = (self.ema_sums[chosen_K] / self.ema_counts[chosen_K, None]).to(self.codebook)
         if self.revive_below > 0:
             self._revive(step)
 
     def _revive(self, step: int) -> None:
-        """The i-th dead code becomes one half of the code of the i-th largest scatter, if that is above the mean."""
+        """The i-th dead code becomes one half of the code with the i-th largest scatter, if that is above the mean."""
         threshold = self.revive_below * self.ema_counts.mean()
         dead_K = self.ema_counts < threshold
         split_K = (self.ema_scatter > self.ema_scatter.mean()) & ~dead_K
@@ -126,17 +128,16 @@ class Quantizer(nn.Module):
         shift_RD = _SPLIT * variance_R.sqrt()[:, None] * direction_RD
         for codes, halves_RD in ((split, means_RD + shift_RD), (dead, means_RD - shift_RD)):
             self.codebook[codes] = halves_RD.to(self.codebook)
-            # On probation: what chooses it now counts more than what chose its parent, and one that nothing chooses
-            # is soon dead again.
-            self.ema_counts[codes] = _PROBATION * threshold
-            self.ema_sums[codes] = _PROBATION * threshold * halves_RD
+            # A low initial use: new latents soon outweigh the old ones, and an unused half soon counts as dead again.
+            self.ema_counts[codes] = _SPLIT_USE * threshold
+            self.ema_sums[codes] = _SPLIT_USE * threshold * halves_RD
             self.ema_scatter[codes] = 0
 
 
 def codebook_use(counts_K: Tensor) -> dict[str, float]:
-    """`perplexity`, the exponential of the entropy of how codes are chosen, and `codes_used`, the share chosen at all.
+    """`perplexity`, the exponential of the entropy of code use, and `codes_used`, the share of codes in use.
 
-    Neither is a mean over batches: `counts_K` must be of the whole set that is spoken of.
+    Neither can be averaged over batches, so `counts_K` must be of the whole set.
     """
     shares_K = counts_K.double() / counts_K.sum()
     entropy = -torch.special.xlogy(shares_K, shares_K).sum()

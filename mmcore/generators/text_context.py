@@ -1,8 +1,9 @@
-"""Prompts to what a generator attends to: a frozen text encoder, or a small one that is trained along.
+"""Text embeddings for the cross-attention of a generator.
 
-A frozen encoder's hidden states are computed once for all captions and cached; a trained one takes token ids.
+The hidden states of a frozen text encoder are computed once for all captions and cached. A small encoder that is
+trained jointly takes token ids.
 
-Shapes: B prompts, T tokens, E channels of the encoder's hidden states, D channels that the network attends to.
+Shapes: B prompts, T tokens, E channels of the frozen encoder's hidden states, D channels of the text embeddings.
 """
 
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ from mmcore.frozen.tokenizers import WORDS
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How prompts reach the network."""
+    """Text encoder, tokenizer and projection."""
 
     text_encoder: str = SCRATCH
-    """Hugging Face text encoder (BERT, CLIP, T5, ...) by name or folder, frozen; `scratch` trains a small one along."""
+    """Frozen Hugging Face text encoder (BERT, CLIP, T5, ...) by name or folder. `scratch` trains a small one."""
     tokenizer: str = WORDS
-    """Tokenizer of `scratch`: a Hugging Face tokenizer by name or folder, or `words`, made of the training captions
-    (a frozen encoder brings its own)."""
+    """Tokenizer of `scratch`: a Hugging Face tokenizer by name or folder. `words` builds a vocabulary from the training
+    captions. A frozen encoder has its own tokenizer."""
     max_tokens: int = 77
-    """Tokens of a prompt with begin and end, padded to as many; longer ones lose their tail."""
+    """Tokens per prompt, including begin and end. Shorter prompts are padded, longer ones truncated."""
     text_width: int = 128
     """Width of `scratch`."""
     text_layers: int = 2
@@ -34,27 +35,27 @@ class TextSettings:
     text_heads: int = 4
     """Attention heads of `scratch`."""
     projection_width: int | None = None
-    """Width that a frozen encoder's hidden states are projected to (Linear, GELU, LayerNorm, trained along); None
-    hands them on as they are."""
+    """Width of the trained projection of a frozen encoder's hidden states (Linear, GELU, LayerNorm). None has no
+    projection."""
 
     def check(self) -> None:
-        """Raise InputError for settings that cannot be. A recipe calls it: of a nested field the command line's reader
-        would show the error in a form of its own."""
+        """Raise InputError for invalid settings. The recipe calls this: tyro would reformat an error of a nested
+        field."""
         check_at_least_one(self, "text_width", "text_layers", "text_heads")
         if self.max_tokens < 2:
-            raise InputError(f"max_tokens {self.max_tokens} must be at least 2 (begin, end); mend it with --max-tokens")
+            raise InputError(f"max_tokens {self.max_tokens} must be at least 2 (begin, end); change --max-tokens")
         if self.text_width % self.text_heads:
             raise InputError(
-                f"text_heads {self.text_heads} does not divide text_width {self.text_width}; mend it with --text-heads"
+                f"text_heads {self.text_heads} does not divide text_width {self.text_width}; change --text-heads"
             )
         if self.is_scratch and self.projection_width is not None:
             raise InputError(
-                f"projection_width {self.projection_width} is of a frozen encoder, and text_encoder is {SCRATCH!r}; "
-                "choose the width with --text-width, and give --projection-width None"
+                f"projection_width {self.projection_width} is for a frozen encoder, but text_encoder is {SCRATCH!r}; "
+                "give --projection-width None, and set the width with --text-width"
             )
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that these settings leave without effect, each with the flag that would give it one."""
+        """Fields without effect under the other settings, each with the flag that would make it effective."""
         if self.is_scratch:
             return {}
         return dict.fromkeys(("tokenizer", "text_width", "text_layers", "text_heads"), f"--text-encoder {SCRATCH}")
@@ -65,7 +66,7 @@ class TextSettings:
 
 
 class TextContext(nn.Module):
-    """The trainable part of the text's way into the network."""
+    """The trainable text encoder, or the projection of a frozen encoder's hidden states."""
 
     def __init__(self, settings: TextSettings, inputs: TextInputs) -> None:
         super().__init__()
@@ -88,33 +89,34 @@ class TextContext(nn.Module):
                 eos_token_id=inputs.eos_id,
             )
             self.encoder = CLIPTextModel(config)
-            # PyTorch's own start, and T5's. With CLIP's (0.02) a word is no more like itself in another place than like
-            # another word in its own (cosines of 0.42 and 0.44; so 0.94 and 0.06): on Shapes of one object, with
-            # `timestep_shift` 8, words for places had no influence after 15,000 images, and have it after 9,500 so.
+            # A standard deviation of 1, as PyTorch and T5 use. With CLIP's 0.02 position embeddings dominate. A word is
+            # as similar to itself at another position (cosine 0.42) as to another word at its position (0.44). With 1
+            # the cosines are 0.94 and 0.06. On Shapes with one object and `timestep_shift` 8, words for places had no
+            # effect after 15,000 images with 0.02. With 1 they had an effect after 9,500.
             nn.init.normal_(self.encoder.get_input_embeddings().weight)
             if not torch.cuda.is_available():
                 # The backward pass of PyTorch's fused attention is slow on a CPU.
                 self.encoder.set_attn_implementation("eager")
             self.width = settings.text_width
             return
-        assert inputs.width is not None, "a frozen text encoder hands on hidden states"
+        assert inputs.width is not None, "a frozen text encoder gives hidden states"
         self.width = settings.projection_width or inputs.width
         if settings.projection_width is not None:
             linear = nn.Linear(inputs.width, settings.projection_width)
             self.projection = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(settings.projection_width))
 
     def mask(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The tokens of `forward` that are no padding, bool (B, T); None where hidden states come without marks."""
+        """Mask of the tokens that are not padding, bool (B, T); None for hidden states of a frozen encoder."""
         if self.encoder is None:
             return None
-        assert self.eos_id is not None, "a text encoder from scratch takes ids with an end mark"
-        # A tokenizer may pad with its end mark: what counts is whether one has come before.
+        assert self.eos_id is not None, "a text encoder from scratch takes ids with an end token"
+        # A tokenizer may pad with its end token. Padding is everything after the first one.
         ends_BT = batch["input_ids"].eq(self.eos_id)
         return ends_BT.cumsum(1) - ends_BT.long() == 0
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """`input_ids` int64 (B, T), or `encoder_hidden_states` (B, T, E) -> (B, T, D)."""
+        """`input_ids` int64 (B, T) or `encoder_hidden_states` (B, T, E) of `batch` -> text embeddings (B, T, D)."""
         if self.encoder is None:
             return self.projection(batch["encoder_hidden_states"])
-        # Without a mask, as pipelines call it: padding follows the end mark, and the encoder looks back only.
+        # No mask is needed, and pipelines of diffusers give none: padding comes last and attention is causal.
         return self.encoder(input_ids=batch["input_ids"]).last_hidden_state

@@ -1,9 +1,11 @@
-"""Corpus BLEU as sums: what one shard counts adds up to what the whole corpus counts.
+"""Corpus BLEU from counts that add up over shards.
 
-The numbers are those of nltk's ``corpus_bleu`` with ``SmoothingFunction().method1`` (Papineni et al. 2002;
-Chen & Cherry 2014, smoothing 1). Every sentence is counted by nltk itself, so its conventions hold here
-too: an order that a hypothesis is too short for adds 1, not 0, to the total of that order; the reference
-length is the one closest to the hypothesis, the shorter of two; no matching word at all scores 0.
+Scores equal nltk's ``corpus_bleu`` with ``SmoothingFunction().method1`` (Papineni et al. 2002; Chen & Cherry 2014,
+smoothing 1). nltk counts each sentence, so its conventions apply:
+
+* A hypothesis too short for an order adds 1, not 0, to the total of that order.
+* The reference length is the one closest to the hypothesis; of two equally close ones, the shorter.
+* Without any matching word the score is 0.
 """
 
 import math
@@ -18,7 +20,7 @@ from nltk.translate.bleu_score import (
     modified_precision,
 )
 
-# The report's weights; its BLEU-3 has 0.333, 0.333, 0.334, which differs from thirds in the fourth digit.
+# The weights of the report. Its BLEU-3 uses 0.333, 0.333, 0.334 instead of thirds.
 BLEU_WEIGHTS: dict[str, tuple[float, ...]] = {
     "bleu1": (1.0, 0.0, 0.0, 0.0),
     "bleu2": (0.5, 0.5, 0.0, 0.0),
@@ -29,17 +31,17 @@ NUM_ORDERS = 4
 
 
 def tokenize(caption: str, *, lowercase: bool = False) -> list[str]:
-    """The report's tokens: what stands between white space, case kept unless `lowercase`."""
+    """Split a caption at white space, as in the report."""
     return (caption.lower() if lowercase else caption).split()
 
 
 @dataclass(frozen=True)
 class BleuCounts:
-    """What BLEU needs to know of any number of captions; whole numbers, so that adding them is exact.
+    """The counts of BLEU for any number of captions. They are integers, so sums are exact.
 
     Attributes:
-        matches: for n-grams of 1..4 words, how many of the hypotheses' are in a reference (clipped).
-        totals: for n-grams of 1..4 words, how many the hypotheses have (at least 1 for each hypothesis).
+        matches: for n = 1..4, the number of n-grams of the hypotheses that are in a reference (clipped).
+        totals: for n = 1..4, the number of n-grams of the hypotheses (at least 1 per hypothesis).
         hypothesis_length: words in the hypotheses.
         reference_length: words in the reference closest in length to each hypothesis.
     """
@@ -87,7 +89,7 @@ class BleuCounts:
         )
 
     def brevity_penalty(self) -> float:
-        """1 where the hypotheses are longer than their references, else exp(1 - r / c); 0 without words."""
+        """1 if the hypotheses are longer than their references, else exp(1 - r / c). 0 without words."""
         return float(brevity_penalty(self.reference_length, self.hypothesis_length))
 
     def scores(self) -> dict[str, float]:
@@ -100,7 +102,7 @@ class BleuCounts:
             raise ValueError("BLEU of 0 captions is undefined: nothing was counted")
         if self.matches[0] == 0:
             return dict.fromkeys(BLEU_WEIGHTS, 0.0)
-        # nltk's Fraction keeps 0/12 as it is; the standard one makes it 0/1 and so changes the smoothing.
+        # nltk's Fraction keeps 0/12. Python's Fraction reduces it to 0/1, which would change the smoothing.
         precisions = SmoothingFunction().method1(
             [Fraction(matched, total) for matched, total in zip(self.matches, self.totals, strict=True)]
         )

@@ -1,4 +1,4 @@
-"""Scores of generated images: on Shapes by the oracle, on photographs by the colour that the prompt names.
+"""Scores of generated images: by the oracle on Shapes, by the named colour on photographs.
 
 Images are uint8 (H, W, 3).
 """
@@ -15,7 +15,7 @@ from mmcore.data.shapes_oracle import detect_objects, parse_caption
 from mmcore.errors import InputError
 from mmcore.metrics.shapes import score_texts
 
-# What the words stand for, in sRGB, as CSS defines them.
+# The sRGB values of colour words in CSS.
 COLOUR_WORDS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 192, 203),
     "black": (0, 0, 0),
@@ -28,31 +28,31 @@ COLOUR_WORDS: dict[str, tuple[int, int, int]] = {
     "purple": (128, 0, 128),
     "brown": (165, 42, 42),
 }
-# From linear sRGB to CIE XYZ, each divided by that of white (D65): IEC 61966-2-1.
+# Linear sRGB -> CIE XYZ relative to white (D65), from IEC 61966-2-1.
 _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 _TO_XYZ /= _TO_XYZ.sum(axis=1, keepdims=True)
 
 
 def score_shapes(images: Iterable[npt.NDArray[np.uint8]], prompts: Sequence[str]) -> dict[str, Any]:
-    """How much of what the prompts name is in their images.
+    """The share of the prompts' attributes that are correct in the images.
 
-    Returns: plain JSON values: those of `score_texts`, by the objects that a prompt names; `named_per_prompt`.
+    Returns: JSON values: those of `score_texts` with the objects of the prompts, and `named_per_prompt`.
 
-    Raises InputError for fewer than two images, or a prompt that names nothing of a scene.
+    Raises InputError for fewer than two images, or a prompt without a shape.
     """
     parsed = [parse_caption(prompt) for prompt in prompts]
     for prompt, each in zip(prompts, parsed, strict=True):
         if not each.objects:
-            raise InputError(f"prompt {prompt!r}: names no shape; the oracle knows the prompts of the Shapes data only")
+            raise InputError(f"prompt {prompt!r}: names no shape; the oracle reads only prompts of the Shapes data")
     if len(prompts) < 2:
-        raise InputError(f"{len(prompts)} image: at least 2 are needed, as chance is measured between them")
+        raise InputError(f"{len(prompts)} image: at least 2 are needed to measure chance")
     found = [detect_objects(image) for image in images]
     scores, result = score_texts(found, parsed, [each.objects for each in parsed])
     return result | {"named_per_prompt": sum(score.num_named for score in scores) / len(scores)}
 
 
 def to_lab(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """sRGB (..., 3) in CIE L*a*b*: lightness from 0 to 100, green to red, blue to yellow."""
+    """sRGB (..., 3) -> CIE L*a*b* (..., 3): lightness 0 to 100, green to red, blue to yellow."""
     value = rgb / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _TO_XYZ.T
@@ -61,16 +61,16 @@ def to_lab(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
 
 
 def words_of(text: str) -> set[str]:
-    """Its words in lower case, each once."""
+    """The set of lower-cased words of `text`."""
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
 def named_colour(prompt: str, colours: Sequence[str]) -> str:
-    """The one of `colours` that is a word of `prompt`. Raises InputError where none is, or several are."""
+    """The one of `colours` that is a word of `prompt`. Raises InputError for none or several."""
     named = sorted(words_of(prompt) & set(colours))
     if len(named) != 1:
         raise InputError(
-            f"prompt {prompt!r}: names {' and '.join(named) or 'none'} of {', '.join(colours)}; one it must"
+            f"prompt {prompt!r}: names {' and '.join(named) or 'none'} of {', '.join(colours)}; name exactly one"
         )
     return named[0]
 
@@ -78,20 +78,21 @@ def named_colour(prompt: str, colours: Sequence[str]) -> str:
 def score_colours(
     images: Iterable[npt.NDArray[np.uint8]], prompts: Sequence[str], colours: Sequence[str]
 ) -> dict[str, Any]:
-    """Whether an image's mean colour leans towards the colour that its prompt names, rather than to the others'.
+    """How often the mean colour of an image points to the colour that its prompt names, not to another one.
 
-    All photographs are rather grey in the mean, so what counts is how an image differs from the average of the sweep
-    (each colour's images weighing the same): the colour wins whose own difference from the average of `colours` points
-    most nearly the same way, in L*a*b*. Where images do not depend on the prompt, a named colour wins in 1 of
-    `len(colours)` on average.
+    The mean colour of most photographs is close to grey. An image is therefore compared with the average of the sweep,
+    in which all colours have equal weight. Each of `colours` has a direction in L*a*b* from the average of `colours`.
+    The chosen colour is the one whose direction is closest to the image's. Images that do not depend on the prompt
+    score 1 / `len(colours)` on average.
 
-    Returns: plain JSON values: `fraction_correct` and `chance`; `fraction_nearest`, of the images whose mean colour, as
-        it is, lies nearest to the named colour: it depends on no other image, and is low for all but the darkest of
-        the colours where photographs are grey; `colours`: of each the number of images whose prompt
-        names it, the `fraction_correct` of them, how often each colour was `chosen`, and their mean `lightness`,
-        `chroma` and `hue` (degrees: red 40, yellow 103, green 136, blue 306).
+    Returns: JSON values.
+        `fraction_correct`, and `chance`.
+        `fraction_nearest`: share of the images whose mean colour itself is nearest to the named colour. It does not
+        depend on other images. On grey photographs it is low for all but the darkest colours.
+        `colours`: for each colour its `num_images`, their `fraction_correct` and how often each colour was `chosen`.
+        Also the mean `lightness`, `chroma` and `hue` of its images (degrees: red 40, yellow 103, green 136, blue 306).
 
-    Raises InputError for an unknown colour, fewer than two, or one that no prompt names.
+    Raises InputError for an unknown colour, fewer than two colours, or a colour that no prompt names.
     """
     unknown = [colour for colour in colours if colour not in COLOUR_WORDS]
     if unknown or len(set(colours)) != len(colours) or len(colours) < 2:

@@ -1,7 +1,7 @@
-"""Which prediction is for which image, and whether all that are asked for are there.
+"""Matches predicted captions to images and checks that the set is complete.
 
-The key is the image_id, which is the image's file name without its ending. A name in a file of predictions may be
-either, the file name or the image_id.
+The key is the image_id: the image's file name without its ending. A file of predictions may use the file name or the
+image_id.
 """
 
 from collections.abc import Collection, Iterable
@@ -14,7 +14,7 @@ NUM_LISTED = 5
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first five names, quoted (a name may hold anything), and how many more there are."""
+    """The first five names, quoted, and the number of further names."""
     names = list(names)
     more = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
     return ", ".join(repr(name) for name in names[:NUM_LISTED]) + more
@@ -23,16 +23,16 @@ def listed(names: Iterable[str]) -> str:
 def match_predictions(
     predictions: Predictions, references: References, expected: Collection[str] | None = None
 ) -> dict[str, str]:
-    """image_id to predicted caption, in the order of the predictions.
+    """image_id -> predicted caption, in the order of the predictions.
 
     Args:
-        predictions: what is to be scored.
+        predictions: the predictions to score.
         references: the known images.
-        expected: the image_ids that must be there, all of them and no others; None asks for no set.
+        expected: the exact set of image_ids that must have a prediction; None allows any set.
 
     Raises:
-        InputError: a prediction for an unknown image, two for one image, or a set that differs from
-            `expected`; the first five are listed.
+        InputError: a prediction for an unknown image, two for one image, or a set that differs from `expected`. The
+            message lists the first five.
     """
     unknown = [name for name, _ in predictions.captions if name not in references.image_ids]
     if unknown:

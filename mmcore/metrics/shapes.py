@@ -1,5 +1,7 @@
-"""Scores on Shapes by the oracle: which of the attributes that a text names are in its image, whether the text was made
-of the image, as here, or the image of the text (images.py)."""
+"""Scores on Shapes by the oracle: the share of the attributes named in a text that are correct in its image.
+
+Captions of images are scored here, images of prompts in images.py.
+"""
 
 import io
 import random
@@ -25,16 +27,20 @@ def score_texts(
     texts: Sequence[ParsedCaption],
     scenes: Sequence[Sequence[DetectedObject | NamedObject]],
 ) -> tuple[list[AttributeScore], dict[str, Any]]:
-    """The score of each text on what was found in its image, and of them plain JSON values, each as
-    AttributeScore.as_dict: `all`; `held_out` (scenes with a colour and shape pair that is in no training image) and
-    `seen` (the others); `objects` (by the number of objects of the scene); `shuffled`, what the same texts score on
-    each other's images, which is chance.
+    """Score each text on the objects found in its image.
 
     Args:
-        scenes: the objects by which a text is counted, those of its image or its own.
+        found: the objects found in each image.
+        texts: the text of each image.
+        scenes: the objects that assign a pair to a group below: those of the image, or those of the text.
+    Returns: the score of each pair, and JSON values, each from AttributeScore.as_dict:
+        `all`: over all pairs.
+        `held_out`: scenes with a pair of colour and shape that no training image has; `seen`: the other scenes.
+        `objects`: by the number of objects in the scene.
+        `shuffled`: the same texts on other images, which is chance.
     """
     scores = [score_objects(objects, text) for objects, text in zip(found, texts, strict=True)]
-    # Each image gets the text of the next in a random order, so never its own.
+    # In a random cyclic order each image gets the text of the next one, never its own.
     order = random.Random(0).sample(range(len(found)), len(found))
     shuffled = [score_objects(found[i], texts[j]) for i, j in zip(order, [*order[1:], order[0]], strict=True)]
     held_out = [any((item.colour, item.shape) in HELD_OUT_PAIRS for item in scene) for scene in scenes]
@@ -56,20 +62,20 @@ def score_texts(
 def score_captions(
     images: Sequence[bytes], captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """Score one caption an image.
+    """Score one caption per image.
 
-    A caption that names little is easily right, so `named_per_caption` stands beside what true captions name
-    (`named_per_reference`). Chance (`shuffled`) is what the same captions score on other images.
+    A caption with few attributes is easily correct. The result therefore also has the number of attributes per caption
+    (`named_per_caption`) and per reference (`named_per_reference`).
 
     Args:
-        images: encoded, at least two.
+        images: encoded images, at least two.
         captions: the caption of each image.
         references: the true captions of each image.
-    Returns: plain JSON values: those of `score_texts`, by the objects of the image; `named_per_caption`,
+    Returns: JSON values: those of `score_texts` with the objects of the images, `named_per_caption` and
         `named_per_reference`.
     """
     if len(images) < 2:
-        raise ValueError(f"{len(images)} images: at least 2 are needed, as chance is measured between them")
+        raise ValueError(f"{len(images)} images: at least 2 are needed to measure chance")
     found = [detect_objects(Image.open(io.BytesIO(image))) for image in images]
     scores, result = score_texts(found, [parse_caption(caption) for caption in captions], found)
     true = [

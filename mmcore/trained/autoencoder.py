@@ -1,4 +1,4 @@
-"""Opens a trained autoencoder: images to latents or codes and back."""
+"""Opens a trained autoencoder: images -> latents or codes -> images."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -20,12 +20,12 @@ from mmcore.storage import Storage
 
 
 def open_autoencoder(source: str, *, fingerprint: str | None = None) -> "TrainedVQVAE":
-    """The VQ-VAE of a finished run. Reads facts alone.
+    """The VQ-VAE of a finished run. Reads recipe.json and no weights.
 
     Args:
         source: the run, a local folder or s3://bucket/prefix.
-        fingerprint: the one that it must have, by those who hold latents or codes of it.
-    Raises InputError where `source` is no finished run of a VQ-VAE.
+        fingerprint: the fingerprint of the VQ-VAE that made the latents or codes; `load` checks it.
+    Raises InputError if `source` is not a finished run of a VQ-VAE.
     """
     run = Storage(source)
     file = read_model_file(run, "autoencoder")
@@ -33,13 +33,13 @@ def open_autoencoder(source: str, *, fingerprint: str | None = None) -> "Trained
 
 
 class TrainedVQVAE:
-    """The weights that a finished run keeps: these recipes' last, or by `keep` those of the best validation."""
+    """The saved weights of a finished run: the last ones, or the best by validation loss if `keep` is `best`."""
 
     model: VQVAE
     device: torch.device
 
     def __init__(self, run: Storage, file: RunFile[VQVAERecipe, VQVAEFacts], fingerprint: str | None) -> None:
-        self.run, self.file, self._wanted = run, file, fingerprint
+        self.run, self.file, self._expected_fingerprint = run, file, fingerprint
         self.recipe = file.recipe
         self.image_size: int = self.recipe.image_size
         self.latent_shape: tuple[int, int, int] = self.recipe.latent_shape
@@ -50,24 +50,24 @@ class TrainedVQVAE:
         return {"run": self.run.uri, "weights_sha256": self.file.weights_sha256}
 
     def load(self, device: str = "cpu") -> Self:
-        """Raises InputError where the weights are others than the facts name, or the fingerprint is not the wanted."""
+        """Read the weights and return self. Raises InputError if their SHA-256 or the fingerprint differs."""
         self.device, self.model = torch.device(device), self.recipe.build()
         weights = read_weights(self.run, self.file.weights_sha256)
-        # The discriminator's weights are in the file too; a trained model has no use for them.
+        # The file also has the discriminator's weights, which are not needed here.
         own = {name.removeprefix("vqvae."): value for name, value in weights.items() if name.startswith("vqvae.")}
         checkpoint.load_trainable(self.model, own, str(self.run))
         self.model.eval().requires_grad_(False).to(self.device)
-        if self._wanted is not None and self.fingerprint() != self._wanted:
+        if self._expected_fingerprint is not None and self.fingerprint() != self._expected_fingerprint:
             raise InputError(
-                f"{self.run}/model: another VQ-VAE (fingerprint {self.fingerprint()[:12]}) than the latents or codes "
-                f"are of ({self._wanted[:12]}), trained anew since or copied over it; put that one back, or train the "
-                "generator anew"
+                f"{self.run}/model: this VQ-VAE (fingerprint {self.fingerprint()[:12]}) is not the one that made the "
+                f"latents or codes ({self._expected_fingerprint[:12]}); restore that VQ-VAE, or train the generator "
+                "again"
             )
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that decides latents and images: the weights and the settings."""
-        # As they were written: a field that a later version adds must not change the fingerprint of what is there.
+        """SHA-256 over everything that determines latents and images: the weights and the settings."""
+        # The settings as written in the file, so that a field added by a later version does not change it.
         settings = {name: value for name, value in self.file.written["settings"].items() if name != "train"}
         return sha256_of(self.model, settings)
 
@@ -91,4 +91,4 @@ class TrainedVQVAE:
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], TrainedVQVAE]] = {
     VQVAEFacts: TrainedVQVAE,
 }
-"""What opens a run, by the facts type of its recipe in the catalogue."""
+"""The class that opens a run, by the type of its facts."""

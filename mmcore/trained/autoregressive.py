@@ -1,4 +1,4 @@
-"""A trained Transformer over the codes of a VQ-VAE: prompts and seeds in, images out."""
+"""A trained autoregressive generator: prompts and seeds -> images."""
 
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -20,14 +20,14 @@ from mmcore.trained.prompts import PromptReader, check_size
 
 
 class TrainedAutoregressive:
-    """The weights that a finished run keeps, with the frozen parts that it was trained on.
+    """The saved weights of a finished run, with the frozen models that it was trained on.
 
-    Its options are by default those of its recipe's `sample`.
+    The default options are the recipe's `sample`.
     """
 
     model: CodeTransformer
     vqvae: TrainedVQVAE
-    """Makes images of the codes."""
+    """Decodes codes to images."""
     device: torch.device
     dtype: torch.dtype
 
@@ -39,7 +39,7 @@ class TrainedAutoregressive:
         self.size: tuple[int, int] = (facts.resolution, facts.resolution)
         self.max_tokens: int = self.text.max_tokens
         self.decides_by_code = True
-        # Without a prompt that was missing in training there is nothing that guidance could lead away from.
+        # Guidance needs a model that was also trained on the empty text.
         self.guides = self.recipe.drop_text > 0
         self.options: AutoregressiveOptions = self.recipe.sample
 
@@ -51,9 +51,10 @@ class TrainedAutoregressive:
         check_size(size, self.size)
 
     def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """`dtype`: bfloat16 computes under autocast, faster and with images that depend on the size of the batch.
+        """Read the weights and return self. With `dtype` bfloat16, images are computed under autocast.
 
-        Raises InputError where the weights, the text encoder or the VQ-VAE are others than the facts name.
+        That is faster, but an image then depends on the batch size. Raises InputError if the weights, the text encoder
+        or the VQ-VAE differ from those in recipe.json.
         """
         facts, assets = self.file.facts, self.run / "model"
         self.device, self.dtype = torch.device(device), dtype
@@ -78,9 +79,9 @@ class TrainedAutoregressive:
         size: tuple[int, int] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """`on_step` counts codes."""
+        """See `Generator.generate`. `on_step` counts codes."""
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: give one seed per prompt")
         self.check(options, size or self.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             null = self.text([options.negative_prompt or NO_TEXT] * len(prompts)) if options.guides else None

@@ -1,4 +1,4 @@
-"""Opens a trained captioner: pixels in, captions out."""
+"""Opens a trained captioner: images -> captions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -21,12 +21,12 @@ from mmcore.text import CaptionTokenizer, WordVocabulary
 
 
 def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
-    """The captioner of a finished run. Reads facts alone; what it returns can be sent to another machine.
+    """The captioner of a finished run. Reads recipe.json and no weights. The result can be sent to another machine.
 
     Args:
         source: the run, a local folder or s3://bucket/prefix.
-        encoder: where the frozen image encoder lies on this machine, if not where the run had it.
-    Raises InputError where `source` is no finished run of a captioner.
+        encoder: name or folder of the frozen image encoder, if it differs from the one in recipe.json.
+    Raises InputError if `source` is not a finished run of a captioner.
     """
     run = Storage(source)
     file = read_model_file(run, "captioner")
@@ -34,8 +34,10 @@ def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
 
 
 class TrainedCaptioner:
-    """The weights that a finished run keeps (of the best validation, or by `keep` the last), with the frozen encoder
-    that it was trained on."""
+    """The saved weights of a finished run with its frozen encoder.
+
+    The weights are the best by validation loss, or the last if `keep` is `last`.
+    """
 
     model: Any
     encoder: FrozenVisionEncoder | None
@@ -46,8 +48,8 @@ class TrainedCaptioner:
         self.run, self.file, self.recipe = run, file, file.recipe
         is_scratch = self.recipe.encoder == SCRATCH
         if is_scratch and encoder is not None:
-            raise InputError(f"--encoder {encoder!r}: this run's was trained with it; leave the flag out")
-        # Absolute, as whoever loads it may have another working directory.
+            raise InputError(f"--encoder {encoder!r}: this run trained its own encoder; leave the flag out")
+        # Absolute, as `load` may run in another working directory.
         self.encoder_name = None if is_scratch else absolute_folder(encoder or self.recipe.encoder)
         self.image_size: int = self.recipe.image_size
         self.max_length: int = self.recipe.max_length
@@ -59,7 +61,7 @@ class TrainedCaptioner:
         options.check()
 
     def load(self, device: str = "cpu") -> Self:
-        """Raises InputError where the weights or the frozen encoder are others than the facts name."""
+        """Read the weights and return self. Raises InputError if they or the encoder differ from recipe.json."""
         facts = self.file.facts
         self.device = torch.device(device)
         self.tokenizer = self._tokenizer()
@@ -71,12 +73,12 @@ class TrainedCaptioner:
             self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device)
             if self.encoder.fingerprint() != facts.encoder_fingerprint:
                 raise InputError(
-                    f"--encoder {self.encoder_name!r}: not the encoder that {self.run} was trained on; name that one"
+                    f"--encoder {self.encoder_name!r}: {self.run} was trained on another encoder; name that one"
                 )
         return self
 
     def _tokenizer(self) -> CaptionTokenizer:
-        """The copy that the run keeps. Up to commit 34e6a7a it was words, which recipe.json held."""
+        """The tokenizer stored with the run. Up to commit 34e6a7a the words were stored in recipe.json."""
         if "vocabulary" in self.file.written:
             return WordVocabulary.from_json(self.file.written["vocabulary"])
         return read_caption_tokenizer(self.run / "model" / TOKENIZER_ASSET)
@@ -84,7 +86,7 @@ class TrainedCaptioner:
     @torch.inference_mode()
     def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
         if prompts is not None:
-            raise ValueError("this captioner takes no words beside an image")
+            raise ValueError("this captioner takes no text prompts")
         inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
         return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options)]
 
@@ -92,4 +94,4 @@ class TrainedCaptioner:
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Captioner]] = {
     CaptionerFacts: TrainedCaptioner,
 }
-"""What opens a run, by the facts type of its recipe in the catalogue."""
+"""The class that opens a run, by the type of its facts."""

@@ -1,4 +1,4 @@
-"""A trained diffusion: prompts and seeds in, images out."""
+"""A trained diffusion: prompts and seeds -> images."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,12 +23,14 @@ from mmcore.trained.prompts import PromptReader, check_size
 
 
 class TrainedDiffusion:
-    """The weights that a finished run keeps (these recipes' last, or by `keep` those of the best validation), with the
-    frozen parts that it was trained on."""
+    """The saved weights of a finished run with its frozen models.
+
+    The weights are the last, or the best by validation loss if `keep` is `best`.
+    """
 
     model: Denoiser
     vqvae: TrainedVQVAE | None
-    """Makes images of the latents; None where the network makes the image itself."""
+    """Decodes latents to images; None for a pixel diffusion."""
     device: torch.device
     dtype: torch.dtype
 
@@ -39,7 +41,7 @@ class TrainedDiffusion:
         self.scaling_factor: float = facts.scaling_factor
         self.max_tokens: int = self.text.max_tokens
         self.decides_by_code = facts.vqvae_fingerprint is not None
-        # Without a prompt that was missing in training there is nothing that guidance could lead away from.
+        # Guidance needs a model that was also trained on the empty text.
         self.guides = self.recipe.drop_text > 0
         defaults = DiffusionOptions()
         self.options = defaults if self.guides else dataclasses.replace(defaults, guidance=1.0)
@@ -52,9 +54,10 @@ class TrainedDiffusion:
         check_size(size, self.size)
 
     def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """`dtype`: bfloat16 computes under autocast, faster and with images that depend on the size of the batch.
+        """Read the weights and return self. With `dtype` bfloat16, images are computed under autocast.
 
-        Raises InputError where the weights, the text encoder or the VQ-VAE are others than the facts name.
+        That is faster, but an image then depends on the batch size. Raises InputError if the weights, the text encoder
+        or the VQ-VAE differ from those in recipe.json.
         """
         facts = self.file.facts
         self.device, self.dtype = torch.device(device), dtype
@@ -72,7 +75,7 @@ class TrainedDiffusion:
         return self.text.num_tokens(prompts)
 
     def images(self, x_0: Tensor) -> Tensor:
-        """x_0 as the network makes it, (B, C, H, W) -> images in [-1, 1], (B, 3, P, P)."""
+        """x_0 of the network, (B, C, H, W) -> images in [-1, 1], (B, 3, P, P)."""
         return x_0 if self.vqvae is None else self.vqvae.decode(x_0 / self.scaling_factor)
 
     @torch.inference_mode()
@@ -86,7 +89,7 @@ class TrainedDiffusion:
         on_step: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each image has one of both")
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: give one seed per prompt")
         self.check(options, size or self.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             null = self.text([options.negative_prompt or NO_TEXT] * len(prompts)) if options.guidance != 1 else None

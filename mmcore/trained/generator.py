@@ -1,4 +1,4 @@
-"""Opens a trained text-to-image generator: prompts and seeds in, images out."""
+"""Opens a trained text-to-image generator: prompts and seeds -> images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,12 @@ from mmcore.trained.diffusion import TrainedDiffusion
 
 
 def open_generator(source: str, *, text_encoder: str | None = None) -> Generator:
-    """The generator of a finished run. Reads facts alone; what it returns can be sent to another machine.
+    """The generator of a finished run. Reads recipe.json and no weights. The result can be sent to another machine.
 
     Args:
         source: the run, a local folder or s3://bucket/prefix.
-        text_encoder: where the frozen text encoder lies on this machine, if not where the run had it.
-    Raises InputError where `source` is no finished run of a generator.
+        text_encoder: name or folder of the frozen text encoder, if it differs from the one in recipe.json.
+    Raises InputError if `source` is not a finished run of a generator.
     """
     run = Storage(source)
     file = read_model_file(run, "generator")
@@ -29,4 +29,4 @@ BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Generato
     DiffusionFacts: TrainedDiffusion,
     AutoregressiveFacts: TrainedAutoregressive,
 }
-"""What opens a run, by the facts type of its recipe in the catalogue."""
+"""The class that opens a run, by the type of its facts."""

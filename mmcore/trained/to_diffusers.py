@@ -1,4 +1,4 @@
-"""A trained latent diffusion as a pipeline of diffusers, a VQ-VAE as a model of it, and how far both are from ours."""
+"""Exports a latent diffusion and a VQ-VAE to diffusers, and measures the difference of their outputs."""
 
 import copy
 from typing import Any
@@ -15,10 +15,10 @@ from mmcore.trained.autoencoder import TrainedVQVAE
 from mmcore.trained.autoregressive import TrainedAutoregressive
 from mmcore.trained.diffusion import TrainedDiffusion
 
-# diffusers' pipeline pads prompts to this many tokens, and divides the image's side by this to get that of its latents.
+# Fixed in diffusers' pipeline: the padded length of prompts, and the side of an image divided by that of its latents.
 PIPELINE_TOKENS = 77
 PIPELINE_FACTOR = 8
-# Largest difference of any value, of latents in units of the noise and of images in [0, 1].
+# Largest allowed difference: of latents in units of the noise, of images in [0, 1].
 TOLERANCE = 1e-4
 _CHECK_PROMPT, CHECK_STEPS, _CHECK_GUIDANCE = "a red circle", 4, 3.0
 
@@ -26,7 +26,7 @@ _CHECK_PROMPT, CHECK_STEPS, _CHECK_GUIDANCE = "a red circle", 4, 3.0
 def to_pipeline(generator: Generator) -> Any:
     """The loaded generator as diffusers' LDMTextToImagePipeline.
 
-    Raises InputError for a generator that this pipeline cannot hold.
+    Raises InputError for a generator that this pipeline does not support.
     """
     from diffusers import LDMTextToImagePipeline
 
@@ -36,13 +36,13 @@ def to_pipeline(generator: Generator) -> Any:
             generator.vqvae.model.to_diffusers()
             vqvae = f"export its VQ-VAE by --run {run}/model/{VQVAE_ASSET}"
         except InputError as error:
-            vqvae = f"nor can its VQ-VAE be exported ({error})"
+            vqvae = f"its VQ-VAE cannot be exported either ({error})"
         raise InputError(
-            f"--run {run}: diffusers has no class for a Transformer that writes codes one by one; its own weights are "
-            f"in {run}/model/model.safetensors; {vqvae}"
+            f"--run {run}: diffusers has no class for an autoregressive Transformer over codes; its weights are in "
+            f"{run}/model/model.safetensors; {vqvae}"
         )
     if not isinstance(generator, TrainedDiffusion) or generator.vqvae is None:
-        raise InputError("--run: is no latent diffusion; diffusers has no pipeline for text to pixels of this kind")
+        raise InputError("--run: not a latent diffusion; diffusers has no pipeline for this pixel diffusion")
     recipe, context, frozen = generator.recipe, generator.model.text, generator.text.encoder
     if recipe.text.max_tokens != PIPELINE_TOKENS:
         raise InputError(
@@ -55,12 +55,12 @@ def to_pipeline(generator: Generator) -> Any:
         )
     if frozen is not None and (frozen.masked or recipe.text.projection_width is not None):
         raise InputError(
-            f"text_encoder {frozen.name!r}: diffusers' pipeline takes hidden states as they come, without a mask or a "
-            "projection; train with the text half of a CLIP, or with --text-encoder scratch"
+            f"text_encoder {frozen.name!r}: diffusers' pipeline uses hidden states without a mask or a projection; "
+            "train with a CLIP text encoder, or with --text-encoder scratch"
         )
-    # Copies: safetensors are written from weights in plain order, and the generator keeps its own.
+    # Copies, as safetensors needs contiguous weights and the generator keeps its own layout.
     unet = copy.deepcopy(generator.model.unet).to("cpu", memory_format=torch.contiguous_format)
-    # What the pipeline takes for the image's side is this times the VQ-VAE's factor, and of that it takes an eighth.
+    # The pipeline takes sample_size times the VQ-VAE's factor as the image's side, and an eighth of that for latents.
     factor = generator.vqvae.recipe.factor
     side = generator.model.x_0_shape[-1] * PIPELINE_FACTOR
     if side % factor:
@@ -77,12 +77,12 @@ def to_pipeline(generator: Generator) -> Any:
 
 @torch.inference_mode()
 def difference(generator: Generator, pipeline: Any) -> float:
-    """Largest difference of a value between both, given the same noise: of the latents that they arrive at, in units of
-    the noise, and of the images in [0, 1] that they decode from the same latents.
+    """The largest difference between generator and pipeline for the same noise.
 
-    Not of the images of either's own latents: where a latent lies on the border of two codes, the last bit decides.
+    It compares the sampled latents, in units of the noise, and the images in [0, 1] decoded from the same latents.
+    Images of different latents are not compared: near the border of two codes a rounding error decides the code.
     """
-    assert isinstance(generator, TrainedDiffusion), "as `to_pipeline` made the pipeline of it"
+    assert isinstance(generator, TrainedDiffusion), "`to_pipeline` accepts no other generator"
     noise = torch.randn((1, *generator.model.x_0_shape), generator=torch.Generator().manual_seed(0))
     pipeline.set_progress_bar_config(disable=True)
     settings: dict[str, Any] = {"num_inference_steps": CHECK_STEPS, "guidance_scale": _CHECK_GUIDANCE}
@@ -95,7 +95,7 @@ def difference(generator: Generator, pipeline: Any) -> float:
     pipeline.vqvae.decode = decode_and_keep
     theirs = pipeline(_CHECK_PROMPT, latents=noise.clone(), output_type="pt", **settings).images
     pipeline.vqvae.decode = decode
-    # The same seed gives the same noise; with DDIM there is no other.
+    # Seed 0 gives the noise from above. DDIM draws no further noise.
     x_0 = generator.model.generate(
         generator.text([_CHECK_PROMPT]), generator.text([NO_TEXT]), [0], sampler="ddim", **settings
     )
@@ -106,10 +106,10 @@ def difference(generator: Generator, pipeline: Any) -> float:
 
 @torch.inference_mode()
 def vqvae_difference(autoencoder: TrainedVQVAE, model: Any) -> float:
-    """Largest difference of a value between the loaded VQ-VAE and diffusers' VQModel of it: of the image in [0, 1] that
-    they decode from the same codes, and of the latents that they encode that image to, before a code is chosen.
+    """The largest difference between the loaded VQ-VAE and its export to diffusers' VQModel.
 
-    Not of the codes of those latents: where a latent lies on the border of two codes, the last bit decides.
+    It compares the image in [0, 1] decoded from the same codes, and the latents of that image before quantisation.
+    Codes are not compared: near the border of two codes a rounding error decides the code.
     """
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(autoencoder.num_codes, (1, *autoencoder.code_shape), generator=random)

@@ -162,10 +162,10 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--run": "nowhere"}, "no model/ there"),
         ({"--images": "empty"}, "neither Parquet shards nor image files"),
         ({"--num-beams": "0"}, "--num-beams 0: must be at least 1"),
-        ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty 0.5: greedy search has no use for it"),
+        ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty 0.5: has no effect on greedy search"),
         ({"--length-penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
-        ({"--run": "generator"}, "recipe 'ldm' is no captioner"),
+        ({"--run": "generator"}, "recipe 'ldm' is not of kind captioner"),
     ],
 )
 def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, call_job):
@@ -189,7 +189,7 @@ def test_an_encoder_that_is_not_there_is_one_line(images, tmp_path, call_job):
     result = call_job(main, *flags, check=False)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "no vision model in such a folder" in line
+    assert "no vision model in a folder of this name" in line
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -74,14 +74,14 @@ def test_runs_that_the_pipeline_cannot_hold_are_refused(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     short = TextSettings(max_tokens=16, text_width=32, text_layers=1, text_heads=2)
     refused = [
-        (tiny_runs.write_pixel_run(runs / "pixel_diffusion" / "a"), "is no latent diffusion"),
+        (tiny_runs.write_pixel_run(runs / "pixel_diffusion" / "a"), "not a latent diffusion"),
         (
             tiny_autoregressive.write_run(runs / "codes", {"num_heads": 1}),
             rf"VQ-VAE by --run {runs}/codes/model/vqvae$",
         ),
         (
             tiny_autoregressive.write_run(runs / "heads", {"num_heads": 2}),
-            r"heads/model/model.safetensors; nor can its VQ-VAE be exported \(num_heads 2: .*--num-heads 1\)$",
+            r"heads/model/model.safetensors; its VQ-VAE cannot be exported either \(num_heads 2: .*--num-heads 1\)$",
         ),
         (tiny_runs.write_latent_run(runs / "ldm" / "heads", num_heads=2), "num_heads 2: diffusers' VQModel has one"),
         (tiny_runs.write_latent_run(runs / "ldm" / "patches", patch_size=2), "patch_size 2: diffusers' pipeline has"),

@@ -122,7 +122,7 @@ def test_other_shards_are_refused_by_their_column(columns: dict | None, message:
 def test_what_cannot_be_looked_at_is_not_left_out_in_silence(tmp_path, monkeypatch) -> None:
     source = write_files(tmp_path, "a.png", "b/c.png")
     (tmp_path / "b" / "d.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(InputError, match=r"b/d\.png: a link to a file that is not there; mend it"):
+    with pytest.raises(InputError, match=r"b/d\.png: a link to a missing file; repair"):
         plan_blocks(source)
     (tmp_path / "b" / "d.png").unlink()
     scandir = os.scandir

@@ -172,7 +172,7 @@ def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoin
     before = num_workers_started()
     line = refusal(call_job(main, *command, check=False))
     assert num_workers_started() == before + 1
-    pattern = r"error: the loss is (nan|inf) at step 2; the last good checkpoint is the one of step 1; .*"
+    pattern = r"error: the loss is (nan|inf) at step 2; last good checkpoint: step 1; .*"
     assert re.fullmatch(pattern, line), line
     assert "--lr" in line
     assert "1e+30" in line

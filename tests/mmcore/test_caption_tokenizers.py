@@ -53,7 +53,7 @@ def test_captions_become_ids_and_come_back(kind: str, tmp_path: Path) -> None:
     assert not {*ids.silent_ids, ids.eos_id} & set(encoded[1:-1])
     assert ids.eos_id not in ids.silent_ids, "a caption must be able to end"
     assert tokenizer.decode(encoded) == tokenizer.decode(encoded[1:]) == tokenizer.decode([*encoded, 5, 5]) == text
-    assert tokenizer.encode(text, 4) == encoded[:4], "a longer caption loses its tail and its end"
+    assert tokenizer.encode(text, 4) == encoded[:4], "a longer caption is truncated"
 
     before, folder = tokenizer.fingerprint(), Storage(str(tmp_path))
     for name, data in tokenizer.files().items():
@@ -97,10 +97,10 @@ def test_a_tokenizer_is_refused_with_flags_of_words_and_where_it_is_none(tmp_pat
     best = VARIANTS["best"]
     with pytest.raises(InputError, match="--min-word-count 9: has no effect without --tokenizer words"):
         check_effect(dataclasses.replace(best, tokenizer="gpt2", min_word_count=9), best)
-    with pytest.raises(InputError, match=r"^--tokenizer .*: no tokenizer in such a folder"):
+    with pytest.raises(InputError, match=r"^--tokenizer .*: no tokenizer in a folder of this name"):
         dataclasses.replace(best, tokenizer=str(tmp_path)).build_tokenizer(tiny.table(4, 0))
     without_end = PreTrainedTokenizerFast(tokenizer_object=pieces("gpt2").backend_tokenizer)
-    with pytest.raises(InputError, match="has no end mark"):
+    with pytest.raises(InputError, match="has no end token"):
         PieceTokenizer(without_end)
 
 

@@ -104,7 +104,7 @@ def test_codes_take_the_smallest_integers_that_hold_them() -> None:
 def test_views_of_other_images_are_refused(table: CaptionTable, tokenizer: PromptTokenizer) -> None:
     column = rows_of(table, tokenizer).views[0]
     views = [Column(tuple(ids), column) for ids in (table.image_ids, reversed(table.image_ids))]
-    with pytest.raises(InputError, match="not of the same images"):
+    with pytest.raises(InputError, match="have different images"):
         CodeRows(
             table, views, PromptIds(table.captions, tokenizer), captions_per_image=1, drop_text=0, flip=True, seed=0
         )

@@ -156,7 +156,7 @@ def test_a_frozen_part_computes_in_its_own_precision(frozen_precision: str, prec
 
 
 def test_a_precision_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="frozen_precision bf16: nothing in this model is frozen"):
+    with pytest.raises(InputError, match="frozen_precision bf16: this model has no frozen part"):
         test_losses.trained(test_losses.Two(), tmp_path, frozen_precision="bf16")
 
 

@@ -143,7 +143,7 @@ def test_views_of_other_images_are_refused() -> None:
         "scaling_factor": 1.0,
     }
     prompts = tiny_diffusion.rows_of(recipe).prompts
-    with pytest.raises(InputError, match="not of the same images"):
+    with pytest.raises(InputError, match="have different images"):
         GenerationRows(facts, [column, other], prompts, flip=True, seed=0, **keywords)
 
 

@@ -172,7 +172,7 @@ def test_training_mode_does_not_reach_a_frozen_network(network: str) -> None:
 def test_networks_without_feature_maps_are_refused(tmp_path: Path) -> None:
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
     ViTModel(config).save_pretrained(tmp_path / "vit")
-    with pytest.raises(InputError, match=r"--perceptual .*vit.*no feature maps"):
+    with pytest.raises(InputError, match=r"--perceptual .*vit.*has no feature maps"):
         FeatureDistance(str(tmp_path / "vit"), 32)
     with pytest.raises(InputError, match=r"--perceptual 'no/such/folder'"):
         FeatureDistance("no/such/folder", 32)

@@ -72,7 +72,7 @@ def test_what_to_name_instead_is_said(run: Storage) -> None:
     with pytest.raises(InputError, match=r"name a finished run, .*runs/tiny has: default"):
         read_fields(run.parent / "defualt")
     (run.parent / "begun").write("recipe.json", b"{}")
-    with pytest.raises(InputError, match="not finished; give its training command again"):
+    with pytest.raises(InputError, match="not finished; repeat its training command"):
         read_fields(run.parent / "begun")
     with pytest.raises(InputError, match="name a finished run, STORAGE/runs/RECIPE/NAME"):
         read_fields(Storage("/no-such-folder"))
@@ -83,7 +83,7 @@ def test_weights_that_are_not_the_named_ones_are_refused(run: Storage) -> None:
     fields, _ = read_fields(run)
     data = run.read("model/model.safetensors")
     run.write("model/model.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(InputError, match=r"not the weights that recipe.json names"):
+    with pytest.raises(InputError, match=r"SHA-256 differs from the one in recipe.json"):
         read_weights(run, fields["weights_sha256"])
     (run / "model").delete("model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: missing"):

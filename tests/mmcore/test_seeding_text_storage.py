@@ -160,7 +160,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
         raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(InputError, match=rf"^{tmp_path}: no hard links there .*; name a folder on a file system that"):
+    with pytest.raises(InputError, match=rf"^{tmp_path}: this file system has no hard links .*; name a folder"):
         Storage(str(tmp_path)).create("a", b"a")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

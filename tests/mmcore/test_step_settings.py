@@ -64,7 +64,7 @@ def test_recomputed_blocks_keep_less_and_end_alike(make: Any, tmp_path: Path) ->
 
 
 def test_a_model_without_blocks_is_not_recomputed(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="activation_checkpointing: this model names no blocks"):
+    with pytest.raises(InputError, match="activation_checkpointing: this model does not support it"):
         test_losses.trained(test_losses.Two(), tmp_path, activation_checkpointing=True)
 
 

@@ -106,7 +106,7 @@ def test_a_real_tokenizer_pads_at_its_end_and_comes_back(name: str, tmp_path: Pa
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers makes an empty tokenizer of two tokens for it."""
     CLIPTextModel(CLIPTextConfig(vocab_size=32, max_position_embeddings=8, **SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"^--tokenizer '.*': no tokenizer in such a folder.*tokenizer.json"):
+    with pytest.raises(InputError, match=r"^--tokenizer '.*': no tokenizer in a folder of this name.*tokenizer.json"):
         PromptTokenizer.from_name(str(tmp_path), 8)
     with pytest.raises(InputError, match=r"^--text-encoder '.*': no tokenizer"):
         FrozenTextEncoder(str(tmp_path), 8)
@@ -149,7 +149,7 @@ def test_a_fingerprint_is_of_content(tmp_path: Path) -> None:
 
 
 def test_too_many_tokens_for_the_encoder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"max_tokens 20.*takes 16.*--max-tokens"):
+    with pytest.raises(InputError, match=r"max_tokens 20.*takes at most 16.*--max-tokens"):
         FrozenTextEncoder(write_encoder(tmp_path, "clip"), 20)
 
 

@@ -343,9 +343,7 @@ def test_a_diverging_loss_names_the_step_and_the_last_good_checkpoint(tmp_path: 
     with pytest.raises(InputError) as caught:
         tiny.train(recipe, tmp_path)
     message = str(caught.value)
-    assert re.fullmatch(
-        r"the loss is (nan|inf) at step 2; the last good checkpoint is the one of step 1; .*1e\+30.*", message
-    )
+    assert re.fullmatch(r"the loss is (nan|inf) at step 2; last good checkpoint: step 1; .*1e\+30.*", message)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001"]
 
 
@@ -372,9 +370,7 @@ class Overflows(nn.Module):
 @pytest.mark.parametrize(("clip", "what"), [(1.0, "the gradient's norm is nan"), (None, "some weights are not finite")])
 def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path: Path, clip: float | None, what: str) -> None:
     recipe = tiny.recipe(clip_grad_norm=clip, checkpoint_every_steps=2)
-    with pytest.raises(
-        InputError, match=f"{what} at step 4; the last good checkpoint is the one of step 2; "
-    ) as caught:
+    with pytest.raises(InputError, match=f"{what} at step 4; last good checkpoint: step 2; ") as caught:
         tiny.train(recipe, tmp_path, model=Overflows(recipe, at=4))
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]

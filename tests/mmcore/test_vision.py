@@ -95,7 +95,7 @@ def test_transformers_of_other_families(kind: str, tmp_path: Path) -> None:
     num_tokens = 16 if kind == "siglip" else 17  # SigLIP has no class token
     assert encoder.token_shape == (num_tokens, 16)
     assert encoder(PIXELS).shape == (2, num_tokens, 16)
-    with pytest.raises(InputError, match=r"does not take images of 64 x 64: .*; mend --image-size"):
+    with pytest.raises(InputError, match=r"does not take images of 64 x 64: .*; change --image-size"):
         FrozenVisionEncoder(str(tmp_path), 64)
 
 

@@ -330,7 +330,7 @@ def test_a_trained_one_is_read_back(tmp_path: Path) -> None:
     model.vqvae.quantizer.codebook[0, 0] += 1
     moved = finished_run(tmp_path / "moved", model)
     assert opened(moved).fingerprint() != fingerprint
-    with pytest.raises(InputError, match=f"moved/model: another VQ-VAE .*{fingerprint[:12]}"):
+    with pytest.raises(InputError, match=f"moved/model: this VQ-VAE .*{fingerprint[:12]}"):
         opened(moved, fingerprint=fingerprint)
 
 
@@ -348,7 +348,7 @@ def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no model/ there; name a finished run"):
         opened(Storage(str(tmp_path / "nothing")))
     model = tiny_vqvae.model_of(tiny_vqvae.recipe())
-    with pytest.raises(InputError, match="recipe 'ldm' is no autoencoder"):
+    with pytest.raises(InputError, match="recipe 'ldm' is not of kind autoencoder"):
         opened(finished_run(tmp_path / "ldm", model, "ldm"))
     run = finished_run(tmp_path / "torn", model)
     weights = {name: value for name, value in checkpoint.trainable_state(model).items() if "codebook" not in name}

@@ -89,7 +89,7 @@ class FakeGenerator:
         if options.steps > TIMESTEPS:
             raise OptionError("steps", f"{options.steps}; give 1 to {TIMESTEPS}")
         if options.guidance == 1 and options.negative_prompt:
-            raise OptionError("negative_prompt", "works by guidance")
+            raise OptionError("negative_prompt", "has no effect without guidance")
 
     def generate(
         self,

@@ -69,7 +69,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_of_another_kind(tmp_path: Path) -> None:
     run = write_captioner(Storage(str(tmp_path)) / "run", smoke=True)
     check_runs(Args(captioner=f"a:{run}"))
-    with pytest.raises(InputError, match="recipe 'resnet_captioner' is no generator; known: "):
+    with pytest.raises(InputError, match="recipe 'resnet_captioner' is not of kind generator; name a run of "):
         check_runs(Args(generator=f"a:{run}"))
 
 
