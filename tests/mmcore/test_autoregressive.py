@@ -1,4 +1,4 @@
-"""The Transformer over codes: what it sees, how codes are drawn, that it learns, golden losses."""
+"""The autoregressive Transformer over codes: attention, sampling, training and golden losses."""
 
 import dataclasses
 import re
@@ -48,7 +48,7 @@ def recipe_of(**changes: Any) -> AutoregressiveRecipe:
 
 
 def model_of(recipe: AutoregressiveRecipe | None = None, facts: AutoregressiveFacts = FACTS) -> CodeTransformer:
-    """With weights by formula: untrained, all codes would be alike likely."""
+    """With weights from a formula. In an untrained model all codes would be equally likely."""
     torch.manual_seed(0)
     model = (recipe or recipe_of()).build(facts)
     tiny_diffusion.fill_by_formula(model)
@@ -58,7 +58,7 @@ def model_of(recipe: AutoregressiveRecipe | None = None, facts: AutoregressiveFa
 
 
 def prompts_of(*lengths: int, padding: int = PAD) -> dict[str, Tensor]:
-    """Prompts of so many words; all words of one are alike."""
+    """Prompts with the given numbers of words; each prompt repeats one word."""
     rows = [[BOS, *[3 + length] * length, EOS] for length in lengths]
     return {"input_ids": torch.tensor([row + [padding] * (MAX_TOKENS - len(row)) for row in rows])}
 
@@ -78,12 +78,12 @@ def test_a_code_sees_those_before_it_and_the_words_of_its_prompt() -> None:
     changed[:, 5] = (changed[:, 5] + 1) % NUM_CODES
     after = model.logits({"codes": changed, **text})
     assert torch.equal(after[:, :6], before[:, :6])
-    # The next one, and the last.
+    # The next code and the last one.
     assert (after - before)[:, [6, 11]].abs().amax(-1).min() > 0.001
     padded = model.logits({"codes": codes_BL, **prompts_of(3, 5, padding=EOS)})
     assert torch.equal(padded, before), "what follows the end mark is not read"
     other = model.logits({"codes": codes_BL, **prompts_of(3, 4)})
-    # The longest prompt of a batch says how much padding is computed: measured 1.9e-6.
+    # The longest prompt of a batch sets how much padding is computed: measured 1.9e-6.
     torch.testing.assert_close(other[0], before[0], rtol=0, atol=1e-5)
     assert (other[1] - before[1]).abs().max() > 0.01
 
@@ -95,7 +95,7 @@ def test_places_are_told_apart_by_row_and_column() -> None:
     before = model.logits(batch)
     model.columns_wD[2, 0] += 1
     moved = (model.logits(batch) - before)[0].abs().amax(-1) > 1e-4
-    # The first place of column 2; all after it see it.
+    # The first code of column 2; all later codes attend to it.
     assert moved.tolist() == [False] * 2 + [True] * 10
 
 
@@ -103,7 +103,7 @@ def test_places_are_told_apart_by_row_and_column() -> None:
 def test_drawing_with_a_cache_sees_the_logits_of_one_pass(
     guidance: tuple[float, float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guidance leads away from the null prompt, by a scale that goes straight from the first code to the last."""
+    """Guidance steers away from the null prompt. Its scale is linear from the first code to the last."""
     model, codes_BL, text, null = model_of(), codes_of(3), prompts_of(3, 1, 5), prompts_of(0, 0, 0)
     seen, rows = [], []
 
@@ -175,7 +175,7 @@ def test_the_lowest_temperature_and_the_smallest_nucleus_take_the_likeliest() ->
     uniform_B = torch.tensor([0.999, 0.999])
     for changes in ({"temperature": 0.01}, {"top_p": 1e-9}, {"top_k": 1}):
         drawn = draw_codes(logits_BV, uniform_B, dataclasses.replace(PLAIN, **changes)).tolist()
-        # Of two alike the cuts take the first one; a temperature leaves both.
+        # Of two equal logits, top-k and top-p keep the first one; a temperature keeps both.
         assert drawn == [1, 2 if "temperature" in changes else 0]
 
 
@@ -241,7 +241,7 @@ def test_hidden_states_of_a_frozen_encoder_are_all_seen() -> None:
 
 
 class FormulaRows:
-    """Codes and prompts of images by a formula; an epoch has another prompt of each."""
+    """Codes and prompts of images from a formula. Every epoch has another prompt per image."""
 
     num_train, num_validation = 40, 8
 
@@ -274,8 +274,8 @@ GOLDEN_LOSSES = [
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """Ten steps from weights by formula: a refactoring changes none of them."""
-    # Nothing of a variant, whose settings follow what was measured last.
+    """Ten steps with weights from a formula: a refactoring changes no loss."""
+    # Not a variant: settings of variants change with measurements.
     train = TrainSettings(
         num_epochs=2,
         batch_size=8,

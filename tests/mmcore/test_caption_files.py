@@ -1,4 +1,4 @@
-"""The forms in which files of captions go around: each is read as it is meant, or refused by its columns."""
+"""The common formats of caption files: each is read correctly, or refused by its columns."""
 
 import io
 import re

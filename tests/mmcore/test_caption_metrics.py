@@ -1,4 +1,4 @@
-"""BLEU is nltk's to the last digits, and the sum over any parts is the whole."""
+"""BLEU equals nltk's to the last digits, and sums over parts equal the whole."""
 
 import importlib.util
 import random
@@ -10,7 +10,7 @@ from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from mmcore.metrics.bleu import BleuCounts, tokenize
 
 SHARED_CAPTIONS = Path(__file__).parents[3] / "shared" / "data" / "flickr8k" / "captions.txt"
-# Written out again, not imported: a change of the module's weights has to fail here.
+# A copy, not an import, so that a change of the module's weights fails here.
 WEIGHTS = [(1, 0, 0, 0), (0.5, 0.5, 0, 0), (0.333, 0.333, 0.334, 0), (0.25, 0.25, 0.25, 0.25)]
 
 Corpus = list[tuple[list[str], list[list[str]]]]  # (hypothesis, references) of each image
@@ -87,12 +87,12 @@ def test_parts_added_up_equal_the_whole_exactly() -> None:
         cuts = sorted(rng.sample(range(len(corpus) + 1), 3))
         parts = [count(corpus[i:j]) for i, j in zip([0, *cuts], [*cuts, len(corpus)], strict=True)]
         rng.shuffle(parts)
-        assert sum(parts, BleuCounts()) == whole  # whole numbers: equal, not nearly equal
+        assert sum(parts, BleuCounts()) == whole  # integers, so exactly equal
         assert sum(parts, BleuCounts()).scores() == whole.scores()
 
 
 def test_zero_matches_keep_their_denominator() -> None:
-    # method1 makes 0/12 to 0.1/12; a fraction in lowest terms would make it 0.1/1.
+    # method1 smooths 0/12 to 0.1/12. A reduced fraction would give 0.1/1.
     counts = BleuCounts(matches=(13, 0, 0, 0), totals=(13, 12, 11, 10), hypothesis_length=13, reference_length=13)
     assert counts.scores()["bleu2"] == pytest.approx(100 * (0.1 / 12) ** 0.5, rel=1e-12)
 
@@ -116,7 +116,7 @@ def test_tokens_are_split_at_white_space_with_case_kept() -> None:
 
 
 def real_corpus(num_images: int) -> Corpus:
-    """Real captions, the first of each image against its other four."""
+    """Real captions: the first of each image against its other four."""
     if not SHARED_CAPTIONS.exists():
         pytest.skip("../shared/data/flickr8k is not there")
     captions: dict[str, list[list[str]]] = {}
@@ -142,7 +142,7 @@ def test_pycocoevalcap_agrees_where_all_counts_are_high() -> None:
     hypotheses = {i: [" ".join(hypothesis)] for i, (hypothesis, _) in enumerate(corpus)}
     scores, _ = Bleu(4).compute_score(references, hypotheses, verbose=0)
     ours = count(corpus).scores()
-    # Measured on 400 and on 1,619 images: 1e-11, 1e-11, 0.023 and 0.001 apart. Its BLEU-3 has thirds for
-    # weights, and its totals leave out captions of fewer words than the order.
+    # Measured differences on 400 and 1,619 images: 1e-11, 1e-11, 0.023 and 0.001. Its BLEU-3 uses thirds as weights,
+    # and its totals leave out captions shorter than the order.
     for order, score in enumerate(scores, start=1):
         assert ours[f"bleu{order}"] == pytest.approx(100 * score, abs=0.03 if order == 3 else 0.002)

@@ -1,4 +1,4 @@
-"""Tokenizers of captions: words, and pieces of tokenizers that mark begin and end as BERT's do and as GPT-2's do."""
+"""Tokenizers of captions: words, and subword tokenizers with the special tokens of BERT and of GPT-2."""
 
 import dataclasses
 import json
@@ -108,7 +108,7 @@ def test_a_tokenizer_is_refused_with_flags_of_words_and_where_it_is_none(tmp_pat
 
 
 def test_a_finished_captioner_of_34e6a7a_opens_and_says_the_same(tmp_path: Path) -> None:
-    """Its recipe.json holds the words, and model/ no tokenizer."""
+    """Its recipe.json holds the words, and model/ has no tokenizer."""
     recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32)
     words = tiny.vocabulary(recipe)
     facts = CaptionerFacts(words.token_ids, 32 * 32, 3, text_fingerprint=words.fingerprint())
@@ -140,7 +140,7 @@ def test_a_finished_captioner_of_34e6a7a_opens_and_says_the_same(tmp_path: Path)
     captions = after.caption(pixels, after.options)
     assert before.caption(pixels, before.options) == captions
 
-    options = object()  # of another kind of captioner, which its model alone reads
+    options = object()  # of another kind of captioner; only its model reads them
     before.model.caption = lambda images, given: [words.encode("red", 9)] * (given is options)  # type: ignore[attr-defined]
     assert before.caption(pixels, options) == ["red"]
     assert any(captions)

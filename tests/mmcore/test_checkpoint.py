@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, and what is damaged does not load."""
+"""Checkpoints: saved tensors are restored, and damaged folders do not load."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     model, optimizer, folder = saved(tmp_path / "c")
     tensors, state = checkpoint.load(folder, "here")
     assert state == {"progress": {"step": 3}}
-    # Tied weights once, frozen ones never.
+    # Tied weights are saved once, frozen ones never.
     assert tensors["weights"].keys() == {"embedding.weight", "output.bias"}
     other = Model()
     checkpoint.load_trainable(other, tensors["weights"], "here")
@@ -60,8 +60,10 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_moments_come_back_in_the_layout_of_their_weight() -> None:
-    """Fused Adam walks weight and moments in memory order: moments with their rows first under a channels-last weight
-    would silently be those of other weights."""
+    """Fused Adam reads weights and moments in memory order.
+
+    Row-major moments of a channels-last weight would silently be mixed up.
+    """
 
     def moved(resume: bool) -> torch.Tensor:
         torch.manual_seed(0)
@@ -104,7 +106,7 @@ def test_a_damaged_checkpoint_does_not_load(tmp_path: Path, name: str, damage) -
 
 
 def test_the_place_in_the_data_is_guarded_too(tmp_path: Path) -> None:
-    """state.json that still parses but says another step would resume at the wrong place."""
+    """A state.json that still parses but has another step would resume at the wrong place."""
     _, _, folder = saved(tmp_path / "c")
     record = json.loads((folder / "state.json").read_text())
     record["content"]["progress"]["step"] = 4

@@ -1,4 +1,4 @@
-"""Rows of codes: all that is random belongs to (seed, epoch, image_id), and fresh scenes to their number."""
+"""Rows of codes: random choices depend on (seed, epoch, image_id) only, and fresh scenes on their index."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ SHAPES = ShapesSettings(num_train=40, num_validation=8, num_test=4, image_size=6
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> TrainedVQVAE:
-    """Of 32², where the scenes are rendered at 64²."""
+    """Images of 32² pixels; the scenes are rendered with 64²."""
     run = Storage(str(tmp_path_factory.mktemp("vqvae")))
     tiny_diffusion.write_vqvae_run(run)
     return open_autoencoder(run.uri).load()
@@ -46,7 +46,7 @@ def rows_of(
 ) -> CodeRows:
     settings = {"captions_per_image": 5, "drop_text": 0.3, "flip": False, "seed": 0, **changes}
     codes = np.random.default_rng(0).integers(0, 64, (2, len(table.image_ids), 8, 8), dtype=np.uint8)
-    # In another order than the dataset.
+    # Not in the order of the dataset.
     views = [Column(tuple(reversed(table.image_ids)), view[::-1]) for view in codes[: 1 + settings["flip"]]]
     if fresh is not None:
         rows = table.validation_rows()
@@ -139,7 +139,7 @@ def test_each_epoch_goes_on_with_scenes_that_none_before_had(
 def test_a_fresh_scene_is_the_same_in_every_batch(
     table: CaptionTable, tokenizer: PromptTokenizer, autoencoder: TrainedVQVAE
 ) -> None:
-    """To the bit, alone too, and on any number of threads: a code decides by the last one."""
+    """Bit-identical latents, also for a single image and for any number of threads: the last bit can decide a code."""
     rows = fresh_rows(table, tokenizer, autoencoder, exhaustive=0.5)
     order = np.random.default_rng(0).permutation(40)[:16]
     whole = rows.train_batch(order, 1)
@@ -159,7 +159,7 @@ def test_a_share_of_the_captions_is_exhaustive(
     expected = words({"input_ids": tokenizer(full)[0]}, tokenizer)
     with_text = [row for row in range(40) if got[row]]
     assert 20 <= len(with_text) < 40
-    # Usual ones are now and then exhaustive too: of one object they name the position.
+    # Usual captions are sometimes exhaustive too: with one object they name its position.
     exhaustive = sum(got[row] == expected[row] for row in with_text) / len(with_text)
     assert {0.0: exhaustive < 0.2, 0.5: 0.2 < exhaustive < 0.9, 1.0: exhaustive == 1}[share]
     plain = words(fresh_rows(table, tokenizer, autoencoder, drop_text=0.2).train_batch(np.arange(40), 1), tokenizer)

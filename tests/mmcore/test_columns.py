@@ -1,4 +1,4 @@
-"""Copies of a column on the local disk: whole or made again, whatever was killed or cleaned away."""
+"""Local copies of a column are complete or made again, after any kill or removal of files."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Storage:
 
 
 def open_and_die(folder: Storage, cache: Path) -> None:
-    """As if killed after the first of the two parts."""
+    """As if killed after the first of two parts."""
     told: list[str] = []
 
     def doing(text: str) -> None:
@@ -85,7 +85,7 @@ SEVERAL = {
 
 
 def write_parts(folder: Storage, tensors: dict, changes: dict | None = None) -> Storage:
-    """As encoders write: two parts, then what they say of themselves."""
+    """As encoders write them: two parts, then the file that describes them."""
     for part in range(2):
         rows, buffer = slice(2 * part, 2 * part + 2), io.BytesIO()
         pq.write_table(column_table(IDS[rows], {name: values[rows] for name, values in tensors.items()}), buffer)
@@ -96,7 +96,7 @@ def write_parts(folder: Storage, tensors: dict, changes: dict | None = None) -> 
 
 
 def check_several(column: Column, rows: np.ndarray) -> None:
-    """The rows `rows` of the column are those of `SEVERAL`, looked up in the order of an epoch."""
+    """The rows `rows` of the column equal those of `SEVERAL`, looked up in the order of an epoch."""
     order = permutation(len(rows), 0, 1)
     for name, expected in SEVERAL.items():
         tensor = column.tensors[name]
@@ -109,7 +109,7 @@ def check_several(column: Column, rows: np.ndarray) -> None:
 def test_tensors_of_several_names_and_lengths(tmp_path: Path) -> None:
     folder = write_parts(Storage(str(tmp_path / "column")), SEVERAL)
     told: list[str] = []
-    for _ in range(2):  # the second time from the copy
+    for _ in range(2):  # the second time it reads the copy
         column = open_column(folder, tmp_path / "cache", doing=told.append)
         check_several(column, np.arange(4))
     assert len(told) == 2
@@ -138,7 +138,7 @@ def test_a_copy_of_several_that_lacks_a_file_is_made_again(tmp_path: Path, clean
 
 
 def test_a_sole_tensor_is_written_as_before(folder: Storage, tmp_path: Path) -> None:
-    """So that today's and older code read each other's caches; and what is ragged may hold nothing."""
+    """Current and earlier code can read each other's caches, and a ragged column may have empty rows."""
     again = write_parts(Storage(str(tmp_path / "again")), {"value": VALUES})
     assert json.loads(again.read("_SUCCESS")) == json.loads(folder.read("_SUCCESS"))
     schema = pq.read_schema(Path(again.uri) / "parts" / "part-0.parquet")

@@ -52,7 +52,7 @@ def decoder_of(**changes: Any) -> CaptionDecoder:
         "tie_embeddings": False,
     }
     decoder = CaptionDecoder(**settings | changes).eval()
-    with torch.no_grad():  # untrained, every bias is alike and the end mark far: spread the words out
+    with torch.no_grad():  # spread out the logits, as untrained captions rarely end
         decoder.output.weight.mul_(4)
     return decoder
 
@@ -101,7 +101,7 @@ def torch_layer(layer: DecoderLayer) -> nn.TransformerDecoderLayer:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
 def test_packed_decoder_equals_padded_torch_layers(norm_first: bool, training: bool) -> None:
-    """Three captions an image, of different lengths and one absent: logits and gradients of the real words."""
+    """Three captions per image, of different lengths and one missing: logits and gradients of the real words."""
     decoder = decoder_of(norm_first=norm_first).double().train(training)
     ids_RT = torch.randint(4, 40, (6, 9), generator=torch.Generator().manual_seed(2))
     lengths_R = torch.tensor([9, 4, 0, 1, 7, 2])
@@ -179,7 +179,7 @@ def test_qk_norm_equals_torch_s_and_bounds_the_scores() -> None:
     with torch.no_grad():
         for part in (layer.self_qkv.weight[:64], layer.self_qkv.bias[:64], layer.cross_q.weight, layer.cross_q.bias):
             part *= 100
-    # Without the norm, scores of ten thousand times the size would leave one position of each sum.
+    # Without the norm, scores ten thousand times as large would leave one position of each sum.
     torch.testing.assert_close(layer(x_ND, packing, memory_1LM), before, rtol=0, atol=5e-6)  # measured 1.1e-6
 
 
@@ -264,8 +264,10 @@ def test_incremental_equals_full_decoding(norm_first: bool) -> None:
 @pytest.mark.parametrize("memory_width", [24, None], ids=["cross-attention", "none"])
 @pytest.mark.parametrize("fused_on_cpu", [False, True])
 def test_steps_of_several_positions_equal_one_pass(memory_width: int | None, fused_on_cpu: bool) -> None:
-    """A prefix that sees itself both ways and has absent tokens, then one position a step, then two at once; on the way
-    the images change places."""
+    """A prefix with bidirectional attention and missing tokens, then single positions, then two at once.
+
+    In between, images are re-ordered.
+    """
     layers = layers_of(memory_width=memory_width, fused_on_cpu=fused_on_cpu)
     x_RTD, memory = torch.randn(4, 9, 32), {}
     if memory_width:
@@ -298,7 +300,7 @@ def test_rows_can_be_reordered_and_images_dropped_on_the_way() -> None:
     state = decoder.start(memory_BLD, 2, 10)
     for position in range(4):
         decoder.step(ids_RT[:, position], state)
-    # Image 1 leaves; of image 0 the second row goes on twice, the rows of image 2 change places.
+    # Image 1 is dropped. Of image 0 the second row continues twice, and the rows of image 2 are swapped.
     rows_R = torch.tensor([1, 1, 5, 4])
     state.select_rows(rows_R)
     state.select_images(torch.tensor([0, 2]))
@@ -314,7 +316,7 @@ def test_rows_can_be_reordered_and_images_dropped_on_the_way() -> None:
 
 
 def log_probabilities(decoder: CaptionDecoder, memory_1LD: Tensor, words: list[int]) -> Tensor:
-    """(V,) of the word after `words`, from the whole prefix, with what no caption holds left out."""
+    """Logits (V,) of the word after `words`, from the whole prefix, without tokens that no caption contains."""
     ids = torch.tensor([[BOS_ID, *words]])
     logits = decoder(ids, Packing.from_lengths(torch.tensor([ids.shape[1]]), ids.shape[1]), memory_1LD)[-1]
     logits[[PAD_ID, BOS_ID, UNK_ID]] = -torch.inf
@@ -358,7 +360,7 @@ def test_beam_search_of_a_batch_is_that_of_each_image() -> None:
 
 
 def test_one_beam_is_greedy() -> None:
-    """With no length penalty: with one, a beam may go on past the end mark for a better mean."""
+    """Without a length penalty. With one, a beam may continue past the end token for a better mean."""
     decoder = prone_to_end(decoder_of(), 3.5)
     memory_BLD = memory_of(12)
     assert beam_search(decoder, memory_BLD, 12, IDS, 1, length_penalty=0.0) == greedy(decoder, memory_BLD, 12, IDS)
@@ -366,7 +368,7 @@ def test_one_beam_is_greedy() -> None:
 
 @torch.inference_mode()
 def best_of_all(decoder: CaptionDecoder, memory_1LD: Tensor, max_length: int, length_penalty: float) -> list[int]:
-    """Score every caption that ends within `max_length` words, the end mark counted as one."""
+    """Score every caption that ends within `max_length` words, counting the end token."""
     words = range(UNK_ID + 1, decoder.output.out_features)
     best = (-math.inf, [])
     for length in range(1, max_length + 1):
@@ -381,7 +383,7 @@ def best_of_all(decoder: CaptionDecoder, memory_1LD: Tensor, max_length: int, le
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 def test_a_wide_beam_finds_the_best_of_all_captions(length_penalty: float) -> None:
-    """Three words and the end mark, at most four: 3^3 unfinished prefixes fit into 40 beams."""
+    """Three words and the end token, at most four words: 3^3 unfinished prefixes fit into 40 beams."""
     decoder = decoder_of(vocabulary_size=7, max_length=4)
     memory_BLD = memory_of(6)
     found = beam_search(decoder, memory_BLD, 4, IDS, 40, length_penalty)

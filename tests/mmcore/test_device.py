@@ -1,4 +1,4 @@
-"""What a computation runs on."""
+"""The name of the hardware, and the thread that computes."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +8,7 @@ from mmcore.device import compute_thread
 
 
 def test_a_compute_thread_changes_no_other_threads_number() -> None:
-    """In a thread that has not computed yet, as a training begins."""
+    """In a thread that has not computed yet, as at the start of a training."""
 
     def numbers() -> tuple[int, int]:
         with compute_thread(1) as thread:
@@ -17,5 +17,5 @@ def test_a_compute_thread_changes_no_other_threads_number() -> None:
     before = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(3,)) as fresh:
         assert fresh.submit(numbers).result() == (1, 3)
-    # The number that threads to come begin with.
+    # The number that new threads start with.
     torch.set_num_threads(before)

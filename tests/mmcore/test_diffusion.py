@@ -1,4 +1,4 @@
-"""The mathematics of diffusion, against its formulas and against diffusers."""
+"""The mathematics of diffusion, compared with its formulas and with diffusers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -58,7 +58,7 @@ def test_a_right_prediction_has_no_loss_and_each_sample_its_own() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_the_error_of_x_0_alike_for_both_predictions(gamma: float) -> None:
-    """Hang et al. 2023: min(SNR, gamma) |x_0 - x̂_0|², however the network says x̂_0."""
+    """Hang et al. 2023: min(SNR, gamma) |x_0 - x̂_0|², for any prediction type."""
     x_0, noise, timesteps = batch()
     estimate = x_0 + 0.1
     losses = []
@@ -75,7 +75,7 @@ def test_min_snr_weights_the_error_of_x_0_alike_for_both_predictions(gamma: floa
 
 
 def knows(schedule: NoiseSchedule, x_0: Tensor) -> Any:
-    """A network that always predicts what leads to `x_0`."""
+    """A network whose prediction always leads to `x_0`."""
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
         alpha, sigma = (each.float() for each in alpha_sigma(schedule, torch.tensor([timestep])))
@@ -93,7 +93,7 @@ def test_every_sampler_ends_at_what_the_network_knows(schedule: NoiseSchedule, n
         for clip in (False, True):
             sampler = make_sampler(name, schedule, clip=clip)
             made = sample(knows(schedule, x_0), SHAPE, [5, 6], sampler, steps)
-            # Of pure noise an estimate of x_0 in fp32 is as good as the signal that is left: worst with one step.
+            # From pure noise, the accuracy of x_0 in fp32 depends on the remaining signal; one step is the worst case.
             assert (made - x_0).abs().max() < 2e-2, (steps, clip)
 
 
@@ -108,7 +108,7 @@ def test_a_sample_is_decided_by_its_seed_alone(name: SamplerName) -> None:
     for number, seed in enumerate([7, 8, 9]):
         assert torch.equal(run([seed])[0], together[number])
     assert not torch.equal(together[0], together[1])
-    torch.manual_seed(1)  # the generator of the process plays no part
+    torch.manual_seed(1)  # the global generator has no effect
     assert torch.equal(together, run([7, 8, 9]))
 
 
@@ -192,7 +192,7 @@ def test_a_schedule_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
 
 
 def trained(schedule: NoiseSchedule, coins: Sequence[float]) -> torch.Tensor:
-    """The timesteps of all draws of a timestep, with each of the coins."""
+    """The training timesteps for all uniform timesteps, with each of the coins."""
     return torch.tensor([schedule.timestep(drawn, coin) for drawn in range(schedule.num_timesteps) for coin in coins])
 
 
@@ -207,7 +207,7 @@ def test_a_shift_moves_the_timesteps_that_are_trained(shift: float, median: floa
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_training_is_not_shifted(share: float) -> None:
     timesteps = trained(NoiseSchedule(timestep_shift=8.0, unshifted_share=share), [0.0, 0.25, 0.5, 0.75])
-    # Below the middle lies half of what is drawn alike, and a ninth of what a shift of 8 draws.
+    # Half of the uniform timesteps are below the middle, and a ninth of those with a shift of 8.
     expected = share / 2 + (1 - share) / 9
     assert (timesteps < 500).double().mean().item() == pytest.approx(expected, abs=1e-3)
 

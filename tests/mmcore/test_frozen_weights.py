@@ -1,4 +1,4 @@
-"""Frozen parts of a model that trains: how often they are held, in which precision, and that they stay."""
+"""Frozen parts in training: number of copies, precision, and the check that they do not change."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ FP32_BYTES = 4 * WIDTH**2
 
 
 class Big(nn.Module):
-    """A large frozen layer under a small one that trains."""
+    """A large frozen layer under a small trainable one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Big(nn.Module):
 
 
 class LargeTensorsMade(TorchDispatchMode):
-    """The bytes of each new storage that is as large as a frozen one in half precision."""
+    """The bytes of each new storage of at least the size of a frozen weight in half precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def live() -> list[int]:
     [("fp32", "auto", []), ("bf16", "auto", [FP32_BYTES // 2]), ("fp32", "bf16", [FP32_BYTES // 2])],
 )
 def test_frozen_weights_are_held_once(tmp_path: Path, precision: str, frozen_precision: str, copies: list[int]) -> None:
-    """Average weights, kept weights, checkpoints, validation and the check at the end make no copy of them."""
+    """EMA, saved weights, checkpoints, validation and the final check make no copy of frozen weights."""
     settings = dataclasses.replace(
         test_losses.SETTINGS, precision=precision, frozen_precision=frozen_precision, ema_decay=0.9
     )
@@ -91,7 +91,7 @@ def test_frozen_weights_are_held_once(tmp_path: Path, precision: str, frozen_pre
 
 
 class Mixed(nn.Module):
-    """A frozen encoder and layers that train before and after it."""
+    """A frozen encoder with trainable layers before and after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def batch_of(num_rows: int) -> dict[str, Tensor]:
 
 
 def test_auto_holds_what_autocast_would_cast() -> None:
-    """To the bit, forwards and backwards; normalisation keeps its precision."""
+    """Bit-identical, forward and backward. Normalisation layers keep their precision."""
     plain, held = Mixed().eval(), Mixed().eval()
     hold_frozen(held, "auto", "bf16")
     dtypes = {name: value.dtype for name, value in held.named_parameters() if value.dtype != torch.float32}

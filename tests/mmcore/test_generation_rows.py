@@ -1,4 +1,4 @@
-"""Rows of generators: everything random belongs to (seed, epoch, image_id) and to nothing else."""
+"""Rows of generators: random choices depend on (seed, epoch, image_id) only."""
 
 import dataclasses
 from typing import Any
@@ -72,7 +72,8 @@ def test_shares_of_flips_captions_and_dropped_texts() -> None:
     assert (others ^ mirrored).all()
     timesteps = torch.cat([batch["timesteps"] for batch in batches])
     assert (timesteps.min() >= 0, timesteps.max() < 1000) == (True, True)
-    # The mean of 8 u / (1 + 7 u), the smoke variant's shift, is 8/7 (1 - log(8) / 7); half of them are not shifted.
+    # The mean of 8 u / (1 + 7 u) is 8/7 (1 - log(8) / 7), for the smoke variant's shift. Half of the rows are not
+    # shifted.
     assert abs(timesteps.double().mean().item() - (803 + 500) / 2) < 35
 
 

@@ -1,4 +1,4 @@
-"""mmcore/metrics/images.py: true images score near 1, those of other prompts at chance, colours by what is there."""
+"""mmcore/metrics/images.py: true images score near 1, images of other prompts at chance, colours by their mean."""
 
 import io
 
@@ -22,7 +22,7 @@ def test_true_images_are_right_and_the_groups_add_up() -> None:
     assert scores["all"]["fraction_correct"] > 0.99
     assert scores["all"]["whole_scene"] > 0.95
     assert scores["seen"]["num_scenes"] + scores["held_out"]["num_scenes"] == NUM
-    # Of six prompts in a row the first three name a pair that is never trained on.
+    # Of six consecutive prompts the first three name a pair that is not in training.
     assert scores["held_out"]["num_scenes"] == NUM // 2
     assert sum(each["num_scenes"] for each in scores["objects"].values()) == NUM
     assert 0.1 < scores["shuffled"]["fraction_correct"] < 0.6
@@ -57,7 +57,7 @@ def test_lab_of_known_colours() -> None:
 
 
 def photos(tints: list[tuple[float, float, float]], strength: float, seed: int = 0) -> list[np.ndarray]:
-    """Noisy pictures of all kinds of lightness, each moved a little towards its tint."""
+    """Noisy pictures of any lightness, each shifted a little towards its tint."""
     random = np.random.default_rng(seed)
     images = []
     for tint in tints:
@@ -80,7 +80,7 @@ def test_a_tint_is_found_and_its_absence_is_chance() -> None:
     assert tinted["colours"]["black"]["lightness"] < tinted["colours"]["pink"]["lightness"]
     assert 120 < tinted["colours"]["green"]["hue"] < 150
     plain = score_colours(photos([(0, 0, 0)] * 90, 0.0), DRESSES, COLOURS)
-    # Greys of middling lightness lie nearest to one of them, the dark green.
+    # Medium greys are nearest to dark green.
     assert plain["fraction_nearest"] < 0.5
     # 90 draws at 1/3: a standard deviation of 0.05.
     assert abs(plain["fraction_correct"] - plain["chance"]) < 0.15
@@ -90,7 +90,7 @@ def test_a_tint_is_found_and_its_absence_is_chance() -> None:
 
 
 def test_the_counts_are_those_of_the_images() -> None:
-    # Two of the green dresses came out black.
+    # Two of the green dresses are black.
     tints = [TINTS["black" if i in (2, 5) else name] for i, name in enumerate(NAMED)]
     green = score_colours(photos(tints, 0.8), DRESSES, COLOURS)["colours"]["green"]
     assert green["chosen"] == {"pink": 0, "black": 2, "green": 28}

@@ -1,4 +1,4 @@
-"""Decoding must refuse what is damaged, and hand on what is whole unchanged."""
+"""Decoding refuses damaged images and returns intact ones unchanged."""
 
 import io
 import struct
@@ -37,14 +37,14 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 def test_exif_orientation_is_applied(orientation: int) -> None:
     image = noise()
     exif = Image.Exif()
-    exif[0x0112] = orientation  # 6: the camera was turned, rotate by 270 degrees to see it upright
+    exif[0x0112] = orientation  # 6: the camera was turned; rotate by 270 degrees
     data = encoded(image, "PNG", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert (expected.size == image.size) == (orientation not in (5, 6, 7, 8))
     assert np.array_equal(np.asarray(decode_image(data, name="x")), np.asarray(expected))
 
 
-# Each of 256 greys once, as 16 bits have them: v -> v >> 8.
+# Each of 256 greys once, as 16-bit values: v -> v >> 8.
 RAMP = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
 
 
@@ -64,7 +64,7 @@ def test_sixteen_bits_keep_their_greys(image: Image.Image, kind: str, options: d
 
 
 def test_twelve_bits_of_a_tiff_keep_their_greys() -> None:
-    # Pillow writes none: two greys in three bytes, by a header of its own.
+    # Pillow writes no such file: two greys in three bytes, with a hand-made header.
     greys = np.arange(256) * 4095 // 255
     packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in greys.reshape(-1, 2).tolist())
     # Width, height, bits, no compression, black is zero, where the pixels begin, one channel, rows, bytes.
@@ -88,7 +88,7 @@ def test_a_null_is_no_image() -> None:
 
 
 def test_exif_of_another_type_than_its_tag_has_is_no_concern() -> None:
-    """XResolution as raw bytes: to write such an EXIF anew, without the orientation, fails in Pillow."""
+    """XResolution as raw bytes: Pillow fails to rewrite such EXIF data without the orientation."""
     entries = [(0x0112, 3, 1, b"\6\0\0\0"), (0x011A, 7, 4, b"abcd")]
     packed = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
@@ -124,7 +124,7 @@ def test_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_random_damage_is_an_input_error_or_an_image(kind: str) -> None:
-    """Nothing but InputError comes out of damaged bytes."""
+    """Damaged bytes raise nothing but InputError."""
     rng = np.random.default_rng(0)
     whole = encoded(noise(), kind)
     num_refused = 0
@@ -143,7 +143,7 @@ def test_resize_squashes_to_a_square_array() -> None:
     array = resize_image(noise(60, 20), 16)
     assert array.shape == (16, 16, 3)
     assert array.dtype == np.uint8
-    # Left half black, right half white: squashed, both halves are still there.
+    # Left half black, right half white. After squashing both halves are still there.
     halves = Image.new("RGB", (60, 20))
     halves.paste((255, 255, 255), (30, 0, 60, 20))
     squashed = resize_image(halves, 16)

@@ -1,4 +1,4 @@
-"""The latent-diffusion recipe: the published sizes, and variants that diffusers' pipeline can hold."""
+"""The latent-diffusion recipe: published sizes, and variants that diffusers' pipeline supports."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_every_variant_fits_the_vqvae_of_its_name(name: str) -> None:
         text_inputs = inputs if recipe.text.is_scratch else TextInputs(width=512)
         model = recipe.build(DiffusionFacts(text_inputs, vqvae.latent_shape))
     assert recipe.dataset == vqvae.dataset
-    # What diffusers' pipeline pads prompts to.
+    # The number of tokens that diffusers' pipeline pads prompts to.
     assert recipe.text.max_tokens == 77
     if name != "report":
         assert parameters(model) < 25e6
@@ -90,7 +90,7 @@ GOLDEN_LOSSES = [
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """Ten steps from weights by formula, on scaled latents and their mirrors: a refactoring changes none of them."""
+    """Ten steps with weights from a formula, on scaled latents and their mirrors: a refactoring changes no loss."""
     recipe = tiny_diffusion.latent_recipe(num_epochs=2, lr=1e-3)
     assert recipe.noise == VARIANTS["shapes"].noise
     recipe = dataclasses.replace(

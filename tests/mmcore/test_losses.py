@@ -1,4 +1,4 @@
-"""Several losses through the one loop: what they are divided by, and one that compares the rows of the whole batch."""
+"""Several losses in one loop: their denominators, and a loss that compares all rows of the batch."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ WORDS_WEIGHT, PAIRS_WEIGHT = 0.5, 2.0
 
 
 class Pairs:
-    """16 pairs of vectors, each with one number to predict and up to three more words, the last half with none."""
+    """16 pairs of vectors, each with a number to predict and up to three words. The second half has no words."""
 
     num_train, num_validation = 16, 8
 
@@ -45,7 +45,7 @@ class Pairs:
 
 
 class Two(nn.Module):
-    """A regression, whose loss counts rows, and words, whose loss counts words."""
+    """A regression, whose loss is a mean over rows, and words, whose loss is a mean over words."""
 
     told = 0
 
@@ -69,8 +69,10 @@ class Two(nn.Module):
 
 
 class Contrastive(nn.Module):
-    """Each row's two vectors are nearer to each other than to those of any other row (InfoNCE), beside a regression.
-    One of them comes from a frozen layer, which DDP leaves alone."""
+    """A contrastive loss (InfoNCE) between the two vectors of each row, and a regression.
+
+    One vector comes from a frozen layer, which DDP ignores.
+    """
 
     whole_batch_losses = ("pairs_loss",)
 
@@ -103,7 +105,7 @@ def trained(model: nn.Module, folder: Path, **changes: Any) -> Training:
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_each_loss_is_divided_by_its_own_count(tmp_path: Path, parts: int) -> None:
-    """By hand: one step on the whole batch. Cut in four, some micro-batches hold no word at all."""
+    """Compare with one step on the whole batch, computed by hand. Of four micro-batches some have no word."""
     model, hand = Two(), Two().double()
     training = trained(model, tmp_path, max_steps=1, gradient_accumulation=parts)
     batch = Pairs().train_batch(permutation(16, SETTINGS.seed, 0)[:8], 0)
@@ -168,7 +170,7 @@ def train_as_worker(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.process
 def test_two_workers_agree_with_one(tmp_path: Path) -> None:
-    """Unequal counts of words on the workers, and pairs whose others lie on the other worker."""
+    """Workers have different numbers of words, and pairs are compared across workers."""
     from conftest import free_port
 
     torch.multiprocessing.spawn(train_as_worker, args=(free_port(), tmp_path), nprocs=2)

@@ -1,4 +1,4 @@
-"""A finished run makes images: each decided by its prompt and its seed, whoever else is in the batch."""
+"""A finished run generates images that depend on prompt and seed only, not on the rest of the batch."""
 
 import dataclasses
 import hashlib
@@ -45,7 +45,7 @@ def ldm_run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     run = Storage(str(tmp_path_factory.mktemp("ldm")))
     vqvae = run.parent / f"{run.name}-vqvae"
     tiny_diffusion.write_ldm_run(run, vqvae)
-    # A run folder is whole by itself.
+    # A run folder is self-contained.
     shutil.rmtree(vqvae.uri)
     return run
 
@@ -66,20 +66,20 @@ def test_an_image_is_decided_by_prompt_and_seed(kind: str, side: int, how: Any, 
     assert generator.size == (side, side)
     assert len({image.tobytes() for image in images}) == 4
 
-    # In another process, as it were: loaded again.
+    # Loaded again, as in another process.
     again = open_generator(request.getfixturevalue(kind).uri).load()
     assert np.array_equal(again.generate(PROMPTS, SEEDS, how), images)
-    # In another order, and among others.
+    # In another order and in another batch.
     order = [2, 0, 3, 1]
     moved = generator.generate([PROMPTS[i] for i in order], [SEEDS[i] for i in order], how)
     assert np.array_equal(moved, images[order])
     others = generator.generate([PROMPTS[1], *["a red square"] * 3], [SEEDS[1], 7, 8, 9], how)
     assert np.array_equal(others[0], images[1])
-    # In batches of other sizes, at most one step of 255.
+    # In batches of other sizes, pixels differ by at most one step of 255.
     for size in (1, 2, 3):
         parts = [generator.generate(PROMPTS[i : i + size], SEEDS[i : i + size], how) for i in range(0, 4, size)]
         assert np.abs(np.concatenate(parts).astype(int) - images).max() <= 1
-    # The prompt and the seed do count.
+    # Prompt and seed have an effect.
     assert not np.array_equal(generator.generate(PROMPTS[::-1], SEEDS, how)[1], images[1])
     assert not np.array_equal(generator.generate(PROMPTS, [1, 1, 1, 1], how), images)
 
@@ -148,7 +148,7 @@ def test_bfloat16_is_close(pixel_run: Storage) -> None:
 
 
 def test_bfloat16_draws_codes_under_autocast(code_run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A code that is another by rounding changes those that follow, so images of both precisions are not compared."""
+    """A code that differs by rounding changes the later codes, so images of both precisions are not compared."""
     generator: Any = open_generator(code_run.uri).load(dtype=torch.bfloat16)
     logits: list[torch.dtype] = []
     generator.model.output.register_forward_hook(lambda layer, given, made: logits.append(made.dtype))
@@ -177,7 +177,7 @@ def test_options_that_cannot_be_are_named(pixel_run: Storage) -> None:
         with pytest.raises(OptionError) as raised:
             generator.check(options, size)
         assert str(raised.value).startswith(message)
-        # It comes from other processes.
+        # It was pickled by another process.
         assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
     with pytest.raises(OptionError, match="--steps 3"):
         generator.generate(PROMPTS, SEEDS, refused[0][0])

@@ -1,4 +1,4 @@
-"""mmcore/page.py: what is written can be read, nothing that is text becomes markup, nothing has to be loaded."""
+"""mmcore/page.py: pages are readable, text never becomes markup, and nothing is loaded from elsewhere."""
 
 import base64
 import itertools
@@ -122,7 +122,7 @@ def test_a_line_rises_where_its_numbers_do() -> None:
     (line,) = points_of(line_chart("t", [Series("s", [(0, 1.0), (1, 3.0), (2, 2.0)])], x_label="x"))
     (x0, y0), (x1, y1), (x2, y2) = line
     assert x0 < x1 < x2
-    assert y1 < y2 < y0  # SVG counts downwards
+    assert y1 < y2 < y0  # in SVG, y increases downwards
     assert (x1 - x0) == pytest.approx(x2 - x1, abs=0.11)  # rounded to a tenth of a pixel
     assert (y0 - y1) == pytest.approx(2 * (y0 - y2), abs=0.21)
 

@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS as published, and the features of any convolutional network."""
+"""Perceptual distances: LPIPS as published, and features of any convolutional network."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ VGG16 = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Random weights under the names of the published files; one a .pth, one safetensors."""
+    """Random weights with the names of the published files: one .pth, one safetensors."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     vgg: dict[str, Tensor] = {}
@@ -126,7 +126,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> str:
     model = MobileNetV2Model(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 4:  # as they come, features would fade to 1e-25
+            if parameter.ndim == 4:  # with the default initialisation features would shrink to 1e-25
                 torch.nn.init.kaiming_normal_(parameter)
     model.save_pretrained(folder)
     return str(folder)

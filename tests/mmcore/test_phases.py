@@ -1,5 +1,6 @@
-"""Several optimisers and statistics through the one loop: a VQ-VAE with a codebook of moving averages, whose dead codes
-are revived, against a discriminator."""
+"""Several optimisers and statistics in one loop: a VQ-VAE with a revived codebook of moving averages, and a
+discriminator.
+"""
 
 import copy
 import json
@@ -97,7 +98,7 @@ def runs(folder: Path) -> list[Training]:
 
 
 def train_as_worker(rank: int, world_size: int, port: int, folder: Path) -> None:
-    """One worker of a gloo group; what it ends with is written down."""
+    """One worker of a gloo group. It saves its final state."""
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -115,7 +116,7 @@ def train_as_worker(rank: int, world_size: int, port: int, folder: Path) -> None
 
 @pytest.mark.process
 def test_two_workers_agree_with_one_in_fp64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The averages and the revival see sums of the whole batch, so which code dies, and its heir, is the same."""
+    """Averages and revival use sums of the whole batch, so the same codes die and are replaced."""
     from conftest import free_port
 
     revived: list[int] = []
@@ -143,7 +144,7 @@ def test_two_workers_agree_with_one_in_fp64(tmp_path: Path, monkeypatch: pytest.
     long = alone[0].state.history
     assert long[-1]["step"] == 100
     assert long[-1]["psnr"] > long[0]["psnr"] + 3
-    # Otherwise there was nothing to revive, and the agreement says less.
+    # Otherwise no code was revived, and the comparison would show less.
     assert len(set(revived)) > 10
 
 
@@ -165,7 +166,10 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
 
 
 def test_a_step_is_the_generators_and_then_the_discriminators(tmp_path: Path) -> None:
-    """By hand: two Adams, each on its own loss over the whole batch, the second against the moved generator."""
+    """Compare with two Adams by hand, each with its own loss over the whole batch.
+
+    The second uses the updated generator.
+    """
     recipe = tiny_vqvae.recipe(
         discriminator_from_step=0,
         revive_below=0.0,
@@ -232,7 +236,7 @@ def test_outputs_that_are_statistics_are_summarised_and_never_logged(tmp_path: P
     for row in run.training.state.history:
         assert {"perplexity", "codes_used", "psnr", "lr"} <= row.keys()
         assert not row.keys() & {"counts", "sums", "squares", "validation_counts", "count"}
-    # Of the whole set and not a mean over its batches (8 and 4 images).
+    # Over the whole set, not a mean over its batches (8 and 4 images).
     model, rows = run.training.model.eval(), tiny_vqvae.rows_of(recipe)
     with torch.no_grad():
         whole = model(rows.validation_batch(np.arange(12))).statistics
@@ -259,7 +263,7 @@ def test_the_average_copies_what_a_model_averages_itself() -> None:
 
 
 class Breaks(VQVAETraining):
-    """The discriminator's loss is nan, or its gradient, from its second step on."""
+    """The discriminator's loss or gradient is nan from its second step on."""
 
     what = "loss"
     calls = 0

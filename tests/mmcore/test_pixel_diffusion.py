@@ -1,4 +1,4 @@
-"""The network of the diffusion recipes: sizes as published, exact resume, one worker against two, golden losses."""
+"""The network of the diffusion recipes: published sizes, exact resume, one worker against two, golden losses."""
 
 import dataclasses
 import os
@@ -57,7 +57,10 @@ def test_the_report_s_network_is_built_as_published() -> None:
 
 @pytest.mark.soak
 def test_the_report_s_network_learns() -> None:
-    """A few steps of the published size, attention at full resolution and all; at 64², since it takes 2 s an image."""
+    """A few steps with the published size and attention at full resolution.
+
+    The image has 64², as an image takes 2 s.
+    """
     torch.manual_seed(0)
     model = VARIANTS["report"].build(DiffusionFacts(TextInputs(width=768), (3, 64, 64)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -108,7 +111,7 @@ def test_a_network_that_cannot_be_is_refused(settings: dict[str, Any], flag: str
 
 
 def test_pooled_text_reaches_a_network_that_attends_to_none() -> None:
-    """With cross-attention silenced, two prompts still give two predictions: by the timestep's embedding alone."""
+    """With cross-attention set to zero, two prompts still give two predictions, by the timestep embedding alone."""
     inputs = TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2)
     for pooled_text in (False, True):
         smoke = VARIANTS["smoke"]
@@ -127,7 +130,10 @@ def test_pooled_text_reaches_a_network_that_attends_to_none() -> None:
 
 
 def test_patches_are_positions_of_the_finest_level() -> None:
-    """A quarter of the positions, four times the channels, and of an untouched network every value in its place."""
+    """A quarter of the positions and four times the channels.
+
+    With a network that returns its input, every value stays in place.
+    """
     smoke = VARIANTS["smoke"]
     recipe = dataclasses.replace(smoke, unet=dataclasses.replace(smoke.unet, patch_size=2))
     model = recipe.build(DiffusionFacts(TextInputs(vocabulary_size=50, pad_id=0, bos_id=1, eos_id=2), (3, 16, 16)))
@@ -219,9 +225,11 @@ GOLDEN_LOSSES = {
 
 @pytest.mark.parametrize("which", list(GOLDEN_LOSSES))
 def test_golden_losses(which: str, tmp_path: Path) -> None:
-    """Ten steps from weights by formula: a refactoring changes none of them. Of what `shapes` is shipped with, pooled
-    text, shifted timesteps and patches, and without any of it."""
-    # Of the second, on one thread with default, avx2 and avx512 kernels, losses differed by 7e-7 at most.
+    """Ten steps with weights from a formula: a refactoring changes no loss.
+
+    With the features of `shapes` (pooled text, shifted timesteps, patches) and without any of them.
+    """
+    # Of the second, losses differed by at most 7e-7 on one thread with default, avx2 and avx512 kernels.
     lr, rtol = (3e-3, 1e-4) if which == "plain" else (1e-3, 1e-5)
     recipe = tiny_diffusion.recipe(num_epochs=2, lr=lr)
     shapes = VARIANTS["shapes"]
@@ -238,7 +246,7 @@ def test_golden_losses(which: str, tmp_path: Path) -> None:
         noise=dataclasses.replace(recipe.noise, timestep_shift=shift, unshifted_share=share),
     )
     losses = tiny_diffusion.golden_losses(recipe, tmp_path)
-    np.testing.assert_allclose(losses, GOLDEN_LOSSES[which], rtol=rtol)  # other machines sum in another order
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES[which], rtol=rtol)  # sums are in another order on other machines
 
 
 # -- resume and workers --------------------------------------------------------------------------------------------
@@ -246,8 +254,7 @@ def test_golden_losses(which: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe_of", [tiny_diffusion.recipe, tiny_diffusion.latent_recipe])
 def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(recipe_of: Callable[..., Any], tmp_path: Path) -> None:
-    """Of pixels and of latents: channels-last weights, their moments and average, dropped texts, flips: all of it
-    comes back."""
+    """For pixels and latents: channels-last weights, moments, EMA, dropped texts and flips are all restored."""
     recipe = dataclasses.replace(recipe_of(num_epochs=2, ema_decay=0.9), flip=True)
     whole = tiny_diffusion.train(recipe, tmp_path / "whole")
     assert [path.name for path in whole.checkpoints] == [f"step-{step:08d}" for step in (3, 5, 6, 9, 10)]
@@ -269,20 +276,20 @@ def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(recipe_of: Callable[
         assert tiny.without_times(mine) == tiny.without_times(theirs)
 
 
-# Of pixels and of latents.
+# For pixels and latents.
 RECIPES: dict[str, Callable[..., Any]] = {"pixels": tiny_diffusion.recipe, "latents": tiny_diffusion.latent_recipe}
 
 
 def settings_of(kind: str, precision: str, num_steps: int) -> Any:
     train = {"num_epochs": 100, "max_steps": num_steps, "precision": precision, "lr": 1e-3, "gradient_accumulation": 2}
     recipe = RECIPES[kind](**train, checkpoint_every_steps=10_000, validate_every_epochs=100)
-    # One level, to spare time.
+    # One level, to save time.
     unet = UNetSettings(channels=(32,), layers_per_block=1, attention_levels=(0,), num_heads=2)
     return dataclasses.replace(recipe, flip=True, unet=unet)
 
 
 def train_as_worker(rank: int, port: int, folder: Path, kind: str, precision: str, num_steps: int) -> None:
-    """One of two workers of a gloo group; rank 0 writes its losses down."""
+    """One worker of a gloo group. Rank 0 saves its losses."""
     torch.set_num_threads(1)
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **ranks)
@@ -303,7 +310,7 @@ def losses_of(run: tiny.Run) -> list[float]:
 @pytest.mark.parametrize("kind", ["latents", pytest.param("pixels", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     ("precision", "num_steps", "largest"),
-    # In fp64 and within 1e-9 the captioner's loop, which is this one, is compared in test_training.py.
+    # test_training.py compares this loop with a captioner in fp64, within 1e-9.
     [("fp32", 20, 1e-5), pytest.param("fp64", 200, 1e-9, marks=pytest.mark.soak)],
 )
 def test_the_loss_curve_does_not_depend_on_the_number_of_workers(

@@ -1,4 +1,4 @@
-"""What counts as a prediction for which image, and what is refused with one line."""
+"""Matching of predictions to images, and refusals in one line."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""Code that comes with weights is not run, and nobody is asked whether it may be."""
+"""Code that comes with weights is not run, and nobody is asked whether to run it."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mmcore.storage import Storage
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model and a tokenizer that only code of their own can load."""
+    """A model and a tokenizer that need their own code to load."""
     made, ran = tmp_path / "model", tmp_path / "ran"
     made.mkdir()
     (made / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")

@@ -1,4 +1,4 @@
-"""mmcore/data/prompts.py: every form of a list of prompts, seeds of their own, errors that name file and line."""
+"""mmcore/data/prompts.py: all formats of prompt lists, their seeds, and errors that name file and line."""
 
 import json
 import weakref
@@ -52,7 +52,7 @@ def test_all_forms_give_the_same_prompts(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_alike_in_every_form(tmp_path: Path) -> None:
-    # As pandas writes whole numbers, and seeds of which some are missing.
+    # As pandas writes integers, and seeds of which some are missing.
     files = [
         write(tmp_path / "p.csv", "prompt,image_id,seed\na,139,5.0\nb,285,\n"),
         write(
@@ -80,7 +80,7 @@ def test_ids_that_pandas_has_beside_missing_ones_are_whole_numbers(tmp_path: Pat
 
 def test_a_row_may_give_its_size(tmp_path: Path) -> None:
     csv = write(tmp_path / "p.csv", "prompt,height,width\na,64,32\nb,,\n")
-    # As pandas has whole numbers beside missing ones.
+    # As pandas writes integers in a column with missing values.
     parquet = write_parquet(tmp_path / "p.parquet", prompt=["a", "b"], height=[64.0, None], width=[32.0, None])
     for file in (csv, parquet):
         assert [prompt.size for prompt in read_prompts(file)] == [(64, 32), None]
@@ -94,12 +94,12 @@ def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> Non
     ]  # fmt: skip
     assert [each.seed for each in prompts] == [derive_seed(7, each.image_id) & MAX_IMAGE_SEED for each in prompts]
     assert len({each.seed for each in prompts} | {each.seed for each in read_prompts(file, seed=8)}) == 6
-    # A longer list or a smaller count leaves the others as they are.
+    # A longer list or a smaller count does not change the other prompts.
     assert list(read_prompts(file, seed=7, count=2)) == prompts[:2]
 
 
 def test_many_prompts_are_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While they are read, checked and planned, no more of them live at once than are looked at."""
+    """While they are read, checked and planned, no more prompts are in memory at once than are used."""
     monkeypatch.setattr(mmcore.data.prompts, "_BATCH_ROWS", 16)
     alive: weakref.WeakSet[Prompt] = weakref.WeakSet()
     most = 0

@@ -1,4 +1,4 @@
-"""The codebook: nearest codes, its two ways to learn, revival of dead codes, how its use is counted."""
+"""The codebook: nearest codes, both ways of training, revival of dead codes, and statistics of use."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_distances_in_parts_are_the_distances(monkeypatch: pytest.MonkeyPatch) -
 
 
 def statistics_of(latents_by_code: list[Tensor]) -> dict[str, Tensor]:
-    """What a batch would give in which these latents (N, D) chose code 0, 1, ..."""
+    """The statistics of a batch in which these latents (N, D) chose codes 0, 1, ..."""
     return {
         "counts": torch.tensor([float(len(each)) for each in latents_by_code]).double(),
         "sums": torch.stack([each.sum(0) for each in latents_by_code]),
@@ -65,7 +65,7 @@ def test_averages_follow_their_formula() -> None:
     start = codes.codebook.clone()
     counts, sums = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
     for step in range(3):
-        # Code 1 is not chosen at first, code 2 never.
+        # Code 1 is not chosen at first, code 2 is never chosen.
         given = statistics_of([latents(4, 2, seed=step), latents(1 if step else 0, 2, seed=9), latents(0, 2)])
         codes.after_step(given, step)
         counts, sums = 0.75 * counts + 0.25 * given["counts"], 0.75 * sums + 0.25 * given["sums"]
@@ -88,14 +88,15 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole() -> None:
 
 
 def test_the_codes_of_most_scatter_are_split_over_the_dead_ones() -> None:
-    """A code that is used most, but by latents that are all alike, needs no second one."""
+    """The most used code is not split if its latents are all equal."""
     codes = averaged(6, decay=0.5, revive_below=0.1)
     before = codes.codebook.clone()
     nothing = latents(0, 2)
     background = torch.tensor([[3.0, 3.0]]).double().expand(900, 2)
     wide, narrow = latents(60, 2) * 2 + 10, latents(60, 2, seed=1) * 0.1 - 10
     codes.after_step(statistics_of([background, nothing, wide, nothing, narrow, nothing]), 0)
-    # The mean use of 170 makes 60 no dead code; the mean scatter leaves only one to split, over the first dead code.
+    # With a mean use of 170, a use of 60 is not dead. Only one code has a scatter above the mean. It replaces the first
+    # dead code.
     halves = codes.codebook[[2, 1]]
     torch.testing.assert_close(halves.mean(0), wide.mean(0))
     deviation = wide.var(0, correction=0).mean().sqrt()
@@ -103,7 +104,7 @@ def test_the_codes_of_most_scatter_are_split_over_the_dead_ones() -> None:
     torch.testing.assert_close(distance, deviation)  # half a deviation to each side
     torch.testing.assert_close(codes.codebook[0], background[0])
     torch.testing.assert_close(codes.codebook[4], narrow.mean(0))
-    # Both halves begin with twice the use of a dead code, and nothing yet to split them for.
+    # Both halves start with twice the use of a dead code, and without scatter.
     probation = 2 * 0.1 * (450 + 30 + 30) / 6
     torch.testing.assert_close(codes.ema_counts, torch.tensor([450, probation, probation, 0, 30, 0]).double())
     torch.testing.assert_close(codes.ema_sums[1:3], codes.codebook[1:3] * probation)
@@ -121,7 +122,7 @@ def test_no_code_is_revived_where_all_are_used() -> None:
 
 @pytest.mark.parametrize("revive_below", [0.0, 0.1])
 def test_revival_keeps_the_codebook_in_use(revive_below: float) -> None:
-    """Latents far away from the first codes, of which one is then nearest to all: the usual collapse."""
+    """Latents far from the initial codes, so that one code is nearest to all: the usual collapse."""
     torch.manual_seed(0)
     codes = Quantizer(64, 2, ema_decay=0.9, revive_below=revive_below, seed=0)
     for step in range(150):

@@ -1,4 +1,4 @@
-"""How rows reach the loop."""
+"""Prefetching of batches."""
 
 import threading
 

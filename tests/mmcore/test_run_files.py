@@ -1,4 +1,4 @@
-"""The model of a finished run: what is read back, and what is refused."""
+"""The model of a finished run: reading it back, and refusals."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def test_what_was_written_is_read(run: Storage) -> None:
-    # A transposed view: safetensors refuses tensors that are not contiguous.
+    # A transposed view, as safetensors refuses tensors that are not contiguous.
     write_model(run, WEIGHTS | {"turned": WEIGHTS["a.weight"].T}, FILE)
     fields, where = read_fields(run)
     read = run_file_from_json(fields, TinyRecipe, TinyFacts, where)

@@ -1,4 +1,4 @@
-"""What every other promise leans on: keyed randomness, the vocabulary, and storage that writes whole or not at all."""
+"""Keyed random numbers, the vocabulary, and storage with atomic writes."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, WordVocabulary
 
 
 def test_golden_seeds_and_orders() -> None:
-    """A release that changed one of these would not resume the runs of the one before."""
+    """If one of these values changed, a release could not resume the runs of the previous one."""
     assert derive_seed(2024, "step", 7, 0, 1) == 5495089542592738664
     assert derive_seed(0) == 2033344993903900207
     assert permutation(10, 2024, 0).tolist() == [4, 6, 2, 3, 7, 8, 5, 9, 1, 0]
@@ -38,7 +38,7 @@ def test_seeds_are_keyed_by_every_part() -> None:
     keys = [(0,), (1,), (0, "a"), (0, "a", "b"), (0, "ab"), (0, "a", 1), (0, "a1")]
     assert len({derive_seed(*key) for key in keys}) == len(keys)
     assert all(0 <= derive_seed(seed, "x") < 2**63 for seed in range(100))
-    # The reason of the limit: beyond it a seed is another number and the same noise.
+    # The reason for the limit: a larger seed is another number with the same noise.
     first, second = (torch.Generator().manual_seed(seed) for seed in (7, MAX_IMAGE_SEED + 1 + 7))
     assert torch.equal(torch.randn(3, generator=first), torch.randn(3, generator=second))
     draws = np.array([uniform(5, "flip", epoch, f"image-{row}") for epoch in range(4) for row in range(2500)])
@@ -126,7 +126,7 @@ def test_storage_reads_writes_lists_and_deletes(storage: Storage, tmp_path: Path
 def test_storage_through_arrow(storage: Storage) -> None:
     folder = storage / "a"
     for filesystem, path in (folder.arrow(), folder.arrow_whole_files()):
-        # As Ray sends it to its workers.
+        # As Ray pickles it for its workers.
         filesystem = pickle.loads(pickle.dumps(filesystem))
         filesystem.create_dir(path)
         with filesystem.open_output_stream(f"{path}/file") as stream:
@@ -202,7 +202,7 @@ except OSError as error:
 @pytest.mark.process
 @pytest.mark.parametrize("writer", ["write", "create", "arrow"])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str) -> None:
-    """The kernel refuses to write on after 1,000 bytes, as on a full disk."""
+    """The kernel refuses to write more than 1,000 bytes, as on a full disk."""
     storage = Storage(str(tmp_path))
     storage.write("file", b"old")
     command = [sys.executable, "-c", WRITER, str(tmp_path), writer]
@@ -217,7 +217,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, writer: str) -
 def test_a_killed_write_leaves_what_was_there(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     storage.write("file", b"old")
-    # It waits for the kill and does not fill the disk meanwhile.
+    # It waits for the kill and stops filling the disk meanwhile.
     twice_then_wait = "(k if k < 2000 else signal.pause() for k in range(2001))"
     program = WRITER.replace("range(1000)", twice_then_wait).replace("(1000, 1000)", "(-1, -1)")
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path), "arrow"])
@@ -261,7 +261,7 @@ def test_a_whole_bucket_is_not_emptied(s3_server: str) -> None:
 
 def test_links_open_what_they_name_until_they_expire(s3_server: str, tmp_path: Path) -> None:
     storage = Storage(s3_server)
-    # Characters that end the path of an address.
+    # Characters that end the path of a URL.
     names = [f"{folder}/a b#c?d&e=%20.png" for folder in "xyz"]
     for name in names:
         storage.write(name, name.encode())

@@ -1,4 +1,4 @@
-"""The Shapes dataset: determinism, captions, splits, and pictures that are what the scenes say."""
+"""The Shapes dataset: determinism, captions, splits, and pictures that match their scenes."""
 
 import dataclasses
 import io
@@ -71,7 +71,7 @@ def test_five_captions_in_five_wordings() -> None:
     for index in range(300):
         captions = shapes_row(ShapesSettings(), "test", index)["captions"]
         assert len(captions) == 5
-        # Different even with the synonyms for the sizes taken out: the templates differ.
+        # Captions differ even without the synonyms of sizes, as their templates differ.
         plain = {" ".join(size_words.get(word, word) for word in text.split()) for text in captions}
         assert len(plain) == 5
 
@@ -96,7 +96,7 @@ def test_training_and_validation_never_show_a_held_out_pair() -> None:
     seen = pairs("train", settings.num_train) + pairs("validation", settings.num_validation)
     assert not HELD_OUT_PAIRS & seen.keys()
     assert len(HELD_OUT_PAIRS) == 6
-    # All other pairs are in training, and so every colour and every shape.
+    # All other pairs are in training, and so are all colours and shapes.
     assert set(pairs("train", settings.num_train)) == set(itertools.product(COLOURS, SHAPES)) - HELD_OUT_PAIRS
 
 
@@ -138,13 +138,13 @@ def test_scenes_use_everything_and_nothing_overlaps() -> None:
             distance = max(abs(a.x - b.x), abs(a.y - b.y))
             assert distance - (a.side + b.side) / 2 >= shapes.GAP - 1e-9
     assert 0.45 <= sizes["small"] / sizes.total() <= 0.55
-    assert set(alone) == set(POSITIONS)  # alone, an object's position can always be named
+    assert set(alone) == set(POSITIONS)  # the position of a single object can always be named
     assert min(alone.values()) >= 60  # of 500, 100 each expected
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_rendering_covers_the_area_of_each_shape(size: int) -> None:
-    """Coverage summed over an anti-aliased image is the area of the outlines, whatever the grid."""
+    """The sum of coverage over an anti-aliased image is the area of the outlines, for any grid."""
     for index in range(60):
         scene = make_scene(2, "train", index)
         pixels = np.asarray(render_scene(scene, size), dtype=float)
@@ -155,10 +155,10 @@ def test_rendering_covers_the_area_of_each_shape(size: int) -> None:
             inside = (pixels[top:bottom, left:right] - shapes.BACKGROUND) @ offset / (offset @ offset)
             x, y = np.array(shapes.shape_outline(item.shape)).T
             area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2 * item.side**2
-            # Measured: 0.4 to 4.4 % too much at every size, most for a small star, as Pillow draws the outline
-            # itself as well: one sample of 512.
+            # Measured: 0.4 to 4.4 % too much at any size, most for a small star. Pillow also draws the outline itself:
+            # one sample of 512.
             assert 1 <= inside.sum() / size**2 / area <= 1.05
-            assert inside.max() == 1  # the full colour somewhere: nothing was blended over it
+            assert inside.max() == 1  # the full colour occurs, so it was not blended everywhere
 
 
 def test_bad_settings_are_named() -> None:

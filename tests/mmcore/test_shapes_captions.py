@@ -1,4 +1,4 @@
-"""The captions of Shapes: those of the dataset stay as they are, and an exhaustive one leaves nothing out."""
+"""The captions of Shapes: those of the dataset never change, and an exhaustive caption names everything."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""mmcore/metrics/shapes.py: true captions score near 1, others at chance, and naming little shows."""
+"""mmcore/metrics/shapes.py: true captions score near 1, others at chance, and few attributes are visible."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_true_captions_are_right_and_the_groups_add_up() -> None:
     assert scores["all"]["num_scenes"] == NUM
     assert scores["seen"]["num_scenes"] + scores["held_out"]["num_scenes"] == NUM
     assert sum(each["num_scenes"] for each in scores["objects"].values()) == NUM
-    # Six images in a run hold 1, 2, 3, 1, 2, 3 objects, and the first three of them a held-out pair.
+    # Six consecutive images have 1, 2, 3, 1, 2, 3 objects. The first three have a held-out pair.
     assert {number: each["num_scenes"] for number, each in scores["objects"].items()} == dict.fromkeys("123", NUM // 3)
     scenes = [make_scene(SETTINGS.seed, "test", index) for index in range(NUM)]
     truly = sum(any((item.colour, item.shape) in HELD_OUT_PAIRS for item in scene) for scene in scenes)

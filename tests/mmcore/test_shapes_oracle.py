@@ -1,4 +1,4 @@
-"""The oracle: it reads captions exactly, sees what was drawn, and credits an attribute only to its own object."""
+"""The oracle reads captions exactly, detects drawn objects, and credits an attribute only to its own object."""
 
 import io
 import random
@@ -57,7 +57,7 @@ def points(image: Image.Image, text: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_caption_of_the_dataset_is_read_exactly(split: str) -> None:
-    """What is read is compared with the scene itself, so this also proves that the captions are true."""
+    """The parsed caption is compared with the scene itself, so this also shows that captions are true."""
     num_relations = num_positions = num_counts = 0
     for index in range(600):
         scene = make_scene(0, split, index)
@@ -71,7 +71,7 @@ def test_every_caption_of_the_dataset_is_read_exactly(split: str) -> None:
                 num_positions += len(named.positions)
             for relation in parsed.relations:
                 assert clear_relation(found[relation.first], found[relation.second]) == relation.relation, caption
-            # Each phrase of place in the words was read as such.
+            # Each phrase of place was parsed as such.
             words = caption.split()
             assert len(parsed.relations) == words.count("of") - words.count("picture") + sum(
                 words.count(word) for word in ("above", "over", "below", "under")
@@ -107,7 +107,7 @@ A, B, C = (
         ("a star in the top left corner", [NamedObject(shape="star", positions=("top", "left"))], []),
         ("in the middle there is a star", [NamedObject(shape="star", positions=("centre",))], []),
         ("a red object", [NamedObject(colour="red")], []),
-        # What an untrained captioner says.
+        # Texts of an untrained captioner.
         ("", [], []),
         ("of of the of <unk> ... it it which is", [], []),
         ("a a large large red red circle", [A], []),
@@ -192,7 +192,7 @@ def test_own_error_rate_and_chance(size: int) -> None:
     # Measured: 0 of 73,258 attributes at each of the three sizes.
     assert report["error_rate"] < 0.005, report
     assert report["whole_scene"] > 0.99
-    # Measured: 30.8 % at each size, and 0.1 % of whole scenes. This is what knowing nothing scores.
+    # Measured: 30.8 % at each size, and 0.1 % of whole scenes. This is the score by chance.
     assert 0.29 <= report["shuffled"] <= 0.33, report
     assert report["shuffled_whole_scene"] < 0.005
 
@@ -224,8 +224,8 @@ def fade(contrast: float) -> Callable[[Image.Image], Image.Image]:
     return lambda image: image.point(lambda value: round(128 + contrast * (value - 128)))
 
 
-# The bound that is held on the share of attributes called wrong, and what was measured on the same scenes.
-# At 32 pixels a JPEG halves the resolution of colour, to 4 pixels for a small shape: see detect_objects.
+# The allowed share of wrong attributes, and the measured one on the same scenes. At 32 pixels a JPEG halves the
+# resolution of colour, to 4 pixels for a small shape: see detect_objects.
 @pytest.mark.parametrize(
     ("size", "damage", "bound"),
     [
@@ -266,15 +266,15 @@ def test_damaged_images(size: int, damage: list[Callable[[Image.Image], Image.Im
         ("a small blue square to the right of a large red circle", 7, 7),
         ("a large red circle on the left and a small blue square on the right", 8, 8),
         ("two shapes: a large red circle and a small blue square", 7, 7),
-        # Swapped attributes: each is in the picture, but on the other object.
+        # Swapped attributes: each is in the picture but on the other object.
         ("a blue circle and a red square", 2, 4),
         ("a small circle and a large square", 2, 4),
         ("a small red circle and a large blue square", 4, 6),
-        ("a small blue circle and a large red square", 4, 6),  # the sizes and colours agree, the shapes do not
+        ("a small blue circle and a large red square", 4, 6),  # sizes and colours agree, shapes do not
         ("a large red circle right of a small blue square", 6, 7),
         ("a large red circle above a small blue square", 6, 7),
         ("a large red circle on the right and a small blue square on the left", 6, 8),
-        # Objects that are not there, and one that is there once.
+        # Objects that are missing, and an object that is there once but named twice.
         ("three shapes: a large red circle, a small blue square and a green star", 6, 9),
         ("a red circle and a red circle", 2, 4),
         ("a red blue green circle", 2, 4),
@@ -349,7 +349,7 @@ def test_the_score_of_the_whole_is_the_sum_of_the_parts() -> None:
 
 
 def test_a_bar_along_an_edge_is_an_object() -> None:
-    """No scene has one, but generators draw them: it is as long as the image and lies at its edge."""
+    """No scene has such an object, but generators draw them: it is as long as the image and touches its edge."""
     image = np.full((64, 64, 3), BACKGROUND, np.uint8)
     image[-6:] = COLOURS["red"]
     (found,) = detect_objects(image)

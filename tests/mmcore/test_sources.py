@@ -1,4 +1,4 @@
-"""A source is read as it is meant, or refused in one line that names the file and the line."""
+"""A source is read correctly, or refused in one line that names the file and the line."""
 
 import io
 import stat
@@ -41,7 +41,7 @@ def make_source(folder: Path) -> Path:
 
 
 def read(folder: Path, skip_bad: bool = False, progress: Progress | None = None) -> Photos:
-    """A folder is read where it is, so that nothing is unpacked."""
+    """A folder is read in place, so that nothing is unpacked."""
     return read_source(str(folder), folder / "no such folder", skip_bad=skip_bad, progress=progress)
 
 
@@ -131,9 +131,9 @@ def test_the_folders_of_the_first_distribution(tmp_path: Path, captions: str, im
     folder = make_source(tmp_path / "made")
     text = tmp_path / "source" / captions
     text.parent.mkdir(parents=True)
-    names = ("a.jpg", "b.jpg", "c.jpg.1")  # one image of Flickr8k is called so
+    names = ("a.jpg", "b.jpg", "c.jpg.1")  # one image of Flickr8k has this name
     text.write_text("".join(f"{name}#{index}\tcaption {index} , of it\n" for name in names for index in range(2)))
-    # The same in lower case and without inflections stands beside it, and judgements that are no captions.
+    # A lower-cased, stemmed copy is beside it, and human judgements, which are not captions.
     (text.parent / "Flickr8k.lemma.token.txt").write_text("a.jpg#0\tcaption of it\n")
     (text.parent / "ExpertAnnotations.txt").write_text("a.jpg\tb.jpg#2\t1\t1\t2\n")
     for name in SPLIT_FILES.values():
@@ -173,8 +173,7 @@ def truncate(path: Path) -> None:
 
 
 TRAIN, DEV, TEST = SPLIT_FILES.values()
-# What is done to the source; where the message must point; what it must say; the images left by --skip-bad;
-# their captions.
+# The change to the source; the place in the message; its text; the images that --skip-bad keeps; their captions.
 BAD: dict[str, tuple[Callable[[Path], object], str, str, str, int]] = {
     "missing image": (
         lambda s: (s / "Images/b.jpg").unlink(),
@@ -309,7 +308,7 @@ def test_skip_bad_goes_past_all_of_them_at_once(source: Path) -> None:
     captions = [photo.captions for photo in data.photos]
     assert captions == [("caption 1 of a.jpg",), ("caption 0 of c.jpg", "caption 1 of c.jpg")]
     assert len(data.skipped) == 3
-    # Counted over the two that are left.
+    # Counted over the two remaining ones.
     assert [photo.split_report for photo in data.photos] == ["train", "validation"]
 
 
@@ -417,7 +416,7 @@ def test_evil_member_is_refused_and_lands_nowhere(source: Path, tmp_path: Path, 
     with pytest.raises(InputError, match=reason) as caught:
         unpack_zip(path, tmp_path / "strict")
     assert str(caught.value).startswith(f"{path}: member {name!r} ")
-    if case != "file and folder":  # all names are looked at before the first byte is written
+    if case != "file and folder":  # all names are checked before the first byte is written
         assert files_below(tmp_path) == before
     assert not Path("/tmp/mmcore-evil.txt").exists()
 
@@ -462,7 +461,7 @@ def test_bomb_that_lies_about_its_size_stops_at_what_it_said(tmp_path: Path) -> 
         archive.writestr("captions.txt", b"\0" * 5_000_000)
     data = path.read_bytes()
     size = (5_000_000).to_bytes(4, "little")
-    assert data.count(size) == 2  # the local header and the list of members
+    assert data.count(size) == 2  # the local header and the central directory
     path.write_bytes(data.replace(size, (100).to_bytes(4, "little")))
     with pytest.raises(InputError, match="is damaged"):
         unpack_zip(path, tmp_path / "out")
@@ -485,6 +484,6 @@ def test_real_flickr8k() -> None:
         "split_report_generation": {"train": 7000, "test": 1091},
         "split_karpathy": {"train": 6000, "validation": 1000, "test": 1000, "unused": 91},
     }
-    # What report-facts says of the two protocols: 813 karpathy test images were trained on in the other.
+    # From report-facts, on both protocols: 813 test images of karpathy are training images in the other one.
     both = [photo for photo in data.photos if photo.split_karpathy == "test" and photo.split_report == "train"]
     assert len(both) == 813

@@ -1,4 +1,4 @@
-"""Settings that change what a step costs and not what it is: recomputed blocks, compiled models, fused optimisers."""
+"""Settings that change the cost of a step but not its result: recomputed blocks, compiled models, fused optimisers."""
 
 import dataclasses
 from pathlib import Path
@@ -40,7 +40,7 @@ def vqvae(**train: Any) -> tuple[Any, Any]:
 
 
 def saved_bytes(module: Any, recipe: Any, folder: Path) -> tuple[int, dict[str, Tensor]]:
-    """What the forward passes of a run keep for their backward passes, and the weights that it ends with."""
+    """The size of the activations that the forward passes of a run keep, and its final weights."""
     total = 0
 
     def keep(value: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def saved_bytes(module: Any, recipe: Any, folder: Path) -> tuple[int, dict[str, 
 
 @pytest.mark.parametrize("make", [captioner, diffusion, vqvae])
 def test_recomputed_blocks_keep_less_and_end_alike(make: Any, tmp_path: Path) -> None:
-    """To the bit, with dropout, in both phases of a step."""
+    """Bit-identical, with dropout, in both phases of a step."""
     kept, weights = saved_bytes(*make(), tmp_path / "kept")
     recomputed, others = saved_bytes(*make(activation_checkpointing=True), tmp_path / "recomputed")
     assert recomputed < 0.8 * kept
@@ -70,9 +70,9 @@ def test_a_model_without_blocks_is_not_recomputed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [captioner, pytest.param(vqvae, marks=pytest.mark.nightly)])
 def test_a_compiled_model_trains_alike(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced but run by PyTorch's own kernels: a C++ compiler would take a minute here."""
+    """Traced but run by PyTorch's own kernels, as a C++ compiler would take a minute."""
     compiled, plain = nn.Module.compile, make()
-    if make is captioner:  # dropout draws in another order
+    if make is captioner:  # dropout draws its numbers in another order
         plain = (tiny, dataclasses.replace(plain[1], dropout=0.0, attention_dropout=0.0))
     monkeypatch.setattr(nn.Module, "compile", lambda model: compiled(model, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
@@ -86,7 +86,7 @@ def test_a_compiled_model_trains_alike(make: Any, tmp_path: Path, monkeypatch: p
     for a, b in zip(mine, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert run.best.keys() == expected.best.keys()
-    # The checkpoint is one of the same model, compiled or not.
+    # The checkpoint is the same for a compiled model.
     module.train(
         dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False)),
         tmp_path / "again",

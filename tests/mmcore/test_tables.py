@@ -1,4 +1,4 @@
-"""mmcore/data/tables.py: the format by its content, rows with their places, what pandas adds, errors by line."""
+"""mmcore/data/tables.py: the format from the content, places of rows, index columns of pandas, errors by line."""
 
 import io
 import json
@@ -69,14 +69,14 @@ def test_an_index_that_pandas_wrote_is_no_column(tmp_path: Path) -> None:
     filtered = frame[frame.index != 1]
     filtered.to_csv(tmp_path / "i.csv")
     filtered.to_parquet(tmp_path / "i.parquet")
-    # As Hugging Face's datasets writes it: the column, without pandas' metadata.
+    # As datasets of Hugging Face writes it: with the column and without pandas' metadata.
     bare = pa.Table.from_pandas(filtered).replace_schema_metadata(None)
     pq.write_table(bare, tmp_path / "b.parquet")
     for name in ("i.csv", "i.parquet", "b.parquet"):
         rows = [row.values for row in read_rows(str(tmp_path / name))]
         assert [(row["a"], str(row["id"])) for row in rows] == [("x", "7"), ("z", "9")], name
         assert set(rows[0]) == {"a", "id"}, name
-    # One with a name may be what the caller wants; evenly spaced, it stands in pandas' metadata alone.
+    # A named index may be wanted. A range index is stored in pandas' metadata only.
     for ids in ([7, 8, 9], [7, 8, 12]):
         frame.assign(id=ids).set_index("id").to_parquet(tmp_path / "n.parquet")
         for known in (None, ("a", "id")):

@@ -1,4 +1,4 @@
-"""mmcore/temporary.py: what killed processes leave is removed, and nothing of a live one."""
+"""mmcore/temporary.py: folders of killed processes are removed, those of live ones are not."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def test_the_next_process_removes_what_a_killed_one_left(tmp_path: Path) -> None
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
         (folder / "session").mkdir()
-        stranger = tmp_path / "mmcore-0"  # of an earlier version, or the cache of features
+        stranger = tmp_path / "mmcore-0"  # from an earlier version, or the cache of features
         stranger.mkdir()
         mine = make_folder("run", str(tmp_path))
         assert folder.is_dir(), "it is a live one's"

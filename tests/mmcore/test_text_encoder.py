@@ -1,4 +1,4 @@
-"""Prompts to ids and hidden states: of tokenizers made here, and of pretrained encoders or none at all."""
+"""Prompts to ids and hidden states: by tokenizers built here, pretrained encoders, and encoders from scratch."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def words(max_tokens: int = 8) -> PromptTokenizer:
 
 
 def write_encoder(folder: Path, kind: str) -> str:
-    """A tiny encoder with random weights and the tokenizer of `words`, in Hugging Face's form."""
+    """A tiny encoder with random weights and the tokenizer of `words`, in the format of Hugging Face."""
     torch.manual_seed(0)
     model: Any
     if kind == "bert":
@@ -63,7 +63,7 @@ def test_words_of_the_captions_become_ids_of_one_length() -> None:
     assert ids[1].tolist() == [inputs.bos_id, inputs.eos_id] + 6 * [inputs.pad_id]
     assert ids[2, -1].item() == inputs.eos_id
     assert mask.sum(1).tolist() == [6, 2, 8]
-    # Once is too rare to be learned.
+    # A word that occurs once is too rare for the vocabulary.
     assert tokenizer(["rare"])[0][0, 1].item() == unknown
     assert inputs.vocabulary_size == 4 + len({"a", "red", "circle", "square"})
 
@@ -104,7 +104,7 @@ def test_a_real_tokenizer_pads_at_its_end_and_comes_back(name: str, tmp_path: Pa
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    """transformers makes an empty tokenizer of two tokens for it."""
+    """transformers creates an empty tokenizer of two tokens for it."""
     CLIPTextModel(CLIPTextConfig(vocab_size=32, max_position_embeddings=8, **SIZES)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"^--tokenizer '.*': no tokenizer in a folder of this name.*tokenizer.json"):
         PromptTokenizer.from_name(str(tmp_path), 8)
@@ -125,15 +125,15 @@ def test_frozen_encoders_by_folder(kind: str, tmp_path: Path, capfd: pytest.Capt
     assert hidden.shape == (3, 8, 16)
     assert hidden.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
-    # A prompt's hidden states do not depend on its batch-mates.
+    # A prompt's hidden states do not depend on the rest of the batch.
     assert torch.allclose(encoder(["a square"])[0], hidden[1], atol=1e-6)
     ids, mask = encoder.tokenize(["a red circle"])
     real = int(mask.sum())
-    # Nor, at its own words, on how far it is padded.
+    # Its own words do not depend on the length of the padding either.
     longer = FrozenTextEncoder(str(tmp_path), 14)(["a red circle"])
     assert torch.allclose(longer[0, :real], hidden[0, :real], atol=1e-5)
     if kind == "clip":
-        # As pipelines call it: the text half alone, without a mask.
+        # As pipelines call it: the text encoder only, without a mask.
         reference = CLIPModel.from_pretrained(tmp_path).text_model(input_ids=ids).last_hidden_state
         assert torch.allclose(reference, hidden[:1], atol=1e-6)
 
@@ -167,12 +167,12 @@ def test_the_encoder_from_scratch_learns_every_weight() -> None:
 
 
 def test_a_word_is_more_like_itself_elsewhere_than_like_another_word() -> None:
-    """Before anything is learned; with CLIP's own start both are 0.4."""
+    """Before training. With CLIP's initialisation both are 0.4."""
     torch.manual_seed(0)
     first, places = 3, (3, 9)
     context = TextContext(TextSettings(max_tokens=12), TextInputs(vocabulary_size=40, pad_id=0, bos_id=1, eos_id=2))
     input_ids_BT = torch.randint(first, 40, (40, 12))
-    # One word in both places, among others that differ.
+    # One word at two positions, among different words.
     input_ids_BT[:, places] = torch.arange(first, 40).repeat(2)[:40, None]
     with torch.no_grad():
         here_BD, there_BD = context({"input_ids": input_ids_BT})[:, places].unbind(1)

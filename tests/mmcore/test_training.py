@@ -1,4 +1,4 @@
-"""The training loop: exact resume, one worker against two, and what stops it."""
+"""The training loop: exact resume, one worker against two, and errors that stop it."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def assert_identical(mine: dict[str, dict[str, Tensor]], theirs: dict[str, dict[
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(tmp_path: Path, precision: str) -> None:
-    """Dropout of every kind, micro-batches, mirrored views, average weights, a schedule: all of it comes back."""
+    """Dropout of every kind, micro-batches, mirrored views, EMA and schedule are all restored."""
     recipe = tiny.recipe(ema_decay=0.9, gradient_accumulation=2, precision=precision, validate_every_epochs=1)
     recipe = dataclasses.replace(recipe, flip=True, dropout=0.2, attention_dropout=0.1, image_dropout=0.2)
     whole = tiny.train(recipe, tmp_path / "whole")
@@ -79,7 +79,7 @@ def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(tmp_path: Path, prec
 
 
 def test_dropout_flips_and_order_are_drawn_anew_each_step(tmp_path: Path) -> None:
-    """Without this, a bit-identical resume could come from randomness that stands still."""
+    """Otherwise a bit-identical resume could come from random numbers that never change."""
     recipe = dataclasses.replace(tiny.recipe(lr=0.0, warmup_steps=0, schedule="constant"), dropout=0.3)
     losses = [
         row["loss"] for row in tiny.train(recipe, tmp_path).training.state.history if "validation_loss" not in row
@@ -129,7 +129,7 @@ def test_a_stream_goes_on_at_the_right_step(tmp_path: Path) -> None:
 def train_as_worker(
     rank: int, world_size: int, port: int, folder: Path, train: dict[str, Any], resume_from: Path | None = None
 ) -> None:
-    """One worker of a gloo group; rank 0 writes its history down."""
+    """One worker of a gloo group. Rank 0 saves its history."""
     torch.set_num_threads(1)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -140,7 +140,7 @@ def train_as_worker(
         LOCAL_WORLD_SIZE=str(world_size),
     )
     os.environ.pop("OMP_NUM_THREADS", None)
-    # The process's own, since it is C++ that would warn of it.
+    # The process's own stderr, as the warning would come from C++.
     folder.mkdir(exist_ok=True)
     os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     recipe = tiny.recipe(**train)
@@ -152,12 +152,12 @@ def train_as_worker(
 
 
 def histories(tmp_path: Path, **train: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The run on one worker and on two real processes."""
+    """The run with one worker and with two processes."""
     from conftest import free_port
 
     alone = tiny.train(tiny.recipe(**train), tmp_path / "alone", num_validation=21).training
     torch.multiprocessing.spawn(train_as_worker, args=(2, free_port(), tmp_path, train), nprocs=2)
-    # Two workers hold the same weights, to the bit.
+    # Two workers have bit-identical weights.
     mine, theirs = (torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in range(2))
     assert_identical({"weights": mine}, {"weights": theirs})
     assert not list((tmp_path / "rank-1").glob("step-*")), "only rank 0 writes checkpoints"
@@ -174,7 +174,7 @@ def largest_difference(mine: list[dict[str, Any]], theirs: list[dict[str, Any]],
 
 @pytest.mark.process
 def test_two_workers_agree_with_one_in_fp32(tmp_path: Path) -> None:
-    """Losses are sums over the global token count, so unequal caption lengths do not tip the scales."""
+    """Losses are divided by the total number of tokens, so unequal caption lengths have no effect."""
     alone, both = histories(tmp_path, max_steps=20, gradient_accumulation=2, ema_decay=0.9)
     assert largest_difference(alone, both, "loss") <= 1e-5  # measured 4.5e-7
     assert largest_difference(alone, both, "validation_loss") <= 1e-5  # measured 1.5e-7
@@ -190,9 +190,9 @@ def test_two_workers_agree_with_one_in_fp64(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.nightly  # jobs/test_train_resume.py resumes two
+@pytest.mark.nightly  # jobs/test_train_resume.py resumes two workers
 def test_three_workers_resumed_end_bit_identical(tmp_path: Path) -> None:
-    """Three summands add up in the order that the layout of the gradients gives, which must not change on resume."""
+    """Three summands are added in the order of the gradient buckets, which must not change on resume."""
     from conftest import free_port
 
     train = {"batch_size": 6, "max_steps": 9, "checkpoint_every_steps": 3}
@@ -207,7 +207,7 @@ def test_three_workers_resumed_end_bit_identical(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_another_number_of_workers_goes_on_at_the_same_place(tmp_path: Path) -> None:
-    """Not to the bit, since sums are taken in another order, but with the very rows that one worker would have read."""
+    """Not bit-identical, as sums are in another order, but with the same rows as one worker."""
     from conftest import free_port
 
     train = {"max_steps": 12, "precision": "fp64", "checkpoint_every_steps": 4}
@@ -234,7 +234,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
 
 
 class HalfFrozen(nn.Module):
-    """A captioner with a frozen layer in front, which another recipe might have."""
+    """A captioner with a frozen layer in front, as in a possible recipe."""
 
     def __init__(self, recipe: Any, moves: bool = False) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ def test_average_of_the_weights_follows_its_formula(tmp_path: Path) -> None:
 
 
 def test_gradient_is_the_mean_over_words_and_is_clipped(tmp_path: Path) -> None:
-    """The first step of plain SGD-like arithmetic: compare with autograd on the whole batch by hand."""
+    """The first step of plain SGD-like arithmetic, compared with autograd on the whole batch."""
     recipe = tiny.recipe(max_steps=1, gradient_accumulation=2, precision="fp64", clip_grad_norm=None)
     model = tiny.model_of(recipe).double()
     rows = tiny.rows_of(recipe)
@@ -348,7 +348,7 @@ def test_a_diverging_loss_names_the_step_and_the_last_good_checkpoint(tmp_path: 
 
 
 class Overflows(nn.Module):
-    """A finite loss with a gradient that is not: the square root at 0 times 0, from the step `at` on."""
+    """A finite loss with a gradient that is not finite: the square root at 0 times 0, from step `at` on."""
 
     def __init__(self, recipe: Any, at: int) -> None:
         super().__init__()
@@ -400,7 +400,7 @@ GOLDEN_LOSSES = [
 
 
 def fill_by_formula(model: nn.Module) -> None:
-    """Weights that no generator draws: w[i] = sin(i + k) / sqrt(columns) for the k-th tensor, gains near 1."""
+    """Weights without a random generator: w[i] = sin(i + k) / sqrt(columns) for the k-th tensor, gains near 1."""
     with torch.no_grad():
         for k, (name, weight) in enumerate(sorted(model.named_parameters())):
             wave = torch.sin(torch.arange(weight.numel(), dtype=torch.float64) * 0.7 + k).view(weight.shape)
@@ -416,7 +416,7 @@ def golden_rows(recipe: Any) -> Any:
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """Ten steps from weights by formula: a refactoring changes none of them."""
+    """Ten steps with weights from a formula: a refactoring changes no loss."""
     recipe = tiny.recipe(max_steps=10)
     model = tiny.model_of(recipe)
     fill_by_formula(model)
@@ -424,5 +424,5 @@ def test_golden_losses(tmp_path: Path) -> None:
     training = Training(model, golden_rows(recipe), recipe.train, hooks, workdir=tmp_path)
     training.run()
     losses = [row["loss"] for row in training.state.history if "validation_loss" not in row]
-    # rel 1e-6: on 1 and 2 threads, each with default, avx2 and avx512 kernels, they differed by 1.9e-7 at most.
+    # rel 1e-6: on 1 and 2 threads with default, avx2 and avx512 kernels, losses differed by at most 1.9e-7.
     assert losses == pytest.approx(GOLDEN_LOSSES, rel=1e-6)

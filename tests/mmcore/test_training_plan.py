@@ -1,4 +1,4 @@
-"""What the settings of a training come to: steps, the learning rate at each, and what cannot work."""
+"""Values derived from training settings: steps, learning rates, and refusals."""
 
 import dataclasses
 from typing import Any
@@ -33,13 +33,13 @@ def test_steps_and_learning_rate() -> None:
     assert num_steps(dataclasses.replace(settings, max_steps=7), 43) == (5, 7)
     factors = [lr_factor(settings, step, 15, 5) for step in range(15)]
     usual = cosine_of_transformers(4, 15)
-    # Theirs begins with a step that moves nothing; from the peak on both are the same.
+    # The reference begins with a step at rate 0. From the peak on both are equal.
     assert factors[:4] == pytest.approx(usual[1:5])
     assert factors[4:] == pytest.approx(usual[4:15])
     report = PIXEL_DIFFUSION["report"].train
     steps_per_epoch, total = num_steps(report, 7_000)
     assert max(lr_factor(report, step, total, steps_per_epoch) for step in range(total)) == 1
-    # A run that ends in its warm-up.
+    # A run that ends during its warm-up.
     short = [lr_factor(settings, step, 3, 5) for step in range(3)]
     assert short == pytest.approx([1 / 4, 2 / 4, 3 / 4])
     assert [lr_factor(settings, step, 4, 5) for step in range(4)] == pytest.approx([*short, 1])

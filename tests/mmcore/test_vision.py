@@ -1,4 +1,4 @@
-"""mmcore/captioners/vision.py: a frozen encoder is loaded whole, quietly, or not at all."""
+"""mmcore/frozen/vision.py: a frozen encoder loads completely and quietly, or not at all."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_half_precision_weights_are_computed_in_fp32(folder: Path) -> None:
     ResNetForImageClassification.from_pretrained(folder).half().save_pretrained(folder)
     encoder = FrozenVisionEncoder(str(folder), 32)
     assert len(encoder.fingerprint()) == 64
-    # fp16 keeps 11 bits: weights are off by 2^-12 of themselves.
+    # fp16 has 11 bits: the relative error of a weight is up to 2^-12.
     torch.testing.assert_close(encoder(PIXELS), full, rtol=1e-2, atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""The VQ-VAE: what its recipe says, what diffusers makes of it, and what a trained one gives back."""
+"""The VQ-VAE: its recipe, its export to diffusers, and the results of a trained one."""
 
 import dataclasses
 import math
@@ -141,7 +141,7 @@ def test_diffusers_gives_the_same_latents_and_images(tmp_path: Path, num_heads: 
         assert torch.equal(theirs.encode(images()).latents, latents)
         noisy = latents + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         difference = (theirs.decode(noisy).sample - model.decode(noisy)).abs().max().item()
-    assert difference <= 1e-5  # measured 2.4e-6: diffusers adds the latents to the codes and takes them off again
+    assert difference <= 1e-5  # measured 2.4e-6: diffusers adds the latents to the codes and subtracts them again
 
 
 def test_several_heads_are_real_and_are_not_exported() -> None:
@@ -196,7 +196,7 @@ def test_latents_under_autocast_are_not_rounded_to_bf16() -> None:
 def test_psnr_is_of_each_image() -> None:
     x = torch.zeros(3, 3, 4, 4)
     y = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])
-    # In [-1, 1] the peak is 2; what lies outside is clipped to 1.
+    # In [-1, 1] the peak is 2. Values outside are clipped.
     assert psnr(x, y).tolist() == pytest.approx([100, 20, 20 * math.log10(2)], rel=1e-5)
 
 
@@ -255,13 +255,13 @@ def test_every_weight_moves(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in checkpoint.trainable_state(model).items()}
     tiny_vqvae.train(recipe, tmp_path, model=model)
     after = checkpoint.trainable_state(model)
-    # A bias of the keys adds the same to every score of a query: softmax takes it away again.
+    # A bias of the keys adds the same value to every score of a query, which softmax cancels.
     still = {name for name, value in after.items() if torch.equal(before[name], value)}
     assert {name for name in still if not name.endswith("to_k.bias")} == set()
 
 
 def test_the_perceptual_network_stays_as_it_is_and_is_not_saved(tmp_path: Path) -> None:
-    """BatchNorm's stored statistics too, though the loop sets the whole model to train."""
+    """Also BatchNorm's stored statistics, although the loop sets the whole model to training mode."""
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     ResNetModel(config).save_pretrained(tmp_path / "network")
@@ -298,7 +298,7 @@ def test_a_codebook_by_gradient_trains_too(tmp_path: Path) -> None:
 
 
 def finished_run(folder: Path, model: VQVAETraining, recipe_name: str = "vqvae") -> Storage:
-    """A run folder as jobs/runtime/trainer.py leaves it."""
+    """A run folder in the form that jobs/runtime/trainer.py leaves."""
     run = Storage(str(folder))
     file = RunFile(recipe_name, "smoke", model.recipe, VQVAEFacts(), "x")
     write_model(run, checkpoint.trainable_state(model), file)
@@ -384,7 +384,7 @@ GOLDEN = {
 
 
 def fill_by_formula(model: nn.Module) -> None:
-    """Weights that no generator draws: w[i] = sin(0.7 i + k) / sqrt(inputs) for the k-th tensor, gains near 1."""
+    """Weights without a random generator: w[i] = sin(0.7 i + k) / sqrt(inputs) for the k-th tensor, gains near 1."""
     with torch.no_grad():
         for k, (name, weight) in enumerate(sorted(checkpoint.trainable_state(model).items())):
             if "ema_" in name:
@@ -395,12 +395,12 @@ def fill_by_formula(model: nn.Module) -> None:
 
 
 def test_golden_losses(tmp_path: Path) -> None:
-    """Ten steps from weights by formula, six of them against the discriminator: a refactoring changes none of them."""
+    """Ten steps with weights from a formula, six of them with the discriminator: a refactoring changes no loss."""
     recipe = tiny_vqvae.recipe(flip=False, train={"max_steps": 10})
     model = tiny_vqvae.model_of(recipe)
     fill_by_formula(model)
     history = tiny_vqvae.train(recipe, tmp_path, model=model).training.state.history
     rows = [row for row in history if "validation_loss" not in row]
     for name, golden in GOLDEN.items():
-        # rel 1e-6: on 1 and 2 threads, each with default, avx2 and avx512 kernels, they differed by 8.6e-8 at most.
+        # rel 1e-6: on 1 and 2 threads with default, avx2 and avx512 kernels, losses differed by at most 8.6e-8.
         assert [row[name] for row in rows if name in row] == pytest.approx(golden, rel=1e-6), name

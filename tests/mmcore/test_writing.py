@@ -1,4 +1,4 @@
-"""A full disk is told with the file that did not fit, leaves nothing half-written, and is no obstacle later."""
+"""A full disk: the error names the file that did not fit, no partial file is left, and later writes work."""
 
 import errno
 import tempfile
