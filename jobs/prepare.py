@@ -3,6 +3,7 @@
 
     python jobs/prepare.py                                                    the built-in Shapes, into ./out
     python jobs/prepare.py --dataset flickr8k --source DIR_OR_ZIP --storage URI
+    python jobs/prepare.py --dataset mine --source 'shards/train-{000000..000009}.tar' --storage URI
     python jobs/prepare.py --dataset flickr8k --source jxie/flickr8k --storage s3://bucket/prefix
 
 A source is checked in full, every image decoded, before anything is written. The files land under
@@ -42,6 +43,7 @@ from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.huggingface import looks_like_hub_name
 from mmcore.data.photos import SPLIT_COLUMNS, photo_row
+from mmcore.data.prepared import TEST, TRAIN, VALIDATION
 from mmcore.data.shapes import MAX_OBJECTS, SPLITS, ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
@@ -51,6 +53,9 @@ from mmcore.temporary import temporary_folder
 
 SHAPES = "shapes"
 SUCCESS = "_SUCCESS"
+SKIPPED_FILE = "skipped.txt"
+# Of what was left out, so many lines are printed; the file has all.
+NUM_PRINTED = 20
 ROWS_PER_FILE = 1000
 # A file is made in memory by one task, and one Arrow column of bytes ends at 2 GiB.
 MAX_BYTES_PER_FILE = 256 * 2**20
@@ -70,9 +75,9 @@ class PrepareSettings:
 
     dataset: str = SHAPES
     """`shapes` is generated; `flickr8k`, or any name of yours, is read from --source."""
-    source: Annotated[str | None, tyro.conf.arg(metavar="DIR|ZIP|NAME")] = None
-    """Folder or zip with captions.txt, results.csv or Flickr8k.token.txt and the images, or with images and
-    metadata.jsonl or .csv; or a Hugging Face dataset (jxie/flickr8k, or saved to disk)."""
+    source: Annotated[str | None, tyro.conf.arg(metavar="DIR|FILE|NAME")] = None
+    """Folder or zip with images and their captions: captions.txt (or .csv, .jsonl ...), results.csv, Karpathy's or
+    COCO's JSON, metadata.jsonl, tar shards, Parquet; or one such file; or a Hugging Face dataset (jxie/flickr8k)."""
     storage: str = "out"
     """Folder or s3://bucket/prefix; the files land in STORAGE/data/DATASET/."""
     skip_bad: bool = False
@@ -113,7 +118,7 @@ class PrepareSettings:
             return {name: value for name, value in said.items() if (name, value) != ("max_objects", MAX_OBJECTS)}
         assert self.source is not None
         path = Path(self.source).expanduser()
-        is_name = looks_like_hub_name(self.source) and not path.exists()
+        is_name = "://" in self.source or (looks_like_hub_name(self.source) and not path.exists())
         return {"source": self.source if is_name else os.path.abspath(path), "skip_bad": self.skip_bad}
 
 
@@ -180,13 +185,17 @@ def _plan_photos(settings: PrepareSettings, scratch: Path) -> _Plan:
     assert settings.source is not None
     with progress("reading", "images") as report:
         source = read_source(settings.source, scratch, skip_bad=settings.skip_bad, progress=report)
-    for line in source.skipped:
+    for line in source.skipped[:NUM_PRINTED]:
         print(f"skipped: {line}")
     if source.skipped:
-        print(f"skipped {len(source.skipped):,} in all; the report's splits count the images that are left")
+        print(
+            f"skipped {len(source.skipped):,} in all, listed in {settings.storage.rstrip('/')}/data/{settings.dataset}/"
+            f"{SKIPPED_FILE}; the report's splits count the images that are left"
+        )
     num_captions = sum(len(photo.captions) for photo in source.photos)
-    print(f"read as: {source.form}")
-    print(f"read: {len(source.photos):,} images, {num_captions:,} captions, every image decodes")
+    num_images = len(source.photos)
+    print(f"found: {source.form}, {num_images:,} images, {num_captions:,} captions, every image decodes")
+    print(f"read: {source.detail}")
     for note in source.notes:
         print(note)
     return _Plan(
@@ -233,7 +242,7 @@ def _write(settings: PrepareSettings, plan: _Plan, target: Storage) -> dict[str,
             "files": [f"part-{index:05d}.parquet" for index in range(len(plan.parts))],
         }
         target.delete(SUCCESS)
-        for name in target.list(".parquet"):
+        for name in [*target.list(".parquet"), *target.list(SKIPPED_FILE)]:
             target.delete(name)
         filesystem, source_path = attempt.arrow()
         target_path = target.arrow()[1]
@@ -241,6 +250,8 @@ def _write(settings: PrepareSettings, plan: _Plan, target: Storage) -> dict[str,
             Path(target_path).mkdir(parents=True, exist_ok=True)
         for old, new in zip(attempt.list(".parquet"), summary["files"], strict=True):
             filesystem.move(f"{source_path}/{old}", f"{target_path}/{new}")
+        if plan.skipped:
+            target.write(SKIPPED_FILE, "".join(f"{line}\n" for line in plan.skipped).encode())
         target.write(SUCCESS, json.dumps(summary, indent=1, ensure_ascii=False).encode())
     finally:
         unfinished.delete_tree()
@@ -368,11 +379,17 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
-def next_command(settings: PrepareSettings) -> str:
-    """The training that reads the dataset, for a shell."""
+def next_command(settings: PrepareSettings, splits: dict[str, dict[str, int]]) -> str:
+    """The training that reads the dataset, for a shell.
+
+    `splits`: of the summary. A dataset with a split of its own is trained by that, Flickr8k by the report's.
+    """
     flags = ["--variant", SHAPES]
     if settings.dataset != SHAPES:
-        flags = ["--variant", "best", "--name", "best", "--dataset", settings.dataset, "--split", SPLIT_COLUMNS[0]]
+        of_report, of_source = SPLIT_COLUMNS[0], SPLIT_COLUMNS[-1]
+        trains = TRAIN in splits[of_source] and not {VALIDATION, TEST}.isdisjoint(splits[of_source])
+        split = of_source if trains and settings.dataset != "flickr8k" else of_report
+        flags = ["--variant", "best", "--name", "best", "--dataset", settings.dataset, "--split", split]
     flags += ["--storage", settings.storage]
     return shlex.join(["python", "jobs/train_resnet_captioner.py", *flags])
 
@@ -381,9 +398,9 @@ def main() -> None:
     settings = tyro.cli(
         PrepareSettings, description=__doc__, prog="python jobs/prepare.py", config=(tyro.conf.FlagCreatePairsOff,)
     )
-    prepare(settings)
+    summary = prepare(settings)
     # Here alone: a training that makes the Shapes data for itself is followed by no other.
-    print(f"next: {next_command(settings)}")
+    print(f"next: {next_command(settings, summary['splits'])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Unpack a zip that came from somewhere else, so that nothing lands outside the folder meant for it."""
+"""Unpack an archive that came from somewhere else, so that nothing lands outside the folder meant for it."""
 
 import stat
 import zipfile
@@ -14,15 +14,22 @@ _COPY_BYTES = 2**20
 _CLUTTER = ("__MACOSX", ".DS_Store", "Thumbs.db")
 
 
-def unsafe_member(info: zipfile.ZipInfo) -> str | None:
-    """Why a member must not be unpacked, or None where it may."""
-    name = info.filename
+def unsafe_name(name: str) -> str | None:
+    """Why nothing must be written under the name of a member, or None where it may."""
     if "\\" in name or PureWindowsPath(name).drive:
         return "has a Windows path"
     if PurePosixPath(name).is_absolute():
         return "has an absolute path"
     if ".." in PurePosixPath(name).parts:
         return "leads outside the folder"
+    return None
+
+
+def unsafe_member(info: zipfile.ZipInfo) -> str | None:
+    """Why a member must not be unpacked, or None where it may."""
+    reason = unsafe_name(info.filename)
+    if reason is not None:
+        return reason
     # The upper 16 bits are the Unix mode, 0 where the zip was made elsewhere.
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):

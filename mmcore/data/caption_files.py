@@ -1,25 +1,27 @@
-"""Files of captions: delimited text, JSON lines or Parquet, told apart by their content; every row with its place."""
+"""Files of captions: delimited text, JSON, JSON lines or Parquet, told apart by content; every row with its place."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmcore.data import coco, karpathy
 from mmcore.data.caption_columns import Columns, find_columns
+from mmcore.data.caption_row import NUL, CaptionRow, as_captions, as_name, as_split
 from mmcore.data.caption_text import Layout, find_layout, image_name
-from mmcore.data.tables import JSONL, PARQUET, Bad, numbered_lines, read_bytes, read_rows, refuse, table_format
+from mmcore.data.json_document import document_rows, read_document
+from mmcore.data.tables import (
+    JSONL,
+    PARQUET,
+    Bad,
+    CheckNames,
+    Row,
+    numbered_lines,
+    read_bytes,
+    read_rows,
+    refuse,
+    table_format,
+)
 from mmcore.errors import InputError
-
-NUL = "the caption holds a NUL character; take it out"
-
-
-@dataclass(frozen=True)
-class CaptionRow:
-    """`captions` of the image that the file calls `image`: one as a rule, and "" where the field is empty."""
-
-    place: str
-    image: str
-    captions: tuple[str, ...]
-    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,16 @@ def read_caption_file(location: str, bad: Bad = refuse, *, keep_quotes: bool = F
     the report's code reads captions.txt; a file with other columns is refused.
     Raises InputError for a file that cannot be read or whose columns are not known.
     """
+    document = None if keep_quotes else read_document(location)
+    if document is not None:
+        return _read_document(document, location, bad)
     form = table_format(location)
     if form in (JSONL, PARQUET) and not keep_quotes:
-        return _read_table(location, {JSONL: "JSON lines", PARQUET: "Parquet"}[form], bad)
+        return _read_table(
+            lambda check: read_rows(location, check_names=check, bad=bad),
+            {JSONL: "JSON lines", PARQUET: "Parquet"}[form],
+            bad,
+        )
     lines = numbered_lines(read_bytes(location), location, bad)
     start = f"{location}:{next((number for number, line in lines if line.strip()), 1)}"
     layout = find_layout([line for _, line in lines], start)
@@ -74,7 +83,25 @@ def _text_rows(lines: list[tuple[int, str]], layout: Layout, location: str, bad:
         yield CaptionRow(place, image_name(value[columns.image]), captions, split)
 
 
-def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
+def _read_document(document: Any, location: str, bad: Bad) -> CaptionFile:
+    if karpathy.is_karpathy(document):
+        return CaptionFile(karpathy.FORM, _without_nul(karpathy.karpathy_rows(document, location, bad), bad))
+    if coco.is_coco(document):
+        return CaptionFile(coco.FORM, _without_nul(coco.coco_rows(document, location, bad), bad))
+
+    def rows(check: CheckNames) -> Iterator[Row]:
+        before: list[str] = []
+        for row in document_rows(document, location, bad):
+            if (names := list(row.values)) != before:
+                check(names, row.place)
+                before = names
+            yield row
+
+    return _read_table(rows, "JSON", bad)
+
+
+def _read_table(rows_of: Callable[[CheckNames], Iterable[Row]], form: str, bad: Bad) -> CaptionFile:
+    """`rows_of` calls back with the names of columns where they change."""
     found: list[Columns | None] = []
 
     def look(names: list[str], place: str) -> None:
@@ -88,7 +115,7 @@ def _read_table(location: str, form: str, bad: Bad) -> CaptionFile:
             found.append(None)
 
     rows = []
-    for row in read_rows(location, check_names=look, bad=bad):
+    for row in rows_of(look):
         columns = found[-1]
         if columns is None:
             continue
@@ -116,27 +143,6 @@ def _without_nul(rows: Iterable[CaptionRow], bad: Bad) -> list[CaptionRow]:
         else:
             kept.append(row)
     return kept
-
-
-def as_name(value: Any) -> str | None:
-    """The name of an image, None where `value` is none: text, or COCO's whole number, 139.0 in tables of pandas."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return image_name(value.strip()) if isinstance(value, str) and value.strip() else None
-
-
-def as_split(value: Any) -> str | None:
-    """The split that a row says, None where it says none; what is no text is spelled out and then not known."""
-    text = "" if value is None or value != value else str(value).strip()
-    return text or None
-
-
-def as_captions(values: list[Any]) -> tuple[str, ...] | None:
-    """The captions in the columns of one row, each a text or a list of texts; None where one is something else."""
-    flat = [each for value in values for each in (value if isinstance(value, list) else [value])]
-    return tuple(flat) if all(isinstance(each, str) for each in flat) else None
 
 
 def _shown(values: dict[str, Any], columns: Columns) -> str:

@@ -2,16 +2,18 @@
 
 The captions are in ``captions.txt`` (Kaggle's Flickr8k and Flickr30k), ``results.csv`` or ``Flickr8k.token.txt``, or in
 the only file whose first line says that it holds captions; caption_text.py has the forms. The images are beside it, in
-a folder there, or in one beside its folder. The official split of Flickr8k, ``Flickr_8k.{train,dev,test}Images.txt``,
-may lie in ``splits/``, in ``Flickr8k_text/`` or beside the captions.
+a folder there, or in one beside its folder, and else anywhere below. The official split of Flickr8k,
+``Flickr_8k.{train,dev,test}Images.txt``, may lie in ``splits/``, in ``Flickr8k_text/`` or beside the captions.
 """
 
 from pathlib import Path
 
 from mmcore.data.caption_columns import is_column_name
-from mmcore.data.caption_files import CaptionRow, read_caption_file
+from mmcore.data.caption_files import read_caption_file
+from mmcore.data.caption_row import CaptionRow
 from mmcore.data.caption_text import find_layout, image_name, is_image_name
-from mmcore.data.photos import Entry, Problems, check_captioned, entries_of
+from mmcore.data.image_folder import ImageFolder
+from mmcore.data.photos import Found, Problems, check_captioned, entries_of
 from mmcore.data.tables import numbered_lines
 from mmcore.errors import InputError
 
@@ -19,11 +21,19 @@ CAPTIONS_FILES = (
     "captions.txt",
     "captions.csv",
     "captions.tsv",
+    "captions.jsonl",
+    "captions.json",
+    "captions.parquet",
     "results.csv",
     "Flickr8k.token.txt",
     "results_20130124.token",
 )
 """Names by which the captions are known; of several in a folder the first here is read."""
+_FORMS = {
+    "results.csv": "Flickr30k's captions",
+    "results_20130124.token": "Flickr30k's captions",
+    "Flickr8k.token.txt": "Flickr8k's captions",
+}
 IMAGES_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images")
 """Where the images are looked for first."""
 SPLIT_FILES = {
@@ -46,8 +56,8 @@ def captions_file(folder: Path) -> Path | None:
     found = [path for path in texts if not path.name.startswith(("metadata.", ".")) and _holds_captions(path)]
     if len(found) > 1:
         raise InputError(
-            f"{folder}: {' and '.join(path.name for path in found)} may hold the captions; call the right one "
-            f"{CAPTIONS_FILES[0]}"
+            f"{folder}: {' and '.join(path.name for path in found)} may hold the captions; give the right one as "
+            f"--source, or call it {CAPTIONS_FILES[0]}"
         )
     return found[0] if found else None
 
@@ -67,8 +77,8 @@ def _holds_captions(path: Path) -> bool:
     return fields is not None and is_image_name(fields[0]) and " " in fields[-1] and not is_column_name(fields[-1])
 
 
-def read_captions_folder(captions: Path, folder: Path, problems: Problems) -> tuple[str, list[Entry]]:
-    """What was read, in words, and an entry an image in the order of the file `captions`. Raises InputError.
+def read_captions_folder(captions: Path, folder: Path, problems: Problems) -> Found:
+    """What was read, and an entry an image in the order of the file `captions`. Raises InputError.
 
     No image outside of `folder` is looked for.
     """
@@ -76,14 +86,16 @@ def read_captions_folder(captions: Path, folder: Path, problems: Problems) -> tu
     if not file.rows:
         raise InputError(f"{captions}: no caption in it; a row is `image,caption`")
     images = _images_folder(captions, folder, file.rows)
-    entries = entries_of(file.rows, images, problems)
+    entries = entries_of(file.rows, ImageFolder(images, folder), problems)
     splits = _split_paths(captions.parent)
     split_of = _read_splits(splits, {entry.file_name for entry in entries}, captions.name, problems)
     for entry in entries:
         entry.split = split_of.get(entry.file_name, entry.split)
     check_captioned(images.iterdir(), entries, captions.name, problems)
-    form = f"{captions} ({file.form}), images in {images}"
-    return f"{form}, split of {next(iter(splits.values())).name} ..." if splits else form, entries
+    detail = f"{captions} ({file.form}), images in {images}"
+    if splits:
+        detail += f", split of {next(iter(splits.values())).name} ..."
+    return Found(_FORMS.get(captions.name, "a file of captions"), detail, entries)
 
 
 def _images_folder(captions: Path, folder: Path, rows: list[CaptionRow]) -> Path:

@@ -24,6 +24,8 @@ IMAGE_FILE = re.compile(rf"(?P<stem>.+)(?:{_ENDINGS})", re.IGNORECASE)
 # `a.jpg#0` numbers a caption; one image of Flickr8k is called `2258277193_586949ec62.jpg.1` there and `.jpg` on disk.
 _NUMBERED_NAME = re.compile(rf"(?P<name>.+(?:{_ENDINGS}))(?P<copy>\.\d+)?(?P<number>#\d+)?", re.IGNORECASE)
 _NUMBER = re.compile(r"\s*\d{1,3}\s*")
+# `2199200615.jpg| 4   A dog runs across the grass .`: one row of Flickr30k's results.csv lacks its second `|`.
+_UNDIVIDED = re.compile(r"\s*(?P<number>\d{1,3})\s{2,}(?P<caption>\S.*)")
 _HEADERLESS = ("image", "caption")
 _WITH_NUMBER = ("image", NUMBER_COLUMN, "caption")
 
@@ -74,10 +76,15 @@ class Layout:
     def raw_fields(self, line: str) -> list[str] | None:
         """`fields` where the caption is the last column, which keeps its quotation marks."""
         fields, rest = [], line
-        for _ in self.names[1:]:
+        for name in self.names[1:]:
+            before = rest
             field, found, rest = _first_field(rest, self.delimiter)
             if not found:
-                return None
+                undivided = _UNDIVIDED.fullmatch(before) if self.delimiter == "|" else None
+                is_number = name == self.names[-1] and self.names[-2].strip().lower() == NUMBER_COLUMN
+                if undivided is None or not is_number:
+                    return None
+                field, rest = undivided["number"], undivided["caption"]
             fields.append(field)
         return [*fields, rest]
 

@@ -7,16 +7,17 @@ from a hub is never run (`datasets` 4 and later cannot).
 import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from mmcore.data.caption_columns import Columns, find_columns
-from mmcore.data.caption_files import NUL, as_captions, as_split
+from mmcore.data.caption_row import NUL, as_captions, as_split, one_line
 from mmcore.data.caption_text import is_image_name
-from mmcore.data.photos import SPLIT_NAMES, Entry, Problems, Progress, name_to_id
+from mmcore.data.photos import Entry, Found, Problems, Progress, name_to_id
+from mmcore.data.splits import are_several
 from mmcore.errors import InputError
 
 IMAGE_COLUMN = "image"
@@ -36,9 +37,15 @@ def looks_like_hub_name(source: str) -> bool:
 
 
 def read_dataset(
-    source: str, folder: Path, problems: Problems, progress: Progress | None = None
-) -> tuple[str, list[Entry]]:
-    """Write the images of a dataset, saved to disk or on the hub, to `folder`; what was read, and an entry an image.
+    source: str,
+    folder: Path,
+    problems: Problems,
+    progress: Progress | None = None,
+    parquet: Mapping[str, Sequence[Path]] | None = None,
+) -> Found:
+    """Write the images of a dataset to `folder`; what was read, and an entry an image.
+
+    `source`: a dataset on the hub or saved to disk, or the folder of `parquet`, the files of each split.
 
     The images stand in a column ``image``, their captions in one that caption_columns.py knows, each a list or one
     string. The split is that of a column ``split``, else that of the dataset where it has several. Where every image
@@ -46,11 +53,11 @@ def read_dataset(
     captions.txt; else they are named SPLIT-INDEX and keep the order of the dataset. Rows of one image, such as one a
     caption, are joined. Image bytes stay as they are. Raises InputError.
     """
-    splits = _load(source)
+    splits = _load(source, folder.parent / "datasets", parquet)
     columns = {split: _columns(source, split, dataset) for split, dataset in splits.items()}
     of_column = {split: _column_of_splits(dataset, columns[split]) for split, dataset in splits.items()}
     names = _file_names(splits, columns)
-    several = len({SPLIT_NAMES.get(split.lower()) for split in splits}) > 1
+    several = are_several(splits)
     total = sum(len(dataset) for dataset in splits.values())
     folder.mkdir(parents=True)
     entries: dict[str, Entry] = {}
@@ -61,7 +68,7 @@ def read_dataset(
             place = f"{source}: {split}[{index}]"
             data = _image_bytes(row[IMAGE_COLUMN])
             captions = as_captions([value for name in columns[split].captions if (value := row[name]) is not None])
-            captions = captions and tuple(" ".join(caption.split()) for caption in captions if caption.strip())
+            captions = captions and tuple(one_line(caption) for caption in captions if caption.strip())
             if data is None:
                 problems.add(place, f"`{IMAGE_COLUMN}` holds no encoded image")
             elif not captions:
@@ -83,22 +90,27 @@ def read_dataset(
                 progress(done, total)
     found = sorted(entries.values(), key=lambda entry: entry.file_name) if names else list(entries.values())
     described = {f"{IMAGE_COLUMN} and {each.described()}" for each in columns.values()}
-    return f"Hugging Face dataset {source} ({total:,} rows; {'; '.join(sorted(described))})", found
+    form = "Hugging Face dataset" if parquet is None else "Hugging Face dataset in Parquet"
+    if len(splits) > 1:
+        form += f" of {len(splits)} splits"
+    return Found(form, f"{source} ({total:,} rows; {'; '.join(sorted(described))})", found)
 
 
-def _load(source: str) -> dict[str, Any]:
-    """Split name to `datasets.Dataset` whose images are not decoded."""
+def _load(source: str, cache: Path, parquet: Mapping[str, Sequence[Path]] | None) -> dict[str, Any]:
+    """Split name to `datasets.Dataset` whose images are not decoded; Parquet goes through the folder `cache`."""
     try:
         import datasets
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
-        raise InputError(
-            f"{source}: is no folder or zip, and to read it as a Hugging Face dataset: pip install datasets"
-        ) from None
+        raise InputError(f"{source}: to read it as a Hugging Face dataset: pip install datasets") from None
     try:
-        saved = Path(source).is_dir()
-        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
+        saved = Path(source).exists()
+        if parquet is not None:
+            files = {split: [str(path) for path in paths] for split, paths in parquet.items()}
+            loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache))
+        else:
+            loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
     # Offline, unknown name, gated, damaged: the hub's client has no common base class for them.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmcore.data.caption_files import read_caption_file
-from mmcore.data.photos import SPLIT_NAMES, Entry, Problems, check_captioned, entries_of
+from mmcore.data.image_folder import ImageFolder
+from mmcore.data.photos import Found, Problems, check_captioned, entries_of
+from mmcore.data.splits import are_several
 from mmcore.errors import InputError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -23,8 +25,8 @@ def metadata_file(folder: Path) -> Path | None:
     return there[0] if there else None
 
 
-def read_imagefolder(metadata: list[Path], folder: Path, problems: Problems) -> tuple[str, list[Entry]]:
-    """What was read, in words, and an entry an image, file by file and in the order of their rows. Raises InputError.
+def read_imagefolder(metadata: list[Path], folder: Path, problems: Problems) -> Found:
+    """What was read, and an entry an image, file by file and in the order of their rows. Raises InputError.
 
     Names and ids are counted from the folder of the metadata file, of several from the one that holds all. No image of
     `folder` may be without a caption.
@@ -38,13 +40,11 @@ def read_imagefolder(metadata: list[Path], folder: Path, problems: Problems) -> 
         forms.append(f"{path} ({file.form})")
     if not rows:
         raise InputError(f"{metadata[0]}: no caption in it; a row has a file_name and a text")
-    entries = entries_of(rows, root, problems)
+    entries = entries_of(rows, ImageFolder(root, root), problems)
     by_folder = {entry.file_name: entry.file_name.partition("/")[0] for entry in entries}
-    splits = {SPLIT_NAMES.get(name.lower()) for name in by_folder.values()} - {None}
-    # A folder `train` alone, which is how people name the only one, splits nothing.
-    if len(splits) > 1 and not any(entry.split for entry in entries):
+    if are_several(by_folder.values()) and not any(entry.split for entry in entries):
         for entry in entries:
             entry.split = by_folder[entry.file_name]
         forms.append("splits by folder")
     check_captioned(folder.rglob("*"), entries, metadata[0].name, problems)
-    return f"imagefolder {', '.join(forms)}", entries
+    return Found("Hugging Face's imagefolder", ", ".join(forms), entries)

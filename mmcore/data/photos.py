@@ -11,24 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mmcore.data.caption_files import CaptionRow
+from mmcore.data.caption_row import CaptionRow
+from mmcore.data.image_folder import ImageFolder, is_image_file
+from mmcore.data.splits import SPLIT_NAMES, UNUSED, known_split
 from mmcore.errors import InputError
-from mmcore.images import IMAGE_SUFFIXES, decode_image
+from mmcore.images import decode_image
 
 SPLIT_COLUMNS = ("split_report", "split_report_generation", "split_karpathy")
-UNUSED = "unused"
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-"""What sources call their splits, in lower case, and what the prepared data call them."""
-
 Progress = Callable[[int, int], None]
 
 
@@ -38,6 +27,8 @@ class Problems:
     def __init__(self, skip_bad: bool = False) -> None:
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
+        self.notes: list[str] = []
+        """What is no problem, and a user should know."""
 
     def add(self, place: str, reason: str) -> None:
         """Raises InputError without `skip_bad`."""
@@ -65,6 +56,15 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a reader found: the format's name, where it lies and how it was read in words, and an entry an image."""
+
+    form: str
+    detail: str
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
 class Photo:
     """One image before its bytes are read: `path` is its file, `num_bytes` that file's size when checked."""
 
@@ -80,12 +80,13 @@ class Photo:
 
 @dataclass(frozen=True)
 class Photos:
-    """The photos in the order of the source, and what it was read as (`form`).
+    """The photos in the order of the source, and what it was read as: `form` and `detail` as in `Found`.
 
     `skipped` says what was left out and why, `notes` what else a user should know.
     """
 
     form: str
+    detail: str
     photos: tuple[Photo, ...]
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -104,50 +105,51 @@ def report_splits(num_images: int) -> tuple[int, int]:
     return int(num_images * 0.8), round(num_images * 7000 / 8091)
 
 
-def entries_of(rows: Iterable[CaptionRow], images: Path, problems: Problems) -> list[Entry]:
-    """One entry for each image that `rows` name, its file looked for in the folder `images`."""
+def entries_of(rows: Iterable[CaptionRow], images: ImageFolder, problems: Problems) -> list[Entry]:
+    """One entry for each image that `rows` name, its file looked for in `images`; the order is that of first rows."""
     entries: list[Entry] = []
     by_name: dict[str, Entry] = {}
     by_id: dict[str, Entry] = {}
+    joined: dict[str, None] = {}
     for row in rows:
         captions = [caption for caption in row.captions if caption.strip()]
-        name = _with_ending(PurePosixPath(row.image).as_posix(), images)
-        other = by_id.get(name_to_id(name)) if row.image else None
+        called = PurePosixPath(row.image.replace("\\", "/")).as_posix()
         if not row.image or not captions:
             problems.add(row.place, f"the row has no {'caption' if row.image else 'image name'}")
-        elif (
-            PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or "\\" in name or ".." in Path(name).parts
-        ):
-            problems.add(row.place, f"the image name {row.image!r} is not a plain file name")
-        elif entries and entries[-1].file_name == name and entries[-1].split == row.split:
-            entries[-1].captions.extend(captions)
+            continue
+        if PurePosixPath(called).is_absolute() or PureWindowsPath(called).drive or ".." in PurePosixPath(called).parts:
+            problems.add(row.place, f"the image name {row.image!r} is not a plain file name, or a path in the folder")
+            continue
+        found = images.find(called)
+        if len(found) > 1:
+            several = " and ".join(map(str, found[:2]))
+            problems.add(row.place, f"{row.image!r} may be {several}; name the folder or the ending too")
+            continue
+        path = found[0] if found else images.folder / called
+        name = images.name_of(path, called) if found else called
+        other = by_id.get(name_to_id(name))
+        if name in by_name and by_name[name].split != row.split:
+            problems.add(row.place, f"{name!r} is in the split {by_name[name].split!r} from {_line(by_name[name])} on")
         elif name in by_name:
-            problems.add(row.place, f"duplicate id: {name!r} had its captions from {_line(by_name[name])} on")
+            if entries[-1] is not by_name[name]:
+                joined[name] = None
+            by_name[name].captions.extend(captions)
         elif other is not None:
             problems.add(row.place, f"duplicate id: {name!r} and {other.file_name!r} of {_line(other)}")
         else:
-            entry = Entry(name, row.place, images / name, captions, row.split)
+            entry = Entry(name, row.place, path, captions, row.split)
             entries.append(entry)
             by_name[name] = by_id[entry.image_id] = entry
+    if joined:
+        problems.notes.append(
+            f"the captions of {len(joined):,} images, {next(iter(joined))} the first, stand in several places: joined"
+        )
     return entries
-
-
-def _with_ending(name: str, images: Path) -> str:
-    """The name of the file, where `name` is that of an image without its ending, as ids such as COCO's are."""
-    if not name or ".." in Path(name).parts or name.endswith(IMAGE_SUFFIXES):
-        return name
-    found = [f"{name}{ending}" for ending in IMAGE_SUFFIXES if (images / f"{name}{ending}").is_file()]
-    return found[0] if len(found) == 1 else name
 
 
 def _line(entry: Entry) -> str:
     number = entry.place.rpartition(":")[2]
     return f"line {number}" if number.isdigit() else entry.place
-
-
-def is_image_file(path: Path) -> bool:
-    """Whether `path` is an image's file by its ending, and none of those that desktops hide."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def check_captioned(paths: Iterable[Path], entries: Iterable[Entry], source: str, problems: Problems) -> None:
@@ -158,14 +160,25 @@ def check_captioned(paths: Iterable[Path], entries: Iterable[Entry], source: str
             problems.add(str(path), f"no caption for this image in {source}")
 
 
-def check_photos(form: str, entries: list[Entry], problems: Problems, progress: Progress | None = None) -> Photos:
+def note_uncaptioned(images: ImageFolder, entries: Iterable[Entry], source: str, problems: Problems) -> None:
+    """Say how many images have no caption in `source`, which holds those of a part as a rule."""
+    known = {entry.path for entry in entries}
+    others = [path for path in images.files if path not in known]
+    if others:
+        problems.notes.append(
+            f"{len(others):,} images below {images.root}, {others[0].relative_to(images.root)} the first, have no "
+            f"caption in {source}: left out"
+        )
+
+
+def check_photos(found: Found, problems: Problems, progress: Progress | None = None) -> Photos:
     """Decode every image to its last byte and cut the splits over those that are left.
 
     `progress(done, total)` counts checked images. Raises InputError where no image is left.
     """
-    checked = _check_images(entries, problems, progress)
+    checked = _check_images(found.entries, problems, progress)
     if not checked:
-        raise InputError(f"{form}: not one image with a caption is left")
+        raise InputError(f"{found.detail}: not one image with a caption is left")
     num_train, num_generation_train = report_splits(len(checked))
     photos = tuple(
         Photo(
@@ -174,21 +187,26 @@ def check_photos(form: str, entries: list[Entry], problems: Problems, progress: 
             captions=tuple(entry.captions),
             split_report="train" if index < num_train else "validation",
             split_report_generation="train" if index < num_generation_train else "test",
-            split_karpathy=SPLIT_NAMES.get((entry.split or "").strip().lower(), UNUSED),
+            split_karpathy=known_split(entry.split) or UNUSED,
             path=str(entry.path.absolute()),
             num_bytes=num_bytes,
         )
         for index, (entry, num_bytes) in enumerate(checked)
     )
-    return Photos(form, photos, tuple(problems.skipped), tuple(_split_notes([entry for entry, _ in checked])))
+    notes = (*problems.notes, *_split_notes([entry for entry, _ in checked]))
+    return Photos(found.form, found.detail, photos, tuple(problems.skipped), notes)
 
 
 def _split_notes(entries: list[Entry]) -> list[str]:
     if not any(entry.split for entry in entries):
         return ["no official split (split files, or a column `split`): split_karpathy is `unused` for all"]
-    counts = Counter(entry.split for entry in entries if (entry.split or "").strip().lower() not in SPLIT_NAMES)
+    counts = Counter(entry.split for entry in entries if known_split(entry.split) is None)
     del counts[None]
-    return [f"split {name!r} is not known: its {count:,} images are `unused`" for name, count in counts.items()]
+    known = ", ".join(SPLIT_NAMES)
+    return [
+        f"split {name!r} is not known: its {count:,} images are `unused`; known are {known}"
+        for name, count in counts.items()
+    ]
 
 
 def _check_images(entries: list[Entry], problems: Problems, progress: Progress | None) -> list[tuple[Entry, int]]:

@@ -5,8 +5,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmcore.data.caption_files import NUL, CaptionRow, read_caption_file
+from mmcore.data.caption_files import read_caption_file
+from mmcore.data.caption_row import NUL, CaptionRow
 from mmcore.data.caption_text import Layout, find_layout, image_name, is_image_name
+from mmcore.data.json_document import read_document
 from mmcore.data.tables import (
     JSONL,
     PARQUET,
@@ -54,7 +56,7 @@ def read_predictions(location: str, known_names: Collection[str]) -> Predictions
     for source in [f"{location.rstrip('/')}/{name}" for name in names] or [location]:
         data = read_bytes(source)
         digest.update(data)
-        if table_format(source) in (JSONL, PARQUET):
+        if read_document(source) is not None or table_format(source) in (JSONL, PARQUET):
             captions.extend(_only_caption(row) for row in read_caption_file(source).rows)
         else:
             captions.extend(_parse_text(data, source, known_names))

@@ -1,6 +1,7 @@
 """What jobs/prepare.py left under STORAGE/data/DATASET: its facts, its columns, and its captions as training rows."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -70,23 +71,35 @@ def read_prepared(storage_uri: str, dataset: str, columns: list[str]) -> pa.Tabl
 
 
 def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
-    """Read all but the images. Raises InputError for an unprepared dataset or an unknown split column."""
+    """Read all but the images.
+
+    Raises InputError for an unprepared dataset, an unknown split column, and one without rows that train or validate.
+    """
     facts = read_dataset_facts(storage, dataset)
     folder = storage / "data" / dataset
     names = folder.list(".parquet")
+    columns: list[str] = []
     if names:
         with folder.open(names[0]) as file, pq.ParquetFile(file) as part:
             columns = [name for name in part.schema_arrow.names if name.startswith("split")]
         if split not in columns:
             raise InputError(f"--split {split!r}: {folder} has {', '.join(columns)}")
     table = read_prepared(storage.uri, dataset, ["image_id", "file_name", "captions", split])
-    return CaptionTable(
+    captions = CaptionTable(
         table["image_id"].to_pylist(),
         table["file_name"].to_pylist(),
         table["captions"].to_pylist(),
         table[split].to_pylist(),
         facts,
     )
+    if TRAIN not in captions.splits or captions.validation_split not in captions.splits:
+        there = ", ".join(f"{name} {number:,}" for name, number in Counter(captions.splits).most_common())
+        others = " or ".join(name for name in columns if name != split)
+        raise InputError(
+            f"--split {split}: {folder} has {there}; training needs images that are {TRAIN}, and others that are "
+            f"{VALIDATION} or {TEST}{f': try --split {others}' if others else ''}"
+        )
+    return captions
 
 
 def split_image_ids(storage_uri: str, dataset: str, column: str, name: str) -> list[str]:

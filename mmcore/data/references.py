@@ -57,6 +57,8 @@ def read_references(location: str, *, keep_quotes: bool = False) -> References:
             raise InputError(f"{row.place}: the row has no {'caption' if row.image else 'image name'}")
         image_id = image_stem(row.image)
         references.add_name(row.image, image_id)
+        for alias in row.aliases:
+            references.image_ids.setdefault(alias, image_id)
         references.captions.setdefault(image_id, []).extend(captions)
     if not references.captions:
         raise InputError(f"{location}: holds no captions; expected lines `image,caption`")

@@ -1,24 +1,33 @@
 """What a source of captioned images is, found by its content, and its photos, read and checked in full.
 
 A format is one file beside this one, with a function that looks for it in a folder and one that reads it; a new one
-takes its lines in `_reader`.
+takes its lines in `_reader` and `_reader_of_file`.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from mmcore.data.archive import unpack_zip
 from mmcore.data.caption_folder import captions_file, read_captions_folder
+from mmcore.data.coco import coco_files
+from mmcore.data.document_folder import read_document_folder
 from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, read_dataset
-from mmcore.data.imagefolder import metadata_file, read_imagefolder
-from mmcore.data.photos import Entry, Photos, Problems, Progress, check_photos
+from mmcore.data.image_folder import ImageFolder
+from mmcore.data.imagefolder import METADATA_FILES, metadata_file, read_imagefolder
+from mmcore.data.karpathy import karpathy_files
+from mmcore.data.parquet_folder import files_by_split, parquet_files
+from mmcore.data.photos import Found, Photos, Problems, Progress, check_photos
+from mmcore.data.sidecar import read_sidecars, text_of
+from mmcore.data.webdataset import expand_braces, is_shards, read_shards, shard_files
 from mmcore.errors import InputError
 
 # A folder that holds nothing but a folder is what an unpacked zip often is; Flickr8k's own has its captions in one.
 _MAX_DEPTH = 2
-Reader = Callable[[Problems], tuple[str, list[Entry]]]
+_NUM_ENDINGS = 5
+Reader = Callable[[Problems], Found]
 
 
 def read_source(
@@ -31,7 +40,8 @@ def read_source(
     """Read and check a source: every row, every split, and every image decoded to its last byte.
 
     Args:
-        source: a folder, a zip, or the name of a Hugging Face dataset.
+        source: a folder, a zip, a file of captions beside its images, tar shards (also with braces, also s3://...), or
+            the name of a Hugging Face dataset.
         scratch: an empty folder for what is unpacked; the photos may lie there.
         skip_bad: go on without what is bad, and list it.
         progress: told how many images of how many are done, where they are unpacked and then where they are checked.
@@ -40,31 +50,58 @@ def read_source(
     """
     path = Path(source).expanduser()
     problems = Problems(skip_bad)
-    unpacked = scratch / "source"
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(2) != b"PK":
-                raise InputError(f"--source {source}: a file and no zip; give the folder that holds it and the images")
-        unpacked.mkdir()
-        problems.skipped += unpack_zip(path, unpacked, skip_bad=skip_bad)
-    elif not path.is_dir() and not looks_like_hub_name(source):
-        raise InputError(f"--source {source}: no such folder or zip")
-    images = scratch / "images"
+    unpacked, images = scratch / "source", scratch / "images"
 
     def shown(text: str) -> str:
         """As the user knows it, who has never seen where something was unpacked."""
         return text.replace(str(unpacked), str(path)).replace(f"{images}/", "")
 
     try:
-        if path.exists():
-            read = _reader(unpacked if path.is_file() else path, images, progress)
-        else:
+        if is_shards(source) and not path.is_dir():
+            shards = [source] if path.is_file() else expand_braces(source)
+            read: Reader = partial(read_shards, shards, images, progress=progress)
+        elif path.is_file() and _is_zip(path):
+            unpacked.mkdir()
+            problems.skipped += unpack_zip(path, unpacked, skip_bad=skip_bad)
+            read = _reader(unpacked, images, progress)
+        elif path.is_file():
+            read = _reader_of_file(path, images, progress)
+        elif path.is_dir():
+            read = _reader(path, images, progress)
+        elif "://" in source:
+            raise InputError(f"--source {source}: only tar shards are read from there; fetch the folder or zip first")
+        elif looks_like_hub_name(source):
             read = partial(read_dataset, source, images, progress=progress)
-        form, entries = read(problems)
-        photos = check_photos(form, entries, problems, progress)
+        else:
+            raise InputError(f"--source {source}: no such folder, file or zip")
+        photos = check_photos(read(problems), problems, progress)
     except InputError as error:
         raise InputError(shown(str(error))) from None
-    return dataclasses.replace(photos, form=shown(form), skipped=tuple(map(shown, photos.skipped)))
+    return dataclasses.replace(
+        photos,
+        detail=shown(photos.detail),
+        skipped=tuple(map(shown, photos.skipped)),
+        notes=tuple(map(shown, photos.notes)),
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _reader_of_file(path: Path, scratch: Path, progress: Progress | None) -> Reader:
+    """How a file that the user named is read, its images beside it, or else beside its folder, as COCO's are."""
+    path = path.absolute()
+    folder = path.parent
+    if path in parquet_files(folder):
+        return partial(read_dataset, str(path), scratch, progress=progress, parquet=files_by_split([path]))
+    if path.name in METADATA_FILES:
+        return partial(read_imagefolder, [path], folder)
+    near = folder if ImageFolder(folder, folder).files else folder.parent
+    if path in (*karpathy_files(folder), *coco_files(folder)):
+        return partial(read_document_folder, [path], near)
+    return partial(read_captions_folder, path, near)
 
 
 def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
@@ -74,24 +111,52 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
         found: list[tuple[Path, Reader]] = []
         saved = [each for each in folders if is_saved_dataset(each)]
         found += [(each, partial(read_dataset, str(each), scratch, progress=progress)) for each in saved]
-        metadata = _there(metadata_file(each) for each in folders)
+        others = [each for each in folders if each not in saved]
+        metadata = _there(metadata_file(each) for each in others)
         if metadata:
             found.append((metadata[0], partial(read_imagefolder, metadata, folder)))
-        for captions in _there(captions_file(each) for each in folders if each not in saved):
-            found.append((captions, partial(read_captions_folder, captions, folder)))
+        parquet = [path for each in others for path in parquet_files(each)]
+        if parquet:
+            splits = files_by_split(parquet)
+            found.append((parquet[0], partial(read_dataset, str(folder), scratch, progress=progress, parquet=splits)))
+        coco = [path for each in others for path in coco_files(each)]
+        if coco:
+            found.append((coco[0], partial(read_document_folder, coco, folder)))
+        karpathy = [path for each in others for path in karpathy_files(each)]
+        found += [(path, partial(read_document_folder, [path], folder)) for path in karpathy]
+        shards = [str(path) for each in others for path in shard_files(each)]
+        if shards:
+            found.append((Path(shards[0]), partial(read_shards, shards, scratch, progress=progress)))
+        taken = {*metadata, *parquet, *coco, *karpathy}
+        for captions in _there(captions_file(each) for each in others):
+            if captions not in taken:
+                found.append((captions, partial(read_captions_folder, captions, folder)))
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path, _ in found)
             raise InputError(
-                f"{folder}: may be read by any of {names}; give the folder of one, or take the others away"
+                f"{folder}: may be read by any of {names}; give the right one as --source, or take the others away"
             )
         if found:
             return found[0][1]
         folders = sorted(path for each in folders for path in each.iterdir() if path.is_dir() and path.name[0] != ".")
-    reason = "no captions of a known form in it" if any(folder.iterdir()) else "the folder is empty"
+    # Last, as a text beside an image may be anything where there is a file of captions.
+    if any(text_of(path) is not None for path in ImageFolder(folder, folder).files):
+        return partial(read_sidecars, folder)
     raise InputError(
-        f"{folder}: {reason}; it should hold captions.txt (or results.csv, or Flickr8k.token.txt) and the images, or "
-        "images and metadata.jsonl (or .csv), or a dataset that datasets saved"
+        f"{folder}: {_held(folder)}; known are captions.txt (.csv, .tsv, .jsonl, .json, .parquet), results.csv or "
+        "Flickr8k.token.txt and the images, images and metadata.jsonl (or .csv), Karpathy's dataset_*.json or COCO's "
+        "captions_*.json and the images, NAME.txt beside each NAME.jpg, tar shards of webdataset, Parquet with images, "
+        "a dataset that datasets saved"
     )
+
+
+def _held(folder: Path) -> str:
+    """What of no known form is in the folder."""
+    endings = Counter(path.suffix.lower() or "no ending" for path in folder.rglob("*") if path.is_file())
+    if not endings:
+        return "the folder is empty"
+    counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(_NUM_ENDINGS))
+    return f"no captions of a known form in it ({counts})"
 
 
 def _there(paths: Iterable[Path | None]) -> list[Path]:

@@ -6,6 +6,7 @@ asked for, so that a file of any length takes little memory.
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -29,6 +30,8 @@ _HEAD_BYTES = 2**16
 # Of an object in S3, read at a time.
 _S3_PART_BYTES = 2**20
 _ROWS_PER_BATCH = 4096
+# Between the columns of CSV: the first that stands in the header.
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 # Arrow's names of a pandas index without a name of its own; some writers keep the column and drop pandas' metadata.
 _UNNAMED_INDEX = re.compile(r"__index_level_[0-9]+__")
 # to_csv() heads the index with nothing, and read_csv() calls such a column this.
@@ -194,7 +197,14 @@ def _txt_rows(location: str, name: str) -> Iterator[Row]:
 
 def _csv_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
     lines = (f"{line}\n" for _, line in read_lines(location))
-    reader = csv.reader(lines, strict=True)
+    # Down to the header, which tells the delimiter.
+    head: list[str] = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    delimiter = _delimiter("".join(head[-1:]))
+    reader = csv.reader(itertools.chain(head, lines), strict=True, delimiter=delimiter)
     # The reader's count at the end of a row is where the next one begins, as a quoted field may hold line ends.
     header: list[str] | None = None
     first, start = 0, 1
@@ -210,14 +220,19 @@ def _csv_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
                 continue
             if len(fields) != len(header):
                 raise InputError(
-                    f"{place}: {len(fields)} fields where the header has {len(header)} ({','.join(header)}); put a "
-                    "text with a comma in it into double quotes"
+                    f"{place}: {len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}); put "
+                    f"a text with a {_DELIMITERS[delimiter]} in it into double quotes"
                 )
             if first and not re.fullmatch(r"[0-9]*", fields[0]):
                 raise InputError(f"{place}: {fields[0]!r} stands in a column without a name; give the column one")
             yield Row(place, {name: each or None for name, each in zip(header[first:], fields[first:], strict=True)})
     except csv.Error as error:
         raise InputError(f"{location}:{reader.line_num}: broken CSV: {error}") from None
+
+
+def _delimiter(header: str) -> str:
+    """A comma, or what spreadsheets write in its place, where the header holds no comma."""
+    return next((each for each in _DELIMITERS if each in header), ",")
 
 
 def _jsonl_rows(location: str, check_names: CheckNames | None, bad: Bad) -> Iterator[Row]:

@@ -118,10 +118,10 @@ def test_every_image_once_in_order_with_its_bytes(
     assert visible(out) == [f"data/flickr8k/{name}" for name in ["_SUCCESS", *files]]
 
     printed = capsys.readouterr().out
-    assert "read: 25 images, 50 captions" in printed
+    assert "found: a file of captions, 25 images, 50 captions, every image decodes" in printed
     assert "flickr8k: 25 images, 50 captions in 2 files" in printed
     assert "train 15, validation 5, test 4, unused 1" in printed
-    assert f"read as: {source}/captions.txt (columns image and caption, comma between columns), images in" in printed
+    assert f"read: {source}/captions.txt (columns image and caption, comma between columns), images in" in printed
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -302,8 +302,12 @@ def test_skip_bad_lists_what_it_left_out(source: Path, tmp_path: Path, capsys: p
     summary = prepare(settings(source, tmp_path / "out", skip_bad=True))
     assert summary["num_images"] == len(read(tmp_path / "out")) == NUM_IMAGES - 1
     assert summary["num_captions"] == 2 * (NUM_IMAGES - 1)
-    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    printed = capsys.readouterr().out.splitlines()
+    skipped = [line for line in printed if line.startswith("skipped: ")]
     assert skipped == [f"skipped: {line}" for line in summary["skipped"]]
+    file = tmp_path / "out" / "data" / "flickr8k" / "skipped.txt"
+    assert file.read_text().splitlines() == summary["skipped"]
+    assert any(f"skipped 3 in all, listed in {file};" in line for line in printed)
     assert [line.split(": ")[1].rsplit("/", 1)[1] for line in skipped] == [
         f"captions.txt:{2 + 2 * NUM_IMAGES}",
         f"{SPLIT_FILES['test']}:5",

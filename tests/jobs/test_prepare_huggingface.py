@@ -112,12 +112,11 @@ def test_hugging_face_with_its_split_in_a_column(
         "sentids": [["0"]] * 4,
     }
     summary = prepare(settings(saved_dataset({"test": columns}), tmp_path / "out"))
-    assert summary["splits"]["split_karpathy"] == {"unused": 1, "test": 1, "validation": 1, "train": 1}
+    assert summary["splits"]["split_karpathy"] == {"test": 1, "validation": 1, "train": 2}
     split_of = {row["file_name"]: row["split_karpathy"] for row in read(tmp_path / "out")}
-    assert split_of == {"a.jpg": "unused", "b.jpg": "test", "c.jpg": "validation", "d.jpg": "train"}
+    assert split_of == {"a.jpg": "train", "b.jpg": "test", "c.jpg": "validation", "d.jpg": "train"}
     printed = capsys.readouterr().out
     assert "(4 rows; image and columns filename, caption and split; not read: sentids)" in printed
-    assert "split 'restval' is not known: its 1 images are `unused`" in printed
 
 
 @pytest.mark.parametrize(("splits", "note"), [([0, 1], "split '0' is not known"), ([["train"]] * 2, "not known")])
@@ -176,5 +175,5 @@ def test_hugging_face_without_the_package(tmp_path: Path, monkeypatch: pytest.Mo
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(InputError, match=r"^jxie/flickr8k: is no folder or zip, .*pip install datasets$"):
+    with pytest.raises(InputError, match=r"^jxie/flickr8k: to read it .*: pip install datasets$"):
         prepare(settings("jxie/flickr8k", tmp_path / "out"))

@@ -21,6 +21,10 @@ FORMS = {
     "without its header": (CSV, "no header, .*; not read: comment_number"),
     "unquoted": ("image,caption\n" + RAW.format(",", ","), "columns image and caption, comma"),
     "results.csv": ("image_name| comment_number| comment\n" + RAW.format("| 0| ", "| 1| "), r"`\|` between"),
+    "results.csv with its broken row": (
+        'image_name| comment_number| comment\na.jpg| 0   A dog , running .\na.jpg| 1| A sign says " stop " .\n',
+        r"`\|` between",
+    ),
     "results.csv without its header": (RAW.format("| 0| ", "| 1| "), r"no header, .*`\|` between"),
     "Flickr8k.token.txt": (RAW.format("#0\t", "#1\t"), "tab between"),
     "a name of Flickr8k": (RAW.format(".1#0\t", ".1#1\t"), "tab between"),
@@ -94,12 +98,48 @@ def test_what_cannot_be_read_is_refused_by_line_alike(tmp_path: Path, content: s
         assert str(error.value).startswith(path)
 
 
-@pytest.mark.parametrize("document", ['[{"image_id": 7, "caption": "x"}]', '{\n "annotations": []\n}'])
-def test_one_json_document_is_named(tmp_path: Path, document: str) -> None:
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ('[{"image_id": 7, "caption": "x"}]', ["7"]),
+        (
+            '[{"file_name": "a.jpg", "caption": "x"},\n {"caption": "y", "file_name": "b.jpg", "id": 3}]',
+            ["a.jpg", "b.jpg"],
+        ),
+        ('{"a.jpg": "x", "b.jpg": ["y"]}', ["a.jpg", "b.jpg"]),
+        ('{"image": "a.jpg", "caption": "x"}', ["a.jpg"]),
+        ('{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "y"}', ["a.jpg", "b.jpg"]),
+    ],
+)
+def test_json_is_read_as_json_lines_are(tmp_path: Path, document: str, names: list[str]) -> None:
     path = write(tmp_path, document, "results.json")
-    for read in (read_references, lambda location: read_predictions(location, ["7"])):
-        with pytest.raises(InputError, match=r"results\.json: one JSON document; write JSON lines"):
+    assert [name for name, _ in read_predictions(path, []).captions] == names
+    assert list(read_references(path).captions.values()) == [["x"], ["y"]][: len(names)]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            '{\n "annotations": []\n}',
+            r": an object of 'annotations', not a known form of captions; known are Karpathy's",
+        ),
+        ("3", ": no object, not a known form"),
+        ('{"a.jpg": {"caption": "x"}}', "an object of 'a.jpg', not a known form"),
+        ('[{"image": "a.jpg", "caption": "x"}, 4]', r": \[1\]: expected an object such as .*, got 4"),
+        ('[{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": 4}]', r": \[1\]: caption: expected text"),
+        ('[{"image": "a.jpg"}]', r": \[0\]: the columns are 'image'; none is known to hold its captions"),
+        ('[{"image": "a.jpg",\n "caption": x}]', r":2: broken JSON: Expecting value; write the file anew"),
+        ("[" * 100_000, ": broken JSON: nested too deeply"),
+        ("[]", "holds no"),
+    ],
+)
+def test_json_of_another_form_is_refused_by_place(tmp_path: Path, document: str, message: str) -> None:
+    path = write(tmp_path, document, "results.json")
+    for read in (read_references, lambda location: read_predictions(location, [])):
+        with pytest.raises(InputError, match=message) as error:
             read(path)
+        assert str(error.value).startswith(path)
 
 
 def test_a_caption_on_several_lines_is_no_half_caption(tmp_path: Path) -> None:

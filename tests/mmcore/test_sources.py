@@ -87,7 +87,8 @@ def test_rows_keep_order_bytes_captions_and_splits(source: Path) -> None:
     data = read(source)
     assert data.skipped == ()
     assert data.notes == ()
-    assert data.form == (
+    assert data.form == "a file of captions"
+    assert data.detail == (
         f"{source}/captions.txt (columns image and caption, comma between columns), images in {source}/Images, "
         "split of Flickr_8k.trainImages.txt ..."
     )
@@ -259,13 +260,6 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str, str, int]] = {
         "abc",
         6,
     ),
-    "two runs of one image": (
-        lambda s: edit(s / "captions.txt", 8, "a.jpg,once more"),
-        "captions.txt:8",
-        "duplicate id: 'a.jpg' had its captions from line 2 on",
-        "abc",
-        6,
-    ),
     "two files of one stem": (
         lambda s: edit(s / "captions.txt", 8, "a.png,the same id"),
         "captions.txt:8",
@@ -342,9 +336,20 @@ def test_empty_and_ambiguous_folders(tmp_path: Path) -> None:
         read(one)
 
 
-def test_a_file_that_is_no_zip_is_sent_to_its_folder(source: Path) -> None:
-    with pytest.raises(InputError, match=r"captions\.txt: a file and no zip; give the folder that holds it"):
-        read(source / "captions.txt")
+def test_a_file_of_captions_is_a_source_too(source: Path) -> None:
+    assert [photo.file_name for photo in read(source / "captions.txt").photos] == list(NAMES)
+    (source / "dataset.json").write_text('{"images": [{"filename": "a.jpg", "sentences": [{"raw": "of JSON"}]}]}')
+    with pytest.raises(InputError, match=r"may be read by any of dataset\.json, captions\.txt; give the right one"):
+        read(source)
+    assert len(read(source / "captions.txt").photos) == 3
+    assert read(source / "dataset.json").photos[0].captions == ("of JSON",)
+
+
+def test_captions_of_one_image_in_several_places_are_joined(source: Path) -> None:
+    edit(source / "captions.txt", 8, "a.jpg,once more")
+    data = read(source)
+    assert data.photos[0].captions == ("caption 0 of a.jpg", "caption 1 of a.jpg", "once more")
+    assert data.notes == ("the captions of 1 images, a.jpg the first, stand in several places: joined",)
 
 
 def test_image_that_changes_after_the_check_is_refused(source: Path) -> None:
