@@ -43,11 +43,12 @@ def karpathy_rows(document: dict[str, Any], location: str, bad: Bad) -> list[Cap
         if counts[image["filename"]] > 1 and image.get("filepath"):
             name = f"{image['filepath']}/{name}"
         sentences = image.get("sentences")
-        raw = [each.get("raw") if isinstance(each, dict) else None for each in sentences or []]
-        if not isinstance(sentences, list) or not all(isinstance(each, str) for each in raw):
+        raw = [each.get("raw") for each in sentences if isinstance(each, dict)] if isinstance(sentences, list) else []
+        captions = [one_line(each) for each in raw if isinstance(each, str)]
+        if not isinstance(sentences, list) or len(captions) < len(sentences):
             bad(place, f"{name!r}: `sentences` is no list of objects with a text `raw`")
             continue
         number = as_name(image.get("cocoid"))
         aliases = () if number is None else (number,)
-        rows.append(CaptionRow(place, name, tuple(map(one_line, raw)), as_split(image.get("split")), aliases))
+        rows.append(CaptionRow(place, name, tuple(captions), as_split(image.get("split")), aliases))
     return rows

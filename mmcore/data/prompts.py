@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from mmcore.data.prepared import read_prepared
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
-from mmcore.data.tables import ENDINGS, read_rows
+from mmcore.data.tables import ENDINGS, Bad, read_rows, refuse
 from mmcore.errors import InputError
 from mmcore.seeding import MAX_IMAGE_SEED, derive_seed
 from mmcore.storage import Storage
@@ -131,7 +131,14 @@ class _Row:
     width: Any = None
 
 
-def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, count: int | None = None) -> Prompts:
+def read_prompts(
+    source: str,
+    *,
+    storage: str | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    skipped: list[str] | None = None,
+) -> Prompts:
     """The first `count` prompts of `source`, or all.
 
     Args:
@@ -140,6 +147,8 @@ def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, coun
             many as are wanted, drawn from the test split, half of whose scenes have a pair of colour and shape
             that is in no training image.
         seed: an image without a seed of its own gets one derived from this number and its image_id.
+        skipped: rows that are bad are left out and listed here, each with its place and the reason; without it the
+            first one is an error. The rows that are left keep the numbers that they have among all.
 
     Raises InputError that names file and line.
     """
@@ -147,21 +156,53 @@ def read_prompts(source: str, *, storage: str | None = None, seed: int = 0, coun
         raise InputError(f"--seed {seed}: must lie between 0 and {MAX_IMAGE_SEED}")
     if count is not None and count < 1:
         raise InputError(f"--count {count}: must be at least 1")
-    rows: Iterable[_Row] = _Rows(source, storage, count)
+    rows: Iterable[_Row] = _Rows(source, storage, count, refuse if skipped is None else _ignore)
     if source in (FLICKR8K_TEST, SHAPES_TEST):
         rows = list(rows)  # some thousands at most, which take longer to make than to hold
     # Read twice, as the width of an image's number is that of the last: many rows would fill the memory.
     num_rows = sum(1 for _ in rows)
     if not num_rows:
         raise InputError(f"{source}: holds no prompts")
-    if count is not None and count > num_rows:
-        raise InputError(f"--count {count}: {source} holds {num_rows} prompts; ask for no more, or give more prompts")
     width = max(6, len(str(num_rows - 1)))
-    prompts = Prompts.of(_checked(row, f"{index:0{width}d}", seed) for index, row in enumerate(rows))
+    numbered = ((f"{index:0{width}d}", row) for index, row in enumerate(rows))
+    if skipped is None:
+        prompts = Prompts.of(_checked(row, default_id, seed) for default_id, row in numbered)
+    else:
+        prompts = Prompts.of(_good(numbered, seed, skipped))
+        # Lines that are no rows at all are told once, in the last of the readings.
+        for _ in _Rows(source, storage, count, lambda place, reason: skipped.append(f"{place}: {reason}")):
+            pass
+    if not len(prompts):
+        raise InputError(f"{source}: not one good prompt is left")
+    if count is not None and count > len(prompts):
+        raise InputError(
+            f"--count {count}: {source} holds {len(prompts)} {'good ' if skipped else ''}prompts; ask for no more, or "
+            "give more prompts"
+        )
     ids = prompts.table["image_id"]
     if pc.count_distinct(ids).as_py() < len(ids):
         _refuse_twins(prompts, rows)
     return prompts[:count]
+
+
+def _ignore(place: str, reason: str) -> None:
+    """The `Bad` of a reading whose faults are told by another."""
+
+
+def _good(numbered: Iterable[tuple[str, _Row]], seed: int, skipped: list[str]) -> Iterator[Prompt]:
+    """The prompts that are right, of several with one image_id the first; the others go to `skipped`."""
+    places: dict[str, str] = {}
+    for default_id, row in numbered:
+        try:
+            prompt = _checked(row, default_id, seed)
+        except InputError as error:
+            skipped.append(str(error))
+            continue
+        if prompt.image_id in places:
+            skipped.append(f"{row.place}: image_id {prompt.image_id!r} is that of {places[prompt.image_id]} too")
+            continue
+        places[prompt.image_id] = row.place
+        yield prompt
 
 
 def _refuse_twins(prompts: Prompts, rows: Iterable[_Row]) -> None:
@@ -225,12 +266,13 @@ class _Rows:
     source: str
     storage: str | None
     count: int | None
+    bad: Bad
 
     def __iter__(self) -> Iterator[_Row]:
-        return _rows(self.source, self.storage, self.count)
+        return _rows(self.source, self.storage, self.count, self.bad)
 
 
-def _rows(source: str, storage: str | None, count: int | None) -> Iterator[_Row]:
+def _rows(source: str, storage: str | None, count: int | None, bad: Bad) -> Iterator[_Row]:
     if source == FLICKR8K_TEST:
         if storage is None:
             raise InputError(f"--prompts {source}: give --storage URI with the prepared flickr8k")
@@ -250,7 +292,7 @@ def _rows(source: str, storage: str | None, count: int | None) -> Iterator[_Row]
         raise InputError(
             f"--prompts {source}: expected a file ending in {', '.join(ENDINGS)}, or {FLICKR8K_TEST} or {SHAPES_TEST}"
         )
-    for row in read_rows(source, known=COLUMNS, text="prompt", check_names=_check_names):
+    for row in read_rows(source, known=COLUMNS, text="prompt", check_names=_check_names, bad=bad):
         yield _Row(row.place, **row.values)
 
 

@@ -164,10 +164,11 @@ def read_rows(
     Args:
         location: a local path or a URI.
         known: the columns that the caller has a use for; None where it has for any. See `user_columns`.
-        text: name of the only value of a row of plain text, where each line is one, empty lines at the end are none.
+        text: name of the only value of a row of plain text, where each line that is not blank is one.
         check_names: called with the columns and their place, for JSON lines with those of each row that has others
             than the row before; it may raise InputError.
-        bad: told of a line of JSON that is none, which is then left out; without it that is an InputError too.
+        bad: told of a line of JSON that is none, and of a line of CSV with another number of fields, which are then
+            left out; without it that is an InputError too.
 
     Raises InputError that names file and line for what cannot be read.
     """
@@ -175,7 +176,7 @@ def read_rows(
     if form == TXT:
         yield from _txt_rows(location, text)
     elif form == CSV:
-        yield from _csv_rows(location, check_names)
+        yield from _csv_rows(location, check_names, bad or refuse)
     elif form == JSONL:
         yield from _jsonl_rows(location, check_names, bad or refuse)
     elif form == PARQUET:
@@ -185,17 +186,12 @@ def read_rows(
 
 
 def _txt_rows(location: str, name: str) -> Iterator[Row]:
-    empty: list[str] = []
     for place, line in read_lines(location):
-        if not line.strip():
-            empty.append(place)
-            continue
-        yield from (Row(each, {name: ""}) for each in empty)
-        empty.clear()
-        yield Row(place, {name: line.strip()})
+        if line.strip():
+            yield Row(place, {name: line.strip()})
 
 
-def _csv_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
+def _csv_rows(location: str, check_names: CheckNames | None, bad: Bad) -> Iterator[Row]:
     lines = (f"{line}\n" for _, line in read_lines(location))
     # Down to the header, which tells the delimiter.
     head: list[str] = []
@@ -219,10 +215,12 @@ def _csv_rows(location: str, check_names: CheckNames | None) -> Iterator[Row]:
                 _check(header[first:], place, check_names)
                 continue
             if len(fields) != len(header):
-                raise InputError(
-                    f"{place}: {len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}); put "
-                    f"a text with a {_DELIMITERS[delimiter]} in it into double quotes"
+                bad(
+                    place,
+                    f"{len(fields)} fields where the header has {len(header)} ({delimiter.join(header)}); put a text "
+                    f"with a {_DELIMITERS[delimiter]} in it into double quotes",
                 )
+                continue
             if first and not re.fullmatch(r"[0-9]*", fields[0]):
                 raise InputError(f"{place}: {fields[0]!r} stands in a column without a name; give the column one")
             yield Row(place, {name: each or None for name, each in zip(header[first:], fields[first:], strict=True)})

@@ -149,7 +149,7 @@ def test_prepared_data_give_the_test_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", "a dog\n\na cat\n", r"p.txt:2: prompt is ''"),
+        ("p.txt", "a dog\n\na \0 cat\n", r"p.txt:3: prompt is 'a \\x00 cat'"),
         ("p.txt", "\n\n", "holds no prompts"),
         ("p.csv", "prompt,seed\na dog,1\na cat,minus\n", r"p.csv:3: seed is 'minus'"),
         ("p.csv", "prompt,seed\na dog,-1\n", r"p.csv:2: seed is '-1'"),
@@ -182,6 +182,44 @@ def test_errors_name_file_and_line(name: str, text: str, message: str, tmp_path:
     with pytest.raises(InputError, match=message) as raised:
         read_prompts(write(tmp_path / name, text))
     assert "\n" not in str(raised.value)
+
+
+def test_blank_lines_between_prompts_are_none(tmp_path: Path) -> None:
+    prompts = read_prompts(write(tmp_path / "p.txt", "\na dog\r\n \n\na cat\n\n"))
+    assert [(each.image_id, each.prompt) for each in prompts] == [("000000", "a dog"), ("000001", "a cat")]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_what_spreadsheets_write_in_place_of_commas(tmp_path: Path, delimiter: str) -> None:
+    text = 'image_id;prompt;seed\na;"a dog, a cat; red";5\n'.replace("a cat; red", f"a cat{delimiter} red")
+    path = write(tmp_path / "p.csv", text.replace(";", delimiter))
+    assert list(read_prompts(path)) == [Prompt("a", f"a dog, a cat{delimiter} red", 5)]
+    with pytest.raises(
+        InputError, match=r"p\.csv:2: 2 fields where the header has 3 .*; put a text with a (semicol|tab)"
+    ):
+        read_prompts(
+            write(tmp_path / "p.csv", f"a{delimiter}prompt{delimiter}seed\nx{delimiter}y\n".replace("a", "image_id", 1))
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "places", "ids"),
+    [
+        ("p.csv", "prompt,image_id\n,a\nb,b\nc,b\nd,../d\ne,f,g\nh,\n", [2, 4, 5, 6], ["b", "000004"]),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n{\n7\n{"prompt": "b", "seed": -1}\n', [2, 3, 4, 5], ["000000"]),
+    ],
+)
+def test_bad_rows_are_left_out_and_listed_on_request(
+    tmp_path: Path, name: str, text: str, places: list[int], ids: list[str]
+) -> None:
+    path = write(tmp_path / name, text)
+    skipped: list[str] = []
+    assert [each.image_id for each in read_prompts(path, skipped=skipped)] == ids
+    assert sorted(line.split(": ")[0] for line in skipped) == [f"{path}:{place}" for place in places]
+    with pytest.raises(InputError, match=rf"--count 3: .* holds {len(ids)} good prompts"):
+        read_prompts(path, count=3, skipped=[])
+    with pytest.raises(InputError, match="not one good prompt is left"):
+        read_prompts(write(tmp_path / "p.csv", "prompt,seed\na,x\n"), skipped=[])
 
 
 @pytest.mark.parametrize(
