@@ -48,7 +48,9 @@ from mmcore.recipe import Generator
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
-SUMMARY = "summary.json"
+SUMMARY, SKIPPED_FILE = "summary.json", "skipped.txt"
+# Skipped prompts that are printed; the file lists all.
+_NUM_PRINTED = 20
 
 # What `--batch-size auto` goes by. A CPU is busy with about this many pixels at once, and a larger batch only makes
 # more to lose in a kill and blocks of minutes; on a GPU the widest activations of a U-Net and of a decoder to pixels
@@ -91,6 +93,8 @@ class GenerateSettings:
     """bfloat16 is faster where the device has it, and its images depend a little more on the size of the batch."""
     num_workers: int | None = None
     """Workers; by default one for each GPU, or for each machine."""
+    skip_bad: bool = False
+    """Go on without prompts that are bad, and list them. Without it the first one is an error."""
     num_threads: int | None = None
     """CPU threads of a worker, by default its share of the cores; a resumed sweep keeps it."""
     dry_run: bool = False
@@ -182,15 +186,41 @@ def _asked_size(settings: GenerateSettings, generator: Generator) -> tuple[int, 
     return int(match[2]), int(match[1])
 
 
-def _check_sizes(generator: Generator, options: Any, prompts: Prompts, source: str) -> None:
-    """Refuse the sizes of rows that the generator cannot make, before machines are started for it."""
+def _check_sizes(
+    generator: Generator, options: Any, prompts: Prompts, source: str, skipped: list[str] | None
+) -> Prompts:
+    """Refuse the sizes of rows that the generator cannot make, before machines are started for it.
+
+    With a list `skipped` such rows are left out and told there.
+    """
+    reasons: dict[tuple[int, int] | None, str] = {}
     for prompt_size, prompt in prompts.sizes.items():
         if prompt_size is None:
             continue
         try:
             generator.check(options, prompt_size)
         except OptionError as error:
-            raise InputError(f"{source}: image_id {prompt.image_id!r}: {error.option} {error.problem}") from None
+            if skipped is None:
+                raise InputError(f"{source}: image_id {prompt.image_id!r}: {error.option} {error.problem}") from None
+            reasons[prompt_size] = f"{error.option} {error.problem}"
+    if not reasons or skipped is None:
+        return prompts
+    skipped += [
+        f"{source}: image_id {prompt.image_id!r}: {reasons[prompt.size]}"
+        for prompt in prompts
+        if prompt.size in reasons
+    ]
+    left = Prompts.of(prompt for prompt in prompts if prompt.size not in reasons)
+    if not len(left):
+        raise InputError(f"{source}: not one good prompt is left")
+    return left
+
+
+def _list_skipped(out: Storage, skipped: list[str]) -> None:
+    for line in skipped[:_NUM_PRINTED]:
+        print(f"skipped: {line}")
+    out.write(SKIPPED_FILE, "".join(f"{line}\n" for line in skipped).encode())
+    print(f"generate: {len(skipped):,} prompts skipped, all in {out}/{SKIPPED_FILE}", flush=True)
 
 
 def _largest(size: tuple[int, int], prompts: Prompts) -> tuple[int, int]:
@@ -249,8 +279,11 @@ def generate(
     generator = worker_type.open(settings.run, text_encoder=settings.text_encoder)
     options, size = generator.options if options is None else options, _asked_size(settings, generator)
     generator.check(options, size)
-    prompts = read_prompts(settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count)
-    _check_sizes(generator, options, prompts, settings.prompts)
+    skipped: list[str] | None = [] if settings.skip_bad else None
+    prompts = read_prompts(
+        settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count, skipped=skipped
+    )
+    prompts = _check_sizes(generator, options, prompts, settings.prompts, skipped)
     run = Storage(settings.run)
     print(f"generate: {len(prompts)} images of {settings.prompts} by {run} -> {out}", flush=True)
     plan = read_plan(out, MANIFEST)
@@ -258,6 +291,8 @@ def generate(
     if settings.dry_run:
         begun = "not begun" if plan is None else f"{len(done)} of {plan['num_blocks']} blocks are done"
         print(f"reads:  {run}/model, {settings.prompts}\nwrites: {out}/{IMAGES}, {out}/{MANIFEST} ({begun})")
+        if skipped:
+            print(f"skipped: {len(skipped):,} prompts, {skipped[0]} the first")
         return {"num_rows": len(prompts)}
     height, width = size
     wanted: dict[str, Any] = {
@@ -312,6 +347,8 @@ def generate(
             out.write(SUMMARY, (json.dumps(summarise(out), indent=1) + "\n").encode())
         if not finished:  # only who holds the lease is alone here
             out.remove_temporary()
+            if skipped:
+                _list_skipped(out, skipped)
     summary: SweepSummary = json.loads(out.read(SUMMARY))
     _say(summary, options)
     return summary

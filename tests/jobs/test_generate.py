@@ -311,6 +311,18 @@ def test_bad_input_writes_nothing(flags, message, run_folder, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_prompts_are_left_out_and_listed(sweep, tmp_path, capsys):
+    path = tmp_path / "prompts.csv"
+    path.write_text("image_id,prompt,height,width\na,a dog,,\nb,,,\nc,a cat,128,16\nd,a bird,,\n")
+    summary = sweep(prompts=str(path), skip_bad=True)
+    assert summary["num_images"] == 2
+    assert sorted(each.stem for each in (tmp_path / "out" / "images").iterdir()) == ["a", "d"]
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert [line.split(" is ")[0] for line in skipped[:1]] == [f"{path}:3: prompt"]
+    assert skipped[1].startswith(f"{path}: image_id 'c': size 16x128: at most 64 a side")
+    assert f"2 prompts skipped, all in {tmp_path}/out/skipped.txt" in capsys.readouterr().out
+
+
 def test_the_options_of_the_run_are_flags_with_its_defaults(run_folder, tmp_path):
     recipe = dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], drop_text=0.0, sample_guidance=1.0)
     unguided = tiny_sweep.write_run(tmp_path / "never-without-prompt", recipe=recipe)

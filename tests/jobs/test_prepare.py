@@ -260,7 +260,7 @@ def test_without_success_it_is_no_dataset_and_is_redone(source: Path, tmp_path: 
         ({"source": "x"}, "--source: not for --dataset shapes"),
         ({"skip_bad": True}, "--skip-bad: not for --dataset shapes"),
         ({"dataset": "flickr8k", "source": "x", "shapes": SHAPES}, "--num-train and --num-validation and .*only"),
-        ({"dataset": "flickr8k", "source": "no-such.zip"}, "--source no-such.zip: no such folder or zip"),
+        ({"dataset": "flickr8k", "source": "no-such.zip"}, "--source no-such.zip: no such folder, file or zip"),
         ({"shapes": ShapesSettings(0, 0, 0)}, "are all 0"),
     ],
 )

@@ -194,12 +194,9 @@ def test_what_spreadsheets_write_in_place_of_commas(tmp_path: Path, delimiter: s
     text = 'image_id;prompt;seed\na;"a dog, a cat; red";5\n'.replace("a cat; red", f"a cat{delimiter} red")
     path = write(tmp_path / "p.csv", text.replace(";", delimiter))
     assert list(read_prompts(path)) == [Prompt("a", f"a dog, a cat{delimiter} red", 5)]
-    with pytest.raises(
-        InputError, match=r"p\.csv:2: 2 fields where the header has 3 .*; put a text with a (semicol|tab)"
-    ):
-        read_prompts(
-            write(tmp_path / "p.csv", f"a{delimiter}prompt{delimiter}seed\nx{delimiter}y\n".replace("a", "image_id", 1))
-        )
+    path = write(tmp_path / "p.csv", f"prompt{delimiter}seed\na dog\n")
+    with pytest.raises(InputError, match=r"p\.csv:2: 1 fields where the header has 2 .*; put a text with a (semi|tab)"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_rows_have_places_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "t.parquet": parquet(pa.table({"a": ["x", None], "b": [1, 2]})),
     }
     wanted = {
-        "t.txt": [(":1", {"text": "one"}), (":2", {"text": ""}), (":3", {"text": "two\u2028 lines"})],
+        "t.txt": [(":1", {"text": "one"}), (":3", {"text": "two\u2028 lines"})],
         "t.csv": [(":2", {"a": 'x, "y"\nz', "b": None}), (":5", {"a": "w", "b": "1"})],
         "t.jsonl": [(":1", {"a": "x"}), (":3", {"b": 1, "a": None})],
         "t.parquet": [(": row 1", {"a": "x", "b": 1}), (": row 2", {"a": None, "b": 2})],
