@@ -6,6 +6,7 @@ a folder there, or in one beside its folder, and else anywhere below. The offici
 ``Flickr_8k.{train,dev,test}Images.txt``, may lie in ``splits/``, in ``Flickr8k_text/`` or beside the captions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from mmcore.data.caption_columns import is_column_name
@@ -14,6 +15,7 @@ from mmcore.data.caption_row import CaptionRow
 from mmcore.data.caption_text import find_layout, image_name, is_image_name
 from mmcore.data.image_folder import ImageFolder
 from mmcore.data.photos import Found, Problems, check_captioned, entries_of
+from mmcore.data.splits import known_split, split_in
 from mmcore.data.tables import numbered_lines
 from mmcore.errors import InputError
 
@@ -47,19 +49,23 @@ _HEAD_BYTES = 4096
 _NUM_NAMES_TRIED = 100
 
 
-def captions_file(folder: Path) -> Path | None:
-    """The file of captions of `folder`, None where there is none. Raises InputError where it may be one of several."""
+def captions_files(folder: Path) -> list[Path]:
+    """The file of captions of `folder`, none, or one a split where their names say which: train.csv and val.csv.
+
+    Raises InputError for several otherwise.
+    """
     for name in CAPTIONS_FILES:
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
     texts = sorted(path for path in folder.iterdir() if path.suffix.lower() in _TEXT_ENDINGS and path.is_file())
     found = [path for path in texts if not path.name.startswith(("metadata.", ".")) and _holds_captions(path)]
-    if len(found) > 1:
+    splits = [known_split(split_in(path.name)) for path in found]
+    if len(found) > 1 and (None in splits or len(set(splits)) < len(splits)):
         raise InputError(
             f"{folder}: {' and '.join(path.name for path in found)} may hold the captions; give the right one as "
             f"--source, or call it {CAPTIONS_FILES[0]}"
         )
-    return found[0] if found else None
+    return found
 
 
 def _holds_captions(path: Path) -> bool:
@@ -77,30 +83,35 @@ def _holds_captions(path: Path) -> bool:
     return fields is not None and is_image_name(fields[0]) and " " in fields[-1] and not is_column_name(fields[-1])
 
 
-def read_captions_folder(captions: Path, folder: Path, problems: Problems) -> Found:
-    """What was read, and an entry an image in the order of the file `captions`. Raises InputError.
+def read_captions_folder(captions: list[Path], folder: Path, problems: Problems) -> Found:
+    """What was read, and an entry an image in the order of the files `captions`, of one folder. Raises InputError.
 
     No image outside of `folder` is looked for.
     """
-    file = read_caption_file(str(captions), problems.add)
-    if not file.rows:
-        raise InputError(f"{captions}: no caption in it; a row is `image,caption`")
-    images = _images_folder(captions, folder, file.rows)
-    entries = entries_of(file.rows, ImageFolder(images, folder), problems)
-    splits = _split_paths(captions.parent)
-    split_of = _read_splits(splits, {entry.file_name for entry in entries}, captions.name, problems)
+    rows, forms = list[CaptionRow](), []
+    for path in captions:
+        file = read_caption_file(str(path), problems.add)
+        split = split_in(path.name) if len(captions) > 1 else None
+        rows += [replace(row, split=row.split or split) for row in file.rows]
+        forms.append(f"{path} ({file.form})")
+    if not rows:
+        raise InputError(f"{captions[0]}: no caption in it; a row is `image,caption`")
+    base, names = captions[0].parent, " and ".join(path.name for path in captions)
+    images = _images_folder(base, folder, rows)
+    entries = entries_of(rows, ImageFolder(images, folder), problems)
+    splits = _split_paths(base)
+    split_of = _read_splits(splits, {entry.file_name for entry in entries}, names, problems)
     for entry in entries:
         entry.split = split_of.get(entry.file_name, entry.split)
-    check_captioned(images.iterdir(), entries, captions.name, problems)
-    detail = f"{captions} ({file.form}), images in {images}"
+    check_captioned(images.iterdir(), entries, names, problems)
+    detail = f"{' and '.join(forms)}, images in {images}"
     if splits:
         detail += f", split of {next(iter(splits.values())).name} ..."
-    return Found(_FORMS.get(captions.name, "a file of captions"), detail, entries)
+    return Found(_FORMS.get(captions[0].name, "a file of captions"), detail, entries)
 
 
-def _images_folder(captions: Path, folder: Path, rows: list[CaptionRow]) -> Path:
-    """The folder that holds most of the images: those known by name first, then any near the captions."""
-    base = captions.parent
+def _images_folder(base: Path, folder: Path, rows: list[CaptionRow]) -> Path:
+    """The folder that holds most of the images: those known by name first, then any near the captions in `base`."""
     near = [base] if base == folder else [base, base.parent]
     named = [place / name for place in near for name in IMAGES_FOLDERS]
     inside = [path for place in near for path in sorted(place.iterdir()) if path.is_dir()]

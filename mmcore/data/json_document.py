@@ -9,6 +9,7 @@
 """
 
 import json
+import mmap
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def has_objects(document: Any, name: str) -> bool:
 
 def holds_keys(path: Path, keys: Collection[bytes]) -> bool:
     """Whether all of `keys` stand in the file, which may be too large to be parsed only to be told from others."""
-    if path.name.startswith(".") or not path.is_file():
+    if path.name.startswith(".") or not path.is_file() or not path.stat().st_size:
         return False
-    data = path.read_bytes()
-    return all(key in data for key in keys)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return all(data.find(key) >= 0 for key in keys)

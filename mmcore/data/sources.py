@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mmcore.data.archive import unpack_zip
-from mmcore.data.caption_folder import captions_file, read_captions_folder
+from mmcore.data.caption_folder import captions_files, read_captions_folder
 from mmcore.data.coco import coco_files
 from mmcore.data.document_folder import read_document_folder
 from mmcore.data.huggingface import is_saved_dataset, looks_like_hub_name, read_dataset
@@ -101,7 +101,7 @@ def _reader_of_file(path: Path, scratch: Path, progress: Progress | None) -> Rea
     near = folder if ImageFolder(folder, folder).files else folder.parent
     if path in (*karpathy_files(folder), *coco_files(folder)):
         return partial(read_document_folder, [path], near)
-    return partial(read_captions_folder, path, near)
+    return partial(read_captions_folder, [path], near)
 
 
 def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
@@ -128,9 +128,9 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
         if shards:
             found.append((Path(shards[0]), partial(read_shards, shards, scratch, progress=progress)))
         taken = {*metadata, *parquet, *coco, *karpathy}
-        for captions in _there(captions_file(each) for each in others):
-            if captions not in taken:
-                found.append((captions, partial(read_captions_folder, captions, folder)))
+        for captions in (captions_files(each) for each in others):
+            if captions and captions[0] not in taken:
+                found.append((captions[0], partial(read_captions_folder, captions, folder)))
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path, _ in found)
             raise InputError(

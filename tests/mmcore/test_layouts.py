@@ -72,6 +72,15 @@ def test_a_name_is_that_of_the_file(tmp_path: Path, named: str, lies: str, calle
     assert captions_of(read(tmp_path)) == {called: ("one",), "b.jpg": ("two",)}
 
 
+def test_a_file_of_captions_for_each_split(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        image(tmp_path / "images" / f"{split}.jpg")
+        write(tmp_path / f"my_{split}.csv", f"image,caption\n{split}.jpg,of {split}\n")
+    data = read(tmp_path)
+    assert captions_of(data) == {f"{split}.jpg": (f"of {split}",) for split in ("test", "train", "val")}
+    assert [photo.split_karpathy for photo in data.photos] == ["test", "train", "validation"]
+
+
 @pytest.mark.parametrize("split", [True, False])
 def test_a_text_beside_each_image(tmp_path: Path, split: bool) -> None:
     folders = ("train", "val") if split else ("10_dog", "more")
@@ -140,8 +149,8 @@ BAD: dict[str, tuple[dict[str, str | bytes], str]] = {
         r"csv:2: byte 0x92 is not",
     ),
     "two files": (
-        {"train.csv": CSV, "val.csv": CSV, "a.jpg": b"", "b.jpg": b""},
-        r"train\.csv and val\.csv may hold the captions; give the right one as --source, or call it captions\.txt",
+        {"one.csv": CSV, "train.csv": CSV, "a.jpg": b"", "b.jpg": b""},
+        r"one\.csv and train\.csv may hold the captions; give the right one as --source, or call it captions\.txt",
     ),
     "other columns": (
         {"captions.csv": "photo,label\na.jpg,one\n", "a.jpg": b""},
