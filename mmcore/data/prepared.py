@@ -97,7 +97,7 @@ def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
         others = " or ".join(name for name in columns if name != split)
         raise InputError(
             f"--split {split}: {folder} has {there}; training needs images that are {TRAIN}, and others that are "
-            f"{VALIDATION} or {TEST}{f': try --split {others}' if others else ''}"
+            f"{VALIDATION} or {TEST}{f'; try --split {others}' if others else ''}"
         )
     return captions
 

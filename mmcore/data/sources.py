@@ -58,7 +58,8 @@ def read_source(
 
     try:
         if is_shards(source) and not path.is_dir():
-            shards = [source] if path.is_file() else expand_braces(source)
+            name = source if "://" in source else str(path)
+            shards = [name] if path.is_file() else expand_braces(name)
             read: Reader = partial(read_shards, shards, images, progress=progress)
         elif path.is_file() and _is_zip(path):
             unpacked.mkdir()

@@ -191,6 +191,7 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
     job = parse_job(words[1], VARIANTS, "", words[2:])
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     assert job.variant == ("shapes" if dataset == "shapes" else "best")
+    assert job.recipe.split == ("split" if dataset == "shapes" else "split_karpathy"), "the source's own"
     assert table.rows("train")
     assert table.validation_rows()
     assert len(table.image_ids) == (18 if dataset == "shapes" else NUM_IMAGES)
