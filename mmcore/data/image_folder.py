@@ -23,9 +23,14 @@ class ImageFolder:
 
     @cached_property
     def files(self) -> list[Path]:
-        """All image files below the root, but for hidden ones and what lies in hidden folders."""
-        found = []
-        for parent, folders, names in os.walk(self.root):
+        """All image files below the root, through links too, but for hidden ones and what lies in hidden folders."""
+        found, seen = [], set[str]()
+        for parent, folders, names in os.walk(self.root, followlinks=True):
+            # A link to a folder above would lead round and round.
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):

@@ -56,6 +56,16 @@ def test_a_layout_is_read(tmp_path: Path, case: str) -> None:
     assert captions_of(read(tmp_path)) == {"a.jpg": ("one",), "b.jpg": ("two",)}
 
 
+def test_images_behind_a_link_are_found_and_a_circle_ends(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        image(tmp_path / "elsewhere" / "deep" / name)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "source")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "photos").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "source" / "captions.csv", CSV)
+    assert captions_of(read(tmp_path / "source")) == {"a.jpg": ("one",), "b.jpg": ("two",)}
+
+
 @pytest.mark.parametrize(
     ("named", "lies", "called"),
     [
