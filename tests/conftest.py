@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a local Ray, a local S3 server, and jobs run as a user runs them."""
+"""Shared fixtures: a local Ray, a local S3 server, and jobs run as a user runs them."""
 
 import contextlib
 import os
@@ -18,29 +18,29 @@ from pathlib import Path
 import pytest
 from marks import pytest_collection_modifyitems, pytest_runtest_setup, pytest_runtest_teardown  # noqa: F401
 
-# Threads of OpenMP that wait for each other sleep: otherwise they hold the processor for what the tests beside them,
-# each with processes and threads of its own, could do (three times the same tests at once: 95 s, so 25 s).
+# OpenMP threads sleep while they wait. Otherwise they occupy the CPU, although other tests with their own processes run
+# at the same time. Three equal test runs at once took 95 s; with sleeping threads 25 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What asks a hub of models or data for anything fails, on a machine with a network too.
+# Access to a hub of models or data fails, even with a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_TIMEOUT_S = 500.0
 HEALTH_CHECK_INTERVAL_S = "0.1"  # each checkpoint waits for one
-# What only ends a test that hangs: no event that comes is ever this late.
+# Only ends a test that hangs. No awaited event takes this long.
 HANG_S = 300.0
-# Below the ports that the kernel gives out unasked (from 32768 on), above those of `ray start` for its workers.
+# Below the ports that the kernel assigns (from 32768 on), above those of `ray start` for its workers.
 PORTS = range(20_000, 32_768)
 
 _claims: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and that neither the kernel nor another test gives away meanwhile."""
+    """A free port. Neither the kernel nor another test assigns it meanwhile."""
     while True:
         port = secrets.choice(PORTS)
-        # The UDP port of the same number, which no server here wants, is kept: no other test process draws it then.
+        # Hold the UDP port of the same number, which no server here uses, so that other test processes skip it.
         claim = socket.socket(type=socket.SOCK_DGRAM)
         try:
             claim.bind(("127.0.0.1", port))
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float = HANG_S) -> None:
-    """Until `url` answers anything at all; fails when `process` ends or the time is up."""
+    """Wait until `url` answers. Fails if `process` ends or the time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -70,7 +70,7 @@ def wait_for_http(url: str, process: subprocess.Popen[bytes], timeout_s: float =
 
 @contextlib.contextmanager
 def ctrl_c_as_in_a_shell() -> Iterator[None]:
-    """What is started in the block hears Ctrl-C, even where the tests run in the background, which does not."""
+    """Processes started in the block receive Ctrl-C, even if the tests run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -79,7 +79,7 @@ def ctrl_c_as_in_a_shell() -> Iterator[None]:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the session that `process` was started in, and to nothing else."""
+    """Send SIGKILL to the session of `process` only."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -87,7 +87,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def short_tmp() -> Iterator[Path]:
-    """A folder with a path short enough for Ray's sockets (107 bytes), which pytest's own are not."""
+    """A folder with a path short enough for Ray's sockets (107 bytes). pytest's own paths are too long."""
     folder = Path(tempfile.mkdtemp(prefix="mm-test-", dir="/tmp" if os.path.isdir("/tmp") else None))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,9 +95,9 @@ def short_tmp() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ray_local(short_tmp: Path, _s3_endpoint: str) -> Iterator[None]:
-    """A local Ray in this process, shared by all tests that need one, whose workers reach `s3_server` too.
+    """A local Ray in this process, shared by all tests that need one. Its workers can reach `s3_server`.
 
-    Its workers have the environment of its start: a test that needs another one there runs a job with its own Ray.
+    Workers have the environment of Ray's start. A test that needs another environment runs a job with its own Ray.
     """
     import ray
 
@@ -111,7 +111,7 @@ def ray_local(short_tmp: Path, _s3_endpoint: str) -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
         with pytest.MonkeyPatch.context() as of_its_start:
             set_aws(of_its_start, _s3_endpoint)
-            # Jobs that join ship the repository, beside which their workers import what lies in tests/.
+            # Jobs that join ship the repository. Workers also import modules from tests/.
             of_its_start.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
             connect()
         yield
@@ -120,7 +120,7 @@ def ray_local(short_tmp: Path, _s3_endpoint: str) -> Iterator[None]:
             patch.delenv(name)
 
 
-# S3 lets one of several writers create an object. moto looks first and writes then, and is a thread for each of them.
+# S3 lets only one of several writers create an object. moto checks first and then writes, with one thread per writer.
 MOTO_SERVER = """
 import threading
 from moto import server
@@ -167,12 +167,12 @@ def set_aws(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 @pytest.fixture
 def s3_server(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://bucket/prefix` of a new bucket; the AWS_* variables lead this process and `run_job` there."""
+    """`s3://bucket/prefix` of a new bucket. AWS_* variables give access to this process and to `run_job`."""
     import boto3
 
     set_aws(monkeypatch, _s3_endpoint)
     bucket = f"bucket-{secrets.token_hex(6)}"
-    # A session of its own: boto3's default one keeps the credentials it saw first.
+    # A new session, as boto3's default session keeps its first credentials.
     boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/prefix"
 
@@ -181,11 +181,12 @@ def s3_server(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def shared_ray(ray_local: None) -> dict[str, str]:
     """The environment of a job that joins `ray_local`: `start_job(..., env={**shared_ray, "GATE": ...})`.
 
-    A job that is killed leaves it as it is, and spares the ten seconds of its own. kills.py finds such a job's workers.
+    This saves the ten seconds of starting a Ray. Killing such a job does not harm the shared Ray. kills.py finds its
+    workers.
     """
     import ray
 
-    # The modes of tokens on both sides, whatever a file in the home folder would make of it.
+    # The same token mode on both sides, even with a token file in the home folder.
     kept = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
     address = ray.get_runtime_context().gcs_address
     return {**kept, "RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -193,14 +194,14 @@ def shared_ray(ray_local: None) -> dict[str, str]:
 
 @pytest.fixture
 def job_environment(short_tmp: Path) -> Callable[..., dict[str, str]]:
-    """`job_environment(**more)`: what a user's shell holds, without what this test process did to Ray."""
+    """`job_environment(**more)`: the environment of a user's shell, without this process's changes for Ray."""
 
     def build(env: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, str]:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
         clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
         clean["PYTHONPATH"] = str(root)
         clean["RAY_TMPDIR"] = str(short_tmp)
-        clean["MMCORE_CACHE"] = str(short_tmp / "cache")  # not the user's, which outlives the tests
+        clean["MMCORE_CACHE"] = str(short_tmp / "cache")  # not the user's cache, which persists after the tests
         clean["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = HEALTH_CHECK_INTERVAL_S
         return clean | dict(env or {})
 
@@ -212,10 +213,10 @@ StartJob = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def start_job(job_environment: Callable[..., dict[str, str]], tmp_path: Path) -> Iterator[StartJob]:
-    """`start_job("jobs/x.py", "--flag", env=..., log=path)` -> Popen, for tests that kill it.
+    """`start_job("jobs/x.py", "--flag", env=..., log=path)` -> Popen, for tests that kill the job.
 
-    stdout and stderr go to `log`, by default `tmp_path/job-0.log`, `job-1.log`, ...; whatever still runs when
-    the test ends is killed.
+    stdout and stderr go to `log`, by default `tmp_path/job-0.log`, `job-1.log`, ... Running jobs are killed at the end
+    of the test.
     """
     started: list[subprocess.Popen[bytes]] = []
 
@@ -248,8 +249,8 @@ RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
 def run_job(job_environment: Callable[..., dict[str, str]]) -> RunJob:
     """`run_job("jobs/x.py", "--flag", env={...}, check=True, timeout_s=300, cwd=ROOT)` -> CompletedProcess.
 
-    Runs a job as `python jobs/x.py` with stdout and stderr as text. The test fails when the time is up, and
-    with `check` when the exit code is not 0.
+    Runs a job as `python jobs/x.py` with stdout and stderr as text. The test fails if the time is up, and with `check`
+    for an exit code other than 0.
     """
 
     def run(
@@ -270,17 +271,17 @@ CallJob = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def call_job(ray_local: None, call_here: CallJob) -> CallJob:
-    """`call_job(main, "--flag", ...)` -> CompletedProcess: as `run_job`, but in this process and its Ray.
+    """`call_job(main, "--flag", ...)` -> CompletedProcess: like `run_job`, but in this process and its Ray.
 
-    It spares the start of Python and of Ray, ten seconds a job. Jobs that are killed, that a stall ends or that need
-    another environment are run. What a worker prints is no promise: Ray brings it late, and on a busy machine never.
+    This saves ten seconds per job for starting Python and Ray. Use `run_job` for jobs that are killed, that stall, or
+    that need another environment. Do not rely on output of workers: Ray delivers it late, and on a busy machine never.
     """
     return call_here
 
 
 @pytest.fixture
 def call_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CallJob:
-    """`call_job` without Ray: for what a job says before it needs one."""
+    """`call_job` without Ray, for output before a job needs Ray."""
 
     def call(main: Callable[[], None], *args: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
         from jobs.runtime.commandline import run
@@ -305,8 +306,8 @@ def call_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 def run_command(
     command: list[str], *, env: Mapping[str, str], check: bool, timeout_s: float, cwd: Path
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a session of its own, so that a time-out ends what it started too."""
-    # Files, not pipes: a grandchild that outlives the job would keep a pipe open and the test waiting.
+    """Run a command in its own session, so that a time-out also ends its child processes."""
+    # Files instead of pipes: a grandchild that outlives the job would keep a pipe open, and the test would wait.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
             command, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=err,

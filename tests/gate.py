@@ -1,6 +1,6 @@
-"""A gate before the work of a job, so that none of it gets ahead of the test that is about to kill it.
+"""A gate that holds the work of a job until the test opens it, so that a kill always hits a running job.
 
-It is a file: those wait at it too that outlive a killed job, and where no test has written one it stands open.
+The gate is a file. It also holds processes that outlive a killed job. Without the file the gate is open.
 """
 
 import contextlib
@@ -8,56 +8,56 @@ import fcntl
 import time
 from pathlib import Path
 
-# Steps of a training that may be made beyond the one that a kill waits for: it meets a run at work, however soon it
-# comes, and one that is not over, however late.
+# Training steps allowed beyond the step that a kill waits for. The kill then hits a running training that is not
+# finished.
 AHEAD = 4
 
 
 class Gate:
-    """The gate in `folder`, and what was begun behind it."""
+    """The gate in `folder`, and the record of started work."""
 
     def __init__(self, folder: Path | str) -> None:
         self.allowed, self.log = Path(folder) / "allowed", Path(folder) / "begun.txt"
         self.arrivals = Path(folder) / "arrived.txt"
 
     def allow(self, number: int) -> None:
-        """Nothing beyond `number` may begin."""
+        """Allow work up to `number`, and no more."""
         new = self.allowed.with_suffix(".new")
         new.write_text(str(number))
         new.replace(self.allowed)
 
     def allow_more(self, more: int) -> None:
-        """So many more may begin than have begun by now."""
+        """Allow `more` beyond the work started so far."""
         self.allow(len(self.begun()) + more)
 
     def open(self) -> None:
-        """Everything may begin."""
+        """Open the gate for all work."""
         self.allowed.unlink()
 
     def wait(self, number: int) -> None:
-        """Until `number` may begin."""
+        """Wait until `number` is allowed."""
         with contextlib.suppress(FileNotFoundError):
             while int(self.allowed.read_text()) < number:
                 time.sleep(0.005)
 
     def begin(self, line: str) -> None:
-        """Write `line` down, once what is begun by it is allowed."""
+        """Write `line` to the record once its work is allowed."""
         with open(self.log, "a+") as file:
-            # One process after another has its number; the lock of one that is killed goes with it.
+            # Each process gets its number under a lock. The lock of a killed process is released.
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             self.wait(len(file.readlines()) + 1)
             file.write(f"{line}\n")
 
     def arrive(self) -> None:
-        """Note that one more process works up to this gate."""
+        """Record one more process at this gate."""
         with open(self.arrivals, "a") as file:
             file.write("arrived\n")
 
     def arrived(self) -> int:
-        """How many processes have."""
+        """The number of processes at this gate."""
         return len(self.arrivals.read_text().splitlines()) if self.arrivals.exists() else 0
 
     def begun(self) -> list[str]:
-        """The lines of what was begun, in order."""
+        """The recorded lines in order."""
         return self.log.read_text().splitlines() if self.log.exists() else []

@@ -1,6 +1,6 @@
-"""A job behind the gate in the folder that the variable GATE names: `python tests/gated_job.py JOB FLAGS`.
+"""Run a job with the gate of the folder in the variable GATE: `python tests/gated_job.py JOB FLAGS`.
 
-Captions (the job `caption`) wait before each block of images, and trainings before each report of a step.
+The job `caption` waits before each block of images, a training before each report of a step.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from jobs.runtime.commandline import run
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
 
-# Read by the driver: its workers are told by what they are sent, in a Ray of other environment too.
+# Read in the driver. Workers get it with the objects sent to them, also in a Ray with another environment.
 GATE = os.environ.get("GATE", "")
 
 
@@ -32,13 +32,13 @@ class GatedCaptions(CaptionImages):
 
 def gated(setup: Callable[..., Setup]) -> Callable[..., Setup]:
     def gated_setup(job: Job[Any], facts: Any, doing: Doing) -> Setup:
-        """Called on each worker, before it trains."""
+        """Called on each worker before it trains."""
         gate, report = Gate(GATE), ray.train.report
         is_first = ray.train.get_context().get_world_rank() == 0
 
         def report_once_allowed(metrics: dict[str, Any], **checkpoint: Any) -> None:
             nonlocal is_first
-            if is_first:  # of its group, at its first report
+            if is_first:  # the first report of its group
                 gate.arrive()
                 is_first = False
             gate.wait(metrics["step"])

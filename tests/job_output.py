@@ -1,14 +1,14 @@
-"""What a job printed, without what Ray's own actors logged beside it."""
+"""The output of a job without lines that Ray's actors log into it."""
 
 import re
 
-# Lines that Ray prints on a driver whenever they arrive, an earlier job's too: of other processes, and of its own.
+# Lines that Ray prints on a driver at any time, also about other processes and earlier jobs.
 _RAY = re.compile(
     r"(\x1b\[\d+m)*\(([\w.]+ )?(pid=\d+|raylet|autoscaler)\b"
     r"|(\x1b\[\d+m)*\d{4}-\d\d-\d\d [\d:,]+\s+[A-Z]+ \w+\.py:\d+ -- "
 )
 
-# Put before a script whose watchdog is to name a demand: however late the head hears of it, or answers.
+# Prepended to a script whose watchdog must name a demand: Ray's head may learn of it or answer late.
 PATIENT_WATCHDOG = """
 import contextlib
 from jobs.runtime import watchdog
@@ -26,18 +26,20 @@ watchdog.describe_waiting, watchdog.QUERY_TIMEOUT_S = once_named, 300.0
 
 
 def own_lines(output: str) -> list[str]:
-    """The job's lines of `output`. Ray's actors log errors of theirs, tracebacks too, when several Rays run on this
-    machine or a busy one is slow."""
+    """The job's own lines of `output`.
+
+    Ray's actors log errors and tracebacks if several Rays run or the machine is slow.
+    """
     return [line for line in output.splitlines() if not re.search(r"\((TrainController|PlacementGroupCleaner) ", line)]
 
 
 def driver_lines(output: str) -> list[str]:
-    """What the job's driver itself printed."""
+    """The lines printed by the job's driver."""
     return [line for line in output.splitlines() if line.strip() and not _RAY.match(line)]
 
 
 def error_line(output: str) -> str:
-    """The one line by which a job refused, the last that its driver printed; no traceback anywhere."""
+    """The error line of a refused job: the last line of its driver. Asserts that there is no traceback."""
     assert not any("Traceback" in line for line in own_lines(output)), output
     lines = driver_lines(output)
     errors = [line for line in lines if line.startswith("error: ")]

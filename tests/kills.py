@@ -1,4 +1,4 @@
-"""Processes of a job that are found and killed, and how far its run or its blocks are committed."""
+"""Find and kill processes of a job, and read how much of its run or blocks is committed."""
 
 import contextlib
 import json
@@ -15,21 +15,21 @@ from gate import Gate
 
 from mmcore.storage import Storage
 
-# No more than a guard against a job that hangs: a busy machine takes long to start Ray, and its workers to import.
+# Only ends a job that hangs. On a busy machine Ray and imports take long to start.
 TIMEOUT_S = 400.0
-# What Ray calls the processes of its workers.
+# The names of Ray's worker processes.
 TRAIN_WORKER, MAP_WORKER = "RayTrainWorker", "MapWorker"
 
 
 def moments() -> random.Random:
-    """What the moments of a test's kills are drawn from; KILL_SEED repeats those that a failed test has printed."""
+    """Random moments for the kills of a test. It prints its seed; KILL_SEED repeats it."""
     seed = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(10**6))
     print(f"the moments of the kills are drawn from KILL_SEED={seed}")
     return random.Random(seed)
 
 
 def committed_step(run: Storage) -> int:
-    """The step of the newest checkpoint that Ray Train's snapshot names; 0 where there is none."""
+    """The step of the newest checkpoint in Ray Train's snapshot; 0 without one."""
     try:
         snapshot = json.loads(run.read("checkpoint_manager_snapshot.json"))
     except FileNotFoundError:
@@ -42,29 +42,29 @@ def wait_for_step(run: Storage, step: int, process: "subprocess.Popen[bytes]") -
 
 
 def wait_for_starts(gate: Gate, number: int, process: "subprocess.Popen[bytes]") -> None:
-    """Until the workers of a gated training have been started so often, and train."""
+    """Wait until the workers of a gated training have been started `number` times and train."""
     wait_until(lambda: gate.arrived() >= number, process, f"start {number}")
 
 
 def rows_until(run: Storage, step: int) -> list[dict[str, Any]]:
-    """What a run has written of its steps up to `step`, their seconds too: a run that began anew has others."""
+    """The written metrics of steps up to `step`, including seconds. A run that began again has other seconds."""
     rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     return [row for row in rows if row["step"] <= step]
 
 
 def wait_for_workers(process: "subprocess.Popen[bytes]", kind: str, number: int = 1) -> list[psutil.Process]:
-    """The processes of the job's workers, once it has so many."""
+    """Wait for `number` worker processes of the job, and return them."""
     wait_until(lambda: len(workers(process, kind)) >= number, process, f"{number} workers")
     return workers(process, kind)
 
 
 def wait_for_blocks(parts: Storage, number: int, process: "subprocess.Popen[bytes]") -> None:
-    """Until as many are committed."""
+    """Wait until `number` blocks are committed."""
     wait_until(lambda: len(parts.list(".parquet")) >= number, process, f"{number} blocks")
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes] | None", what: str) -> None:
-    """Fails where `process`, if it is one's job to bring it about, ends before."""
+    """Wait for an event. Fails if `process` is given and ends first."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert process is None or process.poll() is None, f"the job ended before {what}"
@@ -73,7 +73,7 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes] 
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    """Until none of them, which were killed or will end by themselves, does anything any more."""
+    """Wait until none of the processes runs any more. They were killed or end by themselves."""
     deadline = time.monotonic() + TIMEOUT_S
     while left := [process for process in processes if _lives(process)]:
         assert time.monotonic() < deadline, f"{left} are left"
@@ -81,14 +81,14 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
 
 
 def _lives(process: psutil.Process) -> bool:
-    # A dead one for which nobody has waited still has its number: perhaps for ever, where its parent was killed too.
+    # A zombie keeps its process id, for ever if its parent was killed too.
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def workers(process: "subprocess.Popen[bytes]", kind: str = TRAIN_WORKER) -> list[psutil.Process]:
-    """The processes in which Ray Train, or Ray Data (`MAP_WORKER`), runs this job's workers."""
+    """The worker processes of this job in Ray Train, or in Ray Data (`MAP_WORKER`)."""
     found = []
     for each in [*psutil.Process(process.pid).children(recursive=True), *actors(process)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,7 +98,7 @@ def workers(process: "subprocess.Popen[bytes]", kind: str = TRAIN_WORKER) -> lis
 
 
 def actors(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """Of a job that joined the Ray of this test process: all that live and work for it."""
+    """The worker processes of a job that joined this test's Ray."""
     if not ray.is_initialized():
         return []
     state: Any = ray._private.state
@@ -112,7 +112,7 @@ def actors(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 
 
 def kill_with_all_it_started(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL to the driver and, before its workers end the run without it, to them and to all of its own Ray."""
+    """Send SIGKILL to the driver, its workers and its Ray, before the workers can finish the run."""
     family = [*actors(process), *psutil.Process(process.pid).children(recursive=True)]
     process.kill()
     process.wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# MNT_DETACH: what is still open there goes later.
+# MNT_DETACH: open files are released later.
 _DETACH = 2
 
 
@@ -19,7 +19,7 @@ class SmallDisk:
         self.path, self._filler = path, path / "filler"
 
     def fill(self, leave: int = 0) -> None:
-        """Take all room but `leave` bytes."""
+        """Fill the file system except for `leave` bytes."""
         self.make_room()
         free = os.statvfs(self.path)
         with self._filler.open("wb") as file:
@@ -34,7 +34,7 @@ class SmallDisk:
 
 @contextlib.contextmanager
 def small_disk(path: Path, megabytes: int) -> Iterator[SmallDisk]:
-    """A file system in memory; the test is skipped where it may not be mounted."""
+    """A file system in memory. The test is skipped if mounting is not allowed."""
     path.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"none", bytes(path), b"tmpfs", 0, f"size={megabytes}m".encode()) != 0:

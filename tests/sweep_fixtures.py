@@ -24,7 +24,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def work_here(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[dict[str, Any]]:
-    """What `jobs.runtime.sweep._results` does, by one worker on two threads of this process."""
+    """Like `jobs.runtime.sweep._results`, with one worker on two threads of this process."""
     worker = actors["fn"](**actors["fn_constructor_kwargs"])
 
     def work(block: int) -> dict[str, Any]:
@@ -46,9 +46,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are worked on in this process: starting Ray's workers takes longer than all else here.
+    """Blocks run in this process, as starting Ray's workers takes longer than the tests.
 
-    What Ray does with them is tested by the jobs that are run, killed and interrupted.
+    Other tests run, kill and interrupt jobs with Ray.
     """
     for module in (jobs.generate, jobs.runtime.sweep):
         monkeypatch.setattr(module, "connect", lambda: None)
@@ -59,7 +59,7 @@ def without_ray(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sweep(without_ray: None, run_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out; `changes` are of settings and options."""
+    """`sweep(**changes)`: ten images in batches of four to `tmp_path`/out. `changes` apply to settings and options."""
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", tiny_sweep.NUM)
 
     def run(**changes: Any) -> dict[str, Any]:

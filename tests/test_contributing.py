@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's recipe, added to a copy of the repository as its text says, trains, opens and captions there."""
+"""The recipe of CONTRIBUTING.md works: added to a copy of the repository, it trains, opens and captions."""
 
 import re
 import shlex
@@ -10,20 +10,20 @@ from pathlib import Path
 from conftest import RunJob
 
 ROOT = Path(__file__).resolve().parents[1]
-# A line that names a file in backticks, then the file's text.
+# A line with the path of a file in backticks, then the text of the file.
 BLOCK = re.compile(r"^`([\w/]+\.\w+)`:\n\n(`{3,4})\w+\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
 RECIPES = "RECIPES: dict[str, Entry] = {\n"
-# One who adds a recipe runs this before the commit too.
+# The files of the checkout, including new ones: a recipe is checked before it is committed.
 LIST = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
 IMPORT = re.compile(r"^from mmcore\.captioners import (.*)$", re.MULTILINE)
-# Tests that ask something of every recipe.
+# Tests that check every recipe.
 OF_ALL = (
     "tests/test_docs.py::test_its_program_parses_a_command",
     "tests/test_docs.py::test_every_job_has_an_example",
     "tests/jobs/test_catalogue.py",
 )
 JOB = "jobs/train_recurrent_captioner.py"
-# Through the door of the service, which knows the recipe by the catalogue alone.
+# As the service opens it, by the catalogue alone.
 CAPTION = """
 import sys
 import numpy as np
@@ -45,7 +45,7 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 
 def add_recipe(root: Path) -> dict[str, str]:
-    """Follow the text; returns what was written, by file."""
+    """Do what the text says. Returns the written text by file."""
     found = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())
     blocks = {name: text for name, _fence, text in found if not name.endswith(".md")}
     for name, _fence, text in found:
@@ -60,7 +60,7 @@ def add_recipe(root: Path) -> dict[str, str]:
         imports, _, entry = text.partition("\n\n")
         there = path.read_text()
         assert len(IMPORT.findall(there)) == there.count(RECIPES) == 1
-        # Beside those that others have added.
+        # Next to recipes that others have added.
         modules = sorted({name for line in (imports, there) for name in IMPORT.findall(line)[0].split(", ")})
         there = IMPORT.sub(f"from mmcore.captioners import {', '.join(modules)}", there)
         path.write_text(there.replace(RECIPES, RECIPES + entry))
@@ -68,7 +68,7 @@ def add_recipe(root: Path) -> dict[str, str]:
 
 
 def commands() -> list[list[str]]:
-    """The jobs that the text says to try, as a shell takes them apart."""
+    """The commands of the text, split as in a shell."""
     section = (ROOT / "CONTRIBUTING.md").read_text().partition("### 6. Try it")[2].split("```")[1]
     lines = section.replace("\\\n", " ").splitlines()
     return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
@@ -82,7 +82,7 @@ def test_a_recipe_is_added_by_what_contributing_says(
     _model, job, catalogue, test = blocks
     assert (job, catalogue) == (JOB, "mmcore/catalogue.py")
     assert len(blocks[job].splitlines()) <= 60
-    # Ruff as it is configured: a newcomer's `make check` must not stumble over the example.
+    # Ruff as configured: `make check` must pass with the example.
     subprocess.run([sys.executable, "-m", "ruff", "check", "-q", *blocks], cwd=root, check=True)
     here = {"PYTHONPATH": str(root)}
     run_job("-m", "pytest", "-q", "-p", "no:cacheprovider", test, *OF_ALL, cwd=root, env=here)

@@ -1,4 +1,4 @@
-"""The lines between the packages, and what no file of ours may do, read from the source of every file."""
+"""The import rules between packages, and forbidden calls, checked in the source of every file."""
 
 import ast
 import json
@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mmcore", "jobs", "serve")
 FORBIDDEN_IMPORTS = {"mmcore": {"ray", "jobs", "serve"}, "jobs": {"serve"}, "serve": {"jobs"}}
-# Inside mmcore: a package imports itself and those of later lines, never one beside it; the rest are files at the root.
+# In mmcore a package may import itself and later packages of this list, never one on the same line. The rest are files
+# at the root.
 ORDER = ({"trained"}, {"catalogue"}, {"captioners", "generators", "metrics"}, {"frozen", "data"})
 MAX_LINES = 500
 
@@ -24,7 +25,7 @@ def name_of(path: Path) -> str:
 
 
 def imported_modules(tree: ast.AST, package: str) -> set[str]:
-    """Full names of all modules that are imported anywhere in the file, functions included."""
+    """Full names of all modules imported anywhere in the file, also inside functions."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -41,7 +42,7 @@ def imported_modules(tree: ast.AST, package: str) -> set[str]:
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an expression made of names and attributes, else an empty string."""
+    """`a.b.c` for an expression of names and attributes, else an empty string."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (left := dotted(node.value)):
@@ -55,18 +56,18 @@ def forbidden_imports(tree: ast.AST, path: str) -> set[str]:
     return {module for module in imported_modules(tree, package) if module.split(".")[0] in forbidden}
 
 
-# What Ray does not promise to keep; each package has one file of it.
+# Ray's private interfaces, which may change. In each package only one file may use them.
 PRIVATE = ("ray._private", "ray._raylet", "ray.autoscaler", "ray.core.generated")
 
 
 def private_apis(tree: ast.AST) -> set[str]:
-    """Ray's private modules that the file imports or reaches by their names."""
+    """Ray's private modules that the file imports or uses by name."""
     named = imported_modules(tree, "") | {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return {name for name in named if name.startswith("ray.") and (name.startswith(PRIVATE) or "._internal" in name)}
 
 
 def upward_imports(tree: ast.AST, path: str) -> set[str]:
-    """What a file of mmcore imports from beside or above its own package."""
+    """Imports of a file of mmcore from packages on the same line or above."""
     *_, package, name = Path(path).with_suffix("").parts
     levels = {each: level for level, packages in enumerate(ORDER) for each in packages}
     own = package if package in levels else name
@@ -74,7 +75,7 @@ def upward_imports(tree: ast.AST, path: str) -> set[str]:
     for module in imported_modules(tree, ".".join(Path(path).parts[:-1])):
         parts = module.split(".")
         if parts[0] == "mmcore" and len(parts) > 1 and parts[1] != own:
-            # At the root is what no line of the order names.
+            # Packages that are not in the order count as the root.
             above = levels.get(parts[1], len(ORDER)) <= levels.get(own, len(ORDER))
             if above and (parts[1] in levels or own in levels):
                 found.add(module)
@@ -82,7 +83,7 @@ def upward_imports(tree: ast.AST, path: str) -> set[str]:
 
 
 def unsafe_calls(tree: ast.AST) -> list[str]:
-    """Whatever unpickles what came from outside, or runs code that came with weights."""
+    """Calls that unpickle external data or run code that comes with weights."""
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -101,7 +102,7 @@ def unsafe_calls(tree: ast.AST) -> list[str]:
             found.append(f"line {node.lineno}: {called}")
         if called == "torch.load" and not says("weights_only", True):
             found.append(f"line {node.lineno}: torch.load without weights_only=True")
-        # Left out, it is None: transformers then asks on a terminal whether to run what came with the weights.
+        # The default None lets transformers ask on a terminal whether to run code that comes with the weights.
         loads = isinstance(node.func, ast.Attribute) and node.func.attr in {"from_pretrained", "from_config"}
         if (loads or "trust_remote_code" in keywords) and not says("trust_remote_code", False):
             found.append(f"line {node.lineno}: without trust_remote_code=False")
@@ -212,8 +213,8 @@ def test_the_checks_accept_what_is_right():
     assert not forbidden_imports(ast.parse(good), "jobs/x.py")
 
 
-# Runs in a fresh interpreter. Counts what our own files read from the environment while they are imported (not
-# what libraries read), and what is running afterwards.
+# Runs in a new interpreter. Counts what our own files read from the environment while they are imported, and running
+# threads and processes afterwards.
 IMPORT_ALL = """
 import importlib, json, multiprocessing, os, sys, threading
 root, modules = sys.argv[1], sys.argv[2:]
@@ -252,7 +253,7 @@ def import_all(root: Path, modules: list[str], cwd: Path, program: str = IMPORT_
         capture_output=True, text=True, timeout=300, cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # One line alone: no module printed anything.
+    # One line only: no module printed anything.
     return json.loads(done.stdout)
 
 
@@ -276,7 +277,7 @@ def test_the_check_of_importing_finds(tmp_path):
         "threading.Thread(target=time.sleep, args=(30,), daemon=True, name='mine').start()\n"
         "D = subprocess.Popen(['sleep', '5'], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)\n"
     )
-    # Which needs none of the libraries that take seconds to load.
+    # It needs none of the libraries that take seconds to import.
     found = import_all(
         tmp_path, ["loud"], tmp_path, IMPORT_ALL.replace("import ray, ray.data, ray.train, torch", "import ray")
     )

@@ -1,4 +1,4 @@
-"""The Makefile without its installs: what it would run, from where, and when it has nothing to do."""
+"""The Makefile without its installs: the commands that it would run, their folder, and when nothing is to be done."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """What make looks at, in a folder with a space in its name."""
+    """The files that make looks at, in a folder with a space in its name."""
     folder = tmp_path / "a clone"
     (folder / ".ci").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/run"):
@@ -23,7 +23,9 @@ def clone(tmp_path: Path) -> Path:
 
 
 def outside_make() -> dict[str, str]:
-    """The environment without what would turn a `make` inside `make test` into a sub-make, or hand its words on."""
+    """The environment without variables that would turn a `make` inside `make test` into a sub-make, or pass on its
+    arguments.
+    """
     of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "TEST_WORKERS")
     return {name: value for name, value in os.environ.items() if name not in of_make}
 
@@ -42,7 +44,7 @@ def make(clone: Path, *arguments: str, check: bool = True) -> subprocess.Complet
 
 
 def fake_install(clone: Path) -> Path:
-    """A `.venv` as `make setup` leaves it, whose Python only says what it was called with."""
+    """A `.venv` like the one of `make setup`, whose Python only prints its arguments."""
     python = clone / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "called: $*"\n')
@@ -83,7 +85,7 @@ def test_a_moved_clone_installs_anew(clone: Path) -> None:
     fake_install(clone)
     moved = clone.rename(clone.with_name("moved here"))
     assert "pip install" in make(moved, "-n", "setup").stdout
-    # For real: programs such as .venv/bin/ray name the Python of the old folder and must go.
+    # Run for real: programs such as .venv/bin/ray contain the path of the old folder's Python and must be removed.
     (moved / ".venv" / "bin" / "ray").touch()
     make(moved, "setup", "PYTHON=true", check=False)
     assert not (moved / ".venv" / "bin" / "ray").exists()

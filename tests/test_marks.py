@@ -1,4 +1,4 @@
-"""What the marks of the tests promise: a process is named as one, and a flaky test says why it is."""
+"""The promises of the marks: tests that start a process have the mark, and a flaky test has a reason."""
 
 import subprocess
 import sys
@@ -11,10 +11,10 @@ from marks import check_flaky, pytest_collection_modifyitems, unmarked_process
 
 
 def test_a_process_of_a_test_that_is_not_marked_is_refused() -> None:
-    """Here, by the hook that watches every test."""
+    """In this process, by the hook that watches every test."""
     with pytest.raises(RuntimeError, match=r"_is_refused starts python.*: mark it `process`"):
         subprocess.run([sys.executable, "-c", ""], check=True)
-    # What a library asks of the machine is no process of the test's.
+    # Calls of libraries for facts about the machine do not count.
     subprocess.run(["uname"], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -1,4 +1,4 @@
-"""A captioner, its data and a run of it, small enough that a test trains it in seconds."""
+"""A captioner, its data and a run, small enough for a test to train in seconds."""
 
 import dataclasses
 import hashlib
@@ -35,7 +35,7 @@ ENCODER_WIDTH, NUM_TOKENS = 16, 4
 
 
 def captions_of(row: int) -> list[str]:
-    """Two captions of different lengths; an image's words depend on its number alone."""
+    """Two captions of different lengths. The words of an image depend on its number only."""
     colour, place = COLOURS[row % len(COLOURS)], PLACES[row % len(PLACES)]
     return [f"a {colour} square", f"there is a {colour} square at the {place} of it"]
 
@@ -52,7 +52,7 @@ def table(num_train: int, num_validation: int) -> CaptionTable:
 
 
 def recipe(**train: Any) -> CrossAttentionCaptionerRecipe:
-    """Frozen tokens of width 16 into a decoder of width 32; `train` overrides the settings of the training."""
+    """Frozen tokens of width 16 and a decoder of width 32. `train` overrides the training settings."""
     settings = TrainSettings(
         num_epochs=4,
         batch_size=8,
@@ -82,7 +82,7 @@ def recipe(**train: Any) -> CrossAttentionCaptionerRecipe:
 
 
 def rows_of(recipe: CrossAttentionCaptionerRecipe, num_train: int = 40, num_validation: int = 12) -> CaptionRows:
-    """Random frozen tokens; with `flip`, other ones for the mirrored view."""
+    """Random frozen tokens. With `flip`, the mirrored view has other tokens."""
     facts = table(num_train, num_validation)
     shape = (num_train + num_validation, NUM_TOKENS, ENCODER_WIDTH)
     views = [
@@ -111,7 +111,7 @@ def model_of(recipe: CrossAttentionCaptionerRecipe, seed: int = 0) -> CrossAtten
 
 @dataclasses.dataclass
 class Run:
-    """What a run in this process left behind."""
+    """The results of a run in this process."""
 
     training: Training
     best: dict[str, Tensor]
@@ -126,7 +126,7 @@ def train(
     model: CrossAttentionCaptioner | None = None,
     **rows: int,
 ) -> Run:
-    """Train in this process, keeping every checkpoint under `folder`."""
+    """Train in this process and keep every checkpoint under `folder`."""
     kept: list[Path] = []
 
     def commit(checkpoint: Path | None, metrics: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_dataset(
     storage: Storage, name: str = "tiny", num_train: int = 40, num_validation: int = 8, split: str = "split"
 ) -> None:
-    """A prepared dataset as `jobs/prepare.py` leaves it: squares in four colours; `split` names its column."""
+    """A prepared dataset in the form of `jobs/prepare.py`: squares in four colours. `split` names its split column."""
     images = []
     for row in range(num_train + num_validation):
         image = Image.new("RGB", (32, 32), "white")
@@ -180,11 +180,11 @@ def write_dataset(
 
 
 def no_pickles(run: Storage) -> None:
-    """Nothing in a run's folder is a pickle, or of a kind that could be one."""
+    """Assert that a run's folder has no pickles, and no file types that could be one."""
     files = [path for path in Path(run.uri).rglob("*") if path.is_file()]
     assert files
     kinds = {path.suffix for path in files if not path.name.startswith((".", "_", "events"))}
     assert kinds <= {".safetensors", ".json", ".jsonl", ".png"}, kinds
     for path in files:
-        # A pickle of protocol 2 and later begins so; a zip of one (torch.save) begins with PK.
+        # A pickle of protocol 2 or later begins with these bytes; a zip with one (torch.save) begins with PK.
         assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path

@@ -1,4 +1,4 @@
-"""A finished run of a Transformer over the codes of a VQ-VAE, with random weights, made without training."""
+"""A finished run of an autoregressive Transformer over VQ-VAE codes, with random weights and without training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from mmcore.generators.facts import AutoregressiveFacts
 
 
 def write_run(folder: Path, of_vqvae: Mapping[str, Any] | None = None, **changes: Any) -> Path:
-    """Images of 32² from 8² codes; `changes` are made to the recipe, `of_vqvae` to that of its VQ-VAE."""
+    """Images of 32² from 8² codes. `changes` apply to the recipe, `of_vqvae` to the recipe of its VQ-VAE."""
     vqvae, fingerprint = write_vqvae_run(folder / "model" / "vqvae", **(of_vqvae or {}))
     recipe = dataclasses.replace(VARIANTS["smoke"], **changes)
     inputs, text_fingerprint = text_facts(folder, recipe.text)
@@ -29,7 +29,7 @@ def write_run(folder: Path, of_vqvae: Mapping[str, Any] | None = None, **changes
     torch.manual_seed(0)
     model = recipe.build(facts)
     with torch.no_grad():
-        # It begins with layers that add nothing and codes that are all alike likely; here the prompt must show.
+        # Initially the layers add nothing and all codes are equally likely. Here the prompt must have an effect.
         for weight in (model.output.weight, *model.layers.parameters()):
             if weight.ndim > 1:
                 weight.normal_(std=2 * weight.shape[1] ** -0.5)

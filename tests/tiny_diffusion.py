@@ -1,4 +1,4 @@
-"""A diffusion model on tiny images, its rows and a run of it, small enough that a test trains it in seconds."""
+"""A diffusion model on tiny images, its rows and a run, small enough for a test to train in seconds."""
 
 import dataclasses
 import shutil
@@ -50,13 +50,13 @@ def _settings(settings: TrainSettings, **train: Any) -> TrainSettings:
 
 
 def recipe(**train: Any) -> PixelDiffusionRecipe:
-    """Pixels of 8², two levels; `train` overrides the settings of the training."""
+    """Pixels of 8², two levels. `train` overrides the training settings."""
     smoke = PIXEL_VARIANTS["smoke"]
     return dataclasses.replace(smoke, image_size=SIDE, captions_per_image=2, train=_settings(smoke.train, **train))
 
 
 def latent_recipe(**train: Any) -> LatentDiffusionRecipe:
-    """Latents of 4² and of their mirror, two levels; `train` as above."""
+    """Latents of 4² and of the mirrored images, two levels. `train` as above."""
     smoke = LDM_VARIANTS["smoke"]
     return dataclasses.replace(smoke, flip=True, captions_per_image=2, train=_settings(smoke.train, **train))
 
@@ -71,7 +71,7 @@ def tokenizer(recipe: Any, facts: CaptionTable | None = None) -> PromptTokenizer
 
 
 def pixels(num_rows: int) -> np.ndarray:
-    """One colour an image, by its number, and some noise."""
+    """One colour per image, by its number, with some noise."""
     random = np.random.default_rng(0)
     colours = random.integers(0, 256, (4, 3))
     flat = np.stack([np.broadcast_to(colours[row % 4], (SIDE, SIDE, 3)) for row in range(num_rows)])
@@ -79,7 +79,7 @@ def pixels(num_rows: int) -> np.ndarray:
 
 
 def latents(num_rows: int, view: int) -> np.ndarray:
-    """By a formula, of the deviation that a VQ-VAE's have."""
+    """Latents from a formula, with the standard deviation of a VQ-VAE's latents."""
     places = np.arange(num_rows * np.prod(LATENT_SHAPE)).reshape(num_rows, *LATENT_SHAPE)
     return (3 * np.cos(places * 0.37 + view)).astype(np.float16)
 
@@ -108,7 +108,7 @@ def model_of(recipe: Any, seed: int = 0) -> Denoiser:
 
 
 def fill_by_formula(model: Denoiser) -> None:
-    """Weights that no generator draws; gains stay 1."""
+    """Weights without a random generator; gains stay 1."""
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.ndim > 1 or name.endswith("bias"):
@@ -118,7 +118,7 @@ def fill_by_formula(model: Denoiser) -> None:
 
 
 def golden_losses(recipe: Any, folder: Path) -> list[float]:
-    """Of each step from weights by formula."""
+    """The loss of each step, with weights from a formula."""
     model = model_of(recipe)
     fill_by_formula(model)
     history = train(recipe, folder, model=model).training.state.history
@@ -126,7 +126,7 @@ def golden_losses(recipe: Any, folder: Path) -> list[float]:
 
 
 def train(recipe: Any, folder: Path, *, resume_from: Path | None = None, model: Denoiser | None = None) -> tiny.Run:
-    """Train in this process, keeping every checkpoint under `folder`."""
+    """Train in this process and keep every checkpoint under `folder`."""
     kept: list[Path] = []
 
     def commit(saved: Path | None, metrics: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ def write_pixel_run(run: Storage) -> tuple[Denoiser, PromptTokenizer]:
 
 
 def write_vqvae_run(run: Storage, seed: int = 1, **changes: Any) -> VQVAETraining:
-    """A VQ-VAE of 32² with random weights; `changes` are made to its recipe."""
+    """A VQ-VAE of 32² with random weights. `changes` apply to its recipe."""
     vqvae = dataclasses.replace(VQVAE_VARIANTS["smoke"], **changes)
     torch.manual_seed(seed)
     model = VQVAETraining(vqvae)

@@ -1,4 +1,4 @@
-"""Finished runs of generators with random weights, as training leaves them, made without training."""
+"""Finished runs of generators with random weights, in the form that training leaves, without training."""
 
 import dataclasses
 from pathlib import Path
@@ -27,8 +27,10 @@ def write(folder: Path, name: str, recipe: Any, facts: Any, tensors: dict[str, t
 
 
 def text_facts(folder: Path, text: TextSettings) -> tuple[TextInputs, str]:
-    """What the network of the run in `folder` is fed of the text, and the fingerprint of what makes it; of a text
-    encoder of its own the tokenizer is written there."""
+    """The text inputs of the run in `folder`, and the fingerprint of its text encoder.
+
+    For a text encoder from scratch, the tokenizer is written to the run.
+    """
     if not text.is_scratch:
         encoder = FrozenTextEncoder(text.text_encoder, text.max_tokens)
         return TextInputs(width=encoder.model.config.hidden_size), encoder.fingerprint()
@@ -38,13 +40,13 @@ def text_facts(folder: Path, text: TextSettings) -> tuple[TextInputs, str]:
 
 
 def _write_diffusion(folder: Path, name: str, recipe: Any, shape: tuple[int, int, int], **more: Any) -> Path:
-    """The run of a diffusion recipe."""
+    """Write a run of a diffusion recipe."""
     inputs, fingerprint = text_facts(folder, recipe.text)
     torch.manual_seed(0)
     facts = DiffusionFacts(inputs, shape, text_fingerprint=fingerprint, **more)
     model = recipe.build(facts)
     with torch.no_grad():
-        # diffusers begins with an output of almost nothing; here prompt and noise must show in the images.
+        # diffusers initialises the output to nearly zero. Here prompt and noise must affect the images.
         model.unet.conv_out.weight.mul_(3)
     write(folder, name, recipe, facts, checkpoint.trainable_state(model))
     return folder
@@ -63,7 +65,7 @@ def write_tokenizer(folder: Path, tokenizer: PromptTokenizer) -> None:
 
 
 def write_clip(folder: Path) -> Path:
-    """A frozen text encoder: the text half of a CLIP with random weights."""
+    """A frozen text encoder: the text encoder of a CLIP with random weights."""
     tokenizer = word_tokenizer(77)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     inputs = tokenizer.inputs()
@@ -75,7 +77,7 @@ def write_clip(folder: Path) -> Path:
 
 
 def write_resnet(folder: Path) -> Path:
-    """A frozen vision encoder: a tiny classifier with random weights, whose head is no part of an encoder."""
+    """A frozen vision encoder: a tiny classifier with random weights, whose head is not part of the encoder."""
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(folder)
@@ -89,7 +91,7 @@ def write_pixel_run(folder: Path, recipe: pixel_diffusion.PixelDiffusionRecipe |
 
 
 def write_vqvae_run(folder: Path, **changes: Any) -> tuple[vqvae.VQVAERecipe, str]:
-    """A VQ-VAE of 32² with 8² codes, and its fingerprint; `changes` are made to its recipe."""
+    """A VQ-VAE of 32² with 8² codes, and its fingerprint. `changes` apply to its recipe."""
     recipe = dataclasses.replace(vqvae.VARIANTS["smoke"], **changes)
     torch.manual_seed(1)
     model = recipe.build()
@@ -101,7 +103,7 @@ def write_vqvae_run(folder: Path, **changes: Any) -> tuple[vqvae.VQVAERecipe, st
 
 
 def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size: int = 1, **changes: Any) -> Path:
-    """`changes` are made to the VQ-VAE's recipe; without `text` its encoder is trained with the rest."""
+    """`changes` apply to the recipe of the VQ-VAE. Without `text` the text encoder is trained jointly."""
     autoencoder, fingerprint = write_vqvae_run(folder / "model" / "vqvae", **changes)
     recipe = latent_diffusion.VARIANTS["smoke"]
     unet = dataclasses.replace(recipe.unet, patch_size=patch_size)

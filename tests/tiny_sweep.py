@@ -1,6 +1,6 @@
-"""A generator that takes no time, so that a sweep of 1,000 images is over in seconds, and a job that sweeps with it.
+"""A generator without work, so that a sweep of 1,000 images takes seconds, and a job that sweeps with it.
 
-`python tests/tiny_sweep.py FLAGS OF jobs/generate.py` works on two CPUs, whatever the machine has.
+`python tests/tiny_sweep.py FLAGS OF jobs/generate.py` uses two CPUs on any machine.
 """
 
 import hashlib
@@ -31,18 +31,18 @@ from mmcore.storage import Storage
 from mmcore.trained.diffusion import TrainedDiffusion
 
 SIZE = 16
-# Of the sweep of tests/sweep_fixtures.py: images, and the size of a batch.
+# The sweep of tests/sweep_fixtures.py: number of images, and batch size.
 NUM, BATCH = 10, 4
 
 
 def tiny_image(prompt: str, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> np.ndarray:
-    """Noise that prompt and seed decide: uint8 (*size, 3)."""
+    """Noise that depends on prompt and seed: uint8 (*size, 3)."""
     key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
     return np.random.default_rng([seed, key]).integers(0, 256, (*size, 3), np.uint8)
 
 
 class TinyGenerator(TrainedDiffusion):
-    """Makes images of any size, up to 64 a side."""
+    """Makes images of any size up to 64 pixels a side."""
 
     of_codes = False
 
@@ -68,7 +68,7 @@ def open_tiny(source: str, text_encoder: str | None = None) -> TinyGenerator:
 
 
 class TinyWorker(GenerateImages):
-    """Writes down each batch before it generates it, and waits before that at the gate in the run's folder."""
+    """Records each batch before generating it, after waiting at the gate in the run's folder."""
 
     open = staticmethod(open_tiny)
 
@@ -79,7 +79,7 @@ class TinyWorker(GenerateImages):
 
 
 def write_run(folder: Path, recipe: PixelDiffusionRecipe | None = None) -> Path:
-    """A run of the tiny generator, which says that it was trained as `recipe`."""
+    """A run of the tiny generator that claims the training settings `recipe`."""
     facts = DiffusionFacts(TextInputs(width=8), (3, SIZE, SIZE), SIZE)
     file = RunFile("pixel_diffusion", "smoke", recipe or VARIANTS["smoke"], facts, "")
     write_model(Storage(str(folder)), {"nothing": torch.zeros(1)}, file)
@@ -87,7 +87,7 @@ def write_run(folder: Path, recipe: PixelDiffusionRecipe | None = None) -> Path:
 
 
 def calls(run_folder: Path) -> list[str]:
-    """The first image of each block that was generated, in order."""
+    """The first image of each generated block, in order."""
     return [line.split()[0] for line in Gate(run_folder).begun()]
 
 
@@ -97,7 +97,10 @@ def write_prompts(path: Path, count: int) -> Path:
 
 
 def check_complete(out: Storage, count: int) -> list[dict[str, Any]]:
-    """Every image once, in the manifest and in the folder, and each the one that it should be; the manifest's rows."""
+    """Assert that every image is in the manifest and in the folder once, with the right pixels.
+
+    Returns the manifest's rows.
+    """
     folder = out / "manifest"
     filesystem, path = folder.arrow()
     rows = pq.read_table(path, filesystem=filesystem).to_pylist()
@@ -111,7 +114,7 @@ def check_complete(out: Storage, count: int) -> list[dict[str, Any]]:
 
 
 def check_tidy(out: Path) -> None:
-    """Nothing lies in a finished sweep but what belongs there, whatever was killed."""
+    """Assert that a finished sweep has no extra files."""
     names = sorted(path.name for path in out.iterdir())
     assert names == [".tmp", "images", "lease", "manifest", "summary.json", "sweep.json"]
     for folder in ("images", "manifest", "lease"):

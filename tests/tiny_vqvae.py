@@ -1,4 +1,4 @@
-"""A VQ-VAE, images and a run of it, small enough that a test trains it in seconds."""
+"""A VQ-VAE, images and a run, small enough for a test to train in seconds."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ SIZE = 16
 
 
 def recipe(*, train: dict[str, Any] | None = None, **changes: Any) -> VQVAERecipe:
-    """16² pixels to 8² latents of 4 channels, 32 codes of moving averages with revival; a discriminator from step 4."""
+    """16² pixels to 8² latents of 4 channels, 32 codes of moving averages with revival, discriminator from step 4."""
     settings = TrainSettings(
         num_epochs=4,
         batch_size=8,
@@ -48,7 +48,7 @@ def recipe(*, train: dict[str, Any] | None = None, **changes: Any) -> VQVAERecip
 
 
 def images(num_rows: int) -> np.ndarray:
-    """uint8 (N, 16, 16, 3): a bright rectangle on a coloured slope, all drawn from one seed."""
+    """uint8 (N, 16, 16, 3): a bright rectangle on a coloured gradient, from one seed."""
     random = np.random.default_rng(0)
     slope = np.linspace(0, 1, SIZE)
     made = random.uniform(0, 90, (num_rows, 1, 1, 3)) + random.uniform(0, 90, (num_rows, 1, 1, 3)) * slope[:, None]
@@ -72,7 +72,7 @@ def model_of(recipe: VQVAERecipe, seed: int = 0) -> VQVAETraining:
 
 @dataclasses.dataclass
 class Run:
-    """What a run in this process left behind."""
+    """The results of a run in this process."""
 
     training: Training
     best: dict[str, torch.Tensor]
@@ -87,7 +87,7 @@ def train(
     model: VQVAETraining | None = None,
     **rows: int,
 ) -> Run:
-    """Train in this process, keeping every checkpoint under `folder`."""
+    """Train in this process and keep every checkpoint under `folder`."""
     kept: list[Path] = []
 
     def commit(checkpoint: Path | None, metrics: dict[str, Any]) -> None:

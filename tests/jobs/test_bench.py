@@ -1,4 +1,4 @@
-"""The measurements at tiny sizes: that they run, give their figures, and compare like with like. No time is checked."""
+"""The benchmarks with tiny sizes: they run, print their figures, and compare equal things. No time is checked."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ SHARED_CAPTIONS = ROOT.parent / "shared" / "data" / "flickr8k" / "captions.txt"
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Threads that wait for each other make tiny sizes very slow on a machine that is busy."""
+    """Threads that wait for each other make tiny sizes very slow on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -124,7 +124,7 @@ def test_the_reports_diffusion_with_our_weights_predicts_the_same(variant, tmp_p
     recipe = LDM.recipe(variant)
     model, rows = train_ldm.our_training(recipe, data)
     report = train_ldm.ReportTraining(recipe, data, vqvae, text, copy.deepcopy(model.unet))
-    # Validation takes the image as it is and its first caption.
+    # Validation uses the unmirrored image and its first caption.
     batch = {
         name: each.float() if each.is_floating_point() else each
         for name, each in rows.validation_batch(np.array([0])).items()
@@ -134,14 +134,15 @@ def test_the_reports_diffusion_with_our_weights_predicts_the_same(variant, tmp_p
     with torch.inference_mode():
         if variant == "report":
             context = model.text(batch)
-        else:  # a text of its own: that of the report's way stands in
+        else:  # it trains its own text encoder, so use the text of the report's loop
             context = report.model["projection"](torch.from_numpy(data.hidden[row, 0]).float())
         ours = model.predict(model.noise.add_noise(batch["x_0"], noise, timesteps), timesteps, context)
         theirs = report.predict(data.pixels[row], data.input_ids[row, 0], noise, timesteps)
         other = report.predict(data.pixels[:1], data.input_ids[row, 0], noise, timesteps)
         other_text = report.predict(data.pixels[row], data.input_ids[row, 1], noise, timesteps)
     assert ours.shape == theirs.shape == (1, *vqvae.model.recipe.latent_shape)
-    # The caches are fp16, the report's way is not: 4.6e-5 measured. Another image moves 0.2, another caption 0.08.
+    # The caches are fp16, the report's loop is not: 4.6e-5 measured. Another image changes it by 0.2, another caption
+    # by 0.08.
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     assert (other - theirs).abs().max() > 0.02
     assert (other_text - theirs).abs().max() > 0.02
@@ -171,7 +172,7 @@ def test_train_ldm(monkeypatch, capsys):
         assert len(figures["ratio"]["all"]) == 2
         assert figures["ratio_with_encoding"] > 0
         assert figures["latents"] == {"ours": [4, 8, 8], "report": [4, 8, 8]}
-    # `report` has nothing but the U-Net on either side.
+    # `report` has only the U-Net on both sides.
     assert len(set(result["report"]["parameters"].values())) == 1
 
 
@@ -242,5 +243,5 @@ def test_ray_train_overhead(job_environment):
     assert result["required_met"] is None
     assert {"ray", "torchrun", "ratio", "commit"} <= result.keys()
     assert dataclasses.asdict(OVERHEAD).keys() == result["settings"].keys()
-    # One worker, and a core is left for Ray.
+    # One worker, and one core is left for Ray.
     assert result["threads_per_worker"] == max(1, cpus() - 1)

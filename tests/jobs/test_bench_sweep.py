@@ -1,4 +1,4 @@
-"""jobs/bench/sweep_overhead.py and batch_sizes.py at a tiny size: they run and give their figures."""
+"""jobs/bench/sweep_overhead.py and batch_sizes.py with tiny sizes: they run and print their figures."""
 
 import json
 import subprocess

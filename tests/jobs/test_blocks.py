@@ -1,4 +1,4 @@
-"""jobs/runtime/blocks.py: a plan of many rows holds them once."""
+"""jobs/runtime/blocks.py: a plan of many rows holds only one copy of them."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ NUM_ROWS = 3 * DIGEST_ROWS + 5
 
 
 class Rows(Sequence[Any]):
-    """Rows that are made when they are asked for; counts how many at once."""
+    """Rows that are created on access. Counts how many exist at once."""
 
     def __init__(self, make: Any) -> None:
         self.make, self.most = make, 0

@@ -1,4 +1,4 @@
-"""jobs/caption.py: bulk captions are exactly once, whatever is killed, and resume without redoing work."""
+"""jobs/caption.py: every image is captioned exactly once in spite of kills, and a resumed job repeats no work."""
 
 import csv
 import dataclasses
@@ -35,7 +35,10 @@ ROWS_PER_BLOCK = 4
 
 
 def write_run(folder: Path, seed: int = 0, encoder: str = SCRATCH) -> Path:
-    """A finished run of an untrained captioner of Shapes. `encoder`: the frozen one that it names, not loaded here."""
+    """A finished run of an untrained captioner of Shapes.
+
+    `encoder`: the name of its frozen encoder, which is not loaded.
+    """
     recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32, encoder=encoder)
     words = [text for row in shapes_rows(ShapesSettings(20, 2, 3, 32)) for text in row["captions"]]
     vocabulary = WordVocabulary.build(words, min_count=1, lowercase=False)
@@ -86,10 +89,10 @@ def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_
     gate, parts = Gate(tmp_path), Storage(str(out / "parts"))
     for _ in range(num_kills):
         wanted = len(parts.list(".parquet")) + 1
-        # Of the twelve blocks some are left for the next run, however late the kill comes.
+        # Some of the twelve blocks are left for the next run, even if the kill comes late.
         gate.allow_more(3)
         job = start_job("tests/gated_job.py", "caption", *command, env={**shared_ray, "GATE": str(tmp_path)})
-        # A block more than before the start.
+        # One block more than before the start.
         wait_for_blocks(parts, wanted, job)
         actors = workers(job, MAP_WORKER)
         assert actors, "no worker was found"
@@ -110,7 +113,7 @@ def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_
     rows = read_csv(out / "captions.csv")
     assert rows[0] == ["image", "caption"]
     assert sorted(name for name, _ in rows[1:]) == sorted(path.name for path in images.iterdir())
-    # The bulk job says what the captioner says of one image alone.
+    # The bulk job gives the same caption as the captioner for a single image.
     captioner, options = open_captioner(str(run_folder)).load(), SearchOptions(num_beams=8)
     for name, text in rows[1:4]:
         pixels = pixels_from_bytes([(images / name).read_bytes()], captioner.image_size, [name])
@@ -122,7 +125,7 @@ def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_
     assert digests(out / "parts") == before
 
 
-@pytest.mark.soak  # test_sweep_kills.py kills actors of what both sweeps share
+@pytest.mark.soak  # test_sweep_kills.py kills actors in the code that both sweeps share
 def test_a_killed_actor_is_replaced(run_folder, images, tmp_path, start_job, shared_ray):
     out = tmp_path / "out"
     gate = Gate(tmp_path)
@@ -147,7 +150,7 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert "num_beams was 1 and is now 2" in line
 
-    # The same place, where somebody trained the run anew: captions of two models must not mix.
+    # The run at the same path was trained again. Captions of two models must not be mixed.
     write_run(run_folder, seed=1)
     try:
         with pytest.raises(InputError, match=r"weights_sha256 was '[0-9a-f]{64}' and is now"):
@@ -183,7 +186,7 @@ def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, ca
 
 
 def test_an_encoder_that_is_not_there_is_one_line(images, tmp_path, call_job):
-    """Found out on a worker, when it loads the captioner."""
+    """A worker finds this when it loads the captioner."""
     run = write_run(tmp_path / "runs" / "resnet_captioner" / "frozen", encoder="some/encoder")
     flags = ["--run", run, "--images", images, "--out", tmp_path / "out", "--encoder", tmp_path / "no" / "such"]
     result = call_job(main, *flags, check=False)

@@ -1,4 +1,4 @@
-"""The catalogue, the job files and the recipes say the same."""
+"""The catalogue, the job files and the recipes agree."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""Joining a cluster and naming what a stalled job waits for, on real local Rays."""
+"""Joining a cluster, and naming the resources that a stalled job waits for, on real local Rays."""
 
 import ast
 import contextlib
@@ -73,7 +73,7 @@ def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path,
     assert len(lines) == 1, done.stderr
     assert "dashboard http://127.0.0.1:" in lines[0]
     if history == "none":
-        # A token left in the home folder would lock the next `ray job submit` out.
+        # A token file left in the home folder would block the next `ray job submit`.
         assert not (home / ".ray" / "auth_token").exists()
         assert result["token_file_mode"] == "0o600"
         assert not Path(result["token_file"]).parent.exists(), "the folder of this Ray is removed at exit"
@@ -96,7 +96,7 @@ def test_an_address_without_a_cluster_is_refused_at_once(address, message, monke
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    # It would go on trying for minutes.
+    # Without this it would retry for minutes.
     monkeypatch.setattr(cluster.ray, "init", lambda **settings: pytest.fail("Ray is asked to join"))
     with pytest.raises(InputError, match=message) as refused:
         cluster.connect()
@@ -119,7 +119,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
 
 
 def wait_until_named(text: str) -> str:
-    """`describe_waiting()` once it holds `text`: the head hears of a demand, or of its end, with a heartbeat."""
+    """Poll `describe_waiting()` until it contains `text`, as the head learns of demands by heartbeats."""
     deadline = time.monotonic() + HANG_S
     while text not in (described := watchdog.describe_waiting()):
         assert time.monotonic() < deadline, described
@@ -172,12 +172,12 @@ def test_what_waits_is_named_with_what_is_missing(ray_local, tmp_path):
     wait_until_named("nothing waits for resources")
 
     with two_tasks(tmp_path, num_cpus=has_cpus):
-        # Enough in all, nothing free: an autoscaler or patience mends it.
+        # Enough in total, but nothing free: an autoscaler or waiting helps.
         described = wait_until_named("all in use: CPU")
     assert f"waiting for {{CPU: {has_cpus}}}" in described
     assert "missing" not in described
 
-    # Enough in total but on no single node.
+    # Enough in total, but not on a single node.
     assert watchdog._lacking([watchdog.Counter(CPU=6)], [watchdog.Counter(CPU=4)] * 2) == {"CPU"}
     assert watchdog._lacking([watchdog.Counter(CPU=4)] * 2, [watchdog.Counter(CPU=4)] * 2) == set()
 
@@ -192,19 +192,19 @@ def test_demands_inside_a_placement_group_are_told_apart(ray_local, tmp_path):
     with two_tasks(tmp_path, num_cpus=1, scheduling_strategy=PlacementGroupSchedulingStrategy(group)):
         described = wait_until_named("inside a full placement group")
     assert "{CPU: 1}" in described
-    # The group's CPU is not counted a second time.
+    # The CPU of the placement group is not counted twice.
     assert f"the cluster has CPU {ray.cluster_resources()['CPU']:g} (" in described
     remove_placement_group(group)
 
 
 class FakeTime(threading.Event):
-    """The clock of a watchdog, and the event by which it waits: time passes where it waits, and nowhere else."""
+    """The clock of a watchdog and the event that it waits for. Time passes only in its waits."""
 
     def __init__(self):
         super().__init__()
         self.now = 0
         self.moments = {}
-        """What happens while the watchdog waits, by its second."""
+        """Events during the waits of the watchdog, by second."""
 
     def monotonic(self):
         return self.now
@@ -220,7 +220,7 @@ class FakeTime(threading.Event):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """`watched(watchdog settings, usual_s=..., beats=..., until=...)`: what the watchdog said, by the second."""
+    """`watched(watchdog settings, usual_s=..., beats=..., until=...)`: the lines of the watchdog, by second."""
     monkeypatch.setattr(watchdog, "QUERY_TIMEOUT_S", HANG_S)
     monkeypatch.setattr(watchdog, "describe_waiting", lambda: "waiting for Godot")
 
@@ -245,7 +245,7 @@ def watched(monkeypatch):
 
 
 def test_watchdog_is_silent_while_there_is_progress(watched):
-    """A beat starts the time anew; after the first line the next ones come a minute later."""
+    """A beat restarts the time. After the first line, further lines come every minute."""
     line = "stalled: training: no progress for {} s: waiting for Godot"
     said = watched("training", report_after_s=15, beats=[*range(1, 21), 45], until=199)
     assert said == [(35, line.format(15)), (60, line.format(15)), (120, line.format(75)), (180, line.format(135))]
@@ -266,7 +266,7 @@ def test_watchdog_ends_with_its_block():
 
 
 def test_a_long_wait_that_is_usual_is_reported_calmly(watched):
-    """Until it is three times as long."""
+    """Until it takes three times as long."""
     said = watched("sweep", report_after_s=15, usual_s=100.0, until=349)
     usual = "waiting: sweep: no progress for {} s (up to 100 s went well before): waiting for Godot"
     assert said == [(idle_s, usual.format(idle_s)) for idle_s in range(15, 300, 60)] + [
@@ -329,7 +329,7 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("waits\n")
     lines = done.stderr.splitlines()
-    # A report before the last one comes only where the head answers in time.
+    # The head must answer in time for a report before the last one.
     *reports, last = [line for line in lines if re.match(r"(stalled|error): training: no progress for \d+ s: ", line)]
     assert all(report.startswith("stalled: ") for report in reports)
     assert last.startswith("error: ")
@@ -337,7 +337,7 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
     for line in (*reports, last):
         assert "waiting for {CPU: 1, GPU: 1}" in line
         assert "missing: GPU" in line
-    # The reaper of that Ray ends its processes; they are known by the folder in their command lines.
+    # The reaper of that Ray ends its processes. They are recognised by the folder in their command lines.
     (started,) = [line for line in lines if line.startswith("Ray: ")]
     folder = started.partition("token in ")[2].rpartition("/")[0]
     assert "mmcore-ray-" in folder
@@ -348,12 +348,12 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
 
 
 class Reached(Exception):
-    """Training came to Ray Train."""
+    """Wait until the value has reached Ray Train."""
 
 
 def test_training_hands_on_which_ray_its_actors_ask(ray_local, tmp_path, monkeypatch):
     variable, handed_on = "RAY_API_SERVER_ADDRESS", {}
-    # An earlier training of this process may have added it.
+    # An earlier training in this process may have added it.
     monkeypatch.setattr(constants, "ENV_VARS_TO_PROPAGATE", constants.ENV_VARS_TO_PROPAGATE - {variable})
 
     def trainer_made(*args, **kwargs):
@@ -369,9 +369,12 @@ def test_training_hands_on_which_ray_its_actors_ask(ray_local, tmp_path, monkeyp
     assert handed_on[variable] == os.environ[variable]
 
 
-@pytest.mark.nightly  # the test above sees what is handed on; this one that Ray Train's own actors go by it
+@pytest.mark.nightly  # the test above checks what is passed on, this one that Ray Train's own actors use it
 def test_of_two_rays_the_actors_of_training_ask_their_own(ray_local, run_job, tmp_path):
-    """Even where the user's shell names the other one for `ray job submit`; by default Ray takes any that it finds."""
+    """Even if the user's shell names the other cluster for `ray job submit`.
+
+    By default Ray joins any cluster that it finds.
+    """
     env = {"RAY_API_SERVER_ADDRESS": os.environ["RAY_API_SERVER_ADDRESS"]}
     done = run_job("jobs/train_resnet_captioner.py", "--variant", "smoke", "--storage", tmp_path, env=env)
     assert "finished: " in done.stdout

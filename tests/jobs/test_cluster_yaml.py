@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's own schema and launcher (with an emulated AWS), rayjob.yaml against its promises."""
+"""cluster.yaml against Ray's own schema and launcher (with an emulated AWS), and rayjob.yaml against its promises."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def test_ray_accepts_the_file(config):
     prepared = prepare_config(copy.deepcopy(config))
     for complete in (filled, prepared):
         validate_config(complete)
-    # Every key of ours is one that Ray reads: the schema refuses others.
+    # Ray knows every key that we set: the schema refuses others.
     with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minute"):
         validate_config({**filled, "idle_timeout_minute": 5})
     # Setup runs on the head and on the workers.
@@ -49,7 +49,7 @@ def test_ray_accepts_the_file(config):
 
 
 def test_ray_resolves_the_file_on_an_emulated_aws(config, monkeypatch, tmp_path):
-    """What `ray up` does before it starts machines: key pair, subnets, security groups, image, roles."""
+    """The steps of `ray up` before it starts machines: key pair, subnets, security groups, image, roles."""
     moto = pytest.importorskip("moto")
     from ray.autoscaler._private.aws import utils as aws_utils
     from ray.autoscaler._private.aws.config import bootstrap_aws
@@ -70,7 +70,7 @@ def test_ray_resolves_the_file_on_an_emulated_aws(config, monkeypatch, tmp_path)
         assert {key: launched[key] for key in asked} == asked
         assert launched["SubnetIds"]
         assert launched["SecurityGroupIds"]
-    # The role of the file is kept; Ray makes none of its own.
+    # The role in the file is kept, and Ray creates none.
     assert "IamInstanceProfile" not in resolved["head_node"]
 
 
@@ -87,7 +87,7 @@ def test_nothing_costs_money_while_nothing_runs(config):
         assert 0 < worker["max_workers"] <= config["max_workers"]
         assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert 0 < config["idle_timeout_minutes"] <= 30
-    # Ray's default would keep stopped machines and their disks.
+    # Ray's default would keep stopped machines with their disks.
     assert config["provider"]["cache_stopped_nodes"] is False
 
 
@@ -103,13 +103,16 @@ def test_closed_by_default(config):
 
 
 def test_it_can_serve(config):
-    """Its containers have what serve/app.py wants of the environment in which Ray was started; the keys come beside."""
+    """Its containers have the environment variables that serve/app.py needs when Ray starts.
+
+    The keys come separately.
+    """
     from serve.proxy import VALUE, VARIABLE
 
     environment = dict(each.removeprefix("--env ").split("=", 1) for each in config["docker"]["run_options"][1:])
     assert environment[VARIABLE] == VALUE
     assert environment.keys() == {"RAY_AUTH_MODE", VARIABLE, "SERVE_API_KEYS_FILE"}
-    # The line that is to be taken in brings the file to where it is looked for.
+    # The commented line copies the file to the path where it is expected.
     (line,) = re.findall(r"(?m)^  # (/home/ray/\S+): ~/\S+$", (ROOT / "cluster.yaml").read_text())
     assert environment["SERVE_API_KEYS_FILE"] == f"{line}/keys"
 
@@ -126,7 +129,7 @@ def test_only_code_is_copied_to_the_nodes(config):
     for local in mounted:
         assert (ROOT / local).exists(), f"cluster.yaml copies {local}, which does not exist"
         assert local.parts[0] not in {"data", "runs", "out", ".git", ".venv", "."}
-    # Where the setup command, the start command and the copy say it is.
+    # The setup command, the start command and the copy use the same path.
     folders = {Path(remote).parent for remote, local in config["file_mounts"].items() if local in PACKAGES}
     assert folders == {Path("/home/ray/mmcore")}
     assert config["setup_commands"] == ["pip install -c ~/mmcore/constraints.txt -e ~/mmcore"]
@@ -135,7 +138,7 @@ def test_only_code_is_copied_to_the_nodes(config):
 
 
 def test_what_is_installed_there_is_copied_there(config):
-    """pip ends with an error for a package of pyproject.toml that is not there."""
+    """pip fails for a package of pyproject.toml that does not exist."""
     assert set(config["file_mounts"].values()) >= {*PACKAGES, "pyproject.toml", "constraints.txt", "README.md"}
     for name in ("jobs/rayjob.yaml", "serve/rayservice.yaml"):
         copied = re.findall(r"^#   COPY --chown=ray (.+) \S+$", (ROOT / name).read_text(), re.M)
@@ -179,7 +182,7 @@ def test_ray_job_of_kubernetes(ray_job):
         (container,) = pod["containers"]
         assert container["image"].endswith(f":ray{version}")
         assert container["workingDir"] == "/home/ray/mmcore"
-        # KubeRay tells Ray the limits; the scheduler of Kubernetes goes by the requests.
+        # KubeRay passes limits to Ray, and the scheduler of Kubernetes uses requests.
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (group is not head)
     for group in groups:
@@ -188,7 +191,7 @@ def test_ray_job_of_kubernetes(ray_job):
 
 
 def test_upload_holds_the_code_and_no_data(tmp_path):
-    """`.rayignore` as Ray itself applies it, in a checkout full of what runs leave behind."""
+    """`.rayignore` as Ray applies it, in a checkout full of outputs of runs."""
     import shutil
     import zipfile
 
@@ -217,7 +220,7 @@ def test_upload_holds_the_code_and_no_data(tmp_path):
     assert code <= uploaded, "mmcore/data/ is code"
     assert not uploaded & set(litter)
     assert package.stat().st_size < 2 * 2**20
-    # .rayignore alone suffices: a copy without .gitignore is as small.
+    # .rayignore is enough: a copy without .gitignore is as small.
     (checkout / ".gitignore").unlink()
     create_package(str(checkout), package, include_gitignore=True, include_parent_dir=False, excludes=[])
     with zipfile.ZipFile(package) as archive:

@@ -1,4 +1,4 @@
-"""Where a job meets the shell."""
+"""The behaviour of a job in a shell."""
 
 import os
 import signal

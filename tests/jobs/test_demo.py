@@ -1,4 +1,4 @@
-"""jobs/demo.py: it fails where the scores are low, keeps what is finished, and its page holds what was made."""
+"""jobs/demo.py fails for low scores, keeps finished parts, and its page shows the results."""
 
 import json
 import re
@@ -25,9 +25,9 @@ from mmcore.trained.generator import open_generator
 from serve.app import Args, build
 from serve.proxy import VALUE, VARIABLE
 
-# Of one demo, and no more than a guard against one that hangs.
+# Only ends a demo that hangs.
 TIMEOUT_S = 800.0
-# Far too little to learn from: its captions must not pass.
+# Far too little training: its captions must not pass.
 TINY = [
     "--shapes.num-train", "64", "--shapes.num-validation", "12", "--shapes.num-test", "12",
     "--captioner.width", "32", "--captioner.num-layers", "1", "--captioner.num-heads", "2",
@@ -73,7 +73,7 @@ def test_silence_fails_twice() -> None:
 
 
 def scene(*looks: str) -> bytes:
-    """An image with such shapes from left to right."""
+    """An image with these shapes from left to right."""
     items = [
         SceneObject(*look.split(), x=(number + 0.5) / len(looks), y=0.5, side=sum(SIZES[look.split()[0]]) / 2)
         for number, look in enumerate(looks)
@@ -96,7 +96,7 @@ def test_a_picture_says_what_is_wrong(looks: list[str], wrong: dict[str, str], v
     picture = judged_picture(scene(*looks), text)
     assert {text[mark.start : mark.end]: mark.instead for mark in picture.marks if not mark.good} == wrong
     assert (picture.verdict, picture.good) == (verdict, verdict.startswith("✓"))
-    # Largest first, as the oracle finds them.
+    # Largest first, in the order of the oracle.
     assert picture.alt == f"an image with {', '.join(f'a {look}' for look in sorted(looks))}"
 
 
@@ -158,11 +158,11 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In S3 it shows that all the jobs that the demo calls work there."""
+    """Storage in S3 shows that all jobs called by the demo work there."""
     storage = Storage(s3_server if where == "s3" else str(tmp_path)) / "a demo"
     first = call_job(demo.main, "--storage", storage, *TINY, check=False)
     assert first.returncode == 1, first.stderr
-    # Not a crash: one line that says what is too low, after everything was made.
+    # No crash: after everything was made, one line names the low score.
     assert re.search(
         r"^error: .*% of the attributes that the captions name are right; 80% are needed", first.stderr, re.M
     )
@@ -175,7 +175,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     assert html.count("<polyline ") == 5 + 6 + 5
     assert "are needed" in html
     assert "pixels, guidance 2.0, temperature 0.7, top_p 1.0: " in html
-    # Its last words start a service that is closed, with what was trained.
+    # Its last lines start the closed service with the trained models.
     told = re.search(r"^serve: SERVE_API_KEYS=(\S+) (.*)$", first.stdout, re.M)
     assert told, first.stdout[-2000:]
     _, dash_m, module, start, *words = shlex.split(told[2])
@@ -202,7 +202,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
 
 
 def kept_files(storage: Storage) -> dict[str, Any]:
-    """When each file of data, models, captions and images was last written."""
+    """The time of the last write of each file of data, models, captions and images."""
     filesystem, path = storage.arrow()
     files = filesystem.get_file_info(FileSelector(path, recursive=True))
     parts = ("data", "model", "parts", "images", "manifest")

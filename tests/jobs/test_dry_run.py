@@ -1,4 +1,4 @@
-"""What a dry run tells of each recipe: sizes, places and how much is cached of an image. It writes nothing."""
+"""The output of a dry run for each recipe: sizes, paths and bytes cached per image. It writes nothing."""
 
 import importlib
 import sys
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("name", "flags", "state"),
     [
         ("resnet_captioner", [], f"{64 * 64 * 3:,} bytes an image (pixels), 0.6 MB for 48 images"),
-        # Of 64², the second stage leaves 8² tokens of 16 channels in fp16.
+        # For 64², the second stage gives 8² tokens of 16 channels in fp16.
         ("resnet_captioner", ["--encoder", "resnet"], f"{8 * 8 * 16 * 2:,} bytes an image (tokens)"),
         (
             "resnet_captioner",
@@ -76,7 +76,7 @@ def test_the_bytes_of_an_image_are_told(
 def test_captions_that_lose_their_tail_are_counted(
     name: str, flags: list[str], mend: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of two captions an image, the longer one has 10 words."""
+    """The longer of two captions per image has 10 words."""
     own = ["--dataset", "tiny", "--split", "split", "--storage", str(folder / "out"), "--captions-per-image", "2"]
     dry_run(name, *own, *(flag.format(12) for flag in flags))
     assert "lose their tail" not in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_no_flag_is_named_where_the_frozen_encoder_reads_no_more(
 def test_on_an_empty_storage_it_says_what_is_made_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The captions of 8,500 scenes are made for it; test_training_job.py does so for a captioner."""
+    """It generates the captions of 8,500 scenes. test_training_job.py does the same for a captioner."""
     monkeypatch.setattr(sys, "argv", [])
     dry_run("ldm", "--storage", str(tmp_path / "empty"))
     out = capsys.readouterr().out

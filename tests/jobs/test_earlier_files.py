@@ -1,7 +1,7 @@
-"""Files as commit 34e6a7a wrote them: finished runs open and do what they did, half-done sweeps are gone on with.
+"""Files of commit 34e6a7a: finished runs open with equal results, and half-done sweeps continue.
 
-`tests/earlier` has the recipe.json of four runs. Their weights are made here by a formula whose values fp32 holds
-exactly, so that digests and fingerprints are those of then.
+`tests/earlier` has the recipe.json of four runs. Their weights come from a formula with values exact in fp32, so
+digests and fingerprints are the same as then.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from mmcore.trained.generator import open_generator
 pytest_plugins = ("sweep_fixtures",)
 EARLIER = Path(__file__).parents[1] / "earlier"
 PROMPTS = ["a red square", "a blue circle", "a red circle and a blue square"] * 2
-# SHA-256 of the names and shapes of the weights of then.
+# SHA-256 of the names and shapes of the earlier weights.
 WEIGHTS = {
     "pixel_diffusion": "942216139a82c38ff71c608c77a9f81d40448738161d1967be9e535951fa9a30",
     "vqvae": "5a896d2cb96cf66ad56b3125aecb08adee98ae22e877f45d1539729c753bd268",
@@ -46,7 +46,7 @@ CAPTIONS = ["and and and red", "and and red"]
 
 
 def write_run(folder: Path, name: str) -> str:
-    """The finished run of `name`; returns where it is."""
+    """Write the finished run of `name` and return its folder."""
     model_folder = folder / "model"
     model_folder.mkdir(parents=True)
     recipe_file = model_folder / "recipe.json"
@@ -76,7 +76,7 @@ def write_run(folder: Path, name: str) -> str:
 
 
 def pictures() -> np.ndarray:
-    """uint8 (2, 16, 16, 3): two greys that brighten downwards."""
+    """uint8 (2, 16, 16, 3): two greys that get brighter downwards."""
     rows = np.arange(16, dtype=np.uint8)[:, None, None]
     return np.stack([np.full((16, 16, 3), grey, np.uint8) + rows for grey in (20, 160)])
 
@@ -91,10 +91,10 @@ def write_part(path: Path, columns: dict[str, Any], block: dict[str, Any] | None
 def test_finished_generators_open(tmp_path: Path) -> None:
     pixel = open_generator(write_run(tmp_path / "pixel", "pixel_diffusion")).load()
     (image,) = pixel.generate(["a red square"], [7], DiffusionOptions(steps=4))
-    # Means of the rows of the image of then; a pixel of another CPU may differ by one.
+    # Means of the rows of the earlier image. On another CPU a pixel may differ by one.
     then = [88.38, 147.33, 140.21, 136.54, 139.5, 87.0, 131.75, 119.25]
     np.testing.assert_allclose(image.mean(axis=(1, 2)), then, atol=1)
-    # Its VQ-VAE has the fingerprint that the latent diffusion wrote down, or it would be refused.
+    # Its VQ-VAE has the fingerprint that the latent diffusion recorded. Otherwise it would be refused.
     latent = open_generator(write_run(tmp_path / "latent", "ldm")).load()
     assert latent.generate(["a red square"], [7], DiffusionOptions(steps=4)).std() > 10
     assert latent.decides_by_code
@@ -156,11 +156,11 @@ def test_a_half_done_sweep_of_images_is_gone_on_with(without_ray: None, tmp_path
     assert [row["options"] is None for row in rows] == [True] * 2 + [False] * 4
     assert [row["steps"] for row in rows] == [4] * 6
 
-    # Killed before its rows were written: the images of then are adopted.
+    # Killed before its rows were written. The earlier images are adopted.
     part.unlink()
     generate(again, DiffusionOptions(steps=4))
     assert read_manifest(Storage(str(out)))[0]["sha256"].to_pylist()[:2] == digests
-    # The summary of then says nothing of prompts that were cut.
+    # The earlier summary does not mention truncated prompts.
     then = {name: value for name, value in summary.items() if "cut" not in name and name != "max_tokens"}
     (out / "summary.json").write_text(json.dumps(then))
     assert generate(again, DiffusionOptions(steps=4)) == then
@@ -185,7 +185,7 @@ def test_a_half_done_sweep_of_captions_is_gone_on_with(
     (out / "sweep.json").write_text(json.dumps(plan, indent=1, sort_keys=True) + "\n")
     then = {"image_id": ["0", "1"], "file_name": ["0.png", "1.png"], "caption": ["of then", "of then too"]}
     write_part(out / "parts" / "part-000000.parquet", then)
-    # Code of then took neither for an image.
+    # Earlier code took neither for an image.
     (images / "below").mkdir()
     for name in ("below/4.png", "0.jfif"):
         (images / name).write_bytes(png_bytes(pictures()[0], {}))

@@ -1,4 +1,4 @@
-"""jobs/evaluate.py from the outside: one JSON object on stdout, one line of error, and no heavy imports."""
+"""jobs/evaluate.py as a program: one JSON object on stdout, one error line, and no heavy imports."""
 
 import csv
 import hashlib
@@ -31,7 +31,7 @@ PREDICTIONS = {"a1.jpg": "a dog runs on the grass .", "b2.jpg": "Two men play fo
 
 
 def evaluate(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The job in this process; test_commandline.py runs it as a program."""
+    """The job in this process. test_commandline.py runs it as a program."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["evaluate.py", "captions", *arguments])
@@ -47,7 +47,7 @@ def evaluate(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
 def scored(*arguments: str, cwd: Path = ROOT) -> dict:
     done = evaluate(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)  # fails where stdout holds anything but one JSON value
+    return json.loads(done.stdout)  # fails if stdout holds anything but one JSON value
 
 
 def refused(*arguments: str) -> str:
@@ -138,7 +138,7 @@ def test_scores_and_protocol(predictions: str, references: str) -> None:
 
 
 def test_the_reports_protocol_scores_as_its_code_does(tmp_path: Path, predictions: str, storage: str) -> None:
-    """Its code splits each line of captions.txt at the first comma and leaves the quotation marks where they are."""
+    """Its code splits each line of captions.txt at the first comma and keeps quotation marks."""
     lines = ["image,caption", 'a1.jpg,"A dog , running ."', 'a1.jpg,A man with "a dog"', 'b2.jpg,"Two men , a ball ."']
     path = tmp_path / "quoted.txt"
     path.write_text("\n".join(lines) + "\n")
@@ -256,7 +256,7 @@ def test_scores_of_other_predictions_are_not_overwritten(predictions: str, refer
     with pytest.raises(InputError, match=message):
         evaluate_captions(settings)
     assert scores.read_bytes() == before
-    # The same place again, as after a training that was repeated, is no other, however it is named.
+    # The same path after a repeated training counts as the same run, however it is written.
     text = Path(predictions).read_text()
     Path(predictions).write_text(text.replace("dog", "cat"))
     again = scored("--predictions", Path(predictions).name, *flags, cwd=Path(predictions).parent)
@@ -352,7 +352,7 @@ def test_evaluate_imports_neither_torch_nor_ray() -> None:
 
 
 def test_real_captions(tmp_path: Path) -> None:
-    """The fifth caption of 200 images as the prediction: nltk over the csv module's reading says the same."""
+    """The fifth caption of 200 images as the prediction. nltk with the csv module gives the same score."""
     if not SHARED_CAPTIONS.exists():
         pytest.skip("../shared/data/flickr8k is not there")
     texts: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""jobs/evaluate.py shapes and colours: the images of a sweep, as the manifest names them, are scored."""
+"""jobs/evaluate.py shapes and colours: it scores the images of a sweep by its manifest."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ def write_run(folder: Path, weights: str) -> Path:
 
 
 def write_sweep(folder: Path, images: list[bytes], prompts: list[str], num_rows: int | None = None) -> str:
-    """A sweep in two blocks, as jobs/generate.py leaves it."""
+    """A sweep of two blocks in the form of jobs/generate.py."""
     (folder / "images").mkdir(parents=True)
     (folder / "manifest").mkdir()
     keys = [f"images/{index:06d}.png" for index in range(len(images))]
@@ -119,13 +119,13 @@ def test_scores_of_another_sweep_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_the_datasets_own_photos_are_scored(tmp_path: Path) -> None:
-    """Those that name just one of the colours, in a caption with the word; of the others nothing is counted."""
+    """Only captions with the word and exactly one of the colours are counted."""
     red, green, grey = (np.full((8, 8, 3), rgb, np.uint8) for rgb in ((250, 20, 20), (20, 130, 20), (128, 128, 128)))
     rows = [
         (red, ["a red dog", "an animal"]),
         (green, ["a dog in green grass", "a dog"]),
-        (green, ["a red dog", "a dog in green grass"]),  # both
-        (green, ["a red house", "a dog"]),  # not beside the word
+        (green, ["a red dog", "a dog in green grass"]),  # both colours
+        (green, ["a red house", "a dog"]),  # the colour is not next to the word
         (grey, ["a greenish dog"]),
     ]
     folder = tmp_path / "data" / "photos"

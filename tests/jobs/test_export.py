@@ -1,4 +1,4 @@
-"""jobs/export.py: what diffusers loads makes the same image of the same noise."""
+"""jobs/export.py: the exported model in diffusers makes the same image from the same noise."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mmcore.trained.generator import open_generator
 from mmcore.trained.to_diffusers import TOLERANCE
 
 
-# A VQ-VAE that makes 8 pixels of a latent, as diffusers' pipeline has it, and one that makes 4.
+# A VQ-VAE with 8 pixels per latent, as diffusers' pipeline needs, and one with 4.
 @pytest.mark.parametrize(
     ("frozen_text", "changes"), [(True, {"channels": (8, 16, 16, 16), "image_size": 64}), (False, {"num_heads": 1})]
 )
@@ -46,13 +46,13 @@ def test_diffusers_makes_the_same_images(frozen_text: bool, changes: dict, tmp_p
         ).images
         ours = generator.generate(prompts, seeds, DiffusionOptions(10, guidance, "ddim"))
         assert theirs.shape == ours.shape == (2, *generator.size, 3)
-        # Half a step of the 255, that rounding takes, and the tolerance.
+        # Half a step of 1/255 for rounding, and the tolerance.
         assert np.abs(theirs - ours / 255).max() <= 0.5 / 255 + TOLERANCE
         assert np.abs(theirs[0] - theirs[1]).max() > 0.05, "the images say nothing of prompt and noise"
 
 
 def test_diffusers_has_the_same_vqvae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that a generator holds; by itself it is a run."""
+    """The VQ-VAE stored with a generator. It is a run by itself."""
     from diffusers import VQModel
 
     vqvae = str(tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a", num_heads=1) / "model" / "vqvae")

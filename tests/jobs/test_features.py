@@ -1,4 +1,4 @@
-"""The frozen encoder runs once over the images, whoever asks again."""
+"""The frozen encoder runs once over the images, also for later jobs."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def test_the_encoder_runs_once(
     log = tmp_path / "calls"
 
     class CountedEncoder(EncodeImages):
-        """Counts the images that the encoder sees, in the worker."""
+        """Counts the images that the encoder sees in the worker."""
 
         def __call__(self, rows: dict[str, Any]) -> pa.Table:
             with open(log, "a") as file:
@@ -84,7 +84,7 @@ def test_the_encoder_runs_once(
 
     again = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32)
     assert (again.encoded_now, again.folder) == (0, first.folder)
-    # The same weights in another folder are the same encoder: the key hashes content, not a path.
+    # The same weights in another folder are the same encoder, as the key hashes the content.
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in Path(encoder_folder).iterdir():
@@ -105,7 +105,7 @@ def test_an_interrupted_encoding_goes_on(storage: Storage, encoder_folder: str, 
     lost = sorted(times)[-1]
     done.folder.delete("_SUCCESS")
     done.folder.delete(f"parts/{lost}")
-    # By another name, as on another machine.
+    # With another name, as on another machine.
     renamed = shutil.copytree(encoder_folder, tmp_path / "renamed")
     resumed = cached_image_column(storage, "shapes", encoder=str(renamed), image_size=32)
     assert 0 < resumed.encoded_now < NUM_IMAGES
@@ -121,7 +121,7 @@ def test_the_column_holds_what_the_encoder_says(storage: Storage, encoder_folder
     assert list(column.image_ids) == [row["image_id"] for row in rows]
     pixels = pixels_from_bytes([row["image"] for row in rows[:5]], 32, ["x"] * 5)
     expected = FrozenVisionEncoder(encoder_folder, 32)(pixels).numpy()
-    # fp16 keeps 11 bits: half a unit in the last place of values below 8 is 0.002.
+    # fp16 has 11 bits: half a unit in the last place of values below 8 is 0.002.
     np.testing.assert_allclose(column.values[:5].astype(np.float32), expected, atol=0.004)
 
     some = [rows[3]["image_id"], rows[60]["image_id"]]
@@ -175,7 +175,7 @@ def test_latents_and_codes_are_made_once_and_of_both_views(storage: Storage, tmp
     column = cached_code_column(storage, "shapes", vqvae=vqvae, flip=True)
     assert (column.encoded_now, column.tensors) == (NUM_IMAGES, {VALUE: TensorSpec("uint8", (8, 8))})
     codes = open_column(column.folder, tmp_path).values[:5]
-    # A batch of another size may round another way between two codes.
+    # With another batch size, rounding may choose another code.
     assert (codes == autoencoder.codes(pixels[:, :, ::-1].copy()).numpy()).mean() > 0.99
 
 
@@ -209,7 +209,7 @@ def test_hidden_states_of_captions_are_made_once(
 
 
 class EncodeSeveral:
-    """Of a length a ragged tensor, and a number beside it."""
+    """A ragged tensor of one length, and a number."""
 
     def __call__(self, rows: dict[str, Any]) -> pa.Table:
         tokens = [np.ones((length, 2), np.float16) for length in rows["length"]]

@@ -1,4 +1,4 @@
-"""A flag that has no effect beside the others is refused, and one flag is enough to change the kind of a part."""
+"""A flag without effect is refused, and one flag is enough to change the kind of a part."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_with_what_it_needs_it_is_taken(name: str, flags: list[str]) -> None:
     ],
 )
 def test_every_variant_takes_the_flag_that_changes_a_part(name: str, flags: list[str], variant: str) -> None:
-    """Though it leaves sizes that the variant chose for the other part without effect."""
+    """Although sizes that the variant set for the other part then have no effect."""
     assert parsed(name, "--variant", variant, *flags).variant == variant
 
 

@@ -1,4 +1,4 @@
-"""Jobs on a disk that becomes full: one line, at once, and the same command goes on when there is room."""
+"""Jobs on a full disk: they stop at once with one line, and the same command continues when there is room."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
 
 
-@pytest.mark.nightly  # test_train_resume.py fills the disk of a training amid its steps
+@pytest.mark.nightly  # test_train_resume.py fills the disk in the middle of a training
 def test_a_training(call_job: Callable[..., Any], disk: SmallDisk, capfd: pytest.CaptureFixture[str]) -> None:
     storage = Storage(str(disk.path))
     tiny.write_dataset(storage)
@@ -76,5 +76,5 @@ def test_who_names_no_file_is_no_fault_of_ours() -> None:
     assert (one_line(OSError(28, "No space", "source", None, "target")) or "").startswith("target: ")
     assert one_line(OSError(5, "Input/output error")) is None
     told = DiskError(28, "/disk/file")
-    told.args = (*told.args, "Failed to apply UDF transform")  # as Ray Data does
+    told.args = (*told.args, "Failed to apply UDF transform")  # like Ray Data
     assert (one_line(pickle.loads(pickle.dumps(told))) or "").startswith("/disk/file: No space left on device; make")

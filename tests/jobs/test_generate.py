@@ -1,4 +1,4 @@
-"""jobs/generate.py: what a sweep writes, what it adopts and what it refuses."""
+"""jobs/generate.py: the files of a sweep, adopted images, and refusals."""
 
 import dataclasses
 import hashlib
@@ -69,7 +69,7 @@ def test_what_a_sweep_writes(sweep, run_folder, tmp_path, capsys):
     assert (rows[0]["steps"], rows[0]["guidance"], rows[0]["dtype"]) == (7, 2.5, "float32")
     assert json.loads(rows[0]["options"]) == dataclasses.asdict(DiffusionOptions(steps=7, guidance=2.5))
     assert (rows[0]["height"], rows[0]["width"]) == (tiny_sweep.SIZE, tiny_sweep.SIZE)
-    # The last batch is filled up, so that its images are made as all others are.
+    # The last batch is padded, so that all images are made with the same batch size.
     log = [line.split() for line in Gate(run_folder).begun()]
     assert log == [["000000", "4"], ["000004", "4"], ["000008", "2"]]
 
@@ -89,12 +89,12 @@ def test_a_finished_sweep_needs_no_ray_and_generates_nothing(sweep, run_folder, 
     calls, before = tiny_sweep.calls(run_folder), (tmp_path / "out" / "summary.json").read_bytes()
     monkeypatch.setattr(jobs.runtime.sweep, "connect", lambda: pytest.fail("Ray was asked for"))
     assert sweep() == first
-    # What was left open is what the sweep began with.
+    # Options that are not given again are those of the sweep's start.
     assert sweep(batch_size="auto", num_threads=None) == first
     assert f"all {NUM} images are done already" in capsys.readouterr().out
     assert tiny_sweep.calls(run_folder) == calls
     assert len(list((tmp_path / "out" / "lease").iterdir())) == 1
-    # Killed just before its end, it writes down how fast it was from the manifest.
+    # Killed just before its end. It computes its speed from the manifest.
     (tmp_path / "out" / "summary.json").unlink()
     sweep()
     assert (tmp_path / "out" / "summary.json").read_bytes() == before
@@ -107,7 +107,7 @@ def test_images_that_are_there_are_adopted(sweep, run_folder, tmp_path):
     lost = out / "manifest" / "part-000001.parquet"
     rows = pq.read_table(lost).to_pylist()
     lost.unlink()
-    # Of another commit: the code changed between two resumes, and the image is the same.
+    # From another commit: the code changed between two resumes, and the image is the same.
     edit_text(out / "images" / "000005.png", commit="before")
     edited = (out / "images" / "000005.png").read_bytes()
     sweep(batch_size="auto")
@@ -148,7 +148,10 @@ def test_another_image_under_the_same_key_is_not_touched(damage, message, sweep,
 
 
 def test_an_image_of_another_kind_of_cpu_is_adopted(sweep, tmp_path, monkeypatch):
-    """Of a VQ-VAE, another code was chosen for a patch; pixels differ by no more than a step, and prompts by tens."""
+    """With a VQ-VAE, one patch may have another code.
+
+    Other pixels differ by at most one step, and other prompts by tens.
+    """
     sweep()
     out = tmp_path / "out"
     path = out / "images" / "000006.png"
@@ -157,7 +160,7 @@ def test_an_image_of_another_kind_of_cpu_is_adopted(sweep, tmp_path, monkeypatch
     patch, step = mine.copy(), mine.copy()
     patch[4:6, 4:6] ^= 64
     step[:, :, 0] ^= 1
-    # Near in the mean, as a scene of one small shape may be to that of another prompt, and nowhere the same.
+    # Its mean is near, like a scene of one small shape for another prompt, but no pixel is the same.
     near = mine ^ 2
 
     def resumed(there: np.ndarray, decides_by_code: bool) -> None:
@@ -264,7 +267,7 @@ def test_the_batch_goes_by_device_and_resolution(device, resolution, num_images,
 
 def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
     out = Storage(str(tmp_path))
-    # Two workers side by side from 10 to 16 s, and after a kill a third from 30 to 34 s.
+    # Two workers in parallel from 10 to 16 s, and after a kill a third from 30 to 34 s.
     blocks = [("a", 10, 12), ("b", 11, 14), ("a", 12.5, 15), ("b", 15, 16), ("c", 30, 31), ("c", 33, 34)]
     for k, (worker, began, ended) in enumerate(blocks):
         facts = {"worker": worker, "began": began, "ended": ended, "load_s": k, "warmup_s": 1, "device": "x"}
@@ -347,7 +350,10 @@ def test_the_run_of_a_captioner_makes_no_images(run_folder, tmp_path):
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(ray_local, one_thread, tmp_path):
-    """Equal bytes with one worker and two, in any order, beside any prompts; other batch sizes round elsewhere."""
+    """Equal bytes with one or two workers, in any order, and with any other prompts.
+
+    Other batch sizes may round differently.
+    """
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
     prompts = read_prompts("shapes-test", count=12)
     settings = GenerateSettings(str(run), "shapes-test", "", count=12, batch_size=5, num_threads=1)
@@ -381,7 +387,7 @@ def test_settings_that_do_not_work_begin_no_sweep(without_ray, tmp_path):
     with pytest.raises(InputError, match="7 sampling steps: ddim takes a divisor"):
         generate(settings, DiffusionOptions(steps=7, sampler="ddim"))
     assert not (tmp_path / "out" / "sweep.json").exists()
-    # Found by a worker alone.
+    # Found by a worker only.
     weights = run / "model" / "model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"model\.safetensors: missing; copy the whole folder"):
@@ -392,7 +398,7 @@ def test_settings_that_do_not_work_begin_no_sweep(without_ray, tmp_path):
 
 
 def test_an_odd_number_of_timesteps_is_warmed_up_for(without_ray, tmp_path):
-    """ddim cannot take two steps of them."""
+    """ddim cannot use two steps for this number of timesteps."""
     smoke = dataclasses.replace(pixel_diffusion.VARIANTS["smoke"], image_size=16)
     recipe = dataclasses.replace(smoke, noise=dataclasses.replace(smoke.noise, num_timesteps=15))
     run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a", recipe)
@@ -434,7 +440,7 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, 
     job = start_job(*command, env=shared_ray)
     wait_for_blocks(Storage(str(out / "manifest")), 1, job)
     actors = workers(job, MAP_WORKER)
-    # As a terminal does it: to the job and to all that it started and left in its group.
+    # As a terminal does: the signal goes to the job and to all processes of its group.
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(TIMEOUT_S) == 130
     wait_until_gone(actors)
@@ -452,14 +458,14 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, 
     assert len(tiny_sweep.calls(run_folder)) <= 10 + 2
 
 
-@pytest.mark.nightly  # what a cluster lacks is named in test_cluster.py
+@pytest.mark.nightly  # test_cluster.py names what a cluster lacks
 def test_what_a_sweep_waits_for_is_named(tmp_path, run_job):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, for which the sweep would not wait")
     run_folder = tiny_sweep.write_run(tmp_path / "runs" / "tiny" / "a")
     prompts = tiny_sweep.write_prompts(tmp_path / "prompts.txt", 4)
     command = ["tests/tiny_sweep.py", "--run", run_folder, "--prompts", prompts, "--out", tmp_path / "out"]
-    # On a busy machine the sweep may not have asked for its workers before the shorter time is up.
+    # On a busy machine the sweep may not have requested its workers within the shorter time.
     for stall_timeout in ("3", "120"):
         flags = ["--device", "cuda", "--batch-size", "4", "--stall-timeout", stall_timeout]
         result = run_job(*command, *flags, check=False)

@@ -1,4 +1,4 @@
-"""Which images bulk work is over: folders in folders, shards of others, and what is broken, null, hidden or gone."""
+"""The images of bulk work: nested folders, shards of other tools, and broken, null, hidden or missing images."""
 
 import csv
 import dataclasses
@@ -154,7 +154,7 @@ def listed(settings: CaptionSettings, name: str) -> list[list[str]]:
 
 
 def test_broken_and_null_images_are_skipped_and_listed(settings, tmp_path, capsys) -> None:
-    # A block without a good one, one with both, one without a bad one.
+    # A block without good images, one with both kinds, one without bad images.
     images = pa.array([None, b"", PNG, PNG[:-30], PNG, PNG], pa.binary())
     write_shard(tmp_path / "images", pa.table({"image_id": list("abcdef"), "image": images}))
     with pytest.raises(InputError, match=r"images: a: no image there \(null\); mend it .* --skip-bad"):
@@ -186,7 +186,7 @@ def test_a_sweep_goes_on_without_images_that_were_removed(settings, tmp_path, ca
     assert [row[0] for row in listed(settings, "captions.csv")] == kept
     assert listed(settings, "skipped.csv") == [["d.png", "no longer there"]]
     assert "skipped: d.png: no longer there" in capsys.readouterr().out
-    # What was captioned stays.
+    # Finished captions are kept.
     source.delete("a.png")
     caption(settings)
     assert [row[0] for row in listed(settings, "captions.csv")] == kept
@@ -196,7 +196,7 @@ def test_a_sweep_goes_on_without_images_that_were_removed(settings, tmp_path, ca
 
 
 def test_a_sweep_without_a_list_of_its_files_goes_on(settings, tmp_path) -> None:
-    """As they were written before: the plan's digest alone says of which images it is."""
+    """As earlier versions wrote them: only the plan's digest identifies the images."""
     source, out = write_files(tmp_path / "images", "a.png", "b.png", "c.png"), Storage(settings.out)
     caption(settings)
     plan = json.loads(out.read("sweep.json"))

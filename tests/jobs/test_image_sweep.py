@@ -1,5 +1,7 @@
-"""What a row of a sweep decides: the size of its image, and whether its prompt was read to its end. What the options
-of a generator that is no diffusion are to a sweep."""
+"""A sweep's rows decide the size of the image and record truncated prompts.
+
+Also the options of a generator that is not a diffusion.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,7 @@ OTHER = (24, 32)
 
 
 def write_prompts(folder: Path) -> str:
-    """Every third one with a size of its own."""
+    """Every third row has its own size."""
     rows = [{"prompt": f"picture {row} of a dog"} for row in range(NUM)]
     for row in rows[::3]:
         row |= dict(zip(("height", "width"), OTHER, strict=True))
@@ -51,7 +53,7 @@ def test_each_image_has_the_size_of_its_row(sweep, tmp_path, monkeypatch):
     for row in rows:
         image = np.asarray(decode_image((out / row["key"]).read_bytes(), name="image"))
         assert (image == tiny_image(row["prompt"], row["seed"], (row["height"], row["width"]))).all()
-    # To warm up, then two sizes a block, each in full batches of one size.
+    # A warm-up, then two sizes per block, each in full batches of one size.
     square = (SIZE, SIZE)
     assert batches[0] == (BATCH, 1, square)
     assert sorted(batches[1:]) == sorted(
@@ -65,7 +67,7 @@ def test_each_image_has_the_size_of_its_row(sweep, tmp_path, monkeypatch):
         ]
     )
 
-    # Killed, the images without rows are adopted, and are those of no other size.
+    # After a kill, images without rows are adopted, but not those of another size.
     (out / "manifest" / "part-000001.parquet").unlink()
     sweep(prompts=prompts)
     assert pq.read_table(out / "manifest").num_rows == NUM
@@ -83,7 +85,7 @@ def test_the_size_of_all_images_is_a_flag(sweep, tmp_path):
 
 
 def test_prompts_that_were_cut_are_counted_and_named(without_ray, tmp_path, capsys):
-    """By the run's own tokenizer, which reads 16 tokens with begin and end."""
+    """By the run's tokenizer, which reads 16 tokens including begin and end."""
     run = tiny_runs.write_pixel_run(tmp_path / "run")
     longest = "a red circle " * 4 + "a star"
     texts = [f"{longest} below it", longest, "a red circle", *[f"{longest} below a square"] * 5]
@@ -92,12 +94,12 @@ def test_prompts_that_were_cut_are_counted_and_named(without_ray, tmp_path, caps
     prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     settings = GenerateSettings(str(run), str(prompts), str(tmp_path / "out"), batch_size=4)
     summary = generate(settings, DiffusionOptions(steps=2, negative_prompt=f"{longest} above"))
-    # Of each block three are named, of the summary five.
+    # Three of each block are named, five in the summary.
     cut = {"max_tokens": 16, "num_prompts_cut": 6, "prompts_cut": ["p0", "p3", "p4", "p5", "p6"]}
     assert {name: summary[name] for name in cut} == cut
     assert summary["negative_prompt_is_cut"]
     told = capsys.readouterr().out
-    # Of whichever of the two blocks is first, and not of each prompt: two threads begin together.
+    # Once for the first block, not for each prompt. Two threads begin together.
     named = re.findall(r"generate: the prompt of (?:p0 has 18|p4 has 19) tokens; its end beyond 16 is not read", told)
     assert 1 <= len(named) <= 2
     assert "generate: 6 prompts are longer than the 16 tokens that the text encoder reads" in told
@@ -127,7 +129,7 @@ def test_a_sweep_of_codes_resumes_and_says_its_own_options(without_ray, tmp_path
     assert {name: text.get(name) for name in said} == {
         **{name: str(value) for name, value in said.items()}, "negative_prompt": None,
     }  # fmt: skip
-    # Killed before a block was committed: its image is there, and is made again to the bit.
+    # Killed before a block was committed: its image exists and is made again, bit-identical.
     images = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (out / "images").iterdir()}
     for name in ("manifest/part-000001.parquet", "summary.json"):
         (out / name).unlink()

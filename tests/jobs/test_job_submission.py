@@ -1,8 +1,7 @@
-"""Jobs on a cluster as a user sends them there: two real nodes, `ray job submit`, exit codes, whose code runs.
+"""Jobs submitted to a cluster as by a user: two real nodes, `ray job submit`, exit codes, and the version of the code.
 
-The cluster's head is started in the root of a checkout; the second node is started elsewhere, with another
-version of the code installed, as a node that was set up last week. To try another job in all forms add it to
-`BARE_JOBS` or `JOBS_WITH_FLAGS`.
+The head is started in the root of a checkout. The second node is started elsewhere with another version of the code
+installed, like a node that was set up last week. To test another job, add it to `BARE_JOBS` or `JOBS_WITH_FLAGS`.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from conftest import HANG_S, ROOT, end_group, free_port, run_command, wait_for_h
 
 pytestmark = pytest.mark.process
 
-# Installed by the test into the checkout. Asks the node with the resource `other_node` which code it runs.
+# The test copies it into the checkout. It asks the node with the resource `other_node` which code it runs.
 PROBE_JOB = """#!/usr/bin/env python
 import argparse, hashlib, json, os, tempfile
 from pathlib import Path
@@ -73,15 +72,15 @@ if __name__ == "__main__":
     run(main)
 """
 
-# (script, what its output holds): sent as `ray job submit SCRIPT`
+# (script, text of its output): submitted as `ray job submit SCRIPT`
 BARE_JOBS = [pytest.param("jobs/probe.py", "RESULT", id="probe")]
-# Outside the working directory, which the cluster has a copy of.
+# Outside the working directory, which is copied to the cluster.
 OUTSIDE = "{storage}"
 SMOKE = ["--variant", "smoke", "--storage"]
-# (script, flags, what its output holds): sent as `ray job submit --working-dir . -- python SCRIPT FLAGS`
+# (script, flags, text of its output): submitted as `ray job submit --working-dir . -- python SCRIPT FLAGS`
 JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
-    # What both ways of submitting share is seen of the probe; these take minutes, most of it starts of workers.
+    # The probe tests what both ways of submission share. These take minutes, mostly to start workers.
     pytest.param("jobs/train_resnet_captioner.py", [*SMOKE, OUTSIDE], "finished: ", id="train", marks=pytest.mark.soak),
     pytest.param(
         "jobs/train_ldm.py", [*SMOKE, OUTSIDE], "runs/ldm/default/model", id="train_ldm", marks=pytest.mark.soak
@@ -93,14 +92,14 @@ TRAIN_JOB = "jobs/train_resnet_captioner.py"
 @dataclass(frozen=True)
 class Cluster:
     checkout: Path
-    """The folder that the head was started in: a copy of this repository with `jobs/probe.py` in it."""
+    """The folder in which the head was started: a copy of this repository with `jobs/probe.py`."""
     env: dict[str, str]
-    """A user's shell: the token, the environment's programs on the PATH, and where the cluster is."""
+    """A user's shell: the token, the environment's programs on the PATH, and the address of the cluster."""
     gcs_address: str
     outputs: dict[tuple[str, ...], str]
 
     def output_of(self, *args: str) -> str:
-        """What a job that must succeed printed; sent once, however many tests ask."""
+        """The output of a job that must succeed. It is submitted once for all tests."""
         if args not in self.outputs:
             self.outputs[args] = self.submit(*args).stdout
         return self.outputs[args]
@@ -125,7 +124,7 @@ def copy_code(target: Path, probe: str) -> Path:
 
 
 def wait_for_first_job(dashboard: str, token: str, head: "subprocess.Popen[bytes]") -> None:
-    """Until the head has taken a job: it refuses them while the agent that starts them is 10 s later than it is."""
+    """Wait until the head accepts a job. It refuses jobs while its agent lags by 10 s."""
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     request = urllib.request.Request(f"{dashboard}/api/jobs/", json.dumps({"entrypoint": "true"}).encode(), headers)
     deadline = time.monotonic() + HANG_S
@@ -140,7 +139,7 @@ def wait_for_first_job(dashboard: str, token: str, head: "subprocess.Popen[bytes
 
 
 def programs(folder: Path) -> str:
-    """The environment's programs as a PATH without a space: Ray's own nodes start workers by an unquoted path."""
+    """The environment's programs on a PATH without spaces, as Ray's nodes start workers by an unquoted path."""
     environment = ROOT / ".venv"
     if " " not in str(environment):
         return str(environment / "bin")
@@ -153,8 +152,8 @@ def programs(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(short_tmp: Path) -> Iterator[Cluster]:
-    """A head in the checkout and a second node whose installed code is another version; both end by pid."""
-    checkout = copy_code(short_tmp / "head checkout", PROBE_JOB)  # with a space, as users have
+    """A head in the checkout and a second node with another version installed. Both are ended by process id."""
+    checkout = copy_code(short_tmp / "head checkout", PROBE_JOB)  # with a space, as users may have
     old = copy_code(short_tmp / "old", PROBE_JOB)
     with (old / "mmcore" / "errors.py").open("a") as stream:
         stream.write("\n# last week's\n")
@@ -163,7 +162,7 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
     base = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     base |= {
         "PATH": f"{programs(short_tmp / 'bin')}{os.pathsep}{python_bin}{os.pathsep}{os.environ['PATH']}",
-        # On both sides, whatever a token file in the home folder would make of it.
+        # The same on both sides, even with a token file in the home folder.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
@@ -172,7 +171,7 @@ def cluster(short_tmp: Path) -> Iterator[Cluster]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(name: str, folder: Path, *args: str) -> subprocess.Popen[bytes]:
-        # Stands for `pip install -e .` on that node.
+        # Instead of `pip install -e .` on that node.
         env = base | {"PYTHONPATH": str(folder)}
         with (short_tmp / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -234,9 +233,9 @@ def test_results_are_not_left_in_rays_copy_of_the_working_directory(cluster):
     assert "error: --storage out: would lie in Ray's copy of the job's working directory" in done.stdout + done.stderr
 
 
-@pytest.mark.nightly  # of its minutes most are starts of workers; what a submission does is seen of the probe
+@pytest.mark.nightly  # most of its minutes are starts of workers; the probe tests submission
 def test_a_training_job_as_a_file_trains(cluster):
-    """A short one; the soak test below sends the file alone."""
+    """A short submission. The soak test below submits the file alone."""
     output = cluster.submit("--", TRAIN_JOB, "--variant", "smoke", "--name", "smoke").stdout
     assert "finished: " in output
     assert "succeeded" in output
@@ -265,7 +264,7 @@ def test_a_failing_job_has_failed(cluster):
 
 
 def test_workers_on_another_node_run_the_drivers_code(cluster, short_tmp):
-    # The second node has another version: with a plain ray.init() that one runs there.
+    # The second node has another version, which runs with a plain ray.init().
     env = cluster.env | {"RAY_ADDRESS": cluster.gcs_address}
     command = ["python", "jobs/probe.py", "--plain-init"]
     control = result_of(run_command(command, env=env, check=True, timeout_s=HANG_S, cwd=cluster.checkout).stdout)
@@ -283,7 +282,7 @@ def test_plain_python_joins_the_cluster_of_ray_address(cluster):
         command = ["python", "jobs/probe.py", "--flag", "plain"]
         return run_command(command, env=env, check=check, timeout_s=HANG_S, cwd=cluster.checkout)
 
-    cluster.output_of("jobs/probe.py")  # which ran on the second node: it has joined
+    cluster.output_of("jobs/probe.py")  # it ran on the second node, so it joined
     done = run(cluster.gcs_address)
     result = result_of(done.stdout)
     assert result["flag"] == "plain"

@@ -1,4 +1,4 @@
-"""jobs/runtime/lease.py: one live run at a time, and a dead one in nobody's way."""
+"""jobs/runtime/lease.py: only one live run at a time, and a dead run blocks nobody."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from mmcore.errors import InputError
 from mmcore.storage import Storage
 
 ROOT = Path(__file__).parents[2]
-# A lease that lasts so long does not expire because a test stands still for a while.
+# A lease this long does not expire if a test is paused for a while.
 HOUR_S = 3600.0
 HOLD = """
 import sys
@@ -33,7 +33,7 @@ with Lease(Storage(sys.argv[1]), "the sweep", ttl_s=3600, renew_s=float(sys.argv
 
 
 class Clock:
-    """Time that passes where the lease sleeps, and nowhere else."""
+    """Time that passes only while the lease sleeps."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
@@ -67,7 +67,7 @@ def held(place: Storage, number: int) -> dict:
 
 
 def put(place: Storage, number: int, **changes: object) -> Holder:
-    """The file of a holder that is this process but for `changes`."""
+    """The file of a holder that equals this process except for `changes`."""
     holder = dataclasses.replace(Holder.this_process(HOUR_S), **changes)  # type: ignore[arg-type]
     place.write(f"lease/{number:06d}.json", json.dumps(dataclasses.asdict(holder)).encode())
     return holder
@@ -111,7 +111,7 @@ def test_a_killed_run_of_this_machine_is_replaced_at_once(tmp_path: Path, capsys
             Lease(place, "the sweep").__enter__()
     finally:
         process.kill()
-    # A process that its parent has not waited for yet still has its number.
+    # A zombie keeps its process id.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with Lease(place, "the sweep") as lease:
         assert lease.number == 1
@@ -125,7 +125,7 @@ def test_a_process_number_that_is_used_again_is_no_holder(place: Storage) -> Non
         assert lease.number == 1
 
 
-# How far the clock of the holder's machine is before that of who wants the place.
+# How far the holder's clock is ahead of the clock of the waiting machine.
 SKEWS_S = [600, 0, -600, -86_400]
 
 
@@ -135,7 +135,7 @@ def test_another_machine_holds_until_it_was_silent_for_long(
     machine: str | None, skew_s: float, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Storage(str(tmp_path))
-    # Its process numbers say nothing here, even where a container there has this host's name.
+    # Its process ids mean nothing here, even if a container there has the same host name.
     elsewhere: dict = {"machine": machine} if machine else {"host": "elsewhere"}
     began = clock.now
     put(place, 0, pid=2**22 + 1, expires_unix=began + skew_s + TTL_S, **elsewhere)

@@ -1,4 +1,4 @@
-"""jobs/prepare.py for real: on a local Ray, killed in the middle, and on S3."""
+"""jobs/prepare.py on a local Ray, with kills, and on S3."""
 
 import dataclasses
 import hashlib
@@ -42,7 +42,7 @@ def jpeg(shade: int, size: tuple[int, int] = (24, 16)) -> bytes:
 
 
 def make_source(folder: Path, num_images: int = NUM_IMAGES) -> Path:
-    """Images whose order in captions.txt is not that of their names; two captions each, one with a comma."""
+    """Images in another order in captions.txt than by name, with two captions each, one with a comma."""
     (folder / "Images").mkdir(parents=True)
     lines = ["image,caption"]
     names = [f"{(7 * index) % num_images:04d}_{index}.jpg" for index in range(num_images)]
@@ -63,7 +63,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten rows a file, so that a tiny dataset has several."""
+    """Ten rows per file, so that a tiny dataset has several files."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_FILE", 10)
 
 
@@ -79,7 +79,7 @@ def read(storage: Path, dataset: str = "flickr8k") -> list[dict[str, Any]]:
 
 
 def visible(storage: Path) -> list[str]:
-    """Files under `storage`, temporary and hidden ones too."""
+    """Files under `storage`, including temporary and hidden ones."""
     return sorted(path.relative_to(storage).as_posix() for path in storage.rglob("*") if path.is_file())
 
 
@@ -183,7 +183,7 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--dataset", dataset, "--storage", str(storage), *flags])
     main()
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
-    # As a shell takes it apart, and as the job reads it.
+    # Split as in a shell, and parsed by the job.
     words = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {line.removeprefix('next: ')}"], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
@@ -222,7 +222,7 @@ def test_finished_is_kept_refused_or_made_anew(
     monkeypatch.setattr(prepare_module, "ROWS_PER_FILE", 5)
     prepare(PrepareSettings(storage=str(tmp_path), shapes=SHAPES, fresh=True))
     assert len(list(part.parent.glob("*.parquet"))) == 4
-    # Fewer files than before: none of the old ones stays.
+    # Fewer files than before, and no old file is left.
     prepare(PrepareSettings(storage=str(tmp_path), shapes=other, fresh=True))
     assert read(tmp_path, "shapes") == list(shapes_rows(other))
 
@@ -240,7 +240,7 @@ def test_without_success_it_is_no_dataset_and_is_redone(source: Path, tmp_path: 
     (folder / "_SUCCESS").unlink()
     (folder / "part-00000.parquet").write_bytes(b"half a file")
     (folder / "part-00007.parquet").write_bytes(b"a file of another attempt")
-    # As one that was killed leaves it.
+    # As a killed one leaves it.
     killed = out / "data" / ".flickr8k.unfinished" / "0123abcd"
     killed.mkdir(parents=True)
     (killed / "part-00000.parquet").write_bytes(b"half a file")
@@ -290,7 +290,7 @@ def test_bad_source_stops_with_one_line_before_anything_is_written(
     arguments = ("--dataset", "flickr8k", "--source", source, "--storage", out)
     result = run_job("jobs/prepare.py", *arguments, check=False)
     assert result.returncode == 1
-    # Line 1 the header, then two captions for each image.
+    # Line 1 is the header, then two captions per image.
     place = f"{source}/captions.txt:{2 + 2 * NUM_IMAGES}"
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: {place}: expected `image,caption`, got")
     assert "Traceback" not in result.stderr
@@ -351,7 +351,7 @@ def test_failure_while_writing_leaves_the_old_dataset_alone(
 # --- killed ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.soak  # what a killed one leaves is redone in test_without_success_it_is_no_dataset_and_is_redone
+@pytest.mark.soak  # test_without_success_it_is_no_dataset_and_is_redone covers what a killed job leaves
 def test_killed_in_the_middle_it_leaves_no_dataset_and_runs_again(
     tmp_path: Path,
     start_job: Callable[..., "subprocess.Popen[bytes]"],
@@ -371,7 +371,7 @@ def test_killed_in_the_middle_it_leaves_no_dataset_and_runs_again(
     assert not (tmp_path / "out/data/shapes").exists()
     assert Storage(str(tmp_path / "out/data/shapes")).list(".parquet") == []
 
-    # Smaller, to be quick: what was left of the larger one must not be mixed in.
+    # Smaller, to be quick. Files of the larger dataset must not be mixed in.
     run_job("jobs/prepare.py", *few, "--num-train", 40)
     expected = ShapesSettings(num_train=40, num_validation=3, num_test=6, image_size=32)
     assert read(tmp_path / "out", "shapes") == list(shapes_rows(expected))
@@ -383,7 +383,7 @@ def test_killed_in_the_middle_it_leaves_no_dataset_and_runs_again(
 def test_killed_while_moving_it_leaves_no_dataset_and_runs_again(
     source: Path, tmp_path: Path, num_moved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The moment between the old dataset and the new one: whatever is there has no _SUCCESS."""
+    """Between the old dataset and the new one there is never a _SUCCESS."""
     monkeypatch.setattr(prepare_module, "ROWS_PER_FILE", 10)
     out = tmp_path / "out"
     good = prepare(settings(source, out))
@@ -423,7 +423,7 @@ def test_s3(
     filesystem, path = folder.arrow()
     table = pq.read_table(f"{path}/part-00000.parquet", filesystem=filesystem)
     assert table.num_rows == NUM_IMAGES
-    # A second run finds it, and needs neither Ray nor the source.
+    # A second run finds it and needs neither Ray nor the source.
     again = run_job("jobs/prepare.py", *arguments)
     assert "kept" in again.stdout
     assert "Ray:" not in again.stderr

@@ -1,4 +1,4 @@
-"""What a job says of its progress: a rate that does not jump, the time that is left by that rate, labelled times."""
+"""The progress line of a job: a smoothed rate, the remaining time by that rate, and labelled times."""
 
 import io
 import time
@@ -10,7 +10,7 @@ from jobs.runtime.progress import Work, clock
 
 
 def numbers(reports: list[tuple[float, int]], total: int, at: float | None = None) -> str:
-    """Of work that began at 0 and reported `(seconds, done)`, at the last report or later."""
+    """The numbers of work that began at 0 and reported `(seconds, done)`, at the last report or later."""
     work = Work("train x", "steps", 0.0)
     for now, done in reports:
         work.add(now, done, total, "")
@@ -23,7 +23,7 @@ def left_s(line: str) -> int:
 
 
 def test_the_start_and_the_slow_first_steps_are_soon_forgotten() -> None:
-    """Twenty seconds of loading, ten steps of a second each, then ten steps a second: 1,000 take 99 s from there."""
+    """Twenty seconds of loading, ten steps of one second each, then ten steps a second: 1,000 take 99 s from there."""
     slow = [(20.0 + step, step) for step in range(11)]
     steady = [*slow, *((30 + step / 10, 10 + step) for step in range(1, 400))]
     assert numbers(slow[:3], 1000) == "2 of 1,000 steps, 0:22 elapsed", "too little was seen to say a rate"
@@ -34,7 +34,7 @@ def test_the_start_and_the_slow_first_steps_are_soon_forgotten() -> None:
 
 
 def test_single_steps_do_not_move_the_rate() -> None:
-    """Steps that take 0.02 s and 0.2 s in turn: each alone would be 5 or 50 steps a second."""
+    """Steps of 0.02 s and 0.2 s in turn. A single step would give 5 or 50 steps a second."""
     now, reports = 0.0, []
     for step in range(1, 500):
         now += 0.2 if step % 2 else 0.02

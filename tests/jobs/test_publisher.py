@@ -1,4 +1,4 @@
-"""What a run publishes at each checkpoint: every row once, and every image decoded once."""
+"""The files published at each checkpoint: every row once, and every image decoded once."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from mmcore.storage import Storage
 
 
 def events_of(run: Storage) -> list[tuple[int, str, float]]:
-    """(step, tag, time) of each value; a record is a length with its checksum, then the event with its own."""
+    """(step, tag, time) of each value. A record is a length with its checksum, then the event with its own."""
     data, place, found = run.read("tensorboard/events.out.tfevents.0.run"), 0, []
     while place < len(data):
         (length,) = struct.unpack_from("<Q", data, place)
@@ -27,7 +27,7 @@ def events_of(run: Storage) -> list[tuple[int, str, float]]:
 
 
 def history_of(run: Storage, num_rows: int, *locally: Path) -> list[dict[str, Any]]:
-    """Rows of which each second one has an image, in the run's folder as in those of this process."""
+    """Rows of which every second one has an image, with paths in the run's folder."""
     rows: list[dict[str, Any]] = []
     for step in range(1, num_rows + 1):
         row: dict[str, Any] = {"step": step, "loss": 1 / step, "seconds": float(step)}
@@ -64,7 +64,7 @@ def test_each_row_is_once_in_the_file_and_each_image_decoded_once(
     assert [step for step, tag, _ in events if tag == "samples/grid"] == [2, 4, 6]
     assert all(time == step for step, _, time in events)
 
-    # A new process has no file of its own yet; what was lost with the old one, and what it repeats, is written once.
+    # A new process has no event file yet. Rows that were lost or repeated are written once.
     restarted = tmp_path / "restarted"
     (restarted / "samples").mkdir(parents=True)
     again = Publisher(run, restarted)

@@ -1,4 +1,4 @@
-"""What the training jobs refuse before any work: in one line that names the setting, its value and the mend."""
+"""Settings that training jobs refuse before any work, in one line with the setting, its value and a correction."""
 
 from collections.abc import Callable
 from pathlib import Path

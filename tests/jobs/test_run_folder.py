@@ -1,4 +1,4 @@
-"""Whether the unfinished run in a folder is the one that a job would go on with."""
+"""Whether a job may continue the unfinished run in its folder."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def job(storage: Path, *flags: str) -> Job[Any]:
 
 
 def begun_before(job: Job[Any]) -> None:
-    """An unfinished run of `job` as a version wrote it that did not know the field yet."""
+    """An unfinished run of `job`, written by a version without the field."""
     open_run(job, FACTS)
     there = json.loads(job.run.read("recipe.json"))
     del there["settings"]["noise"][YOUNGER]

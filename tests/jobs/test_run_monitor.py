@@ -1,4 +1,4 @@
-"""What tells a crash from a machine that was taken away, and when crashes end a run."""
+"""Crashes and lost machines are told apart, and repeated crashes end a run."""
 
 import dataclasses
 from typing import Any
@@ -43,7 +43,7 @@ def node(name: str, alive: bool) -> dict[str, Any]:
 
 
 def test_a_lost_machine_and_a_crash_are_each_said_once() -> None:
-    """Of the machines that the run was on; a crash of the workers that a lost machine leaves behind is none."""
+    """Machines of the run. A crash of workers because of a lost machine does not count as a crash."""
     restarts, gone = Restarts(), [node("idle", False), node("spot-1", False), node("spot-2", False)]
     state = RunState({}, frozenset({"spot-1"}), 0, "a worker was killed", "")
     assert restarts.lines(state, [node("spot-1", True)]) == []

@@ -1,4 +1,4 @@
-"""jobs/runtime/source.py: results do not go where the cluster's end takes them."""
+"""jobs/runtime/source.py: results are not written to folders that the cluster removes at its end."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_what_lies_elsewhere_is_taken(copy, monkeypatch, tmp_path):
         source.output_storage(folder, "--out")
     with pytest.raises(InputError, match="Ray's copy"):
         source.output_storage(f"{copy}/out", "--out")
-    # Sent code that changes its folder, and code that was not sent.
+    # Shipped code that changes its folder, and code that was not shipped.
     monkeypatch.chdir(tmp_path)
     source.output_storage("out", "--out")
     monkeypatch.setattr(source, "ROOT", copy)

@@ -1,4 +1,4 @@
-"""A sweep to an S3 that fails: a proxy before the test server answers with errors, resets and half of what was sent."""
+"""A sweep to a failing S3: a proxy before the test server answers with errors, resets and truncated bodies."""
 
 import http.client
 import io
@@ -41,7 +41,7 @@ FAULTS = ("503", "500", "reset before", "reset after", "truncated")
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Hands requests on to `endpoint`, but for a share of `rate` of them, whose fault is counted in `faults`."""
+    """Forwards requests to `endpoint`. A share of `rate` fails, and `faults` counts the faults."""
 
     daemon_threads = True
     # Many connections are opened at once.
@@ -56,18 +56,18 @@ class FaultyProxy(ThreadingHTTPServer):
         self.num_requests = 0
 
     def draw(self, method: str) -> str:
-        """The fault of the next request, empty for none."""
+        """The fault of the next request, or an empty string."""
         with self.lock:
             self.num_requests += 1
             if self.random.random() >= self.rate:
                 return ""
-            # Each kind in turn: of few requests every kind of fault is seen as well.
+            # Each kind in turn, so that few requests include every kind of fault.
             fault = next(self.turns.setdefault(method, itertools.cycle(FAULTS)))
             self.faults[f"{method} {fault}"] += 1
             return fault
 
     def handle_error(self, request, client_address) -> None:
-        """A client that hung up is no news here."""
+        """Ignore clients that closed their connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
+        """No log lines."""
 
     def _reset(self) -> None:
         # With this option closing sends a reset instead of a proper end.
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.close()
 
     def _send_half(self, length: int) -> None:
-        """Half of a PUT reaches the server, which was told of the whole."""
+        """Half of a PUT reaches the server, whose header announced all of it."""
         half = self.rfile.read(length // 2)
         host, _, port = self.server.target.partition(":")
         with socket.create_connection((host, int(port)), timeout=HANG_S) as upstream:
@@ -145,7 +145,7 @@ def faulty_proxy(endpoint: str, rate: float) -> Iterator[FaultyProxy]:
 
 
 def write_prompts_as_data(storage: Storage, count: int, num_shards: int = 4) -> None:
-    """What `shapes-test` reads of prepared data: `count` test images."""
+    """The part of prepared data that `shapes-test` reads: `count` test images."""
     rows = [{"image_id": f"{n:06d}", "captions": [f"picture {n} of a dog"], "split": "test"} for n in range(count)]
     for shard in range(num_shards):
         buffer = io.BytesIO()
@@ -155,7 +155,7 @@ def write_prompts_as_data(storage: Storage, count: int, num_shards: int = 4) -> 
 
 
 def check_nothing_is_lost_or_doubled(proxy: FaultyProxy, place: str, run_folder: Path, count: int) -> None:
-    # Straight from the server: what lies there, not what a retry made of it.
+    # Read from the server directly, so that retries have no effect.
     tiny_sweep.check_complete(Storage(place) / "out", count)
     assert len(tiny_sweep.calls(run_folder)) == count // 25, "a fault of the storage cost a second generation"
     assert 0.5 * proxy.rate < sum(proxy.faults.values()) / proxy.num_requests < 1.6 * proxy.rate
@@ -192,9 +192,9 @@ def test_a_failing_storage_costs_a_job_nothing(rate, s3_server, tmp_path, run_jo
     check_nothing_is_lost_or_doubled(proxy, s3_server, run_folder, 1000)
 
 
-@pytest.mark.nightly  # the allowance lasts for so many requests
+@pytest.mark.nightly  # the retry quota lasts for this many requests
 def test_a_storage_that_fails_one_time_in_five_never_wears_out(s3_server, monkeypatch):
-    """boto3's own attempts share an allowance that is used up by then."""
+    """boto3's own retries share a quota that is used up by then."""
     monkeypatch.setattr(module, "_S3_THROTTLED_BACKOFF_S", 0.05)
     count = 1500
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.2) as proxy:
@@ -215,7 +215,7 @@ def test_a_storage_that_fails_one_time_in_five_never_wears_out(s3_server, monkey
     [
         (["409"], None, True),
         (["409"], b"theirs", False),
-        # Nothing was lost: what is there is of another writer, though it wrote the same.
+        # Nothing was lost: the object is from another writer, although its bytes are the same.
         (["409"], b"ours", False),
         (["reset after", "409"], None, True),
         (["reset after", "409", "409"], None, True),
@@ -274,7 +274,7 @@ def test_half_an_answer_is_read_again(s3_server, monkeypatch):
 
 
 def test_prepared_data_is_read_through_many_faults(s3_server, monkeypatch):
-    """More of them in a row than pyarrow's own requests bear."""
+    """More faults in a row than pyarrow's own requests tolerate."""
     write_prompts_as_data(Storage(s3_server), 8)
     monkeypatch.setattr(module, "_S3_MAX_BACKOFF_S", 0.05)
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], 0.0) as proxy:
@@ -292,7 +292,7 @@ def test_prepared_data_is_read_through_many_faults(s3_server, monkeypatch):
 
 
 def plan_blocks_of_images(storage: Storage) -> list[str]:
-    """The image_ids of a folder of shards as a sweep plans it and then reads it."""
+    """The image_ids of a folder of shards, as planned by a sweep and as read by it."""
     buffer = io.BytesIO()
     ids = [f"{n:06d}" for n in range(8)]
     pq.write_table(pa.table({"image_id": ids, "image": [b"x"] * 8}), buffer)

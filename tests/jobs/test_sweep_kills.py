@@ -1,4 +1,4 @@
-"""A sweep is exactly once, whatever is killed and when: with real generation calls counted.
+"""A sweep is exactly once for any kill at any time. The tests count real generation calls.
 
 The soak tests start a Ray of two CPUs for each run.
 """
@@ -18,7 +18,7 @@ from kills import MAP_WORKER, TIMEOUT_S, moments, wait_for_workers, wait_until, 
 from mmcore.storage import Storage
 
 BATCH = 20
-# What a worker has in flight when it dies: the block that is generated and the one before, whose images are written.
+# Work in flight of a killed worker: the block being generated, and the previous block, whose images are being written.
 REDONE_PER_KILL = 2
 
 
@@ -41,7 +41,8 @@ def kill_and_count(
 ) -> None:
     draw = moments()
     num_blocks = count // BATCH
-    # What may be begun until a kill, so that some are left for the next, however late the kill comes.
+    # The number of blocks that may start before a kill, so that some are left for the next run even if the kill is
+    # late.
     blocks_a_kill = num_blocks // (driver_kills + actor_kills + 1)
     in_flight = REDONE_PER_KILL * num_workers
     assert blocks_a_kill > in_flight + 1, "too few blocks: no kill would come amid work"
@@ -54,7 +55,7 @@ def kill_and_count(
     killed: list[psutil.Process] = []
 
     def work_for_a_moment() -> list[psutil.Process]:
-        """The workers of `job`, once they have begun some blocks since the last kill's were gone."""
+        """Wait for workers of `job` that started blocks after the last kill's workers were gone."""
         actors = wait_for_workers(job, MAP_WORKER, num_workers)
         wait_until_gone(killed)
         wanted = len(gate.begun()) + draw.randint(in_flight + 1, blocks_a_kill - 1)
@@ -68,8 +69,8 @@ def kill_and_count(
         gate.allow(generated_before)
         job = start_job(*command, env=env)
         killed = work_for_a_moment()
-        # Either way its workers, each in a process group of its own, live on for a moment (2 s were seen), and
-        # may commit another block or two beside the next run.
+        # Its workers, each in its own process group, live on for a moment (2 s were seen). They may commit one or two
+        # more blocks next to the next run.
         if kill % 2:
             os.kill(job.pid, signal.SIGKILL)
         else:

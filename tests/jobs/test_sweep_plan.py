@@ -1,4 +1,4 @@
-"""The plan of a sweep: no block counts without it, whatever fails or is killed, and a stall of its blocks is named."""
+"""The plan of a sweep: blocks without a plan never count, after any failure or kill, and a stall is named."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ pytest_plugins = ("sweep_fixtures",)
 
 
 def test_blocks_without_a_plan_are_refused(sweep, run_folder, tmp_path):
-    """Nobody knows of what they are: they must not count as done for whatever is asked for now."""
+    """Such blocks are of unknown images. They must not count as done for the requested images."""
     sweep()
     (tmp_path / "out" / "sweep.json").unlink()
     calls = tiny_sweep.calls(run_folder)
@@ -57,7 +57,7 @@ def test_a_worker_that_outlives_a_failure_commits_to_a_plan(sweep, run_folder, t
 
 
 def test_a_removal_that_is_killed_leaves_no_block_that_lies(sweep, tmp_path, monkeypatch):
-    """The demo removes a sweep of other settings; it is killed before each of its deletions."""
+    """The demo removes a sweep of other settings, and is killed before each of its deletions."""
 
     def killed_before(number: int) -> bool:
         left = number
@@ -87,7 +87,7 @@ def test_a_removal_that_is_killed_leaves_no_block_that_lies(sweep, tmp_path, mon
     while killed_before(number):
         keys = [row for path in (out / "manifest").glob("*.parquet") for row in pq.read_table(path)["key"].to_pylist()]
         assert not keys or ((out / "sweep.json").exists() and all((out / key).exists() for key in keys))
-        # What was made under the old settings must not stand in the way of others, nor count as what they made.
+        # Blocks of the old settings must neither block new ones nor count as done.
         assert (out / "sweep.json").exists() or not (out / "images").exists()
         sweep()
         assert json.loads((out / "summary.json").read_text())["num_images"] == NUM
@@ -98,7 +98,7 @@ def test_a_removal_that_is_killed_leaves_no_block_that_lies(sweep, tmp_path, mon
 
 
 class Clock(threading.Event):
-    """The clock of a sweep and the event that its watchdog waits at: seconds pass in `advance`, and nowhere else."""
+    """The clock of a sweep and the event of its watchdog. Seconds pass only in `advance`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Clock(threading.Event):
 
 
 def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
-    """However long the blocks before took: three quarters of the limit, and then without an end until it is named."""
+    """Three quarters of the limit pass, however long earlier blocks took. Then the sweep stalls until it is named."""
     limit_s, clock = 4.0, Clock()
 
     class OnThatClock(Watchdog):
@@ -163,7 +163,7 @@ def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
 
 
 def test_a_cluster_without_workers_yet_has_room_for_one(monkeypatch):
-    """An autoscaler's head of no CPUs, beside a machine that went."""
+    """An autoscaler's head without CPUs, and a machine that left."""
     nodes = [
         {"NodeID": "a", "Alive": True, "Resources": {"memory": 1.0}},
         {"NodeID": "b", "Alive": False, "Resources": {"CPU": 8.0}},
@@ -182,7 +182,7 @@ def test_each_machine_tells_its_own_cpus(ray_local):
 
 
 def test_all_of_a_worker_s_computing_is_on_one_thread(sweep, monkeypatch):
-    """Each further one has a team of OpenMP's of its own, which slows all of them down; writing is beside it."""
+    """Each further thread has its own OpenMP team, which slows all of them down. Writing runs in parallel."""
     seen: dict[str, set[int]] = {"compute": set(), "write": set()}
 
     def watched(owner: type, name: str, kind: str) -> None:

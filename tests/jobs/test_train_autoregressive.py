@@ -1,4 +1,4 @@
-"""The job of a Transformer over codes: what it refuses, what a run leaves, and a run whose workers are killed."""
+"""The job of the autoregressive Transformer: refusals, the files of a run, and a run whose workers are killed."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.trained.generator import open_generator
 
-# Fresh scenes: every epoch of 5 steps has other ones.
+# Fresh scenes: every epoch of 5 steps has new ones.
 FLAGS = [
     "--variant", "smoke", "--num-epochs", "4", "--max-steps", "18", "--validate-every-epochs", "2",
     "--checkpoint-every-steps", "2", "--log-every-steps", "1", "--num-threads", "1", "--precision", "fp32",
@@ -45,7 +45,7 @@ ON_TINY = ["--dataset", "tiny", "--no-fresh-scenes", "--exhaustive-captions", "0
 
 @pytest.fixture(scope="module")
 def storage(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """One storage for all runs here, with 40 scenes to train on and a VQ-VAE of random weights."""
+    """One storage for all runs here, with 40 training scenes and a VQ-VAE with random weights."""
     storage = Storage(str(tmp_path_factory.mktemp("storage")))
     scenes = ShapesSettings(num_train=40, num_validation=8, num_test=0, image_size=32)
     prepare(PrepareSettings(storage=storage.uri, shapes=scenes))
@@ -71,7 +71,7 @@ _finished: set[tuple[str, int]] = set()
 
 
 def reference(call_job: Callable[..., Any], storage: Storage, num_workers: int) -> Storage:
-    """The run that nobody disturbs."""
+    """A run without interruption."""
     name = f"workers-{num_workers}"
     if (storage.uri, num_workers) not in _finished:
         flags = ["--storage", storage, "--vqvae", storage / "vqvae", "--num-workers", num_workers]
@@ -100,7 +100,7 @@ def test_a_word_of_exhaustive_captions_alone_is_known() -> None:
     text = open_text(VARIANTS["smoke"], captions, more)
     assert isinstance(text, PromptTokenizer)
     assert text.tokenizer.unk_token_id not in text(more)[0]
-    # None is lacking: the ids are those of the captions alone.
+    # None is missing: the ids cover the captions exactly.
     alone = PromptTokenizer.of_words(captions, 24).fingerprint()
     assert open_text(VARIANTS["smoke"], captions, ["square square red"] * 2).fingerprint() == alone
 
@@ -123,12 +123,12 @@ def test_what_a_run_leaves(call_job: Callable[..., Any], storage: Storage) -> No
     assert facts["autoencoder_fingerprint"] == fingerprint
     (column,) = facts["columns"]
     assert json.loads((storage / "features" / column).read("_SUCCESS"))["num_rows"] == 8, "those that validate"
-    # Frozen stays frozen, beside the weights: the VQ-VAE and the run's own copy of it.
+    # The VQ-VAE and the run's copy of it stay frozen, next to the weights.
     for vqvae in (storage / "vqvae", run / "model" / "vqvae"):
         assert open_autoencoder(vqvae.uri).load().fingerprint() == fingerprint
     weights = load_file(Path(run.uri) / "model" / "model.safetensors")
     assert not [name for name in weights if "vqvae" in name or "quantizer" in name]
-    # All that trains has moved from where it began.
+    # All trainable weights have changed.
     begun = read_begun(run, AutoregressiveRecipe, AutoregressiveFacts)
     torch.manual_seed(derive_seed(begun.recipe.train.seed, "weights"))
     first = dict(begun.recipe.build(begun.facts).named_parameters())
@@ -142,7 +142,7 @@ def test_what_a_run_leaves(call_job: Callable[..., Any], storage: Storage) -> No
         assert np.asarray(decode_image(grid, name="grid")).shape == (2 * 32 + 2, 2 * 32 + 2, 3)
     assert len({row["samples"]["prompts"] for row in validated}) == 1
     assert len(left["samples"]) == 2
-    # The last grid is what the finished run makes of its prompts and seeds.
+    # The last grid equals the images of the finished run for its prompts and seeds.
     generator, recipe = open_generator(run.uri).load(), VARIANTS["smoke"]
     prompts = validated[-1]["samples"]["prompts"].split(" | ")
     seeds = [derive_seed(recipe.train.seed, "sample", number) for number in range(4)]
@@ -159,7 +159,7 @@ def test_killed_workers_change_nothing(
     num_workers: int,
     shared_ray: dict[str, str],
 ) -> None:
-    """In the second epoch, whose scenes the first did not have."""
+    """In the second epoch, whose scenes were not in the first one."""
     undisturbed, gate, draw = reference(call_job, storage, num_workers), Gate(tmp_path), moments()
     run, log = run_folder(storage, f"killed-{num_workers}"), tmp_path / "job.log"
     flags = ["--storage", storage, "--vqvae", storage / "vqvae", "--num-workers", num_workers, "--name", run.name]
@@ -178,7 +178,7 @@ def test_killed_workers_change_nothing(
     assert outcome(run) == outcome(undisturbed)
 
 
-@pytest.mark.nightly  # of a latent diffusion the gate trains both
+@pytest.mark.nightly  # for a latent diffusion the gate trains both
 def test_on_cached_codes_of_both_views_and_a_vqvae_of_its_own(call_job: Callable[..., Any], storage: Storage) -> None:
     tiny.write_dataset(storage)
     done = call_job(main, *FLAGS, *ON_TINY, "--flip", "--max-steps", "6", "--storage", storage, "--name", "own")
@@ -193,7 +193,7 @@ def test_on_cached_codes_of_both_views_and_a_vqvae_of_its_own(call_job: Callable
 
 
 def test_a_vqvae_of_another_size_is_refused(call_job: Callable[..., Any], storage: Storage) -> None:
-    """For a run that is half done."""
+    """For a half-finished run."""
     begun = reference(call_job, storage, 1)
     (storage / "runs" / "autoregressive" / "half-done").write("recipe.json", begun.read("recipe.json"))
     file = read_begun(begun, AutoregressiveRecipe, AutoregressiveFacts)

@@ -1,5 +1,4 @@
-"""The job of latent diffusion: what it refuses, what it makes first, what a run leaves, and a run that is
-interrupted."""
+"""The job of the latent diffusion: refusals, its first steps, the files of a run, and an interrupted run."""
 
 import dataclasses
 import json
@@ -68,7 +67,7 @@ _finished: dict[str, str] = {}
 
 @pytest.fixture
 def reference(call_job: Callable[..., Any], storage: Storage) -> Storage:
-    """The run that nobody disturbs; it trains its VQ-VAE first."""
+    """A run without interruption. It trains its VQ-VAE first."""
     if storage.uri not in _finished:
         result = call_job(main, *FLAGS, "--storage", storage, "--name", "first")
         _finished[storage.uri] = result.stdout
@@ -114,7 +113,7 @@ def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage)
         grid = reference.read(row["samples"]["grid"]["image"])
         assert np.asarray(decode_image(grid, name="grid")).shape == (2 * 32 + 2, 2 * 32 + 2, 3)
     assert len(left["samples"]) == 2
-    # The events hold the pictures, not only their names.
+    # The events contain the images, not only their names.
     assert len(reference.read("tensorboard/events.out.tfevents.0.run")) > sum(map(len, left["samples"].values()))
     generator: Any = open_generator(reference.uri).load()
     images = generator.generate(["a red square", "a blue square"], [1, 2], DiffusionOptions(steps=4, guidance=2.0))
@@ -129,7 +128,7 @@ def test_on_a_frozen_text_encoder(
     storage: Storage,
     tmp_path: Path,
 ) -> None:
-    """As `report` does it: hidden states computed once, the empty text's among them, and both encoders left alone."""
+    """Like `report`: hidden states are computed once, including the empty text's, and both encoders stay unchanged."""
     clip = tiny_runs.write_clip(tmp_path / "clip")
     flags = ["--text-encoder", clip, "--max-tokens", "77", "--drop-text", "0.5", "--max-steps", "6"]
     vqvae = storage / "runs" / "vqvae" / "first"
@@ -152,7 +151,7 @@ def test_a_vqvae_that_is_trained_anew_meanwhile_is_noticed(
     storage: Storage,
     tmp_path: Path,
 ) -> None:
-    """Where samples are decoded, and once the run has its copy: never another decoder than the latents' own."""
+    """When samples are decoded and when the run has its copy: the decoder always belongs to the latents."""
     begun = read_begun(reference, LatentDiffusionRecipe, DiffusionFacts)
     facts, moved = begun.facts, str(tmp_path / "vqvae")
     shutil.copytree(storage.uri + "/runs/vqvae/first", moved)

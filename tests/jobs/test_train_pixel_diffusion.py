@@ -1,4 +1,4 @@
-"""The job of pixel diffusion: with a frozen text encoder, whose hidden states are computed once, and from scratch."""
+"""The job of the pixel diffusion: with cached hidden states of a frozen text encoder, and from scratch."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from mmcore.images import decode_image
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
 
-# `report` in all but its sizes: the frozen encoder, the projection, no dropped texts.
+# `report` except for its sizes: frozen encoder, projection, no dropped texts.
 FLAGS = [
     "--variant", "report", "--dataset", "tiny", "--split", "split", "--image-size", "16", "--channels", "32", "32",
     "--attention-levels", "1", "--num-heads", "2", "--layers-per-block", "1", "--projection-width", "24",
@@ -61,7 +61,7 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
     column = json.loads((storage / "/".join(facts["text"])).read("_SUCCESS"))
     assert (column["shape"], column["dtype"], column["num_rows"]) == ([1, 24, 16], "float16", 48)
     tiny.no_pickles(run_)
-    # Frozen stays frozen, and is not saved.
+    # Frozen weights do not change and are not saved.
     weights = load_file(Path(run_.uri) / "model" / "model.safetensors")
     assert {name.split(".")[0] for name in weights} == {"text", "unet"}
     assert {name for name in weights if name.startswith("text.")} == {
@@ -73,7 +73,7 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
     grid = np.asarray(decode_image(run_.read(samples[0]["grid"]["image"]), name="grid"))
     assert grid.shape == (2 * 16 + 2, 2 * 16 + 2, 3)
 
-    # The images of the run's own samples, by the encoder itself instead of the cache in fp16.
+    # The samples of the run, computed by the encoder itself instead of the fp16 cache.
     generator = open_generator(run_.uri).load()
     assert generator.size == (16, 16)
     assert generator.options == DiffusionOptions(guidance=1.0)
@@ -81,7 +81,7 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
     assert images.shape == (2, 16, 16, 3)
     with pytest.raises(InputError, match="guidance is not possible"):
         generator.generate(["a red square"], [1], DiffusionOptions(steps=4, guidance=2.0))
-    # Another encoder would give other images without a word.
+    # Another encoder would silently give other images.
     other = tmp_path / "other"
     other.mkdir()
     for path in Path(bert).iterdir():
@@ -93,9 +93,9 @@ def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Stora
         open_generator(run_.uri, text_encoder=str(other)).load()
 
 
-@pytest.mark.nightly  # test_train_ldm.py trains one along
+@pytest.mark.nightly  # test_train_ldm.py trains one jointly
 def test_with_a_text_encoder_that_is_trained_along(call_job: Callable[..., Any], storage: Storage) -> None:
-    """The smoke variant, in patches of pixels as `shapes` has them: nothing is needed but the data."""
+    """The smoke variant with patches of pixels like `shapes`. It needs only the data."""
     flags = ["--variant", "smoke", "--patch-size", "2", "--num-epochs", "2", "--max-steps", "6"]
     call_job(main, *flags, "--dataset", "tiny", "--split", "split", "--storage", storage, "--name", "along")
     run_ = run_folder(storage, "along")

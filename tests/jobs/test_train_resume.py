@@ -1,4 +1,4 @@
-"""Runs that are really killed, and storage that really fails: the end is that of a run that was left alone."""
+"""Killed runs and failing storage: the result equals that of a run without interruption."""
 
 import contextlib
 import json
@@ -36,9 +36,9 @@ from mmcore import checkpoint
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 
-# Held at a gate before each report, in the folder that GATE names.
+# It waits at a gate before each report, in the folder of the variable GATE.
 JOB = ["tests/gated_job.py", "train_resnet_captioner"]
-# 40 steps of 8 epochs; dropout, so that a resume that forgot randomness would show.
+# 40 steps in 8 epochs. With dropout, a resume with lost random states would be visible.
 FLAGS = [
     "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "32", "--num-epochs", "8",
     "--max-steps", "40", "--batch-size", "8", "--checkpoint-every-steps", "2", "--log-every-steps", "1",
@@ -61,7 +61,7 @@ _finished: dict[str, dict[str, Any]] = {}
 
 @pytest.fixture
 def reference(call_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
-    """What the run that nobody disturbs ends with."""
+    """The result of a run without interruption."""
     if storage.uri not in _finished:
         call_job(main, *FLAGS, "--storage", storage, "--name", "reference")
         _finished[storage.uri] = outcome(storage, "reference")
@@ -84,7 +84,7 @@ def run_folder(storage: Storage, name: str) -> Storage:
 
 
 @pytest.mark.timeout(1800)
-# Three at most: the fourth crash of one driver ends its run.
+# Three at most, as the fourth crash with one driver ends the run.
 @pytest.mark.parametrize("worker_kills", [[4], pytest.param([4, 8, 12], marks=pytest.mark.soak)])
 def test_killed_workers_and_a_killed_driver_change_nothing(
     start_job: Callable[..., Any],
@@ -94,7 +94,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
     worker_kills: list[int],
     shared_ray: dict[str, str],
 ) -> None:
-    """Two workers: one of them is killed at each of `worker_kills`, then the driver with all that is left."""
+    """Two workers. One is killed at each of `worker_kills`, then the driver with everything that is left."""
     draw = moments()
     flags = [*FLAGS, "--storage", storage, "--num-workers", NUM_WORKERS]
     if not run_folder(storage, "two").exists("_SUCCESS"):
@@ -113,7 +113,7 @@ def test_killed_workers_and_a_killed_driver_change_nothing(
         worker = draw.choice(group)
         worker.kill()
         killed.add(worker.pid)
-        # The next kill is for a worker of the next group.
+        # The next kill hits a worker of the next group.
         wait_until_gone(group)
     assert len(killed) == len(worker_kills)
     second = call_job(main, *again, check=False)
@@ -142,7 +142,7 @@ def test_a_killed_stream_goes_on_with_its_epoch_from_the_start(
     tmp_path: Path,
     shared_ray: dict[str, str],
 ) -> None:
-    """Five steps are an epoch: one that was interrupted is read anew, and no step is taken twice or left out."""
+    """An epoch has five steps. An interrupted epoch is read again, and no step is repeated or left out."""
     run = run_folder(storage, "streamed")
     flags = [*FLAGS, "--stream", "--num-workers", NUM_WORKERS, "--storage", storage, "--name", "streamed"]
     Gate(tmp_path).allow(12 + AHEAD)
@@ -173,7 +173,7 @@ def test_a_worker_that_crashes_again_and_again_ends_the_run(
     flags = [*FLAGS, "--storage", storage, "--name", "crashes"]
     process = start_job(*JOB, *flags, env={**shared_ray, "GATE": str(tmp_path)}, log=log)
     for crashes in range(4):
-        # Once it trains: Ray counts what dies before that otherwise.
+        # Only once it trains, as Ray counts earlier deaths differently.
         wait_for_step(run_folder(storage, "crashes"), 2, process)
         wait_for_starts(gate, crashes + 1, process)
         group = wait_for_workers(process, TRAIN_WORKER)
@@ -189,7 +189,10 @@ def test_a_worker_that_crashes_again_and_again_ends_the_run(
 
 
 def assert_only_good_checkpoints_load(run: Path) -> tuple[int, int]:
-    """Every folder loads whole or is refused in one line; the one that resume takes loads. (good, refused)"""
+    """Every folder loads completely or is refused in one line, and the one for resume loads.
+
+    Returns (good, refused).
+    """
     good = refused = 0
     for folder in run.glob("checkpoint_2*"):
         try:
@@ -207,7 +210,7 @@ def assert_only_good_checkpoints_load(run: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def disk_kept_full(folder: Path, free_bytes: int) -> Iterator[None]:
-    """Until the end of the block hardly any room is left on the file system of `folder`."""
+    """Within the block there is hardly any room on the file system of `folder`."""
     stop, is_full = threading.Event(), threading.Event()
 
     def fill() -> None:
@@ -236,7 +239,7 @@ def disk_kept_full(folder: Path, free_bytes: int) -> Iterator[None]:
 
 @pytest.fixture
 def disk(storage: Storage) -> Iterator[Path]:
-    """A file system of 20 MB at the place of the runs of the name `disk-full`."""
+    """A file system of 20 MB as the folder of the runs named `disk-full`."""
     folder = Path(run_folder(storage, "disk-full").uri)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with small_disk(folder, megabytes=20) as disk:
@@ -258,9 +261,9 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
     gate.allow(10)
     process = start_job(*JOB, *command, env={**shared_ray, "GATE": str(tmp_path)}, log=log)
     wait_for_step(run, 10, process)
-    # The room of a third one, which Ray removes after that step, would be enough for a whole one.
+    # Ray removes a third checkpoint after that step. Its room would be enough for a complete one.
     wait_until(lambda: len(list(disk.glob("checkpoint_2*"))) <= 2, process, "removal of a checkpoint")
-    # Room for a part of a checkpoint: a file of it is torn, others are whole.
+    # Room for a part of a checkpoint: one file is truncated, others are complete.
     with disk_kept_full(disk, free_bytes=250_000):
         gate.open()
         assert process.wait(TIMEOUT_S) == 1, log.read_text()[-4000:]
@@ -281,7 +284,7 @@ def test_a_full_disk_never_leaves_a_checkpoint_that_loads(
 
 
 class Relay:
-    """A TCP relay in front of a server, which can be shut: a network that fails and comes back."""
+    """A TCP relay in front of a server that can be closed, like a network that fails and recovers."""
 
     def __init__(self, target_port: int) -> None:
         self.port, self.target_port = free_port(), target_port
@@ -319,7 +322,7 @@ class Relay:
             sink.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.soak  # five minutes; a full disk tears checkpoints as well
+@pytest.mark.soak  # five minutes; a full disk also truncates checkpoints
 @pytest.mark.timeout(1800)
 def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     start_job: Callable[..., Any],
@@ -329,7 +332,7 @@ def test_unreachable_storage_never_leaves_a_checkpoint_that_loads(
     tmp_path: Path,
 ) -> None:
     there = Storage(s3_server)
-    # What the jobs before have prepared and encoded.
+    # Prepared and encoded by the earlier jobs.
     for path in sorted(Path(storage.uri).glob("data/**/*")) + sorted(Path(storage.uri).glob("features/**/*")):
         if path.is_file() and ".tmp" not in path.parts:
             there.upload(path, str(path.relative_to(storage.uri)))

@@ -1,4 +1,4 @@
-"""The VQ-VAE's job: what it refuses, what a run leaves, and a run that is killed."""
+"""The job of the VQ-VAE: refusals, the files of a run, and a killed run."""
 
 import dataclasses
 import io
@@ -35,7 +35,7 @@ from mmcore.generators.vqvae import VARIANTS
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
-# The smoke variant: averages, revival and a discriminator from step 10 on, on 16x16 pixels.
+# The smoke variant: moving averages, revival and a discriminator from step 10 on, with 16x16 pixels.
 FLAGS = [
     "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "16", "--num-epochs", "20",
     "--max-steps", "40", "--validate-every-epochs", "4", "--checkpoint-every-steps", "2", "--log-every-steps", "1",
@@ -103,7 +103,7 @@ def finished() -> dict[str, Any]:
 
 @pytest.fixture
 def reference(finished: dict[str, Any], call_job: Callable[..., Any], storage: Storage) -> dict[str, Any]:
-    """What the run that nobody disturbs ends with."""
+    """The result of a run without interruption."""
     if not finished:
         call_job(main, *FLAGS, "--storage", storage, "--name", "reference")
         finished.update(outcome(run_folder(storage, "reference")))
@@ -132,7 +132,7 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     assert validated[1]["validation_psnr"] > validated[0]["validation_psnr"]
     assert [row["step"] for row in rows if "discriminator_loss" not in row] == list(range(1, 11))
 
-    # The model that was kept, the last, gives the reconstructions and the score that the run says.
+    # The saved model, the last one, gives the reconstructions and the score of the run.
     trained = open_autoencoder(run.uri).load()
     facts = json.loads(run.read("recipe.json"))
     column = open_column(run.parent.parent.parent / "features" / facts["column"], tmp_path)
@@ -141,16 +141,16 @@ def test_what_a_run_leaves(reference: dict[str, Any], storage: Storage, tmp_path
     made = trained.decode(trained.encode(pixels))
     last = validated[-1]
     found = psnr(to_network(torch.from_numpy(pixels)), made).mean().item()
-    # The run computes in bf16 where the machine has it.
+    # The run computes in bf16 if the machine supports it.
     assert found == pytest.approx(last["validation_psnr"], abs=0.1)
     grid = np.asarray(Image.open(io.BytesIO(run.read(last["samples"]["reconstructions"]["image"]))))
     assert grid.shape == (2 * 16 + 2, 3 * 16 + 2 * 2, 3)
     np.testing.assert_array_equal(grid[:16, :16], pixels[0])
-    # One step of 255 where another number of threads rounds differently.
+    # One step of 1/255 if another number of threads rounds differently.
     assert np.abs(grid[18:, 36:].astype(int) - to_pixels(made)[2].numpy()).max() <= 1
 
 
-@pytest.mark.soak  # restarts are those of test_train_resume.py; two phases are resumed in mmcore/test_phases.py
+@pytest.mark.soak  # test_train_resume.py covers restarts, and mmcore/test_phases.py resumes two phases
 def test_a_killed_run_ends_as_if_nothing_had_been(
     start_job: Callable[..., Any],
     call_job: Callable[..., Any],
@@ -159,7 +159,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(
     tmp_path: Path,
     shared_ray: dict[str, str],
 ) -> None:
-    """SIGKILL to the worker while only the generator trains; then to the driver, once its opponent does."""
+    """SIGKILL to the worker while only the generator trains, then to the driver once the discriminator trains."""
     run = run_folder(storage, "killed")
     command = [*FLAGS, "--storage", storage, "--name", "killed"]
     gate = Gate(tmp_path)

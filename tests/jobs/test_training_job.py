@@ -1,4 +1,4 @@
-"""The training job at its edges: what it refuses and how it says so, and two workers through Ray."""
+"""Edge cases of the training job: refusals and their messages, and two workers in Ray."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from jobs.runtime.commandline import run
 from jobs.train_resnet_captioner import main
 run(main)
 """
-# The training job, whose second worker meets a user's mistake at its first batch.
+# The training job. Its second worker raises an input error at its first batch.
 ONE_SIDED_MISTAKE = """
 import ray.train
 import jobs.train_resnet_captioner as job
@@ -65,7 +65,7 @@ def run_folder(storage: Storage, name: str) -> Storage:
 
 
 def refusal(result: Any) -> str:
-    """The one line by which a job refused, on stderr and with exit code 1."""
+    """The error line of a refused job, on stderr and with exit code 1."""
     everything = result.stdout + result.stderr
     assert result.returncode == 1, everything
     line = error_line(everything)
@@ -74,7 +74,7 @@ def refusal(result: Any) -> str:
 
 
 def num_workers_started() -> int:
-    """How many workers Ray Train has started in this Ray, those that ended too."""
+    """Number of workers that Ray Train has started in this Ray, including ended ones."""
     actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
     return sum(actor["ActorClassName"].endswith(TRAIN_WORKER) for actor in actors)
 
@@ -110,7 +110,7 @@ def test_a_mistyped_flag_is_named_with_a_suggestion(call_job: CallJob, storage: 
 
 @pytest.fixture
 def finished(call_job: CallJob, storage: Storage) -> Storage:
-    """A finished run of one worker, which tests may copy and must leave as it is."""
+    """A finished run of one worker. Tests may copy it but must not change it."""
     folder = run_folder(storage, "one")
     if not folder.exists("_SUCCESS"):
         done = call_job(main, *FLAGS, "--storage", storage, "--name", "one")
@@ -136,13 +136,13 @@ def test_a_finished_run_is_refused_and_fresh_starts_anew(
     )
     assert folder.read("model/model.safetensors") == model
 
-    # Anew, but nothing can start: what is there stays.
+    # With --fresh but without resources: the existing run is kept.
     line = refusal(run_job(JOB, *command, "--fresh", env={"RAY_ADDRESS": "127.0.0.1:1"}, check=False))
     assert "no Ray cluster answers there" in line
     assert folder.read("model/model.safetensors") == model
     assert folder.exists("_SUCCESS")
 
-    # Two workers, fed by Ray Data.
+    # Two workers with data from Ray Data.
     call_job(main, *command, "--fresh", "--stream", "--max-steps", "6", "--num-workers", 2)
     streamed = losses(folder)
     assert len(streamed) == 6, "a run that went on would keep the others"
@@ -157,7 +157,7 @@ def test_a_finished_run_is_refused_and_fresh_starts_anew(
 def test_two_workers_through_ray_agree_with_one(call_job: CallJob, storage: Storage, finished: Storage) -> None:
     call_job(main, *FLAGS, "--storage", storage, "--name", "two", "--num-workers", 2)
     alone, both = losses(finished), losses(run_folder(storage, "two"))
-    # Measured 5.1e-7; equal to the last bit would mean that one worker did it all.
+    # Measured 5.1e-7. Bit-identical results would mean that one worker did all the work.
     assert 0 < np.abs(np.subtract(alone, both)).max() <= 1e-5
 
 
@@ -180,7 +180,7 @@ def test_a_diverging_run_stops_without_retries_and_keeps_the_last_good_checkpoin
     assert not folder.exists("_SUCCESS")
     assert not folder.exists("model/model.safetensors")
 
-    # The unfinished run belongs to its settings, whatever they are.
+    # An unfinished run can only be continued with its own settings.
     line = refusal(call_job(main, *FLAGS, "--storage", storage, "--name", "diverges", check=False))
     assert "unfinished run of other settings" in line
     assert "settings.train.lr: 0.001 (there: 1e+30)" in line
@@ -200,7 +200,7 @@ def test_an_unfinished_run_with_another_vocabulary_is_refused(
     assert "text_fingerprint: " in line
     assert "--fresh" in line
 
-    # The same flags over captions that have changed since.
+    # The same flags with changed captions.
     facts = json.loads(folder.read("recipe.json"))
     facts["text_fingerprint"] = "of other words"
     folder.write("recipe.json", json.dumps(facts).encode())
@@ -208,7 +208,7 @@ def test_an_unfinished_run_with_another_vocabulary_is_refused(
     assert "text_fingerprint: " in line
 
 
-@pytest.mark.nightly  # a start for what the diverging run shows of retries, and mmcore/test_checkpoint.py of damage
+@pytest.mark.nightly  # the diverging run tests retries, and mmcore/test_checkpoint.py damaged files
 def test_a_damaged_checkpoint_is_refused_without_retries(
     call_job: CallJob, storage: Storage, finished: Storage
 ) -> None:
@@ -258,8 +258,8 @@ def test_help_shows_the_variants_own_values(call_job: CallJob) -> None:
     assert "384" not in report
 
 
-@pytest.mark.nightly  # what a cluster lacks is named in test_cluster.py
-@pytest.mark.usefixtures("finished")  # has encoded the images, for which there is room
+@pytest.mark.nightly  # test_cluster.py names what a cluster lacks
+@pytest.mark.usefixtures("finished")  # it has encoded the images
 def test_a_job_that_cannot_be_placed_says_what_is_missing(run_job: RunJob, storage: Storage, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(f"{PATIENT_WATCHDOG}\n{THE_JOB}")
@@ -271,7 +271,7 @@ def test_a_job_that_cannot_be_placed_says_what_is_missing(run_job: RunJob, stora
 
 
 def test_the_code_of_a_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By its commit; of code that was sent to a cluster without .git, by Ray's hash of it."""
+    """By its commit, or without .git on a cluster by Ray's hash of the shipped code."""
     for folder, name in (("_ray_pkg_0123456789abcdef", "_ray_pkg_0123456789abcdef"), ("elsewhere", "unknown")):
         (tmp_path / folder).mkdir()
         monkeypatch.setattr(source, "ROOT", tmp_path / folder)
@@ -280,7 +280,7 @@ def test_the_code_of_a_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.soak
 def test_a_mistake_that_one_worker_meets_ends_the_others(run_job: RunJob, storage: Storage, tmp_path: Path) -> None:
-    """The other worker waits in a collective for it; without word from the first it would wait for half an hour."""
+    """The other worker waits in a collective. Without a message from the first one it would wait for half an hour."""
     script = tmp_path / "job.py"
     script.write_text(ONE_SIDED_MISTAKE)
     left = tmp_path / "mmcore-run-of-a-killed-worker"
@@ -288,7 +288,7 @@ def test_a_mistake_that_one_worker_meets_ends_the_others(run_job: RunJob, storag
     (left / "lock").touch()
     command = [script, *FLAGS, "--num-workers", "2", "--storage", storage, "--name", "one-sided"]
     result = run_job(*command, check=False, env={"TMPDIR": str(tmp_path)})
-    # Ray's controller logs in its own words that it starts the workers again.
+    # Ray's controller also logs that it starts the workers again.
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert lines == ["error: worker 1 alone cannot read its images"]
