@@ -1,4 +1,4 @@
-"""A real Chromium, driven over the pipe of its DevTools protocol: no driver program, no open port, no package.
+"""A real Chromium, controlled over the pipe of its DevTools protocol: no driver program, no open port, no package.
 
 https://chromedevtools.github.io/devtools-protocol/
 """
@@ -22,16 +22,16 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
     "--remote-debugging-pipe",
 )  # fmt: skip
-# Whatever takes longer hangs; no test depends on how long anything takes.
+# A longer wait means that the browser hangs. No test depends on durations.
 HANG_S = 120.0
 
 
 class Browser:
-    """One Chromium; `open` gives tabs that know nothing of each other."""
+    """One Chromium. `open` returns tabs without common storage."""
 
     def __init__(self, program: str, profile: Path) -> None:
-        # Chromium reads commands from descriptor 3 and writes answers to 4, both as JSON ended by a zero byte.
-        # The copies are far above 4, so that neither is overwritten before it is moved there.
+        # Chromium reads commands from descriptor 3 and writes answers to 4, both as JSON ended by a zero byte. The
+        # copies are far above 4, so that neither is overwritten before it is moved there.
         commands, self._to_browser = os.pipe()
         self._from_browser, answers = os.pipe()
         theirs = [os.dup(commands), os.dup(answers)]
@@ -71,7 +71,7 @@ class Browser:
         return answer["result"]
 
     def pump(self, timeout_s: float) -> bool:
-        """Take in what the browser says within `timeout_s`; False if that was nothing."""
+        """Read messages of the browser for `timeout_s`. Returns False if there were none."""
         readable, _, _ = select.select([self._from_browser], [], [], max(0.0, timeout_s))
         if not readable:
             return False
@@ -87,7 +87,7 @@ class Browser:
         return True
 
     def open(self, url: str | None = None, width: int = 1280, height: int = 900) -> "Tab":
-        """A tab with storage of its own, empty or with a page in it."""
+        """A tab with its own storage, empty or with a page."""
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -119,11 +119,11 @@ class Tab:
         self.browser.call("Target.disposeBrowserContext", browserContextId=self.context)
 
     def goto(self, url: str) -> None:
-        """Until the page and all that it names is loaded; also where it is the page that is there already."""
+        """Wait until the page and its resources are loaded, also if it reloads the current page."""
         seen = len(self.browser.events)
         begun = self.call("Page.navigate", url=url)
         assert "errorText" not in begun, f"{url}: {begun.get('errorText')}"
-        # Of this very document: what was there before may still tell of its own end.
+        # For the new document: messages about the old one's end may still arrive.
         loaded = {"name": "load", "loaderId": begun["loaderId"]}
         deadline = time.monotonic() + HANG_S
         while not any(event["params"].items() >= loaded.items() for event in self.browser.events[seen:]):
@@ -139,16 +139,16 @@ class Tab:
         self.call("Emulation.setEmulatedMedia", features=listed)
 
     def network(self, *, offline: bool) -> None:
-        """Take the network away, or give it back."""
+        """Turn the network off or on."""
         usual = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         self.call("Network.enable")
         self.call("Network.emulateNetworkConditions", offline=offline, **usual)
-        # The process that has the network is told apart from the page.
+        # The network runs in another process than the page, which needs a separate command.
         answered = "fetch(location, {cache: 'no-store'}).then(() => true, () => false)"
         self.wait(f"{answered}.then((online) => online === {json.dumps(not offline)})")
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression; a promise is waited for."""
+        """The value of a JavaScript expression. A promise is awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -158,7 +158,7 @@ class Tab:
         return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => {expression})")
 
     def wait(self, expression: str, timeout_s: float = HANG_S) -> Any:
-        """Until the expression is true."""
+        """Wait until the expression is true."""
         deadline = time.monotonic() + timeout_s
         while not (value := self.run(expression)):
             assert time.monotonic() < deadline, f"never true: {expression}; the page says:\n{self.text('body')}"
@@ -166,16 +166,16 @@ class Tab:
         return value
 
     def text(self, selector: str) -> str:
-        """What a person reads there; nothing, where it is not shown."""
+        """The visible text; empty if the element is not shown."""
         return self.run(_shown_text(selector))
 
     def wait_text(self, selector: str, part: str, timeout_s: float = HANG_S) -> None:
         self.wait(f"{_shown_text(selector)}.includes({json.dumps(part)})", timeout_s)
 
     def click(self, selector: str) -> None:
-        """With the mouse, in the middle of the element, wherever it is scrolled to.
+        """Click the middle of the element, after scrolling to it.
 
-        Like a person, it waits until the element stands still with nothing over it.
+        Waits until the element stands still and nothing covers it.
         """
         middle = f"""(() => {{ const found = document.querySelector({json.dumps(selector)});
             found.scrollIntoView({{block: "center", behavior: "instant"}});
@@ -192,7 +192,7 @@ class Tab:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def type(self, text: str) -> None:
-        """Into whatever has the focus."""
+        """Type into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, *, shift: bool = False, control: bool = False) -> None:
@@ -205,7 +205,7 @@ class Tab:
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def fill(self, selector: str, text: str) -> None:
-        """Replace what stands in a field, as typing does."""
+        """Replace the content of a field, as typing does."""
         self.run(f"document.querySelector({json.dumps(selector)}).focus(), document.activeElement.select()")
         if text:
             self.type(text)
@@ -213,12 +213,12 @@ class Tab:
             self.call("Input.dispatchKeyEvent", type="keyDown", key="Delete", code="Delete", windowsVirtualKeyCode=46)
 
     def choose(self, selector: str, *files: Path) -> None:
-        """Files in a file field, as its dialog would."""
+        """Put files into a file field, as its dialog would."""
         found = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
         self.call("DOM.setFileInputFiles", files=[str(file) for file in files], objectId=found["result"]["objectId"])
 
     def drop(self, x: int, y: int, *files: Path) -> None:
-        """Files from the desktop, dropped at a place in the window."""
+        """Drop files from the desktop at a position in the window."""
         data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
@@ -228,9 +228,9 @@ class Tab:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def complaints(self) -> list[str]:
-        """What the browser said of this page: errors of its scripts and breaches of its policy.
+        """The browser's messages about this page: script errors and policy violations.
 
-        Requests that failed are left out: they are what many tests are about.
+        Failed requests are left out, as many tests cause them.
         """
         found = []
         for event in self.browser.events:
@@ -249,19 +249,19 @@ class Tab:
 
 
 def _shown_text(selector: str) -> str:
-    """innerText leaves out what is not shown, but not where the element itself is not."""
+    """innerText skips hidden descendants, but not a hidden element itself."""
     found = f"document.querySelector({json.dumps(selector)})"
     return f"({found}?.checkVisibility() ? {found}.innerText : '')"
 
 
 def program() -> str | None:
-    """Where a Chromium is, if there is one."""
+    """The path of a Chromium, or None."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
 @contextlib.contextmanager
 def chromium(found: str) -> Iterator[Browser]:
-    """A Chromium with an empty profile, gone with everything it wrote at the end."""
+    """A Chromium with an empty profile, which is deleted at the end."""
     profile = Path(tempfile.mkdtemp(prefix="mm-chromium-"))
     browser = Browser(found, profile)
     try:

@@ -1,4 +1,4 @@
-"""Clients that keep a service busy while something happens to it, or that ask more of it than it can do."""
+"""Clients that keep a service busy during an event, or that send more requests than it can handle."""
 
 import asyncio
 import math
@@ -13,21 +13,21 @@ import httpx
 from real_service import BATCH_SIZE, LIMITS, STEP_S
 from serving import AUTHORIZED, GENERATIONS, HANG_S, run
 
-# So many that the model is what cannot follow: two images a second. Of a faster one ten times as many requests as it
-# can do would be more than two busy cores can carry, whoever answers them.
+# Enough work that the model is the bottleneck: two images a second. For a faster model, ten times as many requests as
+# it can handle would need more than two cores for any service.
 OVERLOAD_STEPS = 40
-# Of a batch, measured while ten times too many ask from this machine's own cores: a second, where it is not busy.
+# Time of a batch, measured with ten times too many requests from the same cores: one second on an idle machine.
 MAX_REFUSAL_BATCHES = 0.5
 
 
 class Load:
-    """Clients that ask again and again; every answer is noted."""
+    """Clients that send requests again and again. Every answer is recorded."""
 
     def __init__(
         self, connect: Callable[[], httpx.Client], num_clients: int, ask: Callable[[httpx.Client], httpx.Response]
     ) -> None:
         self.answers: list[tuple[float, float, int, str]] = []
-        """Of each request: when it was asked and when answered, status (0: no answer), and the answer's text."""
+        """Per request: the times of request and answer, the status (0: no answer), and the answer's text."""
         self._stop = threading.Event()
 
         def work() -> None:
@@ -54,7 +54,7 @@ class Load:
             thread.join(HANG_S)
 
     def wait_for(self, number: int) -> None:
-        """Until so many more answers were good."""
+        """Wait for `number` more good answers."""
         wanted = self.statuses()[200] + number
         deadline = time.monotonic() + HANG_S
         while self.statuses()[200] < wanted:
@@ -65,7 +65,7 @@ class Load:
         return Counter(status for _, _, status, _ in list(self.answers))
 
     def told(self, what: str, killed_at: float) -> str:
-        """The figures of a kill: answers, and how long no request that was asked after it had its answer."""
+        """The figures of a kill: answers, and the longest wait of any later request for its answer."""
         gap = min(ended for began, ended, status, _ in self.answers if status == 200 and began > killed_at) - killed_at
         longest = max(ended - began for began, ended, status, _ in self.answers if status == 200)
         return f"{what}: {dict(self.statuses())}, answers again after {gap:.2f} s, the longest took {longest:.2f} s"
@@ -80,7 +80,7 @@ class Measured(Protocol):
 
 
 def model_seconds(service: Measured) -> tuple[float, float]:
-    """Of the generator's model: seconds, summed over the images of all batches, and how many images."""
+    """Of the generator's model: seconds summed over the images of all batches, and the number of images."""
     total, count = (
         service.metric(f'mmcore_stage_seconds_{what}{{model="shapes",stage="model"}}') for what in ("sum", "count")
     )
@@ -88,7 +88,7 @@ def model_seconds(service: Measured) -> tuple[float, float]:
 
 
 def overload(service: Measured) -> list[str]:
-    """An open stream of requests at ten times what the model can do; what took longer than it should."""
+    """A steady stream of ten times as many requests as the model can handle. Returns what took longer than allowed."""
     seconds, rate = 8.0, 10 * BATCH_SIZE / (OVERLOAD_STEPS * STEP_S)
     answers: list[tuple[int, float, Any]] = []
 
@@ -108,7 +108,7 @@ def overload(service: Measured) -> list[str]:
     run(main())
     after = model_seconds(service)
     statuses = Counter(status for status, _, _ in answers)
-    # Where this client is slow itself, nobody need be refused.
+    # If this client itself is slow, refusals are not expected.
     assert {200} <= set(statuses) <= {200, 429}, statuses
     for status, _, response in answers:
         if status == 429:
@@ -118,13 +118,13 @@ def overload(service: Measured) -> list[str]:
     refused = sorted(taken for status, taken, _ in answers if status == 429) or [math.inf]
     batch_s = (after[0] - before[0]) / (after[1] - before[1])
     p99, refusal_p99 = accepted[int(len(accepted) * 0.99)], refused[int(len(refused) * 0.99)]
-    # The whole queue before one, the batch that is at work, and the time of one for the way there and back.
+    # The whole queue ahead, the current batch, and the transfer in both directions.
     bound = (LIMITS.max_queue / BATCH_SIZE + 2) * batch_s
     told = (
         f"overload: {dict(statuses)}, accepted p50 {statistics.median(accepted):.2f} s, p99 {p99:.2f} s, "
         f"refused p50 {statistics.median(refused):.3f} s, p99 {refusal_p99:.3f} s, batch {batch_s:.2f} s, {bound=:.2f}"
     )
     print(told)
-    # At least what the model can do, or it was idle beside a queue; and who is refused is told so at once.
+    # The model must not idle while requests wait, and refusals must come at once.
     is_busy = len(accepted) > BATCH_SIZE / batch_s * seconds * 0.7
     return [] if is_busy and p99 < bound and refusal_p99 < MAX_REFUSAL_BATCHES * batch_s else [told]

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the page share: one Chromium, and for each test a stand-in and a tab of its own."""
+"""Fixtures for tests of the page: one Chromium, and for each test a stand-in service and a tab."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def browser() -> Iterator[Browser]:
             f"the page is tested in Chromium, and this machine has none of {', '.join(PROGRAMS)} (Debian: apt "
             "install chromium)"
         )
-        # Where nobody reads what was skipped, a page that was never opened would pass for a tested one.
+        # Fail instead of skipping in CI: a skipped page would count as tested.
         if os.environ.get("CI"):
             pytest.fail(f"{reason}; with CI set the tests of the page are not skipped", pytrace=False)
         pytest.skip(reason)
@@ -28,14 +28,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def service() -> Iterator[StandIn]:
-    """New for each test, which then hears nothing late of the one before."""
+    """New for each test, so that no late message of the previous test arrives."""
     with standing_in() as stand_in:
         yield stand_in
 
 
 @pytest.fixture
 def blank(browser: Browser, service: StandIn) -> Iterator[Tab]:
-    """A tab that shows nothing yet."""
+    """An empty tab."""
     tab = browser.open()
     yield tab
     complaints = tab.complaints()
@@ -45,7 +45,7 @@ def blank(browser: Browser, service: StandIn) -> Iterator[Tab]:
 
 @pytest.fixture
 def page(blank: Tab, service: StandIn) -> Tab:
-    """The page, connected."""
+    """The connected page."""
     blank.goto(service.url)
     blank.wait_text("#service", "Connected")
     return blank

@@ -1,16 +1,16 @@
-"""What a person does on the page, for its tests."""
+"""Actions of a person on the page, for its tests."""
 
 import time
 from collections.abc import Callable
 
 from browser import HANG_S, Tab
 
-# As markup, it would show itself.
+# If inserted as markup, it would be visible as such.
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;\"'`${7*7}"
 
 
 def generate(page: Tab, prompt: str = "a red circle", **fields: str) -> None:
-    """Fill the form as a person does, and press its button."""
+    """Fill in the form as a person does, and submit it."""
     for name, value in {"prompt": prompt, **fields}.items():
         page.fill(f"#{name}", value)
     page.click("#generate")
@@ -29,12 +29,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = HANG_S) -> None
 
 
 class Clock:
-    """The page's clock, stopped until it is put forward: a second that is shown stays as long as it takes to see it.
-    Timers run on. To be made before the page counts, or before it is there."""
+    """Stop the page's clock and advance it by hand, so that a displayed second stays. Timers keep running.
+
+    To be called before the page starts to count, or before it is loaded.
+    """
 
     def __init__(self, page: Tab) -> None:
         self._page = page
-        # A whole number, so that sums and differences are exact.
+        # An integer, so that sums and differences are exact.
         stop = "window.clockMs = Math.ceil(performance.now()), performance.now = () => clockMs, null"
         page.call("Page.addScriptToEvaluateOnNewDocument", source=stop)
         page.run(stop)

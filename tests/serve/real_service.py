@@ -1,8 +1,8 @@
-"""A real Ray Serve on loopback with models that cost nothing, as a process of its own.
+"""A real Ray Serve on loopback with fake models, as a separate process. Command: python tests/serve/real_service.py
+PORT FOLDER
 
-Command: python tests/serve/real_service.py PORT FOLDER
-A file FOLDER/redeploy makes it deploy another version of every process; then the file is gone. While a file FOLDER/hold
-is there, the generator's work stands still behind its first step.
+A file FOLDER/redeploy makes it deploy another version of every process; then the file is deleted. While a file
+FOLDER/hold exists, the generator stops after its first step.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from serve import control
 from serve.app import application
 from serve.limits import Limits
 
-# Four images in 8 steps: ten a second.
+# Four images in 8 steps: ten images a second.
 BATCH_SIZE, STEP_S = 4, 0.05
 LIMITS = Limits(
     max_queue=16,
@@ -36,7 +36,7 @@ LIMITS = Limits(
 
 
 class FileGate:
-    """Closed while a file is there: for the generator's process, which no test shares an event with."""
+    """A gate that is closed while a file exists, for the generator's process, which shares no event with a test."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Models that cost nothing, and the service around them: in one process, or behind a real Ray Serve."""
+"""Fake models and the service around them, in one process or behind a real Ray Serve."""
 
 import asyncio
 import base64
@@ -42,9 +42,9 @@ KEY = "a-key-for-the-tests-0123456789"
 GENERATIONS = "/v1/images/generations"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 SIZE = 16
-# What only ends a test that hangs: no event that comes is ever this late.
+# Only ends a test that hangs. No awaited event takes this long.
 HANG_S = 300.0
-TIMESTEPS = 240  # of the fake generator's training: more steps it cannot make, though the limits allow 250
+TIMESTEPS = 240  # timesteps of the fake generator's training: the maximum, although the limits allow 250
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "white": (250, 250, 250)}
 
 
@@ -56,7 +56,7 @@ def opened() -> threading.Event:
 
 @dataclass(frozen=True)
 class FakeOptions:
-    """Those of a diffusion, which takes no time to import."""
+    """The options of a diffusion, without its import time."""
 
     steps: int = field(default=4, metadata={"api": "num_inference_steps"})
     guidance: float = field(default=3.0, metadata={"api": "guidance_scale"})
@@ -65,9 +65,9 @@ class FakeOptions:
 
 
 class FakeGenerator:
-    """Images of one colour that prompt, seed and settings decide.
+    """Images of one colour that depends on prompt, seed and settings.
 
-    Its work stands still between two steps while `gate` is closed; work of a single step does not.
+    While `gate` is closed, work stops between two steps. Work of a single step does not stop.
     """
 
     max_tokens = 1000
@@ -114,8 +114,8 @@ class FakeGenerator:
 
 
 def wait_at(gate: Any, still_here: Callable[[], None]) -> None:
-    """Until the gate is open. `still_here` is called all the time: it ends work that nobody waits for any more."""
-    # Later than those give up who wait for what is behind it: a gate that opens by itself would let them pass.
+    """Wait until the gate is open. `still_here` is called repeatedly, as it ends work that nobody waits for."""
+    # Longer than the time-outs of those who wait behind it: a gate that opens by itself would let them pass.
     deadline = time.monotonic() + 2 * HANG_S
     while not gate.wait(0.02):
         assert time.monotonic() < deadline, "nobody opened the gate"
@@ -140,7 +140,7 @@ class FakeSearch:
 
 
 class FakeCaptioner:
-    """Names the colour of an image. A batch is not finished while `gate` is closed."""
+    """Names the colour of an image. A batch does not finish while `gate` is closed."""
 
     options: Any = FakeSearch()
 
@@ -170,7 +170,7 @@ def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str =
 
 
 def write_sweep(folder: Path, images: dict[str, bytes]) -> None:
-    """A sweep as jobs/generate.py leaves it: image i has the prompt ``p{i}`` and the seed i."""
+    """A sweep in the form of jobs/generate.py: image i has the prompt ``p{i}`` and the seed i."""
     (folder / "manifest").mkdir()
     (folder / "images").mkdir()
     for image_id, data in images.items():
@@ -195,7 +195,7 @@ def chat(uri: str, **fields: Any) -> dict[str, Any]:
 
 
 class InProcess:
-    """The object itself: what is tested through it needs no cluster."""
+    """Calls the object directly, so that its tests need no cluster."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -213,7 +213,7 @@ class InProcess:
 
 
 class Served:
-    """The service in this process, with one captioner or two and a generator."""
+    """The service in this process, with one or two captioners and a generator."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Served:
         allowed_hosts: Sequence[str] = (),
         web: Path | None = None,
     ) -> None:
-        # A test that asks again and again until something has come about does not count how often.
+        # The rate limit must not count a test that polls.
         self.limits = limits or Limits(rate_burst=1_000_000)
         self.fake_generator, self.fake_captioner = FakeGenerator(step_s), FakeCaptioner()
         self.other_captioner = FakeCaptioner("some", resolution=8)
@@ -264,11 +264,11 @@ class Served:
                 await self.close()
 
     async def at_rest(self) -> None:
-        """Until the generator works at nothing."""
+        """Wait until the generator is idle."""
         await until(lambda: self.generator.batcher._heard_at is None)
 
     async def close(self) -> None:
-        """Leave nothing at work when the event loop ends: what is not finished stays pending, as at a process's end."""
+        """Cancel work when the event loop ends. Unfinished jobs stay pending, as at the end of a process."""
         self.fake_generator.gate.set()
         self.fake_captioner.gate.set()
         tasks = [job.task for job in self.jobs._jobs.values() if job.task]
@@ -281,7 +281,7 @@ class Served:
 
 @contextlib.contextmanager
 def listening(served: Served) -> Iterator[str]:
-    """The app behind uvicorn in a thread; gives its address."""
+    """Run the app behind uvicorn in a thread. Returns its address."""
     server = uvicorn.Server(uvicorn.Config(served.app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -298,7 +298,7 @@ def listening(served: Served) -> Iterator[str]:
 
 @contextlib.contextmanager
 def log_records() -> Iterator[list[logging.LogRecord]]:
-    """What the service logs while the block runs, once each, whoever else listens to its logger."""
+    """The log records of the service during the block, each once."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -317,7 +317,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def tries(least: int = 10, patience_s: float = 60.0) -> Iterator[int]:
-    """For what is to be quick once, as others may take the processor from it the other times: many, and for long."""
+    """Retry a test of a short duration, as other programs may take the processor at any single try."""
     deadline = time.monotonic() + patience_s
     for number in itertools.count():
         if number >= least and time.monotonic() > deadline:
@@ -326,7 +326,7 @@ def tries(least: int = 10, patience_s: float = 60.0) -> Iterator[int]:
 
 
 def run(test: Coroutine[Any, Any, Any], timeout_s: float = HANG_S) -> Any:
-    """One test's coroutine in an event loop of its own."""
+    """Run a test's coroutine in its own event loop."""
 
     async def bounded() -> Any:
         return await asyncio.wait_for(test, timeout_s)
@@ -335,7 +335,7 @@ def run(test: Coroutine[Any, Any, Any], timeout_s: float = HANG_S) -> Any:
 
 
 def wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = HANG_S) -> None:
-    """Until the service of a process of its own has loaded its models; fails when it ended, or when the time is up."""
+    """Wait until a service in another process has loaded its models. Fails if it ended or the time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(httpx.HTTPError):
@@ -357,7 +357,7 @@ def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def colour(b64: str) -> tuple[int, ...]:
-    """Of an image of the fake generator."""
+    """The colour of an image of the fake generator."""
     image = Image.open(io.BytesIO(base64.b64decode(b64)))
     assert image.size == (SIZE, SIZE)
     pixel = image.getpixel((3, 3))
@@ -366,7 +366,7 @@ def colour(b64: str) -> tuple[int, ...]:
 
 
 def request(method: str, path: str, served: Served | None = None, **options: Any) -> httpx.Response:
-    """One request to a service of its own."""
+    """Send one request to a new service."""
 
     async def main() -> httpx.Response:
         async with (served or Served()).client(options.pop("headers", None)) as client:
@@ -380,7 +380,7 @@ def post(path: str, body: Any, served: Served | None = None) -> httpx.Response:
 
 
 def error(response: httpx.Response) -> dict[str, Any]:
-    """Of a refusal, in the form of OpenAI's."""
+    """The error of a refusal, in OpenAI's form."""
     body = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}

@@ -1,6 +1,6 @@
-"""A server on loopback that speaks the service's API without Ray or a model, as slow and as broken as a test wants.
+"""A server on loopback with the service's API, without Ray or a model. Tests can make it slow or faulty.
 
-`python tests/serve/stand_in.py` serves the page for a person who works on it.
+`python tests/serve/stand_in.py` serves the page for manual work on it.
 """
 
 import base64
@@ -31,7 +31,7 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# The page brings the rest of its policy with it, in a <meta>, where this one is not allowed.
+# The rest of the policy is in a <meta> of the page, where this directive is not allowed.
 PAGE_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -42,7 +42,7 @@ SIZE = 64
 
 @dataclass(frozen=True)
 class Failure:
-    """The answer to one request instead of the usual one. `unread`: sent before the body was read, as a limit does."""
+    """The answer to one request instead of the usual one. `unread`: sent before the body was read, like a limit."""
 
     status: int
     message: str = ""
@@ -67,7 +67,7 @@ class Gone(Exception):
 
 
 def shape_png(prompt: str, seed: int) -> bytes:
-    """A picture that depends on the seed, with the prompt and the seed in its text chunks."""
+    """A picture that depends on the seed. Its text chunks hold the prompt and the seed."""
     chance = random.Random(seed)
     colour = lambda low, high: tuple(chance.randrange(low, high) for _ in range(3))
     image = Image.new("RGB", (SIZE, SIZE), colour(150, 255))
@@ -91,7 +91,7 @@ def model(name: str, kind: str) -> dict[str, Any]:
 
 
 class StandIn:
-    """The server and everything about it that a test sets or reads."""
+    """The server, with everything that a test sets or reads."""
 
     def __init__(self, port: int = 0) -> None:
         self.server = _Server(("127.0.0.1", port), type("Bound", (_Handler,), {"stand_in": self}))
@@ -100,15 +100,15 @@ class StandIn:
         self.key: str | None = None
         self.models = [model("resnet", "captioner"), model("qformer", "captioner"), model("shapes64", "generator")]
         self.captions = {"resnet": "a dog runs over grass", "qformer": "a brown dog runs on a green lawn"}
-        self.caption_errors: dict[str, Any] = {}  # of captioners that fail, by name
+        self.caption_errors: dict[str, Any] = {}  # captioners that fail, by name
         self.sweep: list[dict[str, Any]] | None = []
-        self.failures: dict[str, list[Failure]] = {}  # path -> what the next requests get
+        self.failures: dict[str, list[Failure]] = {}  # path -> answers to the next requests
         self.requests: list[Request] = []
         self.disconnects = 0
-        self.queue: list[int] = []  # places in the queue that are told before the first step
+        self.queue: list[int] = []  # places in the queue that are reported before the first step
         self.seconds_per_step = 0.0
-        self.cut: str | None = None  # at the last step: "broken" connection, "ended" stream, or an error's message
-        self.piece_bytes: int | None = None  # the stream arrives in pieces of so many bytes
+        self.cut: str | None = None  # at the last step: "broken" connection, "ended" stream, or an error message
+        self.piece_bytes: int | None = None  # the stream arrives in pieces of this size
         self.line_end = "\n"
         self._held: set[str] = set()
         self._go = threading.Event()
@@ -124,7 +124,7 @@ class StandIn:
         self._go.set()
 
     def close(self) -> None:
-        self.closed = True  # also for connections that are open already
+        self.closed = True  # also for open connections
         self.release()
         self.server.shutdown()
         self.server.server_close()
@@ -135,10 +135,10 @@ class StandIn:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # of connections not yet accepted; one too many would be tried again seconds later
+    request_queue_size = 128  # connections not yet accepted; one above it would be retried seconds later
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A tab that closes resets its connections, which is no error; every other one is printed."""
+        """A closed tab resets its connections, which is no error. All other errors are printed."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """No log lines."""
 
     def do_GET(self) -> None:
         self._serve()
@@ -231,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(Failure(404, f"no route {path}"))
 
     def _wait(self, point: str) -> None:
-        """Where the test holds this point, until it lets go; Gone when the client leaves before."""
+        """Wait while the test holds this point. Raises Gone if the client leaves first."""
         while point in self.stand_in._held and not self.stand_in._go.wait(0.02):
             readable, _, _ = select.select([self.connection], [], [], 0)
             if readable and self.connection.recv(1, socket.MSG_PEEK) == b"":

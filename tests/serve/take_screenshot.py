@@ -1,4 +1,4 @@
-"""The documents' picture of the page as it is served: captions of images, generated images, the gallery's beginning.
+"""Takes the picture of the served page for the documents: captions, generated images, the start of the gallery.
 
 Command: python tests/serve/take_screenshot.py URL KEY OUT.png IMAGE [IMAGE ...]
 """

@@ -1,4 +1,4 @@
-"""How large batches were, as it is counted."""
+"""The counts of batch sizes."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Batches of what can share one: grouping, order, cancellation, progress, and faults that stay where they belong."""
+"""Batches of compatible requests: grouping, order, cancellation, progress, and isolated faults."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from serve.limits import Limits
 
 
 class Recorder:
-    """Doubles numbers; keeps every batch; waits inside a batch until it is let go."""
+    """Doubles numbers, records every batch, and waits inside a batch until released."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Any, list[int]]] = []
@@ -45,7 +45,7 @@ class Recorder:
 
 
 class Steps:
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
@@ -59,7 +59,7 @@ class Steps:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Of the clock by which a batch is silent; it stands still until it is set."""
+    """A clock for the idle time of a batch. It stands still until it is set."""
     now = [100.0]
     monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
     return now
@@ -72,14 +72,14 @@ def test_batches_have_one_group_and_a_largest_size_and_keep_the_order() -> None:
         recorder.go.clear()
         first = asyncio.ensure_future(batcher.submit("a", 0))
         await until(lambda: len(recorder.batches) == 1)
-        # These come while the first is worked at.
+        # These arrive while the first is processed.
         groups = "abababa"
         rest = [asyncio.ensure_future(batcher.submit(group, n)) for n, group in enumerate(groups, 1)]
         await until(lambda: len(batcher._waiting) == len(groups))
         recorder.go.set()
         results = await asyncio.gather(first, *rest)
         assert [result.value for result in results] == [2 * n for n in range(8)]
-        # The longest waiting one decides which group is next.
+        # The request that waited longest decides which group is next.
         assert recorder.batches == [("a", [0]), ("a", [1, 3, 5]), ("b", [2, 4, 6]), ("a", [7])]
         # Each batch is counted once.
         assert sorted(r.batch_size for r in results if r.batch_size) == [1, 1, 3, 3]
@@ -101,7 +101,7 @@ def test_an_idle_model_waits_for_nobody_where_it_is_not_told_to() -> None:
 
 
 def test_an_idle_model_waits_only_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No time passes for it until both are there, and then all there is.
+    # No time passes until both are there, then all of it passes at once.
     now = [time.perf_counter()]
     monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: now[0]))
 
@@ -160,7 +160,7 @@ def test_a_batch_ends_when_nobody_waits_for_it_and_not_before() -> None:
         await until(lambda: len(recorder.batches) == 1)
         pair[0].cancel()
         recorder.go.set()
-        # The other one still gets what it asked for.
+        # The other request still gets its result.
         assert (await pair[1]).value == 4
         assert recorder.abandoned == 0
 
@@ -171,7 +171,7 @@ def test_a_batch_ends_when_nobody_waits_for_it_and_not_before() -> None:
         await asyncio.gather(alone, return_exceptions=True)
         recorder.go.set()
         await until(lambda: recorder.abandoned == 1)
-        # And the model is free for the next.
+        # The model is then free for the next batch.
         assert (await batcher.submit("a", 4)).value == 8
         batcher.close()
 
@@ -201,12 +201,12 @@ def test_a_model_that_fails_again_and_again_is_not_healthy() -> None:
 
         await fail(2)
         batcher.check()
-        # One that works makes up for those before it.
+        # A check that passes resets the failed ones before it.
         await batcher.submit("a", 1)
         await fail(2)
         batcher.check()
         await fail(1)
-        # Ray Serve ends a process that has failed several checks.
+        # Ray Serve ends a process that failed several checks.
         for _ in range(3):
             with pytest.raises(RuntimeError, match="the last 3 batches failed"):
                 batcher.check()
@@ -244,7 +244,7 @@ def test_a_batch_that_hangs_is_not_healthy_and_a_long_one_is(now: list[float]) -
             return payloads
 
         batcher: Batcher[int, int] = Batcher(work, batch_size=1, max_silence_s=60.0)
-        # Idle for longer than that is healthy.
+        # Being idle for longer than that is healthy.
         now[0] += 1000
         batcher.check()
         task = asyncio.ensure_future(batcher.submit("a", 1, listener))
@@ -283,7 +283,7 @@ def test_a_loop_that_ended_is_not_hidden_by_the_next_request() -> None:
         tasks.append(asyncio.ensure_future(batcher.submit("a", 2, Broken())))
         await until(lambda: len(recorder.batches) == 1)
         recorder.go.set()
-        # Its turn to be the first comes when the second is taken.
+        # It becomes first when the second one is taken.
         await until(lambda: batcher._task is not None and batcher._task.done())
         for _ in range(2):
             with pytest.raises(KeyError, match="a listener"):
@@ -332,7 +332,7 @@ def test_the_model_has_one_thread_of_its_own_and_the_loop_stays_free() -> None:
         batcher: Batcher[int, int] = Batcher(work, batch_size=1, thread=model)
         tasks = [asyncio.ensure_future(batcher.submit("a", n)) for n in range(2)]
         await until(lambda: len(working) == 1)
-        # The model is held until the loop has gone round so often: a loop that stands still would never let it go.
+        # The model is held until the loop has run several times. A blocked loop would never release it.
         for _ in range(20):
             await asyncio.sleep(0.005)
         assert not any(task.done() for task in tasks)
@@ -378,7 +378,7 @@ def test_a_replica_whose_model_hangs_for_a_request_s_time_is_not_healthy(kind: s
         now[0] += 60
         replica.check_health()
         now[0] += 1
-        # Whoever asked gives up after that time too; the thread stays where it is.
+        # The caller gives up after that time too. The thread stays blocked.
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         with pytest.raises(RuntimeError, match="no sign for"):

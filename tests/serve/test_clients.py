@@ -1,4 +1,4 @@
-"""Calls to processes that die, or that another version replaces while the caller lives on."""
+"""Calls to processes that die, or that are replaced by another version while the caller lives on."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +24,10 @@ NEVER = object()
 
 
 class Response:
-    """Of Ray Serve's handle: a call's outcome, or its events. An exception is raised, and NEVER does not come."""
+    """Like Ray Serve's handle: the result of a call, or its events.
+
+    An exception is raised, and NEVER does not arrive.
+    """
 
     def __init__(self, *outcomes: Any) -> None:
         self.outcomes, self.cancelled = outcomes, False
@@ -138,7 +141,7 @@ async def ask(client: httpx.AsyncClient, colour: str) -> httpx.Response:
 
 
 def with_versions(choose: Callable[[int], int]) -> tuple[Served, list[str]]:
-    """A service whose captioner is, call by call, version `choose(number)`: 0 takes 16 pixels and 1 takes 8."""
+    """A service whose captioner is version `choose(number)` at each call: 0 takes 16 pixels, 1 takes 8."""
     served = Served()
     versions = [served.captioner, Captioner("words", lambda device: served.other_captioner, Limits())]
     calls: list[str] = []
@@ -177,7 +180,7 @@ def test_while_both_versions_answer_nobody_gets_a_fault() -> None:
             for _ in range(5):
                 response = await ask(client, "green")
                 assert response.status_code == 200, response.text
-                # The next one meets them in the other order.
+                # The next call meets the versions in the other order.
                 calls.append("nothing")
 
     run(main())

@@ -1,4 +1,4 @@
-"""python -m serve.control: one line for every mistake, and one command each to start and to end."""
+"""python -m serve.control: one line for every mistake, and one command each to start and to stop."""
 
 import socket
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_a_place_where_ray_does_not_start_is_told_in_one_line(
     folder: str, words: str, tmp_path: Path, run_job: RunJob
 ) -> None:
     if words.startswith("Ray"):
-        # The names of its sockets become longer than the system takes.
+        # The names of its sockets become longer than the system allows.
         (tmp_path / folder).mkdir()
     run_folder = write_captioner(Storage(str(tmp_path)) / "run", smoke=True)
     command = (*CONTROL, "start", f"captioner=tiny:{run_folder}", f"port={free_port()}")
@@ -117,21 +117,21 @@ def test_what_it_can_do_is_told(
 
 @pytest.mark.soak
 def test_a_model_that_does_not_load_is_told_in_one_line(tmp_path: Path, run_job: RunJob) -> None:
-    """Its encoder is gone, which shows only in the process that loads it: what Ray tells of that has a traceback."""
+    """Its encoder is gone, which only the process that loads it notices. Ray's report of that has a traceback."""
     encoder = write_resnet(tmp_path / "encoder")
     run_folder = write_captioner(Storage(str(tmp_path)) / "run", smoke=True, encoder=str(encoder))
     encoder.rename(tmp_path / "elsewhere")
     command = (*CONTROL, "start", f"captioner=tiny:{run_folder}", f"port={free_port()}")
     done = run_job(*command, env={**CLOSED, "SERVE_API_KEYS": KEY}, check=False)
     assert done.returncode == 1
-    # The last of them, behind what Ray brings from its processes.
+    # The last line, after output that Ray forwards from its processes.
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: the models did not start: captioner-tiny: mmcore.errors.InputError: "), done.stderr
     assert str(encoder) in line
 
 
 def test_start_and_stop(tmp_path: Path, start_job: StartJob, run_job: RunJob) -> None:
-    """A trained captioner, from its run folder; the keys from a file."""
+    """A trained captioner from its run folder, with keys from a file."""
     write_captioner(Storage(str(tmp_path)) / "run", smoke=True)
     port, keys, log = free_port(), tmp_path / "keys", tmp_path / "log"
     keys.write_text(f"{KEY}\n")
@@ -157,7 +157,7 @@ def test_start_and_stop(tmp_path: Path, start_job: StartJob, run_job: RunJob) ->
 
     done = run_job(*CONTROL, "stop", f"port={port}", env=CLOSED)
     assert done.returncode == 0
-    # `stop` comes back when all is over.
+    # `stop` returns when everything has ended.
     assert process.wait(HANG_S) == 0, log.read_text()[-3000:]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")

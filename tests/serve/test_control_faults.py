@@ -1,5 +1,7 @@
-"""serve.control where something goes wrong: processes that die while it ends, models that do not load, a cluster that
-others use too, and numbers of processes that are gone. Ray Serve is made up."""
+"""Faults in serve.control, with a fake Ray Serve.
+
+Processes die while it ends, models do not load, others use the same cluster, and process ids are stale.
+"""
 
 import contextlib
 import os
@@ -24,7 +26,7 @@ from serve.errors import ApiError
 
 
 class FakeHandle:
-    """Of the processes that answer requests: what they answer to `drain`, call by call, the last one for ever."""
+    """Fake processes that answer requests, with their answers to `drain` call by call. The last answer repeats."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.num_asked = list(answers), 0
@@ -44,7 +46,7 @@ class FakeHandle:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of control, which only its waiting moves on: the machine may be busy."""
+    """The clock of control. Only waits move it, as the machine may be busy."""
     now = [100.0]
 
     def sleep(seconds: float) -> None:
@@ -58,11 +60,11 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("answers", "left"),
     [
         (([2, 1], [0, 1], [0, 0]), 0),
-        # A process died, another is just being replaced: the requests of the others are waited for.
+        # One process died and another is being replaced: wait for the requests of the others.
         (([1], RayActorError(), TimeoutError(), [1], [0]), 0),
         (([1], [], [0]), 0),
         (([1],), 1),
-        # Nobody said that nothing is in flight.
+        # Nobody confirmed that no request is in flight.
         (([],), None),
         ((RayActorError(),), None),
         (([3], RayActorError()), None),
@@ -103,12 +105,12 @@ def test_jobs_whose_process_is_dead_keep_nobody_waiting() -> None:
 
 
 class FakeServe:
-    """What `run` calls of Ray Serve, and what it says on stderr; it is told to end as soon as it is ready."""
+    """Fake Ray Serve for `run`, which is told to end as soon as it is ready. Records calls and stderr."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, handle: Any, applications: tuple[str, ...] = (), ends: bool = True
     ) -> None:
-        """`ends`: whether the application does when it is deleted, or waits for its requests."""
+        """`ends`: whether the application ends when it is deleted, or waits for its requests."""
         self.ends = ends
         self.calls: list[str] = []
         self.said: list[str] = []
@@ -137,7 +139,7 @@ class FakeServe:
         if self.ends:
             self.applications.pop(name, None)
         elif _blocking:
-            # What Ray raises after a minute.
+            # Ray raises this after a minute.
             raise TimeoutError(f"Some of these applications weren't deleted after 60s: ['{name}']")
 
     def shutdown(self) -> None:
@@ -176,7 +178,7 @@ def test_on_a_cluster_nothing_of_others_is_ended(cluster: None, monkeypatch: pyt
     fake = FakeServe(monkeypatch, FakeHandle([0]), applications=("payroll",))
     assert control.run(lambda: None, port=free_port()) == 0
     assert fake.calls == ["start", "run", "delete mmcore"]
-    # The port that was typed is not where it listens.
+    # It does not listen on the given port.
     assert "127.0.0.1" not in fake.said[0]
     assert "its own host, port and limit of bodies, is ready" in fake.said[0]
 
@@ -193,7 +195,7 @@ def test_an_application_of_the_same_name_is_not_replaced(cluster: None, monkeypa
 def test_what_a_killed_process_left_on_a_cluster_is_ended(
     answers: tuple[Any, ...], code: int, cluster: None, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the command that `start` names; nothing else of that cluster is."""
+    """By the command that `start` names. The rest of that cluster is left alone."""
     monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.4")
     fake = FakeServe(monkeypatch, FakeHandle(*answers), applications=("payroll", "mmcore"))
     assert control.stop([f"port={free_port()}"]) == code
@@ -225,7 +227,7 @@ def test_requests_that_are_dropped_are_told(
 def test_an_end_that_finds_requests_left_takes_no_longer_than_it_says(
     joined: bool, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their processes wait for them on; Ray's own wait for those would end in a traceback, and the verdict be lost."""
+    """The processes keep waiting for their requests. Ray's own wait would end in a traceback and hide the result."""
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379" if joined else "")
     monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.2")
     monkeypatch.setattr(control, "_DELETE_S", 0.3)
@@ -266,7 +268,7 @@ def test_models_that_do_not_load_are_one_line(cluster: None, monkeypatch: pytest
     with pytest.raises(InputError) as caught:
         control.run(lambda: None, port=free_port())
     assert str(caught.value).startswith("the models did not start: RuntimeError: Deploying application mmcore failed")
-    # It does not stay on a cluster that is not ours.
+    # It is not left on a cluster that belongs to others.
     assert fake.calls[-1] == "delete mmcore"
 
     good, bad = SimpleNamespace(message=""), SimpleNamespace(message=FAILED)
@@ -284,12 +286,12 @@ def test_models_that_do_not_load_are_one_line(cluster: None, monkeypatch: pytest
 
 @contextlib.contextmanager
 def holding(port: int) -> Iterator[int]:
-    """The lock of a service at `port`; gives its file."""
+    """The lock of a service at `port`. Returns its file."""
     import fcntl
 
     descriptor = os.open(control.lock_file(port), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    # As a service does: one that ended at this port has left its number, of which a shorter one would keep the end.
+    # Like a service: an earlier one at this port left its longer process id, whose end must not remain.
     os.truncate(descriptor, 0)
     try:
         yield descriptor
@@ -312,7 +314,7 @@ def waiting_process() -> Iterator["subprocess.Popen[bytes]"]:
 def test_a_number_that_was_left_behind_is_gone_before_anything_else(
     no_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a service that was killed; `stop` must not end whatever has that number now."""
+    """Left by a killed service. `stop` must not end another process with that id."""
     port = free_port()
     control.lock_file(port).write_text("12345678901234567890")
     try:
@@ -338,7 +340,7 @@ def test_stop_waits_for_a_service_that_is_just_beginning(monkeypatch: pytest.Mon
         descriptor = held.enter_context(holding(port))
 
         def begin_and_end() -> Iterator[None]:
-            """What comes about each time that `stop` waits."""
+            """The event at each wait of `stop`."""
             yield
             os.pwrite(descriptor, str(process.pid).encode(), 0)
             yield

@@ -1,4 +1,4 @@
-"""Every limit, set by its environment variable: what is just within it passes, what is just past it is refused."""
+"""Every limit, set by its environment variable: a request just within it passes, one just above it is refused."""
 
 import asyncio
 import dataclasses
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[str, Asked, Asked, int, str]] = {
     "max_steps": ("8", images(num_inference_steps=8), images(num_inference_steps=10), 400, "invalid_value"),
     "max_guidance_scale": ("2", images(guidance_scale=2.0), images(guidance_scale=2.1), 400, "invalid_value"),
 }  # fmt: skip
-# Of several requests at once, or of time: each has a test of its own, below or in the file that is named.
+# Limits over several requests or over time have their own tests, below or in the named file.
 ELSEWHERE = {
     "max_queue": "", "key_share": "", "max_jobs": "", "max_jobs_per_key": "", "rate_burst": "", "rate_per_minute": "",
     "request_timeout_s": "", "caption_words": "", "caption_beams": "", "captioner_batch_size": "",
@@ -84,7 +84,7 @@ ELSEWHERE = {
 
 
 def served(**values: str) -> Served:
-    """A service whose limits came from the environment."""
+    """A service with limits from the environment."""
     environment = {f"SERVE_{name.upper()}": value for name, value in values.items()}
     return Served(limits=Limits.from_environment(environment))
 
@@ -157,7 +157,7 @@ def test_words_and_batches() -> None:
         service = served(caption_words="2", captioner_batch_size="3", generator_batch_size="5")
         async with service.client() as client:
             path, body = captions(8)
-            # What comes while a batch is captioned waits for the next, which is then full.
+            # Requests that arrive during a batch wait for the next one, which is then full.
             batches, gate = service.fake_captioner.batches, service.fake_captioner.gate
             gate.clear()
             asking = asyncio.ensure_future(client.post(path, json=body))
@@ -173,7 +173,7 @@ def test_words_and_batches() -> None:
 
 
 def test_jobs_are_counted_by_key() -> None:
-    """One key's jobs leave places for those of the others."""
+    """One key's jobs leave places for the jobs of other keys."""
     others = f"{KEY}-other"
     limits = Limits.from_environment({"SERVE_MAX_JOBS": "3", "SERVE_MAX_JOBS_PER_KEY": "2"})
     service = Served(limits=limits, keys=Keys({"SERVE_API_KEYS": f"{KEY},{others}"}))
@@ -192,7 +192,7 @@ def test_jobs_are_counted_by_key() -> None:
 
 @pytest.mark.parametrize(("share", "statuses"), [("0.5", [200, 200, 429]), ("1", [200, 200, 200])])
 def test_one_key_leaves_room_for_the_others(share: str, statuses: list[int]) -> None:
-    """A queue of 8 takes four requests of 2; one key has two of them there at once, a second key the rest."""
+    """A queue of 8 takes four requests of 2. One key has two of them at once, a second key the rest."""
     other = {"authorization": f"Bearer {KEY}-other"}
     environment = {"SERVE_MAX_QUEUE": "8", "SERVE_KEY_SHARE": share, "SERVE_MAX_IMAGES": "8"}
     path, body = images(n=2)
@@ -211,7 +211,7 @@ def test_one_key_leaves_room_for_the_others(share: str, statuses: list[int]) -> 
             return sorted(answer.status_code for answer in await asyncio.gather(*first)), (await another).status_code
 
     assert run(main(f"{KEY},{KEY}-other", other)) == (statuses, 200)
-    # One that shares with nobody has it all.
+    # A single key may use all of it.
     assert run(main(KEY, {})) == ([200] * 3, 200)
 
 

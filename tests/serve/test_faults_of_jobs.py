@@ -1,4 +1,4 @@
-"""Jobs where something goes wrong: processes that end, storages that fail, broken files, the same job twice."""
+"""Faults in jobs: processes that end, storages that fail, broken files, and duplicate jobs."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ async def end_of(jobs: Jobs, job_id: str) -> dict[str, Any]:
 
 
 def test_a_job_that_its_process_drops_stays_to_be_done(tmp_path: Path) -> None:
-    """A cancellation that no owner asked for is the end of the process, and not of the job."""
+    """A cancellation without a request of the owner ends the process, not the job."""
     served = Served(jobs_storage=Storage(str(tmp_path)))
 
     async def main() -> None:
@@ -104,7 +104,7 @@ def test_what_cannot_be_deleted_keeps_no_job_from_being_done(tmp_path: Path, mon
 
 
 class _Full:
-    """A storage that takes nothing under jobs/ but the first `takes` files, until it has refused `refusals` times."""
+    """A storage that accepts only the first `takes` files under jobs/, until it has refused `refusals` times."""
 
     def __init__(self, served: Served, takes: int, refusals: float) -> None:
         self.storage, self.takes, self.refusals, self.refused = served.jobs._storage, takes, refusals, 0
@@ -143,7 +143,7 @@ def test_a_storage_that_fails_for_long_costs_no_job_and_no_image_twice(
     monkeypatch.setattr(tasks, "_WRITE_PAUSES_S", (0.01, 0.01, 0.01))
     monkeypatch.setattr(tasks, "_UNAVAILABLE_PAUSE_S", 0.01)
     served = Served(jobs_storage=Storage(str(tmp_path)))
-    # The first image is taken, and the second one only at the third attempt, of four writes each.
+    # The first image is accepted, the second one only at the third attempt, of four writes each.
     full = _Full(served, takes=1, refusals=9)
 
     async def main() -> None:
@@ -161,7 +161,7 @@ def test_a_storage_that_fails_for_long_costs_no_job_and_no_image_twice(
 
 
 class _Moody:
-    """A generator's process that raises what it is given, one after the other, before it works."""
+    """A generator's process that raises the given exceptions one by one before it works."""
 
     def __init__(self, generator: Any, errors: Iterable[Exception]) -> None:
         self.generator, self.errors, self.num_raised = generator, iter(errors), 0
@@ -188,7 +188,7 @@ def test_a_bad_moment_of_a_model_costs_no_job(
         first, other = new_id(), new_id()
         await served.jobs.submit(first, "me", "moody", "b64_json", WORK)
         await served.jobs.submit(other, "me", "shapes", "b64_json", WORK)
-        # While it waits, the one place is another model's.
+        # While it waits, another model has the only place.
         assert (await end_of(served.jobs, other))["status"] == "done"
         waiting = await served.jobs.get("me", first)
         assert waiting is not None
@@ -329,7 +329,7 @@ def test_a_job_whose_end_cannot_be_written_is_taken_up_again(
         assert await served.jobs.drain() == 0
         served.jobs._draining = False
         assert [path.stem for path in (tmp_path / "pending").iterdir()] == [answer["id"]]
-        # An hour later, or as soon as somebody asks.
+        # An hour later, or at the next request for it.
         full.refusals = 0
         if asked:
             assert await served.jobs.get("somebody else", answer["id"]) is None
@@ -346,7 +346,7 @@ def test_a_job_whose_end_cannot_be_written_is_taken_up_again(
 
 
 def test_a_job_that_is_handed_in_twice_is_there_once(tmp_path: Path) -> None:
-    """The front asks again where the process died before it answered; the next one has found the job pending."""
+    """If the process died before its answer, the front asks again. The next process finds the job pending."""
     storage = Storage(str(tmp_path))
     first, second = (Served(jobs_storage=storage) for _ in range(2))
     job_id = new_id()
@@ -362,7 +362,7 @@ def test_a_job_that_is_handed_in_twice_is_there_once(tmp_path: Path) -> None:
         assert len(second.jobs._jobs) == 1
         second.fake_generator.gate.set()
         assert (await end_of(second.jobs, job_id))["status"] == "done"
-        # The next one may also have finished it by then.
+        # The next process may also have finished it by then.
         assert await second.jobs.submit(job_id, "me", "shapes", "b64_json", WORK) == {"id": job_id, "status": "done"}
         assert not second.jobs._jobs
         await first.close()
@@ -373,7 +373,7 @@ def test_a_job_that_is_handed_in_twice_is_there_once(tmp_path: Path) -> None:
 
 
 def test_a_job_that_has_its_end_is_not_cancelled_any_more(tmp_path: Path) -> None:
-    """Its result is just being written: the answer is that result, and not half of it."""
+    """While its result is being written, the answer is the complete result."""
     served = Served(jobs_storage=Storage(str(tmp_path)))
     storage, job_id, asked = served.jobs._storage, new_id(), threading.Event()
     write = storage.write

@@ -1,4 +1,4 @@
-"""What a replica takes of its machine: the GPU that Ray gave it, and no other."""
+"""The hardware of a replica: only the GPU that Ray assigned."""
 
 import threading
 
@@ -18,7 +18,7 @@ from serve.limits import Limits
 def test_a_model_is_put_where_ray_gave_a_gpu(
     given: list[int] | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on a machine with GPUs, which a replica sees even if it asked for none (`gpus=0`)."""
+    """Also on a machine with GPUs, which a replica sees even without a request for one (`gpus=0`)."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(ray, "is_initialized", lambda: given is not None)
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: given)
@@ -39,7 +39,7 @@ def test_threads_are_those_that_are_set_or_every_core_that_it_may_use(
 
 
 def test_a_model_is_loaded_in_the_thread_that_it_works_in() -> None:
-    """With threads of its own for each, OpenMP has two teams of them, and more than there are cores."""
+    """If each had its own threads, OpenMP would have two teams, with more threads than cores."""
     limits = Limits(model_threads=3)
     loaded: list[tuple[int, int]] = []
 

@@ -1,6 +1,6 @@
-"""More than a hundred requests that mean no good: each is refused at once, costs nothing and reaches nothing.
+"""More than a hundred malicious requests: each is refused at once, at no cost and without any effect.
 
-A dozen of them go through Ray Serve as well (test_real_serve.py).
+A dozen of them also go through Ray Serve (test_real_serve.py).
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from serving import AUTHORIZED, GENERATIONS, KEY, Served, chat, data_uri, pictur
 from test_incoming_images import ADDRESSES, HOSTILE, OF_MANY_PARTS_IN_BASE64
 from test_limits_and_schemas import BAD_CHATS, BAD_FIELDS, BAD_JSON
 
-# Of this process's own time: another program may have the processor meanwhile. On the wall, above what a refusal for
-# want of a key takes beside it, and without the time in which other programs had the processor: this shows whether a
-# refusal waits for something. It has many tries: caches that others emptied make the same work twice as long.
+# Limits for this process's CPU time, as other programs may run too. Also for wall time beyond that of a refusal without
+# a key, without time in which other programs ran: it shows whether a refusal waits. There are many tries, as cold
+# caches can double the time.
 MAX_CPU_S, MAX_ABOVE_TRIVIAL_S = 0.1, 0.1
 MAX_MEMORY = 50 * 2**20
 MIB = 2**20
@@ -69,12 +69,12 @@ BAD_FORMS = [
     b"--b\r\n" + b"x" * 20_000,
     b"--b\r\n" + b"A: b\r\n" * 5000 + b"\r\nx\r\n--b--",
     b'--b\r\nContent-Disposition: form-data; name="images"; filename="../../x"\r\n\r\nx\r\n--b--',
-    # One whole image, and the form breaks off before the next.
+    # One whole image, then the form breaks off.
     b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n' + picture() + b"\r\n--b\r\n",
 ]
 LONG = 8_000_000
 
-# A request: method, path, and what httpx is given beside; `parts` is a body that comes without its length.
+# A request: method, path, and arguments for httpx. `parts` is a body without a length.
 Case = tuple[str, str, dict[str, Any]]
 
 
@@ -91,7 +91,7 @@ def cases() -> dict[str, Case]:
         options.setdefault("headers", JSON)
         table[name] = (method, path, options)
 
-    # Who is it?
+    # authentication
     for name, value in AUTHORIZATIONS.items():
         headers = {"content-type": "application/json"} | ({"authorization": value} if value is not None else {})
         add(name, "POST", GENERATIONS, headers=headers, content=b'{"prompt": "x"}')
@@ -100,13 +100,13 @@ def cases() -> dict[str, Case]:
     add("a page of another site", "POST", GENERATIONS, headers={**JSON, "sec-fetch-site": "cross-site"}, content=b"{}")
     add("metrics without a key", "GET", "/metrics", headers={})
 
-    # Where to?
+    # path
     for path in PATHS:
         add(f"GET {path[:40]}", "GET", path)
     for method in ("PUT", "PATCH", "TRACE", "DELETE", "OPTIONS", "GET", "BREW"):
         add(f"{method} {GENERATIONS}", method, GENERATIONS)
 
-    # Is it JSON?
+    # JSON
     for name, (body, _) in BAD_JSON.items():
         add(f"json: {name}", "POST", GENERATIONS, content=body)
     for body in (b"[]", b"3", b"null", b'"x"'):
@@ -115,7 +115,7 @@ def cases() -> dict[str, Case]:
         headers = {**AUTHORIZED, "content-type": kind}
         add(f"a body of {kind or 'no type'}", "POST", GENERATIONS, headers=headers, content=b"prompt=x")
 
-    # Is it too much?
+    # size
     add(
         "21 MiB, with its length", "POST", CAPTIONS, content=bytes(1), headers={**JSON, "content-length": str(21 * MIB)}
     )
@@ -129,7 +129,7 @@ def cases() -> dict[str, Case]:
     add("deep braces", "POST", CHAT, content=b'{"a":' * 900 + b"1" + b"}" * 900)
     add("a megabyte of braces", "POST", CHAT, content=b"{" * MIB)
 
-    # Are the fields those of the route?
+    # fields of the route
     for number, (fields, param, _) in enumerate(BAD_FIELDS):
         body = json.dumps({"prompt": "x", **fields}).encode()
         add(f"field {number}: {param}", "POST", GENERATIONS, content=body)
@@ -140,7 +140,7 @@ def cases() -> dict[str, Case]:
     for number, asked in enumerate(BAD_CAPTIONS):
         add(f"captions {number}", "POST", CAPTIONS, content=json.dumps(asked).encode())
 
-    # Is it an image, and is it here?
+    # image data and addresses
     for uri in ADDRESSES:
         add(f"address {uri}", "POST", CHAT, content=json.dumps(chat(uri)).encode())
     for name, (data, _) in HOSTILE.items():
@@ -171,7 +171,7 @@ def cases() -> dict[str, Case]:
 
 
 class Watch:
-    """Connections and look-ups of names that this process makes, as Python's audit hooks see them."""
+    """Connections and name look-ups of this process, from Python's audit hooks."""
 
     def __init__(self) -> None:
         self.active, self.seen = False, list[str]()
@@ -183,7 +183,7 @@ class Watch:
 
 
 class Memory:
-    """The most that this process holds while the block runs, looked at all the time: also within a request."""
+    """The peak memory of this process during the block, sampled all the time, also within a request."""
 
     def __enter__(self) -> "Memory":
         self._process, self._done, self.num_looks = psutil.Process(), threading.Event(), 0
@@ -203,7 +203,7 @@ class Memory:
             self.num_looks += 1
 
     def mark(self) -> None:
-        """Begin anew: what is free is let go now, and not while somebody looks."""
+        """Free unused memory now, and not during the measurement."""
         ctypes.CDLL(None).malloc_trim(0)
         self.before = self.most = self._process.memory_info().rss
 
@@ -221,9 +221,9 @@ class Memory:
 
 
 class Processes:
-    """What some processes hold at most while the block runs, and with whom beyond this machine they are connected.
+    """The peak memory of processes during the block, and their connections beyond this machine.
 
-    It looks twenty times a second: a connection that is shorter than that may escape it.
+    It samples twenty times a second, so a shorter connection may be missed.
     """
 
     def __init__(self, processes: list[psutil.Process]) -> None:
@@ -246,7 +246,7 @@ class Processes:
     def _look(self) -> None:
         done = False
         while not done:
-            # Once more when it is over, so that there is a look however long this thread had no processor.
+            # One more sample at the end, even if this thread had no processor.
             done = self._done.wait(0.05)
             self.num_looks += 1
             for process in self._processes:
@@ -254,13 +254,13 @@ class Processes:
                 for connection in process.net_connections("inet"):
                     if connection.raddr:
                         self.num_connections += 1
-                        # A socket that speaks both writes 127.0.0.1 as ::ffff:127.0.0.1.
+                        # A dual-stack socket shows 127.0.0.1 as ::ffff:127.0.0.1.
                         if connection.raddr.ip.removeprefix("::ffff:") not in self._own:
                             self.peers.add(f"{process.name()} -> {connection.raddr.ip}")
 
     @property
     def grown(self) -> dict[str, int]:
-        """Bytes, of each process."""
+        """Bytes of memory per process."""
         return {
             f"{' '.join(process.cmdline())[:60]} ({process.pid})": most - self._before[process]
             for process, most in self._most.items()
@@ -268,7 +268,7 @@ class Processes:
 
 
 def delays_of_threads(processes: Iterable[int | str], but: int | None = None) -> dict[str, int]:
-    """How long each thread of these processes, but one, was ready and had no processor: of Linux (schedstat), in ns."""
+    """How long each thread of these processes but one was ready without a processor, in ns, from Linux (schedstat)."""
     waited_ns = {}
     for process in processes:
         for thread in Path(f"/proc/{process}/task").glob("*"):
@@ -279,12 +279,12 @@ def delays_of_threads(processes: Iterable[int | str], but: int | None = None) ->
 
 
 def seconds_held_up(before: dict[str, int], after: dict[str, int]) -> float:
-    """The longest of any thread: a sum would count what many of them waited for at the same time."""
+    """The longest time of any thread. A sum would count the same time several times."""
     return max((after[thread] - before.get(thread, 0) for thread in after), default=0) / 1e9
 
 
 async def ask(client: httpx.AsyncClient, case: Case, but: int | None = None) -> tuple[httpx.Response, float, float]:
-    """The answer, and the seconds that it took: of this process, and on the wall while others did not hold it up."""
+    """The answer, its CPU seconds in this process, and its wall seconds without delays by others."""
     method, path, options = case
     if "parts" in options:
         options = {**options, "content": endless(*options["parts"])}
@@ -300,8 +300,10 @@ async def ask(client: httpx.AsyncClient, case: Case, but: int | None = None) -> 
 async def times_of_refusal(
     client: httpx.AsyncClient, case: Case, but: int | None = None, at_most: Iterable[int] | None = None
 ) -> tuple[httpx.Response, float, float]:
-    """The first answer; the seconds of this process, and those on the wall above what a refusal for want of a key takes
-    beside it: the best of the tries (`at_most`), of which there is one where it is quick enough."""
+    """The first answer, its CPU seconds, and its wall seconds beyond those of a refusal without a key.
+
+    Times are the best of at most `at_most` tries. One try is enough if it is quick.
+    """
     trivial = "POST", GENERATIONS, {"content": b"{}"}
     first, cpu_s, above_s = None, float("inf"), float("inf")
     for _ in tries() if at_most is None else at_most:
@@ -315,7 +317,7 @@ async def times_of_refusal(
 
 
 def problems_of(response: httpx.Response) -> list[str]:
-    """What is wrong with the refusal of a hostile request."""
+    """The problems of a refusal of a malicious request."""
     if not 400 <= response.status_code < 500:
         return [f"status {response.status_code} {response.text[:200]}"]
     if response.headers["content-type"] != "application/json":
@@ -332,11 +334,11 @@ def problems_of(response: httpx.Response) -> list[str]:
 
 @pytest.mark.parametrize("is_measured", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_hostile_requests(is_measured: bool) -> None:
-    """Measured, none of them takes time or memory: bounds that a busy machine may break."""
-    served = Served()  # the first thing in its process, as the images of the table are not
+    """None takes time or memory. The limits are measured, and a busy machine may break them."""
+    served = Served()  # the first request of its process, as the images of the table are not
     table = cases()
     assert len(table) >= 100
-    # All of them come from one key, faster than one may: that is another test's matter.
+    # All come from one key, faster than the rate limit, which another test covers.
     served.service.front.rate_limit.take = lambda caller: None  # type: ignore[method-assign]
     watch, memory = Watch(), Memory()
     slowest, largest, kept = 0.0, 0, 0
@@ -345,7 +347,7 @@ def test_hostile_requests(is_measured: bool) -> None:
     async def main() -> None:
         nonlocal slowest, largest, kept
         async with served.client(headers={}) as client:
-            # What is only loaded once is loaded.
+            # Everything that is loaded only once is now loaded.
             await client.post(CHAT, json=chat(data_uri(picture())), headers=AUTHORIZED)
             with memory:
                 before = memory.before
@@ -359,12 +361,12 @@ def test_hostile_requests(is_measured: bool) -> None:
                     response, cpu_s, above_s = await times_of_refusal(client, case, memory.thread_id)
                     slowest, largest = max(slowest, above_s), max(largest, memory.grown)
                     kept = max(kept, memory.now - before)
-                    # At once: each that is slow has had its minute.
+                    # All at once, as each slow client takes a minute.
                     assert cpu_s <= MAX_CPU_S, f"{name}: {cpu_s:.3f} s of the processor"
                     assert above_s <= MAX_ABOVE_TRIVIAL_S, f"{name}: {above_s:.3f} s longer than a trivial refusal"
                     problems.extend(f"{name}: {problem}" for problem in problems_of(response))
                 watch.active = False
-            # It still works, for those who ask for what there is.
+            # It still serves valid requests.
             good = await client.post(CHAT, json=chat(data_uri(picture("blue"))), headers=AUTHORIZED)
             assert good.json()["choices"][0]["message"]["content"] == "a blue picture"
 
@@ -383,13 +385,13 @@ def test_hostile_requests(is_measured: bool) -> None:
     assert served.service.front.in_flight == 0
 
 
-@pytest.mark.nightly  # beside the bounds above
+@pytest.mark.nightly  # in addition to the limits above
 def test_the_memory_that_is_watched_is_that_within_a_request() -> None:
-    """Without this the check above could be blind."""
+    """Otherwise the check above could miss everything."""
     with Memory() as memory:
         for _ in range(3):
             filled = bytearray(b"x") * (100 * MIB)
-            # One look may have begun before.
+            # One sample may have begun before.
             enough = memory.num_looks + 2
             while memory.num_looks < enough:
                 time.sleep(0.005)
@@ -398,7 +400,7 @@ def test_the_memory_that_is_watched_is_that_within_a_request() -> None:
 
 
 def test_the_watch_sees_connections() -> None:
-    """Without this the check above could be blind."""
+    """Otherwise the check above could miss everything."""
     import socket
 
     watch = Watch()
@@ -410,9 +412,9 @@ def test_the_watch_sees_connections() -> None:
     assert any("socket.connect" in event for event in watch.seen)
 
 
-@pytest.mark.nightly  # beside the bounds above
+@pytest.mark.nightly  # in addition to the limits above
 def test_a_refusal_that_waits_is_noticed() -> None:
-    """Without this the check above could be blind."""
+    """Otherwise the check above could miss everything."""
     served = Served()
     served.service.front.rate_limit.take = lambda caller: time.sleep(1.0)  # type: ignore[method-assign]
 
@@ -421,7 +423,7 @@ def test_a_refusal_that_waits_is_noticed() -> None:
         async with served.client(headers={}) as client:
             case = "POST", GENERATIONS, {"headers": JSON, "content": b'{"prompt": 3}'}
             for _ in tries():
-                # Once each: where the machine stands still, the trivial refusal that is taken off lasts a second too.
+                # Once each: on a stalled machine the trivial refusal that is subtracted takes a second too.
                 above_s = (await times_of_refusal(client, case, at_most=[1]))[2]
                 if above_s > MAX_ABOVE_TRIVIAL_S:
                     break
@@ -441,6 +443,6 @@ def test_a_hundred_of_them_at_once_are_refused_as_well() -> None:
             return [response.status_code for response in responses]
 
     statuses = run(main())
-    # Those past the queue need not be looked at to be refused.
+    # Requests beyond the queue are refused without a look at them.
     assert set(statuses) <= {400, 429}
     assert statuses.count(400) >= served.limits.max_queue

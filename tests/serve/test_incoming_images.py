@@ -1,4 +1,4 @@
-"""Images from strangers: refused by header before decoding, decoded as the bulk jobs do, addresses never fetched."""
+"""Images from clients: refused by header before decoding, decoded as in the bulk jobs, addresses never fetched."""
 
 import base64
 import contextlib
@@ -22,22 +22,22 @@ from serve.errors import ApiError
 from serve.limits import Limits
 
 LIMITS = Limits()
-# Of one refusal: seconds of processor, and memory beside the image itself.
+# Limits of one refusal: CPU seconds, and memory beyond the image itself.
 MAX_CPU_S, MAX_MEMORY = 0.1, 50 * 2**20
 
 
 def chunk(kind: bytes, data: bytes = b"") -> bytes:
-    """Of a PNG."""
+    """One chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def segment(code: int, data: bytes = b"") -> bytes:
-    """Of a JPEG."""
+    """One segment of a JPEG."""
     return bytes([0xFF, code]) + struct.pack(">H", len(data) + 2) + data
 
 
 def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG that claims a size and holds almost nothing."""
+    """A PNG that claims a size and contains almost no data."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
@@ -50,7 +50,7 @@ def animation(format: str) -> bytes:
 
 
 def of_many_scans(number: int) -> bytes:
-    """A progressive JPEG whose last scan stands there again and again; each costs a pass over all pixels."""
+    """A progressive JPEG that repeats its last scan. Each scan costs a pass over all pixels."""
     whole = picture(size=(64, 64), format="JPEG", progressive=True)
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     there = whole.count(b"\xff\xda")
@@ -66,7 +66,7 @@ def with_text(**text: str) -> bytes:
 
 
 def with_exif(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """A JPEG on its side, whose EXIF holds these entries: tag, type, count, four bytes of a value or its place."""
+    """A rotated JPEG whose EXIF holds these entries: tag, type, count, four bytes with a value or its offset."""
     packed = [struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries]
     tiff = b"II*\0" + struct.pack("<IH", 8, len(packed)) + b"".join(packed) + bytes(4)
     return picture(size=(40, 30), format="JPEG", exif=b"Exif\0\0" + tiff)
@@ -82,7 +82,7 @@ def webp_header(width: int, height: int) -> bytes:
 
 
 def filled(start: bytes, part: bytes, end: bytes, size: int = LIMITS.max_image_bytes) -> bytes:
-    """`part` again and again between two halves of an image, up to the length that an image may have."""
+    """Repeat `part` between two halves of an image, up to the largest allowed length."""
     return start + part * ((size - len(start) - len(end)) // len(part)) + end
 
 
@@ -92,13 +92,16 @@ def webp_with(parts: bytes) -> bytes:
 
 
 def directory(number: int) -> bytes:
-    """An EXIF of so many entries."""
+    """An EXIF with this many entries."""
     entries = b"".join(struct.pack("<HHII", index, 4, 1, 8) for index in range(number))
     return b"II*\0" + struct.pack("<IH", 8, number) + entries + bytes(4)
 
 
 def of_many_parts(size: int = LIMITS.max_image_bytes) -> dict[str, bytes]:
-    """Images of as many and as small parts as fit into `size`: seconds and hundreds of megabytes, if each were read."""
+    """Images of as many small parts as fit into `size`.
+
+    Reading each part would take seconds and hundreds of megabytes.
+    """
     jpeg, png, gif = picture(format="JPEG"), picture(), picture(format="GIF")
     exif, photoshop = b"Exif\0\0", b"Photoshop 3.0\0" + (b"8BIM\1" + bytes(7)) * 5400
     text = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n1\n" + directory(40_000).hex().encode())
@@ -146,12 +149,12 @@ def of_many_parts(size: int = LIMITS.max_image_bytes) -> dict[str, bytes]:
 
 
 OF_MANY_PARTS = of_many_parts()
-# Those that may come as base64.
+# The formats allowed as base64.
 OF_MANY_PARTS_IN_BASE64 = of_many_parts(LIMITS.max_data_uri_bytes)
 
 
 def cpu_seconds_of_refusal(data: bytes) -> float:
-    """Of this thread, as others may have the processor meanwhile: the best of many tries, until it is quick enough."""
+    """CPU time of this thread, as other programs may run too: the best of many tries, until it is quick enough."""
     best = float("inf")
     for _ in tries():
         began = time.thread_time()
@@ -214,7 +217,7 @@ def test_hostile_images_are_refused(name: str) -> None:
     assert refusal(data).code == code
 
 
-@pytest.mark.nightly  # bounds of time and memory; at the gate: refused before anything is decoded
+@pytest.mark.nightly  # limits of time and memory; the gate tests that they are refused before decoding
 @pytest.mark.parametrize("name", OF_MANY_PARTS)
 def test_many_parts_cost_next_to_nothing(name: str) -> None:
     assert cpu_seconds_of_refusal(OF_MANY_PARTS[name]) < MAX_CPU_S
@@ -234,7 +237,7 @@ def test_images_of_more_parts_than_usual_are_taken() -> None:
     pixels, end = png.index(b"IDAT") - 4, png.index(b"IEND") - 4
     packed = png[pixels + 8 : end - 4]
     for data in (
-        # As of a long profile, of much XMP, of a camera that fills up, and of an EXIF in two segments.
+        # Like a long profile, much XMP, a camera's padding, and an EXIF in two segments.
         jpeg[:2] + segment(0xE2, b"ICC_PROFILE\0" + bytes(60_000)) * 100 + jpeg[2:],
         jpeg[:2] + segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(65_000)) * 100 + jpeg[2:],
         jpeg[:2] + segment(0xE5) * 900 + b"\xff" * 30_000 + jpeg[2:],
@@ -245,7 +248,7 @@ def test_images_of_more_parts_than_usual_are_taken() -> None:
         png[:33] + chunk(b"tEXt", b"a\0b") * 900 + png[33:],
         png[:pixels] + b"".join(chunk(b"IDAT", bytes([byte])) for byte in packed) + png[end:],
         buffer.getvalue(),
-        # Ten megabytes of pixels, in the blocks that every encoder writes.
+        # Ten megabytes of pixels, in blocks as encoders write them.
         filled(gif[:-2], b"\xff" + bytes(255), gif[-2:]),
     ):
         (pixels_here,) = images.decode(data, {8}, LIMITS, "x").values()
@@ -276,7 +279,7 @@ def test_the_limits_are_those_that_are_set() -> None:
 
 def test_a_gif_of_very_many_frames_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
     still = animation("GIF")
-    # The second and third frame again and again: a megabyte of frames that nobody shall walk through.
+    # The second and third frame repeated: a megabyte of frames that must not be parsed.
     end = still.rindex(b"\x3b")
     start = still.index(b"\x21\xf9", still.index(b"\x2c") + 1)
     many = still[:end] + still[start:end] * 20_000 + b"\x3b"
@@ -301,7 +304,7 @@ def test_text_in_a_png_does_not_fill_the_memory() -> None:
 
 
 def exif_rotated() -> bytes:
-    """Red above and blue below once it is turned as its EXIF says; stored on its side."""
+    """Red above blue after the rotation by its EXIF; stored sideways."""
     upright = Image.new("RGB", (60, 40), COLOURS["red"])
     upright.paste(COLOURS["blue"], (0, 20, 60, 40))
     exif = Image.Exif()
@@ -318,7 +321,7 @@ def test_a_photograph_stands_upright() -> None:
 
 
 def test_what_else_the_exif_says_is_of_no_concern() -> None:
-    """Writing an EXIF anew, to take the orientation out, fails on values of a type that their tag cannot have."""
+    """Rewriting EXIF without the orientation fails if a value has a type that its tag does not allow."""
     for entries in (
         [ON_ITS_SIDE, (0x011A, 7, 4, b"abcd")],
         [ON_ITS_SIDE, (0x011A, 5, 2**31, b"abcd")],
@@ -343,7 +346,7 @@ def test_whatever_the_exif_holds_it_is_an_image_or_refused() -> None:
 
 def test_photographs_of_many_scans_or_with_something_behind_them_are_taken() -> None:
     assert images.decode(of_many_scans(64), {8}, LIMITS, "x")
-    # Phones put a film behind a picture: in so many random bytes a scan's first two stand by chance.
+    # Phones append a video to a picture. In that many random bytes a scan marker occurs by chance.
     film = random.Random(0).randbytes(8 * 2**20)
     assert film.count(b"\xff\xda") > 64
     assert images.decode(picture(format="JPEG") + film, {8}, LIMITS, "x")
@@ -429,7 +432,7 @@ def test_a_data_uri_gives_its_bytes() -> None:
 
 
 def test_no_code_of_ours_can_fetch() -> None:
-    """Nothing in serve/ imports what opens connections to addresses that a client could choose."""
+    """Nothing in serve/ imports a module that opens connections to addresses chosen by a client."""
     root = Path(images.__file__).parent
     for path in root.glob("*.py"):
         text = path.read_text()

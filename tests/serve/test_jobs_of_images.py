@@ -1,4 +1,4 @@
-"""Jobs: handed in, fetched later, cancelled, bounded; and done to the end whatever ends the process."""
+"""Jobs: submitted, fetched later, cancelled and limited. They are finished even if processes end."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ async def finished(client: httpx.AsyncClient, job_id: str, timeout_s: float = HA
 
 
 def test_a_job_is_handed_in_and_fetched_later() -> None:
-    # Batches as large as a part of a job: its progress is that of all its images.
+    # Batches as large as a part of a job. The progress covers all of its images.
     served = Served(limits=Limits(generator_batch_size=8, rate_burst=1_000_000))
 
     async def main() -> None:
@@ -59,11 +59,11 @@ def test_a_job_is_handed_in_and_fetched_later() -> None:
             assert [row["seed"] for row in rows] == list(range(5, 25))
             assert [colour(row["b64_json"]) for row in rows] == [colour_of("x", seed) for seed in range(5, 25)]
             assert job["result"]["model"] == "shapes"
-            # Again, as often as one likes.
+            # Again, any number of times.
             assert (await client.get(f"{JOBS}/{handed_in['id']}")).json() == job
 
     run(main())
-    # More than one request may hold, but never more at once, so that others get their turn.
+    # More images than one request may have, but never more at once, so that others get their turn.
     assert max(len({seed for _, _, seed in batch}) for batch in served.fake_generator.batches) <= 8
 
 
@@ -94,7 +94,7 @@ def test_what_the_model_refuses_is_told_when_it_is_handed_in(tmp_path: Path) -> 
 
 
 class _Silent(InProcess):
-    """A generator that is not there, or does not answer, when it is asked what it thinks of a job."""
+    """A generator that is missing or does not answer when it is asked to check a job."""
 
     def __init__(self, target: Any, gone: bool) -> None:
         super().__init__(target)
@@ -141,7 +141,7 @@ def test_a_cancelled_job_costs_nothing_more() -> None:
             served.fake_generator.gate.set()
             await served.at_rest()
             assert served.fake_generator.num_steps < 100, "the work goes on"
-            # What is done stays as it is.
+            # Finished images are kept.
             job_id = (await client.post(JOBS, json={"request": {"prompt": "y", "num_inference_steps": 1}})).json()["id"]
             assert (await finished(client, job_id))["status"] == "done"
             assert (await client.delete(f"{JOBS}/{job_id}")).json()["status"] == "done"
@@ -222,7 +222,7 @@ WORK = wanted(seeds=(0, 1, 2))
 
 
 def test_a_job_survives_its_process(tmp_path: Path) -> None:
-    """The process ends in the middle of a job: the next one does it, with the same images."""
+    """The process ends in the middle of a job. The next one finishes it, with the same images."""
     storage = Storage(str(tmp_path))
 
     async def first() -> str:
@@ -232,7 +232,7 @@ def test_a_job_survives_its_process(tmp_path: Path) -> None:
         await until(lambda: served.fake_generator.num_steps > 0)
         return answer["id"]
 
-    # The event loop is thrown away, as if the process had died; nothing of it may be written afterwards.
+    # The event loop is dropped as if the process had died, and nothing may be written afterwards.
     loop = asyncio.new_event_loop()
     job_id = loop.run_until_complete(asyncio.wait_for(first(), HANG_S))
     assert list((tmp_path / "pending").iterdir())
@@ -240,7 +240,7 @@ def test_a_job_survives_its_process(tmp_path: Path) -> None:
 
     async def second() -> None:
         served = Served(jobs_storage=storage)
-        # Ray Serve asks for the health of a process from its start on; nobody has to fetch the job first.
+        # Ray Serve checks the health of a process from its start on, so nobody has to fetch the job first.
         await served.jobs.check_health()
         while (job := await served.jobs.get("me", job_id)) and job["status"] != "done":
             await asyncio.sleep(0.01)
@@ -300,7 +300,7 @@ def test_old_jobs_are_deleted(tmp_path: Path) -> None:
 
     async def main() -> None:
         jobs = Jobs({}, str(tmp_path), Limits.from_environment({"SERVE_JOB_TTL_S": "3600"}))
-        # Gone at once, whenever its files are.
+        # Removed at once, whatever the age of its files.
         assert await jobs.get("me", old) is None
         assert await jobs.get("me", new) == {}
         while (tmp_path / "jobs" / old).exists():

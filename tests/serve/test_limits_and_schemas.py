@@ -1,4 +1,4 @@
-"""Limits from the environment; requests: unknown fields by name, ranges, numbers that are none."""
+"""Limits from the environment, and requests: unknown fields by name, ranges, invalid numbers."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_a_misspelt_variable_is_an_error_and_a_foreign_one_is_not() -> None:
         Limits.from_environment({"SERVE_MAX_QUEU": "3"})
     with pytest.raises(InputError, match="SERVE_API_KEYS_FILE"):
         Limits.from_environment({"SERVE_API_KEY_FILE": "x"})
-    # Kubernetes makes such ones for every service.
+    # Kubernetes sets such variables for every service.
     assert Limits.from_environment({"SERVE_SVC_PORT_8000_TCP": "tcp://10.0.0.1:8000", "PATH": "x"}) == Limits()
 
 
@@ -60,7 +60,7 @@ def test_limits_that_exclude_each_other() -> None:
         ("MAX_QUEUE", "4", "SERVE_MAX_QUEUE is 4"),
         ("MAX_BODIES_BYTES", "1000", "SERVE_MAX_BODIES_BYTES is 1000"),
         ("MAX_BODY_BYTES", "999999999", "SERVE_MAX_BODY_BYTES 999999999"),
-        # S3 itself refuses such links, when somebody asks for one.
+        # S3 refuses such links only when they are used.
         ("URL_EXPIRES_S", "604801", "give 1 to 604800"),
         ("URL_EXPIRES_S", "0.5", "give 1 to 604800"),
         ("KEY_SHARE", "2", "SERVE_KEY_SHARE 2: give 1, which is all, or less"),
@@ -89,7 +89,7 @@ def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
     drawn = generation(n=2)
     assert drawn.seeds[1] == drawn.seeds[0] + 1
     assert generation().seeds != generation().seeds
-    # Exact in JavaScript.
+    # Exactly representable in JavaScript.
     assert all(generation().seeds[0] < 2**53 for _ in range(20))
 
 
@@ -316,7 +316,7 @@ def test_what_is_repeated_is_cut_before_it_is_quoted() -> None:
     assert quoted(None) == "None"
 
 
-@pytest.mark.nightly  # a bound of time
+@pytest.mark.nightly  # a limit of time
 def test_what_is_quoted_is_not_read_to_its_end() -> None:
     for value in (LONG, [LONG] * 3, {LONG: LONG}, (LONG, {"a": [LONG]})):
         began = time.thread_time()

@@ -30,7 +30,7 @@ from serve.limits import Limits
 from serve.proxy import VALUE, VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-# `ray start --block` waits so long for a node's requests when it is told to end.
+# `ray start --block` waits this long for a node's requests when it is told to end.
 DRAINING = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 
 
@@ -77,15 +77,15 @@ def test_ray_and_the_builder_accept_the_files(
     assert application.import_path == "serve.app:build"
     built = call_user_app_builder_with_args_if_necessary(build, application.args)
     deployments = deployments_of(built)
-    # Every deployment that the file speaks of is one that there is.
+    # Every deployment named in the file exists.
     assert {each.name for each in application.deployments} <= set(deployments)
     assert set(deployments) == {"api", "jobs", "captioner-captions", "generator-images"}
     for each in application.deployments:
         if each.name != "api":
             scaling = each.autoscaling_config
             assert isinstance(scaling, dict)
-            # The queue must let every replica have work. It counts images; the target counts calls, of which a
-            # generator's has up to n images and a captioner's one.
+            # The queue must be long enough for all replicas. It counts images. The target counts calls: a generator's
+            # call has up to n images, a captioner's one.
             images = Limits().max_n if each.name.startswith("generator") else 1
             assert scaling["target_ongoing_requests"] * scaling["max_replicas"] * images <= Limits().max_queue
             AutoscalingConfig.model_validate(scaling)
@@ -96,7 +96,7 @@ def test_ray_and_the_builder_accept_the_files(
 def test_the_files_let_new_versions_begin_before_old_ones_end(
     which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a file says goes before what serve/app.py says of models on GPUs."""
+    """A file overrides the defaults of serve/app.py for models on GPUs."""
     monkeypatch.setenv("SERVE_API_KEYS", KEY)
     found = request.getfixturevalue(which)
     (application,) = ServeDeploySchema.model_validate(found if which == "config" else serve_config(found)).applications
@@ -104,7 +104,7 @@ def test_the_files_let_new_versions_begin_before_old_ones_end(
     infos = {
         name: DeploymentInfo(
             deployment_config=each._deployment_config,
-            # Of nothing: a copy of the real arguments, which hold handles, would start Ray.
+            # Without arguments: a copy of the real ones, which hold handles, would start Ray.
             replica_config=ReplicaConfig.create(object),
             start_time_ms=0,
             deployer_job_id="",
@@ -120,7 +120,7 @@ def test_the_files_let_new_versions_begin_before_old_ones_end(
 
 @pytest.mark.parametrize("which", ["config", "ray_service"])
 def test_every_word_of_the_files_is_one_of_ray(which: str, request: pytest.FixtureRequest) -> None:
-    """Ray itself says nothing about a word that it does not know, and goes by its default."""
+    """Ray silently ignores an unknown key and uses its default."""
     found = request.getfixturevalue(which)
     found = found if which == "config" else serve_config(found)
     assert set(found) <= set(ServeDeploySchema.model_fields)
@@ -168,7 +168,7 @@ def test_ray_service_of_kubernetes(ray_service: list[dict[str, Any]]) -> None:
         assert container["image"].endswith(f":ray{version}")
         assert container["resources"]["requests"] == container["resources"]["limits"]
         environment = {each["name"]: each["value"] for each in container["env"]}
-        # The keys are a file of a Secret, which is there.
+        # The keys are a file of a Secret that exists.
         (mount,) = container["volumeMounts"]
         (volume,) = pod["volumes"]
         assert mount["name"] == volume["name"]
@@ -176,7 +176,7 @@ def test_ray_service_of_kubernetes(ray_service: list[dict[str, Any]]) -> None:
         assert environment["SERVE_API_KEYS_FILE"] == f"{mount['mountPath']}/keys"
         assert f"create secret generic {volume['secret']['secretName']} --from-file=keys" in text
         assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "serve.proxy:proxy_middlewares"
-        # Ray ends a pod within its grace, and not before the requests had their time.
+        # Ray ends a pod within its grace period, but after its requests had their time.
         assert isinstance(getattr(ray_constants, DRAINING), float), "Ray has another name for it"
         assert Limits().drain_timeout_s <= float(environment[DRAINING]) < pod["terminationGracePeriodSeconds"] - 10
         ours = {name for name in environment if name.startswith("SERVE_")} - {"SERVE_API_KEYS_FILE"}
@@ -186,15 +186,15 @@ def test_ray_service_of_kubernetes(ray_service: list[dict[str, Any]]) -> None:
         if has_gpu:
             gpus += group["maxReplicas"]
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    # The machines are as many as the replicas may become.
+    # The number of machines equals the maximum number of replicas.
     (application,) = serve_config(ray_service)["applications"]
     scaled = [
         each["autoscaling_config"]["max_replicas"] for each in application["deployments"] if each["name"] != "api"
     ]
     assert sum(scaled) < gpus, "there is no room for a new version beside the old"
-    # What is replaced has the time to finish.
+    # Replaced replicas have enough time to finish.
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > Limits().drain_timeout_s
-    # From anywhere only Serve's own port.
+    # Only Serve's port is open to everyone.
     open_rules = [rule for rule in policy["spec"]["ingress"] if "from" not in rule]
     assert [port["port"] for rule in open_rules for port in rule["ports"]] == [8000]
     (head_container,) = head["template"]["spec"]["containers"]
@@ -246,21 +246,21 @@ def test_nothing_is_built_without_limits_before_the_proxy(value: str | None, mon
         ({VARIABLE: VALUE}, {"env_vars": {"OTHER": "x"}}, True),
         ({VARIABLE: VALUE}, {}, True),
         ({}, {}, False),
-        # Of a replica, or of an application: it does not reach the proxy.
+        # For a replica or an application. It does not reach the proxy.
         ({VARIABLE: VALUE}, {"env_vars": {VARIABLE: VALUE}}, False),
     ],
 )
 def test_nothing_is_answered_where_the_cluster_lacks_the_limits_before_its_proxy(
     environment: dict[str, str], runtime_env: dict[str, Any], guarded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the driver's environment is, by which the application was built."""
+    """Independent of the environment of the driver that built the application."""
     monkeypatch.setenv("SERVE_API_KEYS", KEY)
     monkeypatch.delenv(VARIABLE)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("serve.app.get_runtime_context", lambda: SimpleNamespace(runtime_env=runtime_env))
     kind: Any = Api.func_or_class  # type: ignore[attr-defined]
-    # As Ray begins it.
+    # As Ray starts it.
     begun = kind.__init__(object.__new__(kind), {}, {}, None, "", "", Limits(), False, ())
     if guarded:
         run(begun)
@@ -284,17 +284,17 @@ def test_arguments_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = deployments["captioner-a"]
     name, load, limits = model.init_args
     assert name == "a"
-    # A folder is that of the one who typed it, whatever the working directory of the replica.
+    # A folder is resolved where it was typed, for any working directory of the replica.
     assert load.args == (str(Path("runs/a").absolute()), None)
-    # So is an encoder; a name of the hub stays one.
+    # An encoder too, but a name on the hub is not changed.
     assert deployments["generator-c"].init_args[1].args == ("/runs/c", str(tmp_path / "clip"))
     assert deployments["captioner-b"].init_args[1].args == ("s3://bucket/b", "google/some_model")
     assert limits.max_queue == 32
     assert {each._deployment_config.graceful_shutdown_timeout_s for each in deployments.values()} == {77}
     assert model.ray_actor_options["num_gpus"] == 0.5
-    # More than is admitted fits, or batches would shrink.
+    # More than is admitted must fit, or batches would shrink.
     assert model.max_ongoing_requests >= 2 * 32
-    # The key is in no argument: those show in Ray's dashboard.
+    # The key is in no argument, as Ray's dashboard shows arguments.
     for deployment in deployments.values():
         assert KEY not in repr((deployment.init_args, deployment.init_kwargs, deployment.ray_actor_options))
 

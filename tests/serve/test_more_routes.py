@@ -1,4 +1,4 @@
-"""Captions, the gallery, the page, metrics and logs; no cluster."""
+"""Captions, the gallery, the page, metrics and logs, without a cluster."""
 
 import asyncio
 import dataclasses
@@ -85,7 +85,7 @@ def test_captions_share_batches() -> None:
 
     run(main())
     assert sum(batches) == 24
-    # Whatever the first one found, and then full ones.
+    # The first batch takes what is there, the others are full.
     assert len(batches) <= 1 + math.ceil(23 / batcher.batch_size)
 
 
@@ -133,11 +133,11 @@ def form_of(*pictures: bytes) -> bytes:
 
 
 def test_a_form_that_breaks_off_loses_no_image_in_silence() -> None:
-    """Cut behind a whole part it reads like a form of fewer images."""
+    """Truncated after a complete part, it looks like a form with fewer images."""
     headers = {**AUTHORIZED, "content-type": "multipart/form-data; boundary=b"}
     body = form_of(picture("red"), picture("blue"))
     assert len(request("POST", "/v1/captions", content=body, headers=headers).json()["data"]) == 2
-    # In the last image, behind it, in the last boundary, and behind the first image.
+    # In the last image, after it, in the last boundary, and after the first image.
     for end in (len(body) - 30, len(body) - 9, len(body) - 4, body.index(b"--b", 3), body.index(b"--b", 3) + 5):
         response = request("POST", "/v1/captions", content=body[:end], headers=headers)
         assert (response.status_code, error(response)["code"]) == (400, "invalid_form"), end
@@ -146,7 +146,7 @@ def test_a_form_that_breaks_off_loses_no_image_in_silence() -> None:
 
 @pytest.mark.parametrize("charset", ["unicode_escape", "raw_unicode_escape", "utf-16", "idna", "x\x00", "none", ""])
 def test_a_form_has_one_charset(charset: str) -> None:
-    """Others make file names that no answer can hold, such as half of a pair."""
+    """Clients may send file names that no answer can hold, such as half of a surrogate pair."""
     body = form_of(picture()).replace(b"0.png", rb"\ud800.png")
     headers = {**AUTHORIZED, "content-type": f"multipart/form-data; boundary=b; charset={charset}"}
     response = request("POST", "/v1/captions", content=body, headers=headers)
@@ -198,7 +198,7 @@ def test_the_gallery_is_the_manifest(tmp_path: Path) -> None:
 
 
 def test_the_gallery_follows_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that grows, and one that is made anew, whose parts have the names of the old one's."""
+    """A gallery that grows, and one that is made again with equal names of its parts."""
     monkeypatch.setattr("serve.gallery._REREAD_S", 0.0)
     read = []
     monkeypatch.setattr("mmcore.data.manifest.read_manifest", lambda sweep: read.append(1) or read_manifest(sweep))
@@ -326,7 +326,7 @@ def test_one_line_of_json_a_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert third["route"] == "other"
     assert len(third["request_id"]) <= 64
     assert "secret" not in json.dumps(told)
-    # The processes of the models and of the jobs tell of the same request.
+    # The processes of models and of jobs log the same request.
     mine = {line["message"]: line for line in told if line["request_id"] == "my-request.1"}
     assert set(mine) == {"request", "generated", "captioned", "job"}
     assert (mine["captioned"]["model"], mine["captioned"]["n"]) == ("words", 1)

@@ -1,4 +1,4 @@
-"""One model that is dead, or still loads, takes no other along: in the routes, and on the page."""
+"""A model that is dead or still loading does not affect others, in the routes and on the page."""
 
 import asyncio
 from pathlib import Path
@@ -20,7 +20,7 @@ RED = {"images": [data_uri(picture("red"))]}
 
 
 class Loading:
-    """Answers once its model is there, which is never."""
+    """Answers once its model is loaded, which never happens."""
 
     async def call(self, method: str, *args: Any) -> Any:
         await asyncio.Event().wait()
@@ -32,7 +32,7 @@ class Dead:
 
 
 class Faulty:
-    """Knows what it is, and fails at what it is for."""
+    """Its metadata works, but its model fails."""
 
     def __init__(self, healthy: Any) -> None:
         self._healthy = healthy
@@ -125,7 +125,7 @@ def test_the_page_works_with_the_models_that_are_ready(blank: Tab, service: Stan
     assert cells == ["resnet", "a dog", "qformer", "No caption: the model is not available now; try again."]
     assert blank.each("#model option", "e.value") == ["shapes64"]
     blank.fill("#steps", "3")
-    # It becomes ready while the page is used, and what was set stays.
+    # It becomes ready while the page is in use, and the settings are kept.
     service.models = [resnet, qformer, shapes, {**shapes, "id": "late"}]
     wait_until(lambda: len(blank.each("#model option", "e.value")) == 2)
     blank.wait_text("#service", "Connected: 2 captioners, 2 generators.")

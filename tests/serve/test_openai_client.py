@@ -1,4 +1,4 @@
-"""The official Python client of OpenAI drives images and chat, over HTTP on loopback."""
+"""The official Python client of OpenAI uses images and chat over HTTP on loopback."""
 
 import base64
 import io
@@ -58,7 +58,7 @@ def test_images(client: openai.OpenAI) -> None:
 
 
 def test_images_as_a_stream(client: openai.OpenAI) -> None:
-    """By the types that OpenAI's own service sends, and each of the steps before is an event of another type."""
+    """With OpenAI's event types. Each earlier step is an event of another type."""
     events = list(
         client.images.generate(
             model="shapes", prompt="a red square", n=2, stream=True, extra_body={"seed": 11, "num_inference_steps": 5}
@@ -86,7 +86,7 @@ def test_a_stream_that_ends_in_a_refusal_is_the_clients_own_error(client: openai
 
 
 def test_nulls_are_unset(client: openai.OpenAI) -> None:
-    """OpenAI's schema lets what is optional be null, and some programs send all of it so."""
+    """In OpenAI's schema optional fields may be null, and some programs send all of them."""
     nulls = dict.fromkeys(("n", "size", "response_format", "stream", "quality", "style", "seed", "negative_prompt"))
     answer = client.images.generate(model="shapes", prompt="x", extra_body=nulls)
     assert len(answer.data or []) == 1
@@ -115,7 +115,7 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_chat_as_most_programs_ask(client: openai.OpenAI) -> None:
-    """With words beside the image and OpenAI's settings, which no captioner reads: the answer says so."""
+    """With a text beside the image and OpenAI's settings, which no captioner uses. The answer says so."""
     picture_part = {"type": "image_url", "image_url": {"url": data_uri(picture("blue")), "detail": "auto"}}
     content: Any = [{"type": "text", "text": "What is in this image?"}, picture_part]
     answer = client.chat.completions.create(
@@ -167,7 +167,7 @@ def test_refusals_are_the_clients_own_errors(client: openai.OpenAI, url: str) ->
 
 
 def test_the_client_comes_back_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retry-After is one that the official client obeys: what is refused now is answered later."""
+    """The official client obeys Retry-After: a refused request is answered later."""
     served = Served(limits=Limits(rate_burst=1, rate_per_minute=30))
     with listening(served) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=3)
@@ -179,15 +179,15 @@ def test_the_client_comes_back_when_it_is_told_to(monkeypatch: pytest.MonkeyPatc
             return waits[-1]
 
         monkeypatch.setattr(client, "_calculate_retry_timeout", noted_wait_of)
-        # One token in two seconds: a machine that is not slower than that is refused at once.
+        # One token in two seconds: a machine that is not slower than this is refused at once.
         while not waits:
             assert client.images.generate(model="shapes", prompt="x").data
-        # Its own waits are parts of a second.
+        # The client's own waits are fractions of a second.
         assert set(waits) <= {1.0, 2.0}
 
 
 def test_a_client_that_hangs_up_early_does_no_harm() -> None:
-    """A body that is announced and never sent, a request that is cut off, and the next one is answered."""
+    """A body that is announced but never sent, a truncated request, and then a valid request, which is answered."""
     import socket
 
     served = Served(limits=Limits(body_timeout_s=0.5))

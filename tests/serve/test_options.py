@@ -1,4 +1,4 @@
-"""A generator's own options, as fields of its requests."""
+"""A generator's own options as fields of its requests."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ from serve.options import tell
 
 @dataclass(frozen=True)
 class OfTokens:
-    """Those of a generator that is no diffusion."""
+    """Options of a generator that is not a diffusion."""
 
     cfg: float = 4.0
     tau: float = 0.5
@@ -31,7 +31,7 @@ class OfTokens:
 
 
 class Tokens(FakeGenerator):
-    """Makes images of every size, one at a time in its own way."""
+    """Makes images of every size, one at a time."""
 
     options = OfTokens()
 
@@ -79,7 +79,7 @@ def test_a_generator_s_own_options_are_fields_of_its_requests() -> None:
             ):  # fmt: skip
                 refused = error(await ask(**fields))
                 assert (refused["param"], words in refused["message"]) == (param, True), refused
-            # Only what is equal in all options and in size shares a batch.
+            # Only requests with equal options and sizes share a batch.
             tokens.made.clear()
             asked = [{}, {"top_k": 5}, {"size": "16x16", "seed": 2}, {"size": "8x16"}, {"tau": 0.5, "seed": 4}]
             await asyncio.gather(*(ask(**fields) for fields in asked))

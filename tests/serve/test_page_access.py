@@ -1,4 +1,4 @@
-"""The page by keyboard, on a phone, for screen readers, in dark and light: measured in a real Chromium."""
+"""The page by keyboard, on a phone, for screen readers, in dark and light mode, measured in a real Chromium."""
 
 import itertools
 from pathlib import Path
@@ -16,7 +16,7 @@ GENERATE = "/v1/images/generations"
 MIN_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
 MIN_TARGET = 24  # CSS pixels; WCAG 2.2, 2.5.8
 
-# For each text that is shown: its contrast with the background that it stands on (WCAG 2.2, relative luminance).
+# For each visible text: its contrast with its background (WCAG 2.2, relative luminance).
 CONTRASTS = """(() => {
   const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const light = (colour) => { const [r, g, b] = parse(colour).slice(0, 3).map((part) => {
@@ -43,7 +43,7 @@ CONTROLS = """[...document.querySelectorAll("a[href], button, input, select, tex
 
 @pytest.fixture
 def full(blank: Tab, service: StandIn, images: list[Path]) -> Tab:
-    """The page with everything on it: captions, results, a gallery, errors, a running request, long words."""
+    """The page with all its parts: captions, results, a gallery, errors, a running request, long words."""
     service.sweep = [*sweep_rows(29), {"image_id": "long", "prompt": LONG, "seed": 2**53 - 1, "url": ""}]
     service.captions = {"resnet": LONG, LONG: "a dog", "third": "a dog on grass", "fourth": "grass"}
     service.failures["/v1/captions"] = [Failure(500, LONG)]
@@ -69,7 +69,7 @@ def full(blank: Tab, service: StandIn, images: list[Path]) -> Tab:
 
 @pytest.fixture
 def running(full: Tab, service: StandIn) -> Tab:
-    """The same while a request runs that was told to wait in the queue."""
+    """The same page while a request waits in the queue."""
     service.hold("step 5")
     full.click("#generate")
     full.wait_text("#running-text", "Step 4 of 8")
@@ -98,8 +98,8 @@ def test_every_text_can_be_read(running: Tab, scheme: str) -> None:
 
 
 def walk(page: Tab, *, shift: bool) -> list[dict[str, Any]]:
-    """What has the focus, by Tab from the beginning until the page is left."""
-    # Focus on the body and nothing else: the next Tab goes to the first control, or to the last.
+    """The focused elements, by Tab from the start until the focus leaves the page."""
+    # Focus only the body: the next Tab goes to the first control, or to the last.
     page.run("document.body.tabIndex = -1, document.body.focus(), document.body.removeAttribute('tabindex')")
     found: list[dict[str, Any]] = []
     for _ in range(500):

@@ -1,4 +1,4 @@
-"""The gallery of serve/web in a real Chromium, against a stand-in for the service."""
+"""The gallery of serve/web in a real Chromium, against a stand-in service."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_nothing_moves_when_images_come(blank: Tab, service: StandIn, images: li
     service.hold("captions", "swept")
     blank.goto(service.url)
     blank.wait_text("#service", "Connected")
-    # What is made enters the page with its height: nobody sees an image that is not there yet.
+    # Each image is inserted with its final height, so nothing moves when it loads.
     blank.run(
         "window.early = 0, new MutationObserver(() => { early += [...document.querySelectorAll('#made img')]"
         ".filter((image) => image.naturalWidth === 0).length; })"
@@ -82,7 +82,7 @@ def test_a_gallery_that_fails_can_be_asked_again(blank: Tab, service: StandIn) -
     blank.wait_text("#gallery-news", "Page 1: 24 images.")
     assert blank.text("#gallery-error") == ""
     blank.wait("document.querySelectorAll('#swept img').length === 24")
-    # A page further on fails and is the one that is asked again.
+    # A later part of the gallery fails and is requested again.
     service.failures["/v1/gallery"] = [Failure(500, "no disk")]
     blank.click("#next")
     blank.wait_text("#gallery-error", "no disk")

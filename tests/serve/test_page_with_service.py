@@ -1,4 +1,4 @@
-"""The page in a real Chromium with the service's own routes. Only the models are made up."""
+"""The page in a real Chromium with the service's own routes. Only the models are fake."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ pytest_plugins = ("page_fixtures",)
 
 @pytest.fixture
 def connected(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tab]:
-    # However slowly a body comes, it is taken off the line.
+    # The service reads the rest of the body, however slowly it arrives.
     monkeypatch.setattr(security, "_MAX_DRAIN_S", HANG_S)
     sweep = tmp_path / "sweep"
     sweep.mkdir()
@@ -52,7 +52,7 @@ def test_captions(connected: Tab, tmp_path: Path) -> None:
     assert ["words", "a green picture", "others", "some green picture"] in told
     assert ["words", "a blue picture", "others", "some blue picture"] in told
     assert "images.0: broken image (image file is truncated)" in connected.text("#captioned .error")
-    # Refused before it is read: the browser has the words nevertheless.
+    # Refused before it is read. The browser receives the message all the same.
     connected.click("#captions-clear")
     connected.choose("#files", paths[3])
     connected.wait_text("#captioned .error", "Too large for this service: the body may have 1048576 bytes.")

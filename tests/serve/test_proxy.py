@@ -1,4 +1,4 @@
-"""What stands around Ray Serve's proxy: its own routes and words, headers that steer it, and processes that die."""
+"""The layers around Ray Serve's proxy: its routes and messages, headers that control it, and processes that die."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from serve.security import Keys
 
 
 def asked(app: Any, path: str = "/v1/models", headers: Any = (), parts: tuple[bytes, ...] = (b"",)) -> Body:
-    """One request through the guard alone."""
+    """One request through the guard only."""
     body = Body(list(parts))
     body.scope |= {"path": path, "headers": list(headers)}
     run(ProxyGuard(app)(body.scope, body.receive, body.send))
@@ -29,7 +29,7 @@ def headers_of(body: Body) -> dict[str, str]:
 
 
 def says(status: int, text: bytes, kind: bytes = b"text/plain; charset=utf-8", *more: tuple[bytes, bytes]) -> Any:
-    """Ray's proxy, which gives its answers an id."""
+    """Like Ray's proxy, which adds an id to its answers."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", kind), (b"x-request-id", dict(scope["headers"])[b"x-request-id"]), *more]
@@ -87,7 +87,10 @@ def test_the_health_of_the_proxy_is_everybodys() -> None:
 
 @pytest.mark.parametrize(("status", "answered"), [(404, 503), (408, 408), (429, 429), (503, 503)])
 def test_what_the_proxy_says_in_plain_text_becomes_json(status: int, answered: int) -> None:
-    """Where it knows no route there is no application, before the first and after the last: come again."""
+    """Without a route there is no application, before the first deployment and after the last one.
+
+    The answer says to retry.
+    """
     body = asked(says(status, b"Path '/x' not found. Ping http://.../-/routes for available routes."))
     assert (body.status, body.error["code"]) == (answered, "unavailable")
     assert headers_of(body).items() >= {"content-type": "application/json", "retry-after": "5"}.items()
@@ -110,7 +113,7 @@ def test_answers_of_an_application_are_left_as_they_are() -> None:
         body = asked(says(status, b"{}", kind))
         assert (body.status, body.sent[1]["body"]) == (status, b"{}")
         assert set(headers_of(body)) == {"content-type", "x-request-id"}
-    # Of another application on that cluster, which has its own 404.
+    # From another application on that cluster, which has its own 404.
     body = asked(says(404, b"Not Found", b"text/plain; charset=utf-8", (b"content-length", b"9")), "/payroll/x")
     assert (body.status, body.sent[1]["body"]) == (404, b"Not Found")
 
@@ -120,9 +123,9 @@ def test_refusals_of_the_proxy_have_every_header_and_a_line_in_the_log(monkeypat
 
     monkeypatch.setenv("SERVE_MAX_BODY_BYTES", "1000")
     monkeypatch.setenv("SERVE_MAX_JSON_BYTES", "1000")
-    # With Ray's own middleware innermost, as Ray puts them together.
+    # With Ray's own middleware innermost, in Ray's order.
     app = _apply_middlewares(reader, validate_http_proxy_callback_return(proxy_middlewares()))
-    # The guard stands outermost: whatever the others do, it sees.
+    # The guard is outermost, so it sees whatever the others do.
     assert isinstance(app, ProxyGuard)
     for parts, status in (([b"x" * 600, b"x" * 600], 413), ([b"x" * 600], 200)):
         body = Body(parts)
@@ -179,7 +182,7 @@ def test_strangers_fill_nothing_but_their_own_budget(authorization: str | None) 
     [
         (f"{KEY},{KEY}-other", "0.5", [200, 429], 200),
         (f"{KEY},{KEY}-other", "1", [200, 200], 200),
-        # Who shares with nobody has it all; so has a body that is alone.
+        # A client without others may use all of it, and so may a single body.
         (KEY, "0.5", [200, 200], 200),
         (f"{KEY},{KEY}-other", "0.1", [200, 429], 200),
     ],

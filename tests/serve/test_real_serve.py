@@ -1,4 +1,4 @@
-"""A real Ray Serve on loopback: what only the whole of it can show. The tests go on from one another, in this order."""
+"""A real Ray Serve on loopback, for what only the whole can show. The tests depend on each other, in this order."""
 
 import asyncio
 import contextlib
@@ -53,12 +53,12 @@ from serve import security
 pytestmark = pytest.mark.process
 
 CHAT = "/v1/chat/completions"
-# What a client finds that goes on writing while the connection is closed.
+# Errors of a client that keeps writing while the connection is closed.
 CLOSED_ON = (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError)
 
 
 class Service:
-    """The process, and the processes of Ray Serve below it."""
+    """The process and its child processes of Ray Serve."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, folder: Path, log: Path) -> None:
         self.process, self.folder, self.log = process, folder, log
@@ -69,7 +69,7 @@ class Service:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Path]:
-        """The generator's work stands still behind its first step, until the file that this gives is removed."""
+        """Stop the generator's work after its first step until the returned file is removed."""
         hold = self.folder / "hold"
         hold.touch()
         try:
@@ -80,11 +80,11 @@ class Service:
     def metric(self, name: str) -> float:
         with self.client() as client:
             text = client.get("/metrics").text
-        # A front that has not counted anything yet does not name it.
+        # A front that has not counted anything yet has no such line.
         return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)), 0.0)
 
     def wait_for(self, name: str, value: float) -> None:
-        """Until a metric has this value."""
+        """Wait until a metric has this value."""
         deadline = time.monotonic() + HANG_S
         while (found := self.metric(name)) != value:
             assert time.monotonic() < deadline, f"{name} {found}"
@@ -111,7 +111,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, short_tmp: Path) -> Iterat
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'serve'}",
         "RAY_TMPDIR": str(short_tmp),
         "SERVE_API_KEYS": KEY,
-        # Of the proxy, which reads them itself.
+        # Read by the proxy itself.
         "SERVE_MAX_BODY_BYTES": str(LIMITS.max_body_bytes),
         "SERVE_BODY_TIMEOUT_S": str(LIMITS.body_timeout_s),
     }
@@ -138,7 +138,7 @@ def ask_caption(client: httpx.Client) -> httpx.Response:
 
 
 def told_of(request_id: str, log: str) -> list[str]:
-    """The messages about a request, of every process."""
+    """The log messages about a request, from every process."""
     lines = (line[line.index("{") :] for line in log.splitlines() if f'"request_id": "{request_id}"' in line)
     return [json.loads(line[: line.rindex("}") + 1])["message"] for line in lines]
 
@@ -151,12 +151,12 @@ def test_it_is_closed_and_it_answers(service: Service) -> None:
         response = client.post(GENERATIONS, json={"prompt": "x", "n": 3, "seed": 1, "num_inference_steps": 2})
         rows = response.json()["data"]
         assert [colour(row["b64_json"]) for row in rows] == [colour_of("x", seed, 2) for seed in (1, 2, 3)]
-        # The proxy gives each request an id, and answers with it once.
+        # The proxy assigns one id to each request and returns it once.
         assert len(response.headers.get_list("x-request-id")) == 1
         client.headers["x-request-id"] = "mine-1"
         assert ask_caption(client).headers.get_list("x-request-id") == ["mine-1"]
         assert client.post(GENERATIONS, json={"prompt": "x"}).headers.get_list("x-request-id") == ["mine-1"]
-    # Of the front and of the models' processes. Ray brings their lines here, in its own time.
+    # From the front and the models' processes. Ray forwards their lines with a delay.
     deadline = time.monotonic() + HANG_S
     while not {"request", "captioned", "generated"} <= set(told_of("mine-1", service.log.read_text())):
         assert time.monotonic() < deadline, service.log.read_text()[-3000:]
@@ -168,7 +168,8 @@ def test_a_stream_arrives_step_by_step(service: Service) -> None:
         body = {"prompt": "x", "stream": True, "num_inference_steps": 8}
         with client.stream("POST", GENERATIONS, json=body) as response:
             text, parts = "", response.iter_text()
-            # The model goes on when its first step has arrived: of a stream that comes at its end none ever does.
+            # The model continues when its first step has arrived. A stream that is sent at its end only would never do
+            # that.
             for part in parts:
                 text += part
                 if "event: progress" in text:
@@ -188,23 +189,24 @@ HOSTILE_HERE = (
     "image, in a chat: jpeg of many scans", "image, in a form: png whose text is called exif",
     "image, in a chat: jpeg of small exif, 1 MB",
 )  # fmt: skip
-# Of these more is sent than is read: it is taken off the line for a while, so that the client finds its answer.
+# These send more than is read. The service reads on for a while, so that the client gets its answer.
 TOO_LONG_HERE = ("21 MiB, with its length", "a form without end", "an address of 8 MB")
 
 
 def ask_hostile(service: Service, case: Case) -> tuple[httpx.Response | None, float]:
-    """The answer, if the connection was not closed on who went on writing, and the seconds on the wall, without those
-    in which other programs had the processor."""
+    """The answer, unless the connection was closed while the client wrote, and the wall seconds without those of other
+    programs.
+    """
     method, path, options = case
     parts, announced = options.get("parts"), int(options.get("headers", {}).get("content-length", 0))
     if announced:
-        # A client that keeps its word: httpx sends no other.
+        # A client that always sends what it announced, which httpx does not.
         options = {**options, "content": bytes(announced)}
     if parts:
         options = {"headers": options["headers"], "content": repeat(*parts)}
     at_work = [os.getpid(), *(process.pid for process in front_processes(service))]
     with httpx.Client(base_url=service.url, timeout=HANG_S) as client:
-        # The connection is there; what is asked first is not counted.
+        # Connected. The first request is not measured.
         client.get("/-/healthz")
         prepared = client.build_request(method, path, **options)
         held_up, began = delays_of_threads(at_work), time.monotonic()
@@ -218,7 +220,7 @@ def ask_hostile(service: Service, case: Case) -> tuple[httpx.Response | None, fl
 
 
 def front_processes(service: Service) -> list[psutil.Process]:
-    """Those that strangers reach: Ray Serve's proxy, and the app behind it."""
+    """The processes that clients can reach: Ray Serve's proxy and the app behind it."""
     found = [*service.processes("ProxyActor"), *service.processes("ServeReplica:mmcore:api")]
     assert len(found) >= 2
     return found
@@ -226,19 +228,21 @@ def front_processes(service: Service) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("is_measured", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_hostile_requests_through_the_proxy(service: Service, is_measured: bool) -> None:
-    """Each is refused and reaches nobody. Measured, at once (as quickly as one without a key that is asked beside it),
-    and all of them together cost no memory: bounds that a busy machine may break."""
+    """Each is refused without an effect, as quickly as a request without a key sent at the same time.
+
+    Together they need no memory. The limits are measured, and a busy machine may break them.
+    """
     hostile = cases()
     trivial: Case = ("POST", GENERATIONS, {"content": b"{}"})
     problems: list[str] = []
     with service.client() as client:
-        # What is only loaded once is loaded.
+        # Everything that is loaded only once is now loaded.
         assert ask_caption(client).status_code == 200
         with Processes(front_processes(service)) as watch:
             for name in HOSTILE_HERE:
                 above_s, most_s = float("inf"), MAX_ABOVE_TRIVIAL_S
                 if name in TOO_LONG_HERE:
-                    # The answer is there at once, but this client reads it only when it has written everything.
+                    # The answer is there at once, but this client reads it only after it has written everything.
                     most_s += security._MAX_DRAIN_S
                 for _ in tries():
                     response, wall_s = ask_hostile(service, hostile[name])
@@ -250,7 +254,7 @@ def test_hostile_requests_through_the_proxy(service: Service, is_measured: bool)
                     above_s = min(above_s, wall_s - trivial_s)
                     if above_s <= most_s:
                         break
-                # At once: each that is slow has had its minute.
+                # All at once, as each slow client takes a minute.
                 assert above_s <= most_s or not is_measured, f"{name}: {above_s:.3f} s above one without key"
                 if response is not None:
                     problems += [f"{name}: {problem}" for problem in problems_of(response)]
@@ -290,8 +294,8 @@ def test_a_body_without_end_is_not_taken(service: Service) -> None:
             response = client.post("/v1/captions", content=endless(), headers=headers)
             assert response.status_code == 413
             assert response.json()["error"]["code"] == "body_too_large"
-        # What is taken off the line is thrown away, and after 64 MiB of it the connection is closed; some more lies in
-        # the buffers between.
+        # Data that is read after a refusal is dropped. After 64 MiB of it the connection is closed. Buffers hold some
+        # more.
         print(f"{sent} MiB of the body were sent")
         assert sent < 150, "the whole body was taken"
 
@@ -310,7 +314,7 @@ def hang_up_in_the_stream(service: Service, body: dict[str, Any]) -> None:
     with service.client() as client, client.stream("POST", GENERATIONS, json={**body, "stream": True}) as response:
         text = ""
         for part in response.iter_text():
-            # Leaving the block closes the connection, with most of the stream still to come.
+            # Leaving the block closes the connection while most of the stream is still to come.
             text += part
             if "event: progress" in text:
                 return
@@ -319,7 +323,7 @@ def hang_up_in_the_stream(service: Service, body: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("hang_up", [hang_up_while_waiting, hang_up_in_the_stream])
 def test_who_hangs_up_gives_the_model_free(service: Service, hang_up: Callable[..., None]) -> None:
-    # Held, that work never ends; a single step is not held, and has its turn when nobody wants that work any more.
+    # Held, that work never ends. A single step is not held. It runs when nobody wants the held work any more.
     with service.held(), service.client() as client:
         hang_up(service, {"prompt": "x", "n": BATCH_SIZE, "num_inference_steps": 200})
         assert client.post(GENERATIONS, json={"prompt": "y", "num_inference_steps": 1}).status_code == 200
@@ -329,14 +333,17 @@ def test_who_hangs_up_gives_the_model_free(service: Service, hang_up: Callable[.
 
 
 def test_a_full_queue_refuses_at_once_and_is_worked_off_in_full_batches(service: Service) -> None:
-    """The model is held until the refusals are there: they wait for nothing, and who is let in only for the queue."""
+    """The model is held until the refusals have arrived.
+
+    Refusals wait for nothing, accepted requests wait only for the queue.
+    """
     queued: list[int] = []
 
     async def ask_in_queue(client: httpx.AsyncClient, seed: int) -> str:
         body = {"prompt": "x", "seed": seed, "num_inference_steps": 8, "stream": True}
         async with client.stream("POST", GENERATIONS, json=body) as response:
             parts = response.aiter_text()
-            # Its place, which the model tells.
+            # Its place, as reported by the model.
             text = await anext(parts)
             queued.append(seed)
             return text + "".join([part async for part in parts])
@@ -358,14 +365,14 @@ def test_a_full_queue_refuses_at_once_and_is_worked_off_in_full_batches(service:
     for response in refused:
         assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
     assert [events_of(text)[-1][0] for text in answered] == ["done"] * LIMITS.max_queue
-    # Of what the first batch left, which began with whoever was there.
+    # Rejected while the first batch ran, which began with the first requests.
     assert service.metric(num_batches) - before <= 1 + LIMITS.max_queue / BATCH_SIZE
 
 
-@pytest.mark.nightly  # of seconds and of answers in them
+@pytest.mark.nightly  # of seconds and of the answers in them
 def test_ten_times_too_much(service: Service) -> None:
-    """Every refusal is 429 and comes at once, and who is let in is answered within the time that the queue takes."""
-    # A client that stands still for seconds measures itself: once of three times it does not.
+    """Every refusal is 429 and comes at once. Accepted requests are answered within the time of the queue."""
+    # A client that pauses for seconds measures itself. In two of three tries it does not.
     too_slow: list[str] = []
     for _ in range(3):
         if not (found := overload(service)):
@@ -375,7 +382,7 @@ def test_ten_times_too_much(service: Service) -> None:
 
 
 def test_a_killed_model_costs_nobody_his_answer(service: Service) -> None:
-    """What it was at is asked again of the one that takes its place."""
+    """Calls to the killed process are sent again to its replacement."""
     (replica,) = service.processes("ServeReplica:mmcore:captioner-words")
     with Load(service.client, 4, ask_caption) as load:
         load.wait_for(40)
@@ -400,7 +407,7 @@ def test_a_killed_front_is_replaced_and_every_loss_is_told(service: Service) -> 
         load.wait_for(40)
     lost = [(status, text) for *_, status, text in load.answers if status != 200]
     print(load.told("killed front", killed_at))
-    # At most what was in flight, and in the form of every refusal: the official clients ask again.
+    # At most the requests in flight, as a refusal in the usual form: the official clients retry.
     assert len(lost) <= 8, lost
     for status, text in lost:
         assert status == 503, (status, text)
@@ -424,7 +431,7 @@ def test_a_new_version_under_load_loses_no_request(service: Service) -> None:
     print(f"new version: {dict(load.statuses())}")
     assert set(load.statuses()) == {200}, [answer for answer in load.answers if answer[2] != 200][:5]
     texts = [json.loads(text)["choices"][0]["message"]["content"] for *_, text in load.answers]
-    # Both versions answered, and the new one has the last word.
+    # Both versions answered, and the last answers are from the new one.
     assert set(texts) == {"a green picture", "the green picture"}
     assert texts[-1] == "the green picture"
 
@@ -458,9 +465,9 @@ def test_it_ends_when_what_it_began_is_finished(service: Service) -> None:
     assert [answer.status_code for answer in answers] == [200] * 3
     assert len(answers[0].json()["data"]) == BATCH_SIZE
     assert service.process.wait(HANG_S) == 0, service.log.read_text()[-3000:]
-    # The job was at work, or stays to be done by the next service.
+    # The job was running, or the next service will finish it.
     kept = service.folder / "kept"
     assert (kept / "pending" / f"{job}.json").exists() != (kept / "jobs" / job / "result.json").exists()
-    _, alive = psutil.wait_procs(below, timeout=HANG_S)  # its agents look for their parent now and then
+    _, alive = psutil.wait_procs(below, timeout=HANG_S)  # its agents check their parent from time to time
     assert not alive, "processes of Ray are left"
     assert "every request answered" in service.log.read_text()

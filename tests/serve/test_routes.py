@@ -1,4 +1,4 @@
-"""The routes as they are agreed with the page and with OpenAI's clients; no cluster."""
+"""The routes that the page and OpenAI's clients use, without a cluster."""
 
 import asyncio
 import base64
@@ -51,7 +51,7 @@ def test_closed_by_default(method: str, path: str) -> None:
 
 
 def test_every_route_is_closed_but_health_and_the_page() -> None:
-    """Also the routes that somebody will add."""
+    """Also any route added later."""
     from serve.routes import OPEN_ROUTES
 
     served = Served()
@@ -86,14 +86,14 @@ def test_open_to_all_needs_no_key_and_still_refuses_foreign_pages() -> None:
     ],
 )  # fmt: skip
 def test_open_to_all_is_not_open_to_names_that_others_lead_here(host: str, status: int) -> None:
-    """DNS rebinding: to a browser a page of evil.example is of the same site as this service under that name."""
+    """DNS rebinding: for a browser, a page of evil.example is on the same site as this service under that name."""
     served = Served(keys=Keys({}, open_to_all=True), allowed_hosts=["mine.example"])
     response = request("GET", "/v1/models", served, headers={"host": host})
     assert response.status_code == status
     if status == 403:
         assert error(response)["code"] == "unknown_host"
         assert "allowed_hosts=NAME" in error(response)["message"]
-    # A key says enough.
+    # With a key the check is not needed.
     assert request("GET", "/v1/models", headers={**AUTHORIZED, "host": host}).status_code == 200
 
 
@@ -190,7 +190,7 @@ def test_the_file_says_how_it_was_made() -> None:
 
 
 def test_an_image_is_its_prompt_and_its_seed_whoever_shares_the_batch() -> None:
-    """Many requests at once with different settings: every image is the one that it is alone, in full batches."""
+    """Many concurrent requests with different settings: every image equals the one made alone, and batches are full."""
     served = Served()
     batches, batcher = served.fake_generator.batches, served.generator.batcher
     settings = [(steps, guidance) for steps in (2, 4) for guidance in (1.0, 3.0)]
@@ -203,7 +203,7 @@ def test_an_image_is_its_prompt_and_its_seed_whoever_shares_the_batch() -> None:
         async with served.client() as client:
             served.fake_generator.gate.clear()
             asking = [asyncio.ensure_future(client.post(GENERATIONS, json=each)) for each in wanted]
-            # A batch is filled up with its last image.
+            # A batch is padded with its last image.
             await until(lambda: bool(batches) and len({*batches[0]}) + len(batcher._waiting) == num_images)
             served.fake_generator.gate.set()
             return await asyncio.gather(*asking)
@@ -214,7 +214,7 @@ def test_an_image_is_its_prompt_and_its_seed_whoever_shares_the_batch() -> None:
             seed = each["seed"] + index
             expected = colour_of(each["prompt"], seed, each["num_inference_steps"], each["guidance_scale"])
             assert colour(row["b64_json"]) == expected
-    # Always the same size, so that an image is the same to the bit; and shared, or there would be one an image.
+    # The batch size is constant, so that images are bit-identical. Batches are shared, or there would be one per image.
     assert {len(batch) for batch in batches} == {batcher.batch_size}
     assert len(batches) < num_images / 2
     assert len(served.fake_generator.threads) == 1
@@ -255,7 +255,7 @@ def test_links_to_s3_open_without_a_key_of_ours(s3_server: str) -> None:
         answer = httpx.get(row["url"], timeout=HANG_S)
         assert answer.headers["content-type"] == "image/png"
         assert Image.open(io.BytesIO(answer.content)).getpixel((0, 0)) == colour_of("x", row["seed"])
-        # Only this image, and only as long as it was signed for.
+        # Only this image, and only as long as the link is valid.
         assert "X-Amz-Expires=7777" in row["url"]
 
 
@@ -319,12 +319,12 @@ def test_a_stream_tells_what_is_wrong() -> None:
     events = events_of(post(GENERATIONS, {"prompt": "x", "num_inference_steps": TIMESTEPS + 1, "stream": True}).text)
     assert [name for name, _ in events] == ["error"]
     assert events[0][1]["error"]["param"] == "num_inference_steps"
-    # What can be known before is a status.
+    # Errors known in advance are a status.
     assert post(GENERATIONS, {"prompt": "", "stream": True}).status_code == 400
 
 
 def test_who_goes_away_takes_his_work_along() -> None:
-    """Under Ray Serve a disconnect cancels the app's task, which this does."""
+    """Under Ray Serve a disconnect cancels the app's task, as this does."""
     served = Served()
     body = json.dumps({"prompt": "x", "num_inference_steps": 200}).encode()
 
@@ -363,7 +363,7 @@ def test_who_goes_away_takes_his_work_along() -> None:
     complaints: list[Any] = []
 
     async def both() -> None:
-        # What asyncio says of exceptions that nobody looked at would fill the log of a service whose clients hang up.
+        # asyncio's warnings about unread exceptions would fill the log of a service whose clients disconnect.
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
         await main(False)
         await main(True)
@@ -375,7 +375,7 @@ def test_who_goes_away_takes_his_work_along() -> None:
 
 
 def test_a_stream_that_fails_says_so() -> None:
-    """Its status is long sent; an end without words would be taken for a good one."""
+    """Its status was sent long before. Without an error event, the end would look like success."""
     served = Served()
     served.fake_generator.generate = lambda *args: 1 / 0  # type: ignore[assignment, method-assign]
     headers = {**AUTHORIZED, "x-request-id": "mine-1"}
@@ -440,7 +440,9 @@ def test_while_it_ends_nothing_new_begins_and_what_began_is_finished() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_is_at_work_until_a_slow_client_has_its_whole_answer(stream: bool) -> None:
-    """The end of the service waits for those at work, and takes the connection of whoever it does not count."""
+    """The end of the service waits for requests in flight, and cuts the connection of any request that it does not
+    count.
+    """
     served = Served()
     front = served.service.front
     body = json.dumps({"prompt": "x", "stream": stream}).encode()
@@ -468,7 +470,7 @@ def test_a_request_is_at_work_until_a_slow_client_has_its_whole_answer(stream: b
 
 
 def test_a_timeout_within_is_no_end_of_the_time() -> None:
-    """A storage that gives up is a fault, which the log tells; and nobody waited for 300 s."""
+    """A storage that gives up is an error in the log, and nobody waited for 300 s."""
     served = Served()
     replica = served.service.front.models["shapes"].replica
 

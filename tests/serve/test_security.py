@@ -77,7 +77,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or real(a, b))
     keys = Keys({"SERVE_API_KEYS": ",".join(f"{KEY}-{n}" for n in range(5))})
     keys.caller(bearer(f"{KEY}-0"))
-    # The first one fits, and the others are compared all the same; digests have one length, keys have not.
+    # The first key matches, and the others are compared all the same. Digests have equal lengths, keys do not.
     assert compared == [(32, 32)] * 5
 
 
@@ -94,7 +94,7 @@ def test_the_file_of_keys_is_read_again_when_it_changes(tmp_path: Path) -> None:
             return False
 
     new = "another-key-9876543210"
-    # As Kubernetes and careful editors do: another file under the same name.
+    # As Kubernetes and careful editors do: another file with the same name.
     (tmp_path / "new").write_text(f"{KEY}\n{new}\n")
     os.replace(tmp_path / "new", file)
     assert allowed(KEY)
@@ -102,7 +102,7 @@ def test_the_file_of_keys_is_read_again_when_it_changes(tmp_path: Path) -> None:
     file.write_text(f"{new}\n")
     assert not allowed(KEY), "a key that was taken out still works"
     assert allowed(new)
-    # Nobody comes in by a file that cannot be used; mended, it works again.
+    # With an unusable file nobody gets access. When it is corrected, it works again.
     for broken in (b"", b"short\n", b"\xff\xfe\x00"):
         file.write_bytes(broken)
         assert not allowed(new)
@@ -150,7 +150,7 @@ def test_rates_are_counted_for_each_key() -> None:
     limit.take("a")
     with pytest.raises(ApiError):
         limit.take("a")
-    # A long rest fills the bucket, and no more than that.
+    # A long pause fills the bucket and no more.
     now[0] = 1000.0
     for _ in range(3):
         limit.take("a")
@@ -159,7 +159,7 @@ def test_rates_are_counted_for_each_key() -> None:
 
 
 class Body:
-    """An ASGI request with a body in parts, and what came back."""
+    """An ASGI request with a body in parts, and its answer."""
 
     def __init__(self, parts: list[bytes], *, length: int | None = None, pause_s: float = 0.0) -> None:
         self.parts, self.pause_s = list(parts), pause_s
@@ -190,7 +190,7 @@ class Body:
 
 
 async def reader(scope: Any, receive: Any, send: Any) -> None:
-    """Reads its whole body, as a careless route or Ray Serve's proxy does."""
+    """Reads its whole body, like a careless route or Ray Serve's proxy."""
     size = 0
     while True:
         message = await receive()
@@ -228,7 +228,7 @@ def test_a_body_is_counted_whatever_it_says(length: int | None) -> None:
 def test_what_is_left_of_a_refused_body_is_taken_and_thrown_away(
     length: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A browser reads the answer when it has sent everything; but nobody is listened to for ever."""
+    """A browser reads the answer only when it has sent everything, but the service does not read for ever."""
     monkeypatch.setattr(security, "_MAX_DRAIN_S", 3600.0)
     few = Body([b"x" * 400] * 50, length=20_000)
     run(BodyLimit(reader, LIMITS)(few.scope, few.receive, few.send))
@@ -238,7 +238,7 @@ def test_what_is_left_of_a_refused_body_is_taken_and_thrown_away(
     run(BodyLimit(reader, LIMITS)(many.scope, many.receive, many.send))
     assert many.status == 413
     assert 60 <= many.num_read <= 70
-    # Who sends nothing is not waited for when this time is up.
+    # A client that sends nothing is not waited for after this time.
     monkeypatch.setattr(security, "_MAX_DRAIN_S", 0.5)
     silent = Body([b"x" * 2000], length=2001)
     silent.parts.clear()
@@ -271,7 +271,7 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
 
 def test_all_bodies_together_are_bounded() -> None:
     limit = BodyLimit(reader, LIMITS)
-    # Without a pause they come part by part in turn.
+    # Without a pause the parts come in turn.
     bodies = [Body([b"x" * 450, b"x" * 450]) for _ in range(4)]
 
     async def main() -> None:
@@ -286,7 +286,7 @@ def test_all_bodies_together_are_bounded() -> None:
 
 
 def test_what_has_no_body_passes_however_full_it_is() -> None:
-    """/health, /ready and the page: bodies of strangers must not close those to everybody."""
+    """Bodies sent to /health, /ready and the page must not block these for others."""
     app = BodyLimit(reader, LIMITS)
     app.held_bytes = LIMITS.max_bodies_bytes + 1
     for parts, length, status in (([b""], None, 200), ([b""], 0, 200), ([b"", b""], None, 200), ([b"x"], 1, 429)):
@@ -303,7 +303,7 @@ def test_waiting_for_the_answer_has_no_time_limit_of_the_body(monkeypatch: pytes
         await receive()
         now[0] += LIMITS.body_timeout_s + 1
         with pytest.raises(TimeoutError):
-            # A disconnect is looked for long after the body is there.
+            # A disconnect is checked long after the body has arrived.
             await asyncio.wait_for(receive(), 0.4)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})

@@ -1,4 +1,4 @@
-"""The measurements run, and compare what is equal."""
+"""The benchmarks run, and compare equal things."""
 
 import json
 

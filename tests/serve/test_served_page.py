@@ -1,4 +1,4 @@
-"""serve/web in a real Chromium, against a stand-in for the service that is as slow and as broken as a test wants."""
+"""serve/web in a real Chromium, against a stand-in service that tests make slow or faulty."""
 
 import json
 import re
@@ -153,7 +153,7 @@ def test_seed_is_used_again(page: Tab, service: StandIn) -> None:
 
 
 def test_seeds_are_exact_to_the_last_bit(blank: Tab, service: StandIn) -> None:
-    seed = 2**63 - 3  # larger than any that the service takes; as a number of JavaScript it would be 2**63
+    seed = 2**63 - 3  # larger than the service allows; as a JavaScript number it would be 2**63
     prompt = 'no seed: {"seed": 9007199254740993, "x\\"seed": 1}'
     service.sweep = [{"image_id": "one", "prompt": prompt, "seed": seed, "url": ""}]
     blank.goto(service.url)
@@ -226,7 +226,7 @@ def test_another_model_brings_its_settings(blank: Tab, service: StandIn) -> None
     wanted = {"model": "codes", "prompt": "a red circle", "guidance_scale": 1.5, "temperature": 0.6, "top_k": 0}
     assert sent == {**wanted, "top_p": 0.9, "n": 1, "response_format": "b64_json", "stream": True}
     assert "codes · guidance 1.5 · temperature 0.6 · top-k all · top-p 0.9 ·" in blank.text("#made")
-    # Emptied, the end is "the same" as the page says, whatever the model would do by itself.
+    # If the field is emptied, the end is "the same", as the page says, not the model's default.
     other["defaults"]["guidance_scale_end"] = 3.0
     blank.goto(service.url)
     blank.wait_text("#service", "2 generators")
@@ -248,7 +248,7 @@ def test_another_model_brings_its_settings(blank: Tab, service: StandIn) -> None
     ("failure", "words"),
     [
         (Failure(401, "no"), "The service wants a key. Enter a key"),
-        # Not 408, after which Chromium itself asks again where the connection was kept.
+        # Not 408: Chromium repeats such a request on a kept connection.
         (Failure(415, "the body must be JSON"), "The service refused this request (415): the body must be JSON."),
         (Failure(413, "body: 12 MB, at most 8 MB"), "Too large for this service: body: 12 MB, at most 8 MB."),
         (Failure(422, "n: 99, at most 8.", "n"), "The service refused this request: n: 99, at most 8."),
@@ -318,10 +318,10 @@ def test_service_gone(browser: Browser, images: list[Path]) -> None:
 def test_a_large_file_that_is_refused_unread(page: Tab, service: StandIn, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(bytes(12_000_000))
-    # Chromium itself may send again what broke off on a kept connection.
+    # Chromium may repeat a request that broke off on a kept connection.
     service.failures["/v1/captions"] = [Failure(413, "at most 8 MB", unread=True)] * 9
     page.choose("#files", large)
-    # Which of the two depends on whether the refusal comes before the connection's end is seen.
+    # Which one depends on whether the refusal arrives before the connection's end is seen.
     words = "/Too large for this service|12.0 MB sent are more than it takes/"
     page.wait(f"{words}.test(document.querySelector('.card').innerText)")
 
@@ -401,7 +401,7 @@ def test_service_without_models(blank: Tab, service: StandIn, images: list[Path]
     blank.wait_text("#gallery-news", "Not found: this service was started without gallery=URI.")
 
 
-# Safety: what the server says is text, and the page runs nothing but its files
+# Safety: texts of the server stay text, and the page runs only its own files
 
 
 def test_whatever_the_server_says_stays_text(blank: Tab, service: StandIn, images: list[Path]) -> None:
@@ -430,7 +430,7 @@ def test_whatever_the_server_says_stays_text(blank: Tab, service: StandIn, image
 def test_policy_holds(page: Tab) -> None:
     markup = "(() => { try { document.body.innerHTML = '<b>x</b>'; } catch (error) { return error.name; } })()"
     assert page.run(markup) == "TypeError", "trusted types: no text becomes markup"
-    page.browser.events.clear()  # that breach was ours
+    page.browser.events.clear()  # the test caused that violation
 
 
 def test_files_are_plain() -> None:
