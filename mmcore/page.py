@@ -13,6 +13,9 @@ from typing import NewType
 
 Html = NewType("Html", str)
 
+# A line of so few points has a dot at each: a single one would not be seen otherwise.
+_MOST_DOTS = 12
+_DOT_RADIUS = 3.5
 # Lines have the style sheet's --line0 to --line3: Okabe and Ito's colours, which colour-blind readers tell apart.
 _NUM_COLOURS = 4
 _WIDTH, _HEIGHT = 480, 260
@@ -154,7 +157,10 @@ def beside(*items: Html) -> Html:
 
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> Html:
-    """Lines over a common x axis; the y axis spans what is drawn. Without a single point it says so."""
+    """Lines over a common x axis; the y axis spans what is drawn. A line of few points has a dot at each of them.
+
+    Where no line has a point, the chart says "no measurements".
+    """
     drawn = [
         Series(each.name, [(x, y) for x, y in each.points if math.isfinite(x) and math.isfinite(y)]) for each in series
     ]
@@ -182,8 +188,13 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> Html:
     legend = []
     for index, each in enumerate(drawn):
         colour = f"var(--line{index % _NUM_COLOURS})"
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in each.points))
+        placed = [place(*point) for point in each.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline class="line" style="stroke:{colour}" points="{path}"/>')
+        if len(placed) <= _MOST_DOTS:
+            parts += [
+                f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{_DOT_RADIUS}"/>' for x, y in placed
+            ]
         last = f" {number(each.points[-1][1])}" if each.points else ""
         legend.append(f'<span><i style="background:{colour}"></i>{escape(each.name)}{last}</span>')
     return Html(

@@ -28,7 +28,7 @@ from mmcore.page import (
 
 HOSTILE = "</td><script>alert('x')</script>\" onload=\"alert(1) & <b>"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(8)
-VOID = {"meta", "img", "line", "polyline", "br"}
+VOID = {"meta", "img", "line", "polyline", "circle", "br"}
 
 
 class Reader(HTMLParser):
@@ -135,6 +135,23 @@ def test_lines_stay_inside_whatever_the_numbers(points: list[tuple[float, float]
     (line,) = points_of(line_chart("t", [Series("s", points)], x_label="x"))
     assert len(line) == len(points)
     assert all(0 <= x <= 480 and 0 <= y <= 260 for x, y in line)
+
+
+def dots_of(chart: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r'<circle [^>]*cx="([^"]*)" cy="([^"]*)"', chart)]
+
+
+def test_a_line_of_few_points_shows_each_of_them() -> None:
+    # A polyline of one point draws nothing: a run of one validation had a legend and no mark.
+    many = [(float(x), 1.0) for x in range(100)]
+    chart = line_chart("t", [Series("training", many), Series("validation", [(50, 2.0)])], x_label="x")
+    ((x, y),) = dots_of(chart)
+    line, lone = points_of(chart)
+    assert lone == [(x, y)]
+    assert x == line[50][0]
+    assert y < line[50][1]  # SVG counts downwards
+    few = line_chart("t", [Series("s", [(0, 1.0), (1, 3.0)])], x_label="x")
+    assert dots_of(few) == points_of(few)[0]
 
 
 def test_numbers_that_are_none_are_left_out() -> None:
