@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+TEST_STAMP := .venv/.installed-for-tests
 # Test files that run side by side: each may start a Ray of its own. In the order of tests/marks.py: xdist's own leaves
 # the longest files, which hold few tests, for the end, where one of them runs alone.
 TEST_WORKERS ?= 2
@@ -17,7 +18,7 @@ ifneq ($(strip $(shell cat $(STAMP) 2>/dev/null)),$(strip $(CURDIR)))
 endif
 
 help:
-	@echo 'make setup      make .venv ready (PYTHON=python3.12 chooses another Python)'
+	@echo 'make setup      install all packages into .venv, those of the tests too (PYTHON=python3.12 chooses another Python)'
 	@echo 'make demo       train a captioner and a generator on built-in data, score them, write runs/demo/index.html'
 	@echo '                (ARGS=--fresh starts anew, ARGS=--help lists its flags)'
 	@echo 'make test       checks and the tests of every change (TEST_WORKERS=1: one after another)'
@@ -32,16 +33,22 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ ! -e $(STAMP) ] || [ "$$(cat $(STAMP))" = "$$(pwd -P)" ] || rm -rf .venv
 	@rm -f $(STAMP)
 	'$(PYTHON)' -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e .
 	@pwd -P > $(STAMP)
 
-setup: $(STAMP)
+# Tests and checks need packages that no job and no service runs.
+$(TEST_STAMP): $(STAMP)
+	@rm -f $(TEST_STAMP)
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(TEST_STAMP)
+
+setup: $(TEST_STAMP)
 	@echo '.venv is ready'
 
 demo: $(STAMP)
 	$(PY) jobs/demo.py $(ARGS)
 
-check: $(STAMP)
+check: $(TEST_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 

@@ -1,8 +1,10 @@
 """The Makefile without its installs: the commands that it would run, their folder, and when nothing is to be done."""
 
 import os
+import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,14 +45,16 @@ def make(clone: Path, *arguments: str, check: bool = True) -> subprocess.Complet
     return done
 
 
-def fake_install(clone: Path) -> Path:
-    """A `.venv` like the one of `make setup`, whose Python only prints its arguments."""
+def fake_install(clone: Path, *, for_tests: bool = False) -> Path:
+    """A `.venv` like the one of `make demo`, or of `make setup`, whose Python only prints its arguments."""
     python = clone / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "called: $*"\n')
     python.chmod(0o755)
     stamp = clone / ".venv" / ".installed"
     stamp.write_text(f"{clone.resolve()}\n")
+    if for_tests:
+        (clone / ".venv" / ".installed-for-tests").touch()
     return stamp
 
 
@@ -60,17 +64,43 @@ def test_help_is_the_default(clone: Path) -> None:
         assert f"make {target} " in text
 
 
+INSTALL = "pip install --disable-pip-version-check -c constraints.txt -e"
+
+
 def test_setup_installs_the_tested_versions(clone: Path) -> None:
     text = make(clone, "-n", "setup").stdout
     assert "-m venv .venv" in text
-    assert "pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'" in text
+    assert f"{INSTALL} .\n" in text
+    assert f"{INSTALL} '.[dev]'\n" in text
 
 
 def test_a_second_run_does_nothing(clone: Path) -> None:
-    fake_install(clone)
+    fake_install(clone, for_tests=True)
     text = make(clone, "setup").stdout
     assert "called" not in text
     assert make(clone, "demo", "ARGS=--fresh").stdout.splitlines()[-1] == "called: jobs/demo.py --fresh"
+
+
+def test_the_demo_needs_no_packages_of_the_tests(clone: Path) -> None:
+    assert f"{INSTALL} .\n" in (text := make(clone, "-n", "demo").stdout)
+    assert "[dev]" not in text
+    fake_install(clone)
+    for target in ("setup", "check", "test", "test-all"):
+        lines = make(clone, "-n", target).stdout.splitlines()
+        assert [line for line in lines if "pip install" in line] == [f".venv/bin/python -m {INSTALL} '.[dev]'"]
+    make(clone, "setup")
+    assert "pip install" not in make(clone, "-n", "test").stdout
+
+
+def test_what_only_tests_need_is_no_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=]", text)[0].lower() for text in requirements}
+
+    needed = names(project["dependencies"])
+    assert not needed & names(project["optional-dependencies"]["dev"])
+    assert not needed & {"pytest", "moto", "mypy", "ruff", "openai", "httpx", "datasets"}
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
@@ -118,14 +148,14 @@ TESTS = "called: -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
 
 
 def test_checks_come_before_tests_and_long_tests_only_where_asked(clone: Path) -> None:
-    fake_install(clone)
+    fake_install(clone, for_tests=True)
     lines = [line for line in make(clone, "test").stdout.splitlines() if line.startswith("called")]
     assert lines == ["called: -m ruff check .", "called: -m mypy", f"{TESTS} -m not (nightly or soak)"]
     assert make(clone, "test-all").stdout.splitlines()[-1] == TESTS
 
 
 def test_ci_runs_make_test_from_anywhere(clone: Path, tmp_path: Path) -> None:
-    fake_install(clone)
+    fake_install(clone, for_tests=True)
     command = [clone / ".ci" / "run"]
     done = subprocess.run(command, cwd=tmp_path, env=outside_make(), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{TESTS} -m not (nightly or soak)"
