@@ -192,9 +192,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> Html:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline class="line" style="stroke:{colour}" points="{path}"/>')
         if len(placed) <= _MOST_DOTS:
-            parts += [
-                f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{_DOT_RADIUS}"/>' for x, y in placed
-            ]
+            parts += [f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{_DOT_RADIUS}"/>' for x, y in placed]
         last = f" {number(each.points[-1][1])}" if each.points else ""
         legend.append(f'<span><i style="background:{colour}"></i>{escape(each.name)}{last}</span>')
     return Html(

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 import numpy as np
@@ -79,8 +80,10 @@ class CaptionRoutes:
             files, names = await self._data_uris(request)
         if names is None:
             names = [model.name for model in front.models.values() if model.kind == "captioner"]
-        if not names or len(set(names)) < len(names):
-            raise bad_value("models", f"{quoted(names)} names no captioner, or one twice")
+        if not names:
+            raise bad_value("models", "no captioner is named; leave it out to ask all of them")
+        if len(set(names)) < len(names):
+            raise bad_value("models", f"{quoted(names)} names one captioner twice")
         models = [front.named(name, "captioner", "models") for name in names]
         facts = facts_of_request(request)
         facts.update(model=",".join(names), n=len(files))
@@ -93,7 +96,8 @@ class CaptionRoutes:
         failed: dict[str, ApiError] = {model.name: model_unavailable() for model in models if model not in able}
 
         async def caption_all(index: int, data: bytes) -> _ToldOfImage:
-            image, most = _Image(data, f"images.{index}"), front.limits.caption_words
+            image = _Image(data, f"images.{index}", _name(index, len(files), files[index][0]))
+            most = front.limits.caption_words
             await self._decode(image, sizes)
             told = await asyncio.gather(*(self._caption_or_error(m, image, most, facts["request_id"]) for m in able))
             captions = {model.name: each for model, each in zip(able, told, strict=True) if isinstance(each, str)}
@@ -118,7 +122,8 @@ class CaptionRoutes:
         asked = parse(schemas.CaptionsRequest, await self._front.json(request, limits.max_body_bytes))
         self._check_count(len(asked.images))
         files: list[tuple[str | None, bytes]] = [
-            (None, images.from_data_uri(uri, limits, f"images.{index}")) for index, uri in enumerate(asked.images)
+            (None, images.from_data_uri(uri, limits, f"images.{index}", _name(index, len(asked.images))))
+            for index, uri in enumerate(asked.images)
         ]
         return files, asked.models
 
@@ -128,7 +133,7 @@ class CaptionRoutes:
         charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
         if charset.lower() != b"utf-8":
             # A form names any of Python's codecs: some are slow, and some make text that no answer can hold.
-            message = f"the form's charset must be utf-8, got {quoted(charset.decode('latin-1'))}"
+            message = f"the charset of the form must be utf-8, got {quoted(charset.decode('latin-1'))}"
             raise ApiError(400, message, code="invalid_form")
         parser = _InMemory(
             request.headers, request.stream(), max_files=limits.max_images, max_fields=len(self._front.models) + 1
@@ -138,18 +143,18 @@ class CaptionRoutes:
         except MultiPartException as error:
             raise ApiError(400, f"the form: {error.message}", code="invalid_form") from None
         except (LookupError, ValueError):
-            raise ApiError(400, "the form is no multipart/form-data", code="invalid_form") from None
+            raise ApiError(400, "the body is not a form (multipart/form-data)", code="invalid_form") from None
         files: list[tuple[str | None, bytes]] = []
         names: list[str] = []
         try:
             if not parser.ended:
-                raise ApiError(400, "the form breaks off before its last boundary", code="invalid_form")
+                raise ApiError(400, "the form ends before its last boundary", code="invalid_form")
             for name, value in form.multi_items():
                 if name not in ("images", "model"):
                     message = f"unknown field {quoted(name)}; the form has images (files) and model"
                     raise ApiError(400, message, param=name[:64], code="unknown_field")
                 if (name == "images") == isinstance(value, str):
-                    raise bad_value(name, "images are files, model is text")
+                    raise bad_value(name, "images must be files, and model must be text")
                 if isinstance(value, str):
                     names.append(value)
                 else:
@@ -163,13 +168,13 @@ class CaptionRoutes:
     def _check_count(self, num_images: int) -> None:
         most = self._front.limits.max_images
         if not 1 <= num_images <= most:
-            raise bad_value("images", f"{num_images}; from 1 to {most}")
+            raise bad_value("images", f"{num_images} images; one request takes 1 to {most}")
 
     async def _decode(self, image: "_Image", sizes: set[int]) -> None:
         began, limits = time.perf_counter(), self._front.limits
         loop = asyncio.get_running_loop()
-        decoding = loop.run_in_executor(self._decoders, images.decode, image.data, sizes, limits, image.param)
-        image.pixels.update(await decoding)
+        decode = partial(images.decode, image.data, sizes, limits, image.param, image.name)
+        image.pixels.update(await loop.run_in_executor(self._decoders, decode))
         self._front.metrics.stage.labels("all", "decode").observe(time.perf_counter() - began)
 
     async def _caption_or_error(self, model: Model, image: "_Image", max_words: int, request_id: str) -> str | ApiError:
@@ -201,12 +206,20 @@ class CaptionRoutes:
         raise model_unavailable()
 
 
+def _name(index: int, number: int, file_name: str | None = None) -> str:
+    """What a person is told of one of `number` images, by its place and, in a form, by its file."""
+    if number == 1:
+        return images.THE_IMAGE
+    return f"image {index + 1} of {number}{f' ({quoted(file_name)})' if file_name else ''}"
+
+
 @dataclass
 class _Image:
-    """An image as it came, and what was decoded of it. `param` names it in a refusal."""
+    """An image as it came, and what was decoded of it. A refusal names it by `param` and `name` (`check_image`)."""
 
     data: bytes
     param: str
+    name: str = images.THE_IMAGE
     pixels: dict[int, np.ndarray] = field(default_factory=dict)
     """uint8 (size, size, 3) by size."""
 

@@ -1,5 +1,6 @@
 """Refusals as every client of OpenAI's API reads them: a status and {"error": {message, type, param, code}}."""
 
+import itertools
 import json
 import math
 import reprlib
@@ -17,8 +18,12 @@ SECURITY_HEADERS = {
     "referrer-policy": "no-referrer",
     "content-security-policy": _PAGE_POLICY,
 }
+MIB = 2**20
+# An element of a list, by the list's field.
+_ELEMENTS = {"messages": "message", "content": "part", "images": "image", "models": "model"}
 # Of what a client sent, no more than this is repeated in a message.
 _MAX_QUOTED = 64
+_MAX_SPOKEN = 200
 # Cuts before it quotes: a value may be as long as a body.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _MAX_QUOTED
@@ -28,6 +33,35 @@ def quoted(value: object) -> str:
     """What a client sent, short enough and in a form that a message can hold."""
     text = _SHORT.repr(value)
     return text if len(text) <= _MAX_QUOTED else f"{text[: _MAX_QUOTED - 3]}..."
+
+
+def spoken(path: str) -> str:
+    """A field of a request in words: ``messages.0.content.1.text`` is "text of part 2 of message 1".
+
+    `path` is what `ApiError.param` holds, for programs.
+    """
+    names = path.split(".")
+    # A number with the field before it is an element; of other fields only the last one is named.
+    words = [
+        f"{_ELEMENTS.get(name, name)} {int(after) + 1}"
+        for name, after in itertools.pairwise(names)
+        if _is_place(after) and not _is_place(name)
+    ]
+    if not _is_place(names[-1]):
+        words.append(names[-1])
+    return " of ".join(reversed(words))[:_MAX_SPOKEN] or path[:_MAX_SPOKEN]
+
+
+def _is_place(name: str) -> bool:
+    return len(name) < 5 and name.isascii() and name.isdigit()
+
+
+def in_bytes(number: int) -> str:
+    """A number of bytes for a person, rounded up: what is past a limit never reads as the limit itself."""
+    for size, unit in ((MIB, "MiB"), (1024, "KiB")):
+        if number >= size:
+            return f"{math.ceil(100 * number / size) / 100:g} {unit}"
+    return f"{number} bytes"
 
 
 class ErrorFields(TypedDict):
@@ -56,7 +90,7 @@ class ErrorBody(TypedDict):
 
 
 class ApiError(Exception):
-    """A refusal: the message is for the person who wrote the request; `param` is the field that it is about."""
+    """A refusal. The message is for the person who wrote the request; `param` names the field for programs."""
 
     def __init__(
         self,
@@ -123,9 +157,9 @@ class ApiError(Exception):
 
 def bad_value(param: str, message: str) -> ApiError:
     """The refusal of a field's value."""
-    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
+    return ApiError(400, f"{spoken(param)}: {message}", param=param, code="invalid_value")
 
 
 def fault(request_id: str) -> ApiError:
-    """What is nobody's mistake but ours."""
-    return ApiError(500, f"a fault of the service; its log tells more under {request_id}", code="fault")
+    """The answer to an error that the client did not cause."""
+    return ApiError(500, f"the service failed; its log has the reason under the request id {request_id}", code="fault")

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serve.clients import Model
-from serve.errors import ApiError, quoted
+from serve.errors import ApiError, in_bytes, quoted
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.parsing import parse_json
@@ -92,7 +92,7 @@ class Front:
             ipaddress.ip_address(host)
         except ValueError:
             if host not in self._allowed_hosts:
-                message = f"a service without keys is not reached as {quoted(header)}; start it with allowed_hosts=NAME"
+                message = f"{quoted(header)} is not an allowed name of this service; start it with allowed_hosts=NAME"
                 raise ApiError(403, message, code="unknown_host") from None
 
     async def guarded(self, handler: Handler, request: Request, query: Collection[str] = ()) -> Response:
@@ -115,7 +115,7 @@ class Front:
                 503, f"no answer within {self.limits.request_timeout_s:g} s", code="timeout", retry_after_s=30.0
             ) from None
         except ClientDisconnect:
-            raise ApiError(400, "the body broke off", code="body_incomplete") from None
+            raise ApiError(400, "the body ended too early", code="body_incomplete") from None
 
     def no_route(self, request: Request, error: HTTPException) -> ApiError:
         """What is here and what is not is nobody's business who has no key."""
@@ -138,7 +138,8 @@ class Front:
             else:
                 body += part
         if too_large:
-            raise ApiError(413, f"the body may have {max_bytes} bytes", code="body_too_large")
+            message = f"the body has more than {in_bytes(max_bytes)}, the limit"
+            raise ApiError(413, message, code="body_too_large")
         return parse_json(body)
 
     def named(self, name: str | None, kind: str, param: str = "model") -> Model:

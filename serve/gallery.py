@@ -68,7 +68,7 @@ class Gallery:
         start = 0
         if cursor is not None:
             if not (cursor.isascii() and cursor.isdigit() and len(cursor) < 10):
-                raise bad_value("cursor", f"{quoted(cursor)} is none of this gallery")
+                raise bad_value("cursor", f"{quoted(cursor)}; give the `next` of the page before")
             start = int(cursor)
         rows = self._rows[start : start + limit]
         data = [

@@ -176,7 +176,7 @@ class Jobs:
             return {"refused": refusal.as_dict()}
         mine = sum(job.owner == owner for job in self._jobs.values())
         if len(self._jobs) >= self._limits.max_jobs or mine >= self._limits.max_jobs_per_key:
-            message = f"{len(self._jobs)} jobs are not finished, {mine} of them of this key; try again"
+            message = f"too many jobs are unfinished: {len(self._jobs)} in all, {mine} of this key; try again"
             return {"refused": ApiError(429, message, code="jobs_full", retry_after_s=30.0).as_dict()}
         created = _submitted_at(job_id)
         assert created is not None, f"{job_id!r} is no id of new_id"
@@ -363,7 +363,7 @@ class Jobs:
     async def _generate(self, job: _Job) -> _JobEnd:
         replica = self._replicas.get(job.model)
         if replica is None:
-            raise ApiError(404, f"the model {job.model!r} is not served any more", code="model_not_found")
+            raise ApiError(404, f"the model {job.model!r} is no longer served", code="model_not_found")
         # A few at a time, so that whoever waits for an answer does not wait for a whole job.
         size, seeds = self._limits.max_n, job.work.seeds
         starts = range(0, len(seeds), size)
@@ -386,7 +386,7 @@ class Jobs:
                 try:
                     await self._write(key, image)
                 except Exception:
-                    message = "the storage of jobs takes no images now"
+                    message = "the storage of the jobs does not take images now"
                     raise ApiError(503, message, code="storage_unavailable") from None
                 job.keys.append(key)
         return {"status": "done", "keys": job.keys}

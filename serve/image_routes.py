@@ -55,7 +55,7 @@ class ImageRoutes:
     async def generations(self, request: Request) -> Response:
         front = self._front
         fields = await front.json(request, front.limits.max_json_bytes)
-        asked, model, work, links = await self._work(request, fields, front.limits.max_n)
+        asked, model, work, links = await self._work(request, fields)
         with contextlib.ExitStack() as held:
             held.enter_context(front.admission.enter({model.name: len(work.seeds)}))
             if asked.stream:
@@ -64,17 +64,18 @@ class ImageRoutes:
             return JSONResponse(await self._answer(model, work, done, links))
 
     async def _work(
-        self, request: Request, fields: Any, max_n: int, *where: str
+        self, request: Request, fields: Any, *where: str
     ) -> tuple[schemas.GenerationRequest, Model, GenerateWork, Storage | None]:
         """What is asked for, of which model, in full, and where it is put to be linked to. Raises ApiError.
 
-        `fields` stand at `where` in the body.
+        `fields` stand at `where` in the body: nowhere deeper for a request, at "request" for a job.
         """
         model = self._front.named(schemas.model_of(fields), "generator")
         info = cast("GeneratorInfo", await model.info())
         asked = parse(with_options(schemas.GenerationRequest, info["options"]), fields, *where)
         links, facts = self._links(asked.response_format), facts_of_request(request)
-        work = schemas.generate_work(asked, info, self._front.limits, max_n, facts["request_id"])
+        limits = self._front.limits
+        work = schemas.generate_work(asked, info, limits, is_job=bool(where), request_id=facts["request_id"])
         facts.update(model=model.name, n=len(work.seeds))
         if asked.size not in (None, "auto", info["defaults"]["size"]) and (refusal := await model.refusal(work)):
             # What the model says of it is told before a stream begins.
@@ -88,7 +89,7 @@ class ImageRoutes:
         if self._storage is None or not self._storage.is_s3:
             raise ApiError(
                 400,
-                "response_format: url needs a storage in S3, and this service has none (it is started with "
+                "response_format: url needs a storage in S3, and this service has none (start it with "
                 "storage=s3://bucket/prefix); ask for b64_json",
                 param="response_format",
                 code="unsupported_response_format",
@@ -172,9 +173,9 @@ class ImageRoutes:
         front, jobs = self._front, self._need_jobs()
         fields = await front.json(request, front.limits.max_json_bytes)
         inner = parse(schemas.JobRequest, fields).request
-        asked, model, work, _ = await self._work(request, inner, front.limits.max_job_n, "request")
+        asked, model, work, _ = await self._work(request, inner, "request")
         if asked.stream:
-            raise bad_value("request.stream", "a job is fetched, not streamed")
+            raise bad_value("request.stream", "a job cannot be streamed; fetch it by GET /v1/jobs/ID")
         if (refusal := await model.refusal(work)) is not None:
             raise refusal
         caller = request.scope["state"]["caller"]

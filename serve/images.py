@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import io
 import itertools
+import math
 import re
 import struct
 import warnings
@@ -20,7 +21,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from mmcore.errors import InputError
 from mmcore.images import decode_image, resize_image
-from serve.errors import ApiError, quoted
+from serve.errors import ApiError, in_bytes, quoted
 from serve.limits import Limits
 
 # Of all that Pillow reads only these: the fewer decoders a stranger reaches, the better.
@@ -54,6 +55,8 @@ _EXIF_AS_TEXT = b"Raw profile type exif\0"
 # Pillow reads a GIF's block in two steps; encoders write 255 bytes into one. Ten thousand shorter blocks are allowed:
 # a long XMP stands in blocks of any length.
 _MAX_GIF_READS, _FULL_GIF_BLOCK = 20_000, 200
+THE_IMAGE = "the image"
+"""What a person is told of the only image of a request."""
 # Longest beginning of a data URI, up to the comma.
 _MAX_DATA_HEAD = 256
 # Characters of base64 (four are three bytes) that are unpacked at a time. The first are looked at before the rest is:
@@ -219,24 +222,28 @@ def _check_beginning(data: bytes, refuse: _Refuse) -> str:
     """What can be refused of an image whose end may be missing; returns its format."""
     kind = _format(data)
     if kind is None:
-        raise refuse("no JPEG, PNG, WebP or GIF" if data else "the image is empty", "unsupported_image")
+        raise refuse("not a JPEG, PNG, WebP or GIF" if data else "it is empty", "unsupported_image")
     if kind == "JPEG":
         _check_jpeg(data, refuse)
     return kind
 
 
-def _refusal_of(param: str) -> _Refuse:
+def _refusal_of(param: str, name: str) -> _Refuse:
     def refuse(message: str, code: str) -> ApiError:
-        return ApiError(400, f"{param}: {message}", param=param, code=code)
+        return ApiError(400, f"{name}: {message}", param=param, code=code)
 
     return refuse
 
 
-def check_image(data: bytes, limits: Limits, param: str) -> None:
-    """Refuse by size and header alone; nothing is decoded. `param` names the image in the refusal."""
-    refuse = _refusal_of(param)
+def check_image(data: bytes, limits: Limits, param: str, name: str = THE_IMAGE) -> None:
+    """Refuse by size and header alone; nothing is decoded.
+
+    A refusal names the image twice: by `param`, its field, for programs, and by `name` in the words for a person.
+    """
+    refuse = _refusal_of(param, name)
     if len(data) > limits.max_image_bytes:
-        raise refuse(f"{len(data)} bytes; an image may have {limits.max_image_bytes}", "image_too_large")
+        sizes = f"{in_bytes(len(data))}; an image may have {in_bytes(limits.max_image_bytes)}"
+        raise refuse(sizes, "image_too_large")
     kind = _check_beginning(data, refuse)
     if kind == "JPEG":
         scans = itertools.islice(_JPEG_SCAN.finditer(data), _MAX_JPEG_SCANS + 1)
@@ -252,23 +259,27 @@ def check_image(data: bytes, limits: Limits, param: str) -> None:
         with Image.open(stream, formats=_READERS[kind]) as image:
             _check_pixels(image.size, limits, refuse)
             if image.format not in _STILL and _too_many_frames(image, limits.max_frames):
-                raise refuse(
-                    f"an animation; an image may have {limits.max_frames} frame{'s'[: limits.max_frames > 1]}",
-                    "animated_image",
-                )
+                frames = f"{limits.max_frames} frame{'s'[: limits.max_frames > 1]}"
+                raise refuse(f"an animation of more than {frames}; send a still image", "animated_image")
     except UnidentifiedImageError:
         raise refuse(f"a broken {kind}", "broken_image") from None
     except Image.DecompressionBombError:
-        raise refuse(f"too many pixels; an image may have {limits.max_pixels}", "image_too_large") from None
+        most = f"{limits.max_pixels / 1e6:g} megapixels"
+        raise refuse(f"too many pixels; an image may have {most}", "image_too_large") from None
     except _BROKEN as error:
         raise refuse(f"a broken {kind} ({' '.join(str(error).split())[:200]})", "broken_image") from None
 
 
 def _check_pixels(size: tuple[int, int] | None, limits: Limits, refuse: _Refuse) -> None:
     if size is None or min(size) < 1:
-        raise refuse("a broken header", "broken_image")
-    if size[0] * size[1] > limits.max_pixels:
-        raise refuse(f"{size[0]} x {size[1]} pixels; an image may have {limits.max_pixels} of them", "image_too_large")
+        raise refuse("its header is broken", "broken_image")
+    if (number := size[0] * size[1]) > limits.max_pixels:
+        # Rounded up: what is past the limit never reads as the limit itself.
+        megapixels = math.ceil(number / 1e4) / 100
+        raise refuse(
+            f"{megapixels:g} megapixels ({size[0]} x {size[1]}); an image may have {limits.max_pixels / 1e6:g}",
+            "image_too_large",
+        )
 
 
 def _too_many_frames(image: Image.Image, most: int) -> bool:
@@ -282,52 +293,45 @@ def _too_many_frames(image: Image.Image, most: int) -> bool:
     return True
 
 
-def decode(data: bytes, sizes: set[int], limits: Limits, param: str) -> dict[int, np.ndarray]:
+def decode(data: bytes, sizes: set[int], limits: Limits, param: str, name: str = THE_IMAGE) -> dict[int, np.ndarray]:
     """Check, decode and squash one image to each of `sizes`: uint8 (size, size, 3) by size.
 
-    Exactly what the bulk jobs do with the same file. Raises ApiError, which names `param`.
+    The bulk jobs do exactly the same with such a file. Raises ApiError, with the names of `check_image`.
     """
-    check_image(data, limits, param)
+    check_image(data, limits, param, name)
     try:
-        image = decode_image(data, name=param)
+        image = decode_image(data, name=name)
     except InputError as error:
         raise ApiError(400, str(error), param=param, code="broken_image") from None
     return {size: resize_image(image, size) for size in sizes}
 
 
-def from_data_uri(uri: str, limits: Limits, param: str) -> bytes:
+def from_data_uri(uri: str, limits: Limits, param: str, name: str = THE_IMAGE) -> bytes:
     """The bytes of ``data:image/...;base64,...``. Any other address is refused: nothing is fetched.
 
-    Raises ApiError, also where the beginning of a long one shows already that check_image() refuses it; what is wrong
-    further on, with the base64 or with the size, is not looked for then.
+    Raises ApiError, with the names of `check_image`. The beginning of a long URI is looked at first: what check_image()
+    refuses by it is refused before the rest is unpacked.
     """
+    refuse = _refusal_of(param, name)
     # Looked for at the beginning only: what follows may be megabytes.
     length = uri.find(",", 0, _MAX_DATA_HEAD)
     head = uri[:_MAX_DATA_HEAD] if length < 0 else uri[:length]
     if head[:5].lower() != "data:":
-        raise ApiError(
-            400,
-            f"{param}: only data URIs are taken (data:image/png;base64,...); addresses are not fetched, "
-            f"got {quoted(uri)}",
-            param=param,
-            code="unsupported_url",
+        raise refuse(
+            f"addresses are not fetched; send a data URI (data:image/png;base64,...), got {quoted(uri)}",
+            "unsupported_url",
         )
     media, *options = head[5:].lower().split(";")
     if length < 0 or not media.startswith("image/") or options[-1:] != ["base64"]:
-        raise ApiError(
-            400,
-            f"{param}: a data URI of an image is data:image/...;base64,..., got {quoted(head)}",
-            param=param,
-            code="invalid_data_uri",
+        raise refuse(
+            f"a data URI of an image begins with data:image/...;base64, got {quoted(head)}", "invalid_data_uri"
         )
     most = min(limits.max_image_bytes, limits.max_data_uri_bytes)
     if len(uri) - length - 1 > _base64_length(most):
-        raise ApiError(
-            400,
-            f"{param}: an image may have {most} bytes in base64, and {limits.max_image_bytes} in a form "
-            "(multipart/form-data to /v1/captions)",
-            param=param,
-            code="image_too_large",
+        raise refuse(
+            f"too large; an image may have {in_bytes(most)} as base64, and {in_bytes(limits.max_image_bytes)} as a "
+            "file of a form (multipart/form-data to POST /v1/captions)",
+            "image_too_large",
         )
     parts: list[bytes] = []
     try:
@@ -337,10 +341,10 @@ def from_data_uri(uri: str, limits: Limits, param: str) -> bytes:
                 raise ValueError("it ends before the last part")
             parts.append(binascii.a2b_base64(uri[start : start + _BASE64_PART], strict_mode=True))
             if len(parts) == 1:
-                _check_beginning(parts[0], _refusal_of(param))
+                _check_beginning(parts[0], refuse)
         return b"".join(parts)
     except ValueError:
-        raise ApiError(400, f"{param}: no valid base64", param=param, code="invalid_data_uri") from None
+        raise refuse("its base64 is not valid", "invalid_data_uri") from None
 
 
 def _base64_length(num_bytes: int) -> int:

@@ -96,9 +96,9 @@ def asked_options(request: Strict, told: Told, most: Mapping[str, float], max_ch
             continue
         if each["type"] == "number" and not math.isfinite(value):
             # JSON has no NaN, but 1e999 is read as infinity.
-            raise bad_value(name, f"{value}; must be finite")
+            raise bad_value(name, f"{value}; give a finite number")
         if name in most and not 1 <= value <= most[name]:
-            raise bad_value(name, f"{quoted(value)}; from 1 to {most[name]:g}")
+            raise bad_value(name, f"{quoted(value)}; give 1 to {most[name]:g}")
         if asked is not None and each["type"] == "string":
             check_text(value, max_chars, name)
     return values
@@ -108,7 +108,7 @@ def options_of(values: Mapping[str, Any], default: Any) -> Any:
     """The generator's dataclass of the values of `asked_options`. Raises ApiError for one that it does not have."""
     names = _api_names(default)
     if unknown := next((name for name in values if name not in names), None):
-        raise bad_value(unknown, f"no option of this model; it has {', '.join(names)}")
+        raise bad_value(unknown, f"this model has no such option; it has {', '.join(names)}")
     return dataclasses.replace(default, **{names[name]: value for name, value in values.items()})
 
 

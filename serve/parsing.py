@@ -1,5 +1,6 @@
-"""How a request is read: JSON with no surprises, and objects whose fields are all known. What is wrong is named."""
+"""How a request is read: plain JSON, and objects of which every field is known. A refusal names the wrong field."""
 
+import difflib
 import json
 import re
 from typing import Any, TypeVar
@@ -7,15 +8,33 @@ from typing import Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve.errors import ApiError, bad_value, quoted
+from serve.errors import ApiError, bad_value, quoted, spoken
 
-# A body that means more values than this is an attack on the parser: images are few and long.
+# More values than this in one body attack the parser: images are few values, and long ones.
 _MAX_JSON_VALUES = 2000
 # Control characters but tab and line breaks, and halves of surrogate pairs, which no tokenizer can be given.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # Of what pydantic says, which repeats some values whole.
 MAX_REASON = 300
 _UNKNOWN = "unknown_field"
+# So alike that it is probably a slip of the pen.
+_TYPO = 0.75
+# pydantic's words speak of Python. These are said of the field, with what pydantic knows of the fault.
+_FAULTS = {
+    "missing": "is missing",
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "union_tag_not_found": "needs a type",
+    "union_tag_invalid": "has an unknown type {tag!r}; known: {expected_tags}",
+}
 # Of unions of objects, by their `type`: they follow the number of a list's element.
 _BRANCHES = ("image_url", "text")
 
@@ -89,13 +108,13 @@ def parse_json(body: bytes | bytearray) -> Any:
     """
 
     def refuse_constant(name: str) -> Any:
-        raise ApiError(400, f"{name} is no number of JSON", code="invalid_json")
+        raise ApiError(400, f"{name} is not a number in JSON", code="invalid_json")
 
     def refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise ApiError(400, f"the field {quoted(twice)} stands there twice", param=twice[:64], code="invalid_json")
+            raise ApiError(400, f"the field {quoted(twice)} is given twice", param=twice[:64], code="invalid_json")
         return fields
 
     # Parsing holds the interpreter, and a body of nothing but commas would hold it for seconds.
@@ -107,15 +126,18 @@ def parse_json(body: bytes | bytearray) -> Any:
             body.clear()
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_twice)
     except UnicodeDecodeError:
-        raise ApiError(400, "the body is no UTF-8", code="invalid_json") from None
+        raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is no JSON: {str(error)[:200]}", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
+    except ValueError:
+        # Python reads no whole number of more than 4300 digits.
+        raise ApiError(400, "the body has a number of too many digits", code="invalid_json") from None
 
 
 def parse(kind: type[_T], value: Any, *where: str) -> _T:
-    """Build a request that stands at `where` in the body. Raises ApiError that names the first field that is wrong."""
+    """Build a request that stands at `where` in the body. Raises ApiError, which names the first wrong field."""
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     try:
@@ -126,13 +148,18 @@ def parse(kind: type[_T], value: Any, *where: str) -> _T:
         detail = min(error.errors(include_url=False), key=lambda each: (each["type"] != _UNKNOWN, -len(each["loc"])))
         path = [*where, *_path(detail["loc"])]
         if detail["type"] == _UNKNOWN:
-            name, known = detail["ctx"]["field"], detail["ctx"]["known"]
-            owner = ".".join(path)[:200] or "the body"
-            param = ".".join([*path, name])[:200]
-            message = f"unknown or unsupported field {quoted(param)}; {owner} has {known}"
-            raise ApiError(400, message, param=param, code=_UNKNOWN) from None
+            name, known = detail["ctx"]["field"], detail["ctx"]["known"].split(", ")
+            near = difflib.get_close_matches(name[:64], known, n=1, cutoff=_TYPO)
+            meant = f"; did you mean {near[0]!r}?" if near else ";"
+            owner = f" in {spoken('.'.join(path))}" if path else ""
+            message = f"unknown field {quoted(name)}{owner}{meant} its fields are {', '.join(known)}"
+            raise ApiError(400, message, param=".".join([*path, name])[:200], code=_UNKNOWN) from None
         param = ".".join(path)[:200]
-        message = f"{param}: {detail['msg'][:1].lower()}{detail['msg'][1:MAX_REASON]}"
+        if detail["type"] in _FAULTS:
+            fault = f" {_FAULTS[detail['type']].format(**detail.get('ctx', {}))}"
+        else:
+            fault = f": {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+        message = f"{spoken(param)}{fault[:MAX_REASON]}"
         if isinstance(detail["input"], str | int | float | bool | None):
             message += f", got {quoted(detail['input'])}"
         raise ApiError(400, message, param=param, code="invalid_value") from None
@@ -145,8 +172,8 @@ def _path(places: tuple[int | str, ...]) -> list[str]:
 
 
 def check_text(text: str, max_chars: int, param: str) -> None:
-    """Raise ApiError for a text that is longer, or that no tokenizer can be given."""
+    """Raise ApiError for a text that is too long, or has characters that no tokenizer takes."""
     if len(text) > max_chars:
         raise bad_value(param, f"{len(text)} characters; at most {max_chars}")
     if found := _UNPRINTABLE.search(text):
-        raise bad_value(param, f"character U+{ord(found.group()):04X} at {found.start()} is none of a text")
+        raise bad_value(param, f"the character U+{ord(found.group()):04X} at {found.start()} cannot be in a text")

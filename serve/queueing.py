@@ -45,15 +45,15 @@ class Admission:
             if caller and before and before + cost > self._share * self.limit:
                 raise ApiError(
                     429,
-                    f"this key has {before} images at the model {model!r}, and one key may have "
-                    f"{self._share * self.limit:g} of {self.limit}; try again",
+                    f"this key has {before} images waiting or in work at the model {model!r}; one key may have "
+                    f"{self._share * self.limit:g}; try again",
                     code="queue_full",
                     retry_after_s=self._retry_after_s(model, cost),
                 )
             if self.held[model] + cost > self.limit:
                 raise ApiError(
                     429,
-                    f"the model {model!r} is busy: {self.held[model]} images are waiting or worked at, and "
+                    f"the model {model!r} is busy: {self.held[model]} images are waiting or in work, and at most "
                     f"{self.limit} may be; try again",
                     code="queue_full",
                     retry_after_s=self._retry_after_s(model, cost),

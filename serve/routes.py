@@ -123,7 +123,7 @@ class Service:
         gallery, query = self._need_gallery(), request.query_params
         text = query.get("limit", str(_GALLERY_PAGE))
         if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_PAGE):
-            raise bad_value("limit", f"{quoted(text)}; from 1 to {MAX_PAGE}")
+            raise bad_value("limit", f"{quoted(text)}; give 1 to {MAX_PAGE}")
         return JSONResponse(await gallery.page(int(text), query.get("cursor")))
 
     async def gallery_image(self, request: Request) -> Response:

@@ -184,7 +184,7 @@ def model_of(fields: Any) -> str | None:
     """The model that a GenerationRequest asks, on which it depends what else it may say. Raises ApiError."""
     name = fields.get("model") if isinstance(fields, dict) else None
     if name is not None and not isinstance(name, str):
-        raise bad_value("model", f"{quoted(name)}; the name of a model")
+        raise bad_value("model", f"{quoted(name)}; give the name of a model")
     return name
 
 
@@ -194,7 +194,7 @@ def size_text(size: tuple[int, int]) -> str:
 
 
 def generate_work(
-    request: GenerationRequest, info: "GeneratorInfo", limits: Limits, max_n: int, request_id: str = ""
+    request: GenerationRequest, info: "GeneratorInfo", limits: Limits, *, is_job: bool = False, request_id: str = ""
 ) -> GenerateWork:
     """The request with the model's defaults filled in and every range checked. Raises ApiError.
 
@@ -202,17 +202,19 @@ def generate_work(
     """
     check_text(request.prompt, limits.max_prompt_chars, "prompt")
     if not request.prompt.strip():
-        raise bad_value("prompt", "is empty")
-    if not 1 <= request.n <= max_n:
-        raise bad_value("n", f"{quoted(request.n)} images; from 1 to {max_n}")
+        raise bad_value("prompt", "it is empty; give at least one word")
+    if not 1 <= request.n <= (limits.max_job_n if is_job else limits.max_n):
+        a_job = f"a job (POST /v1/jobs) makes up to {limits.max_job_n}"
+        most = a_job if is_job else f"one request makes up to {limits.max_n}, and {a_job}"
+        raise bad_value("n", f"{quoted(request.n)} images; {most}")
     asked_size = info["defaults"]["size"] if request.size in (None, "auto") else request.size
     if (match := _SIZE.fullmatch(asked_size)) is None:
-        raise bad_value("size", f"{quoted(asked_size)}; auto or WIDTHxHEIGHT, such as {info['defaults']['size']}")
+        raise bad_value("size", f"{quoted(asked_size)}; give auto or WIDTHxHEIGHT, such as {info['defaults']['size']}")
     size = (int(match.group(2)), int(match.group(1)))
     options = asked_options(request, info["options"], limits.most_of_options(), limits.max_prompt_chars)
     seed = secrets.randbelow(MAX_IMAGE_SEED - request.n) if request.seed is None else request.seed
     if not 0 <= seed <= MAX_IMAGE_SEED - request.n:
-        raise bad_value("seed", f"{quoted(seed)}; from 0 to {MAX_IMAGE_SEED - request.n}")
+        raise bad_value("seed", f"{quoted(seed)}; give 0 to {MAX_IMAGE_SEED - request.n}")
     seeds = tuple(range(seed, seed + request.n))
     return GenerateWork(request.prompt, seeds, options, size, request_id, tuple(unread_fields(request)))
 
@@ -224,10 +226,10 @@ def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
     """
     users = [index for index, message in enumerate(request.messages) if message.role == "user"]
     if len(users) != 1:
-        raise bad_value("messages", f"{len(users)} messages of the user; a captioner takes one, with one image")
+        raise bad_value("messages", f"{len(users)} messages of the user; give one, with one image")
     param = f"messages.{users[0]}.content"
     if isinstance(request.messages[users[0]].content, str):
-        raise bad_value(param, "text alone; a captioner takes an image (a part of type image_url)")
+        raise bad_value(param, "it is text alone; give an image (a part of type image_url)")
     images: list[tuple[str, str]] = []
     ignored = unread_fields(request)
     for number, message in enumerate(request.messages):
@@ -237,11 +239,11 @@ def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
             images = [(part.image_url.url, f"{param}.{index}.image_url.url") for index, part in places]
         elif places:
             where = f"messages.{number}.content.{places[0][0]}"
-            raise bad_value(where, f"an image of the {message.role}; give it in the user's message")
+            raise bad_value(where, f"an image in a message of the {message.role}; put it into the user's message")
         else:
             ignored = [*(each for each in ignored if not each.startswith(f"messages.{number}.")), f"messages.{number}"]
     if len(images) != 1:
-        raise bad_value(param, f"{len(images)} images; a captioner takes one (POST /v1/captions many)")
+        raise bad_value(param, f"{len(images)} images; give one, or send several to POST /v1/captions")
     return *images[0], ignored
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcore.errors import InputError
-from serve.errors import ApiError
+from serve.errors import ApiError, in_bytes
 from serve.limits import Limits
 
 Scope = MutableMapping[str, Any]
@@ -28,6 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 KEYS, KEYS_FILE = "SERVE_API_KEYS", "SERVE_API_KEYS_FILE"
 # Shorter ones can be guessed. `openssl rand -hex 32` makes one.
 MIN_KEY_CHARS = 16
+_SEND_IT = "send the header Authorization: Bearer KEY, once"
 # What stands for the caller's key in logs and for the owner of a job.
 _FINGERPRINT_CHARS = 12
 OPEN = "open"
@@ -106,16 +107,20 @@ class Keys:
         return not self.open_to_all and len(set(self._digests())) > 1
 
     def caller(self, headers: list[tuple[bytes, bytes]]) -> str:
-        """A name for the caller by which nobody finds his key. Raises ApiError 401."""
+        """A name for the caller, from which his key cannot be found. Raises ApiError 401."""
         if self.open_to_all:
             return OPEN
         given = [value for name, value in headers if name == b"authorization"]
+        if not given:
+            raise ApiError(401, f"no key was sent; {_SEND_IT}", code="missing_api_key")
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         digest = _digest(key.strip())
         # Every key is compared, to the end: the time says nothing about how near a guess came.
         known = [hmac.compare_digest(digest, each) for each in self._digests()]
-        if scheme.lower() != b"bearer" or not any(known):
-            raise ApiError(401, "a key is needed: send the header Authorization: Bearer KEY", code="invalid_api_key")
+        if scheme.lower() != b"bearer":
+            raise ApiError(401, f"the key was not sent as it must be; {_SEND_IT}", code="invalid_api_key")
+        if not any(known):
+            raise ApiError(401, "this key is not one of the service's keys", code="invalid_api_key")
         return digest.hex()[:_FINGERPRINT_CHARS]
 
 
@@ -164,10 +169,11 @@ class BodyLimit:
             return
         limits = self._limits
         most = limits.max_body_bytes
-        too_large = ApiError(413, f"the body may have {most} bytes", code="body_too_large")
+        too_large = ApiError(413, f"the body has more than {in_bytes(most)}, the limit", code="body_too_large")
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]
         if lengths and (len(set(lengths)) > 1 or not lengths[0].isdigit() or len(lengths[0]) > 18):
-            await answer(ApiError(400, "a content-length that is none", code="invalid_header"), send)
+            wrong = "the header Content-Length is not one whole number"
+            await answer(ApiError(400, wrong, code="invalid_header"), send)
             return
         if lengths and int(lengths[0]) > most:
             await _answer_and_drain(too_large, receive, send)
@@ -186,7 +192,8 @@ class BodyLimit:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     message = await receive()
             except TimeoutError:
-                refusal = ApiError(408, f"no whole body within {limits.body_timeout_s:g} s", code="body_timeout")
+                late = f"the body did not arrive within {limits.body_timeout_s:g} s"
+                refusal = ApiError(408, late, code="body_timeout")
                 return {"type": "http.disconnect"}
             if message["type"] != "http.request":
                 return message

@@ -167,11 +167,12 @@ def cpu_seconds_of_refusal(data: bytes) -> float:
 
 def refusal(data: bytes, limits: Limits = LIMITS) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        images.decode(data, {8}, limits, "images.3")
+        images.decode(data, {8}, limits, "images.3", "image 4 of 5")
     error = caught.value
     assert error.status == 400
     assert error.param == "images.3"
-    assert "images.3" in error.message
+    assert error.message.startswith("image 4 of 5: ")
+    assert "images.3" not in error.message
     assert "\n" not in error.message
     return error
 
@@ -269,9 +270,10 @@ def test_they_are_refused_before_anything_is_decoded(name: str, monkeypatch: pyt
 def test_the_limits_are_those_that_are_set() -> None:
     data = picture(size=(40, 30))
     assert images.decode(data, {8}, dataclasses.replace(LIMITS, max_pixels=1200), "x")
-    assert (
-        "40 x 30 pixels; an image may have 1199" in refusal(data, dataclasses.replace(LIMITS, max_pixels=1199)).message
-    )
+    past = refusal(data, dataclasses.replace(LIMITS, max_pixels=1199)).message
+    assert past == "image 4 of 5: 0.01 megapixels (40 x 30); an image may have 0.001199"
+    past = refusal(png_header(5001, 5000)).message
+    assert past == "image 4 of 5: 25.01 megapixels (5001 x 5000); an image may have 25"
     assert refusal(data, dataclasses.replace(LIMITS, max_image_bytes=len(data) - 1)).code == "image_too_large"
     assert images.decode(animation("GIF"), {8}, dataclasses.replace(LIMITS, max_frames=3), "x")
     refusal(animation("GIF"), dataclasses.replace(LIMITS, max_frames=2))
@@ -402,7 +404,7 @@ def test_data_uris_have_one_form(uri: str) -> None:
 
 def test_a_data_uri_is_bounded_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images.binascii, "a2b_base64", lambda *args, **kwargs: pytest.fail("it was unpacked"))
-    with pytest.raises(ApiError, match="may have 3000 bytes"):
+    with pytest.raises(ApiError, match=r"the image: too large; an image may have 2.93 KiB as base64"):
         images.from_data_uri(
             "data:image/png;base64," + "A" * 4008, dataclasses.replace(LIMITS, max_image_bytes=3000), "x"
         )

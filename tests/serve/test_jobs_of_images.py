@@ -213,7 +213,9 @@ def test_a_job_names_what_nobody_reads_and_what_it_does_not_know() -> None:
             assert (result["ignored"], result["size"]) == (["user"], "16x16")
             refused = error(await client.post(JOBS, json={"request": {"prompt": "x", "cfg": 3}}))
             assert refused["param"] == "request.cfg"
-            assert "'request.cfg'; request has prompt, model, n, " in refused["message"]
+            assert refused["message"].startswith("unknown field 'cfg' in request; its fields are prompt, model, n, ")
+            many = error(await client.post(JOBS, json={"request": {"prompt": "x", "n": 65}}))
+            assert many["message"] == "n: 65 images; a job (POST /v1/jobs) makes up to 64"
 
     run(main())
 
@@ -339,7 +341,7 @@ def test_a_job_of_a_model_that_is_gone_fails(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
         assert job is not None
         assert job["status"] == "failed"
-        assert "not served" in job["error"]["message"]
+        assert "no longer served" in job["error"]["message"]
 
     run(main())
 

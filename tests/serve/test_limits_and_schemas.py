@@ -80,7 +80,7 @@ DEFAULTS = {name: option["default"] for name, option in INFO["options"].items()}
 def generation(**fields: Any) -> schemas.GenerateWork:
     kind = options.with_options(schemas.GenerationRequest, INFO["options"])
     asked = parsing.parse(kind, {"prompt": "a red square", **fields})
-    return schemas.generate_work(asked, INFO, Limits(), 8)
+    return schemas.generate_work(asked, INFO, Limits())
 
 
 def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
@@ -94,50 +94,51 @@ def test_defaults_come_from_the_model_and_seeds_count_up() -> None:
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
-    ({"steps": 3}, "steps", "unknown or unsupported field 'steps'; the body has prompt, model, n, size, seed,"),
+    ({"steps": 3}, "steps", "unknown field 'steps'; its fields are prompt, model, n, size, seed,"),
     ({"cfg": 3, "n": 99}, "cfg", "safety_identifier, num_inference_steps, guidance_scale, sampler, negative_prompt"),
+    ({"promt": "x"}, "promt", "unknown field 'promt'; did you mean 'prompt'? its fields are prompt,"),
     ({"sampler": "me"}, "sampler", "'ddim', got 'me'"),
     ({"quality": "hd"}, "quality", "images have one quality; leave it out, got 'hd'"),
     ({"background": "transparent"}, "background", "no transparency"),
     ({"output_format": "webp"}, "output_format", "PNG"),
     ({"output_compression": 50}, "output_compression", "PNG loses nothing"),
     ({"partial_images": 2}, "partial_images", "before it is finished"),
-    ({"partial_images": False}, "partial_images", "integer"),
+    ({"partial_images": False}, "partial_images", "must be a whole number, got False"),
     ({"style": "natural"}, "style", "one style"),
-    ({"user": 3}, "user", "string"),
-    ({"prompt": 3}, "prompt", "valid string, got 3"),
+    ({"user": 3}, "user", "must be text"),
+    ({"prompt": 3}, "prompt", "prompt must be text, got 3"),
     ({"prompt": ""}, "prompt", "empty"),
     ({"prompt": " \n "}, "prompt", "empty"),
     ({"prompt": "x" * 1001}, "prompt", "1001 characters; at most 1000"),
     ({"prompt": "a\x00b"}, "prompt", "U+0000 at 1"),
     ({"prompt": "a\ud800b"}, "prompt", "U+D800 at 1"),
-    ({"n": 0}, "n", "from 1 to 8"),
-    ({"n": 9}, "n", "from 1 to 8"),
-    ({"n": -1}, "n", "from 1 to 8"),
-    ({"n": True}, "n", "integer"),
-    ({"n": "2"}, "n", "integer"),
-    ({"n": 2.0}, "n", "integer"),
-    ({"prompt": None}, "prompt", "string"),
+    ({"n": 0}, "n", "one request makes up to 8"),
+    ({"n": 9}, "n", "n: 9 images; one request makes up to 8, and a job (POST /v1/jobs) makes up to 64"),
+    ({"n": -1}, "n", "one request makes up to 8"),
+    ({"n": True}, "n", "whole number"),
+    ({"n": "2"}, "n", "whole number"),
+    ({"n": 2.0}, "n", "whole number"),
+    ({"prompt": None}, "prompt", "must be text"),
     ({"size": "64X64"}, "size", "auto or WIDTHxHEIGHT, such as 64x64"),
     ({"size": "0x64"}, "size", "WIDTHxHEIGHT"),
     ({"size": "9" * 400 + "x64"}, "size", "WIDTHxHEIGHT"),
-    ({"size": 64}, "size", "string"),
-    ({"seed": -1}, "seed", "from 0"),
-    ({"seed": 2**32}, "seed", "from 0"),
-    ({"seed": 2**32 - 4, "n": 8}, "seed", "from 0"),
-    ({"seed": 1.5}, "seed", "integer"),
-    ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 250"),
-    ({"num_inference_steps": 10**9}, "num_inference_steps", "from 1 to 250"),
-    ({"guidance_scale": 0.5}, "guidance_scale", "from 1"),
-    ({"guidance_scale": 31}, "guidance_scale", "to 30"),
+    ({"size": 64}, "size", "must be text"),
+    ({"seed": -1}, "seed", "give 0 to"),
+    ({"seed": 2**32}, "seed", "give 0 to"),
+    ({"seed": 2**32 - 4, "n": 8}, "seed", "give 0 to"),
+    ({"seed": 1.5}, "seed", "whole number"),
+    ({"num_inference_steps": 0}, "num_inference_steps", "give 1 to 250"),
+    ({"num_inference_steps": 10**9}, "num_inference_steps", "give 1 to 250"),
+    ({"guidance_scale": 0.5}, "guidance_scale", "give 1 to 30"),
+    ({"guidance_scale": 31}, "guidance_scale", "give 1 to 30"),
     ({"guidance_scale": float("inf")}, "guidance_scale", "inf"),
     ({"guidance_scale": float("nan")}, "guidance_scale", "nan"),
     ({"guidance_scale": "3"}, "guidance_scale", "number"),
     ({"negative_prompt": "a\x00b"}, "negative_prompt", "U+0000 at 1"),
     ({"negative_prompt": "b" * 1001}, "negative_prompt", "1001"),
     ({"response_format": "png"}, "response_format", "b64_json"),
-    ({"stream": "yes"}, "stream", "boolean"),
-    ({"stream": 1}, "stream", "boolean"),
+    ({"stream": "yes"}, "stream", "true or false"),
+    ({"stream": 1}, "stream", "true or false"),
 ]  # fmt: skip
 
 
@@ -176,17 +177,17 @@ def test_a_whole_number_is_a_guidance_scale() -> None:
 
 
 BAD_JSON: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "no JSON"),
-    "broken": (b'{"prompt": ', "no JSON"),
-    "two": (b"{} {}", "no JSON"),
-    "nan": (b'{"guidance_scale": NaN}', "NaN is no number"),
-    "infinity": (b'{"guidance_scale": -Infinity}', "-Infinity is no number"),
-    "twice": (b'{"n": 1, "n": 8}', "'n' stands there twice"),
+    "nothing": (b"", "not JSON"),
+    "broken": (b'{"prompt": ', "not JSON"),
+    "two": (b"{} {}", "not JSON"),
+    "nan": (b'{"guidance_scale": NaN}', "NaN is not a number"),
+    "infinity": (b'{"guidance_scale": -Infinity}', "-Infinity is not a number"),
+    "twice": (b'{"n": 1, "n": 8}', "'n' is given twice"),
     "utf-16": ('{"prompt": "x"}'.encode("utf-16"), "UTF-8"),
     "latin-1": (b'{"prompt": "\xe9"}', "UTF-8"),
     "deep": (b"[" * 1500 + b"]" * 1500, "nested too deeply"),
     "many": (b"[" + b"0," * 3000 + b"0]", "more than 2000 values"),
-    "digits": (b'{"seed": ' + b"9" * 5000 + b"}", "no JSON"),
+    "digits": (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
 }
 
 
@@ -223,19 +224,20 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 MESSAGES = chat(URI)["messages"]
 
 BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
-    (chat(URI, beams=3), "beams", "unknown or unsupported field 'beams'; the body has messages, model, max_tokens,"),
-    (chat(URI, max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    (chat(URI, beams=3), "beams", "unknown field 'beams'; its fields are messages, model, max_tokens,"),
+    (chat(URI, max_tokens=0), "max_tokens", "max_tokens must be at least 1, got 0"),
     ({"messages": []}, "messages", "0 messages"),
+    ({"messages": ["x"]}, "messages.0", "message 1 must be an object"),
     ({"messages": MESSAGES * 2}, "messages", "2 messages"),
     ({"messages": [SYSTEM]}, "messages", "0 messages of the user"),
     ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, "messages.1.role", "got 'assistant'"),
-    ({"messages": [{"role": "user", "content": "what is it?"}]}, "messages.0.content", "takes an image"),
-    ({"messages": [{**SYSTEM, "content": [WORDS, PART]}, *MESSAGES]}, "messages.0.content.1", "image of the system"),
-    ({"messages": [{**MESSAGES[0], "tool_calls": []}]}, "messages.0.tool_calls", "messages.0 has role, content,"),
+    ({"messages": [{"role": "user", "content": "what?"}]}, "messages.0.content", "content of message 1: it is text alone"),
+    ({"messages": [{**SYSTEM, "content": [WORDS, PART]}, *MESSAGES]}, "messages.0.content.1", "image in a message of"),
+    ({"messages": [{**MESSAGES[0], "tool_calls": []}]}, "messages.0.tool_calls", "in message 1; its fields are role,"),
     (said(), "messages.0.content", "0 images"),
     (said(WORDS), "messages.0.content", "0 images"),
-    (said(PART, {"type": "text"}), "messages.0.content.1.text", "required"),
-    (said(PART, {**WORDS, "size": 3}), "messages.0.content.1.size", "; messages.0.content.1 has type, text, "),
+    (said(PART, {"type": "text"}), "messages.0.content.1.text", "text of part 2 of message 1 is missing"),
+    (said(PART, {**WORDS, "size": 3}), "messages.0.content.1.size", "in part 2 of message 1; its fields are type,"),
     (said(PART, PART), "messages.0.content", "2 images"),
     (
         said({"type": "image_url", "image_url": {"url": URI, "detail": "low"}}),
@@ -245,15 +247,15 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     (
         said({"type": "image_url", "image_url": {"url": URI, "crop": 1}}),
         "messages.0.content.0.image_url.crop",
-        "; messages.0.content.0.image_url has url, detail",
+        "unknown field 'crop' in image_url of part 1 of message 1; its fields are url, detail",
     ),
     (said({"type": "input_audio"}), "messages.0.content.0", "input_audio"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content", "content of message 1 is missing"),
     *(
         (chat(URI, **{name: value}), name, words)
         for name, value, words in (
-            ("stream", True, "at once"), ("n", 2, "one caption"), ("n", True, "integer"), ("n", "1", "integer"),
-            ("temperature", -1, "greater"), ("temperature", "hot", "number"), ("top_p", True, "number"),
+            ("stream", True, "at once"), ("n", 2, "one caption"), ("n", True, "whole"), ("n", "1", "whole number"),
+            ("temperature", -1, "at least 0"), ("temperature", "hot", "number"), ("top_p", True, "number"),
             ("presence_penalty", 0.5, "no penalties"), ("frequency_penalty", -1, "no penalties"),
             ("repetition_penalty", 1.2, "no penalties"),
             ("stop", "\n", "ends by itself"), ("stop", ["."], "ends by itself"), ("logit_bias", {"5": -100}, "weights"),
@@ -261,7 +263,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
             ("response_format", {"type": "json_object"}, "is text"), ("modalities", ["text", "audio"], "is text"),
             ("tools", [{"type": "function"}], "no tools"), ("tool_choice", "required", "no tools"),
             ("functions", [{}], "no tools"), ("function_call", {"name": "f"}, "no tools"),
-            ("verbosity", "low", "one manner"), ("store", True, "kept"), ("user", 3, "string"),
+            ("verbosity", "low", "one manner"), ("store", True, "kept"), ("user", 3, "must be text"),
             ("audio", {"voice": "x"}, "unknown"), ("web_search_options", {}, "unknown"),
         )
     ),

@@ -106,6 +106,8 @@ def test_one_bad_image_is_named(as_form: bool) -> None:
         response = post("/v1/captions", {"images": [data_uri(data) for data in pictures]}, served)
     assert response.status_code == 400
     assert error(response)["param"] == "images.2"
+    place = "image 3 of 4 ('2.png'): " if as_form else "image 3 of 4: "
+    assert error(response)["message"].startswith(place)
     assert not any(served.service.front.admission.held.values())
 
 
@@ -141,7 +143,7 @@ def test_a_form_that_breaks_off_loses_no_image_in_silence() -> None:
     for end in (len(body) - 30, len(body) - 9, len(body) - 4, body.index(b"--b", 3), body.index(b"--b", 3) + 5):
         response = request("POST", "/v1/captions", content=body[:end], headers=headers)
         assert (response.status_code, error(response)["code"]) == (400, "invalid_form"), end
-        assert "breaks off" in error(response)["message"], end
+        assert "ends before its last boundary" in error(response)["message"], end
 
 
 @pytest.mark.parametrize("charset", ["unicode_escape", "raw_unicode_escape", "utf-16", "idna", "x\x00", "none", ""])

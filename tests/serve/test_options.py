@@ -74,8 +74,8 @@ def test_a_generator_s_own_options_are_fields_of_its_requests() -> None:
             assert tokens.made == [(OfTokens(3.0, 0.5, 9), (8, 24), [7])]
             for fields, param, words in (
                 ({"num_inference_steps": 3}, "num_inference_steps", "safety_identifier, cfg, tau, top_k, sharpen"),
-                ({"tau": 0}, "tau", "tau: 0: must be above 0"), ({"sharpen": 1}, "sharpen", "boolean"),
-                ({"top_k": 1.5}, "top_k", "integer"), ({"cfg": "3"}, "cfg", "number"),
+                ({"tau": 0}, "tau", "tau: 0: must be above 0"), ({"sharpen": 1}, "sharpen", "true or false"),
+                ({"top_k": 1.5}, "top_k", "whole number"), ({"cfg": "3"}, "cfg", "number"),
             ):  # fmt: skip
                 refused = error(await ask(**fields))
                 assert (refused["param"], words in refused["message"]) == (param, True), refused

@@ -51,11 +51,11 @@ def test_captions(connected: Tab, tmp_path: Path) -> None:
     told = connected.each(".card", "[...e.querySelectorAll('dt, dd')].map((each) => each.textContent)")
     assert ["words", "a green picture", "others", "some green picture"] in told
     assert ["words", "a blue picture", "others", "some blue picture"] in told
-    assert "images.0: broken image (image file is truncated)" in connected.text("#captioned .error")
+    assert "the image: broken image (image file is truncated)" in connected.text("#captioned .error")
     # Refused before it is read. The browser receives the message all the same.
     connected.click("#captions-clear")
     connected.choose("#files", paths[3])
-    connected.wait_text("#captioned .error", "Too large for this service: the body may have 1048576 bytes.")
+    connected.wait_text("#captioned .error", "Too large for this service: the body has more than 1 MiB, the limit.")
 
 
 def test_images_with_progress(connected: Tab) -> None:

@@ -145,7 +145,7 @@ def told_of(request_id: str, log: str) -> list[str]:
 
 def test_it_is_closed_and_it_answers(service: Service) -> None:
     assert httpx.get(f"{service.url}/v1/models").status_code == 401
-    assert httpx.post(f"{service.url}{GENERATIONS}", json={"prompt": "x"}).json()["error"]["code"] == "invalid_api_key"
+    assert httpx.post(f"{service.url}{GENERATIONS}", json={"prompt": "x"}).json()["error"]["code"] == "missing_api_key"
     with service.client() as client:
         assert ask_caption(client).json()["choices"][0]["message"]["content"] == "a green picture"
         response = client.post(GENERATIONS, json={"prompt": "x", "n": 3, "seed": 1, "num_inference_steps": 2})

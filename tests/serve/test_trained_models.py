@@ -165,7 +165,7 @@ def test_the_defaults_are_those_of_a_sweep(generator: Generator) -> None:
         (
             GenerateWork("x", (1,), {"temperature": 1.0}),
             "temperature",
-            "no option of this model; it has ",
+            "this model has no such option; it has ",
         ),
         (GenerateWork("x", (1,), {}, (512, 768)), "size", "768x512: this model makes images of "),
     ],
@@ -252,8 +252,8 @@ def test_a_transformer_over_codes_answers_with_its_own_options(tmp_path: Path) -
             for name, value, words in (
                 ("top_p", 0, "top_p: 0: must be above 0"), ("top_p", 1.1, "at most 1"),
                 ("top_k", -1, "top_k: -1: must be at least 1"),
-                ("temperature", 0, "temperature: 0: must be at least"), ("guidance_scale", 0.5, "from 1 to 30"),
-                ("guidance_scale_end", 31, "from 1 to 30"), ("num_inference_steps", 4, "temperature"),
+                ("temperature", 0, "temperature: 0: must be at least"), ("guidance_scale", 0.5, "give 1 to 30"),
+                ("guidance_scale_end", 31, "give 1 to 30"), ("num_inference_steps", 4, "temperature"),
                 ("size", "64x64", "this model makes images of 32x32"),
             ):  # fmt: skip
                 refused = error(await ask(**{name: value}))
