@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
@@ -47,7 +48,7 @@ UNREAD = "unread"
 class Strict(BaseModel):
     """An object of a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -63,8 +64,16 @@ class Strict(BaseModel):
         return {name: each for name, each in value.items() if each is not None or name in required}
 
 
-def only(*values: Any, why: str) -> AfterValidator:
-    """Of a field that can have no other values here than these; `why` tells a person so."""
+@dataclass(frozen=True)
+class Only(AfterValidator):
+    """Marks a field that can have no other values here than these; `why` tells a person so."""
+
+    values: tuple[Any, ...] = ()
+    why: str = ""
+
+
+def only(*values: Any, why: str) -> Only:
+    """The mark of a field that takes these values alone, which it also checks."""
 
     def check(value: Any) -> Any:
         # To Python 1 is True.
@@ -72,7 +81,7 @@ def only(*values: Any, why: str) -> AfterValidator:
             raise PydanticCustomError("unsupported_value", "{why}", {"why": why})
         return value
 
-    return AfterValidator(check)
+    return Only(check, values, why)
 
 
 def unread_fields(asked: Any, path: str = "") -> list[str]:

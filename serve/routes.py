@@ -20,6 +20,7 @@ from serve.gallery import MAX_PAGE, Gallery
 from serve.image_routes import ImageRoutes
 from serve.limits import Limits
 from serve.metrics import Observe
+from serve.openapi import document
 from serve.security import App, BodyLimit, Keys, Receive, Scope, Send
 
 WEB = Path(__file__).parent / "web"
@@ -54,6 +55,7 @@ class Service:
             ("GET", "/health", self.health),
             ("GET", "/ready", self.ready),
             ("GET", "/metrics", self.prometheus),
+            ("GET", "/openapi.json", self.openapi),
             ("GET", "/v1/models", self.list_models),
             ("GET", "/v1/models/{model}", self.get_model),
             ("POST", "/v1/images/generations", images.generations),
@@ -102,6 +104,13 @@ class Service:
     async def prometheus(self, request: Request) -> Response:
         metrics = self.front.metrics
         return Response(metrics.text(), media_type=metrics.content_type)
+
+    async def openapi(self, request: Request) -> Response:
+        """The routes and their fields, with the options of the generators that answer soon."""
+        models = self.front.models.values()
+        told = dict(zip(self.front.models, await asyncio.gather(*(model.told() for model in models)), strict=True))
+        options = {name: info["options"] for name, info in told.items() if info and info["kind"] == "generator"}
+        return JSONResponse(document(options, self.front.limits, open_routes=OPEN_ROUTES))
 
     async def list_models(self, request: Request) -> Response:
         data = await asyncio.gather(*(model.listed() for model in self.front.models.values()))

@@ -37,15 +37,22 @@ _NO_PENALTY = "the search for a caption has no penalties; leave it out"
 
 
 class GenerationRequest(Strict):
-    """POST /v1/images/generations, but for the options of the model that is asked (``options.with_options``)."""
+    """POST /v1/images/generations, without the options of the model that is asked (``options.with_options``)."""
 
     prompt: str
+    """What the image shows."""
     model: str | None = None
+    """Name of a generator; by default the first one of the service."""
     n: int = 1
+    """How many images; image i has the seed `seed` + i."""
     size: str | None = None
+    """auto, which is the model's own, or WIDTHxHEIGHT."""
     seed: int | None = None
+    """Of the first image; by default a random one, which the answer names."""
     response_format: Literal["b64_json", "url"] = "b64_json"
+    """b64_json puts the PNG into the answer; url puts a link there, where the service has a storage in S3."""
     stream: bool = False
+    """Server-sent events: the place in the queue, the steps, and the images at the end."""
     quality: Annotated[str | None, only("auto", "standard", why="images have one quality; leave it out")] = None
     background: Annotated[str | None, only("auto", "opaque", why="images have no transparency; leave it out")] = None
     output_format: Annotated[str | None, only("png", why="images are PNG; leave it out")] = None
@@ -61,11 +68,12 @@ class JobRequest(Strict):
     """POST /v1/jobs."""
 
     request: dict[str, Any]
-    """A GenerationRequest."""
+    """What POST /v1/images/generations takes, but for `stream`, and with a larger `n`."""
 
 
 class _ImageUrl(Strict):
     url: str
+    """A data URI, data:image/png;base64,...; addresses are not fetched."""
     detail: Annotated[str | None, only("auto", why="a captioner sees every image at one size; leave it out")] = None
 
 
@@ -93,7 +101,9 @@ _Part = Annotated[ImagePart | TextPart, Field(discriminator="type"), BeforeValid
 
 class Message(Strict):
     role: Literal["user", "system", "developer"]
+    """One message is the user's; the others are not read."""
     content: str | list[_Part]
+    """Parts, one of them an image: {"type": "image_url", "image_url": {"url": "data:..."}}."""
     name: _UnreadText = None
 
 
@@ -105,9 +115,13 @@ class ChatRequest(Strict):
     """
 
     messages: list[Message]
+    """A message of the user with one image."""
     model: str | None = None
+    """Name of a captioner; by default the first one of the service."""
     max_tokens: int | None = Field(None, ge=1)
+    """Longest caption, in words."""
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The same as `max_tokens`."""
     stream: Annotated[bool | None, only(False, why="a caption comes at once; leave it out")] = None
     stream_options: _UnreadObject = None
     n: Annotated[int | None, only(1, why="an image has one caption; give 1")] = None
@@ -148,7 +162,9 @@ class CaptionsRequest(Strict):
     """POST /v1/captions as JSON."""
 
     images: list[str]
+    """Data URIs, data:image/png;base64,...; addresses are not fetched."""
     models: list[str] | None = None
+    """Names of captioners; by default all of the service."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ export async function models(signal) {
   return (await json("v1/models", { signal })).data;
 }
 
+export async function openapi() {
+  return json("openapi.json", {});
+}
+
 // One image, told by every captioner: {captions: {model: caption}}, with {errors: {model: error}} of those that cannot.
 export async function captions(file, signal) {
   const body = new FormData();

@@ -5,6 +5,7 @@ import { startCaptions, useCaptioners } from "./captions.js";
 import { startGallery, useGallery } from "./gallery.js";
 import { startImages, useGenerators } from "./images.js";
 import { announce, block, byId, clearProblem, countdown, isBlocked, problemOf, showProblem } from "./page.js";
+import { startRoutes } from "./routes.js";
 
 const AGAIN_S = 5;
 
@@ -115,6 +116,7 @@ function count(number, word) {
 startCaptions();
 startImages();
 startGallery();
+startRoutes();
 use.addEventListener("click", (event) => { if (isBlocked(use)) event.preventDefault(); });
 form.addEventListener("submit", (event) => {
   event.preventDefault();

@@ -24,6 +24,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from serve import openapi
+from serve.limits import Limits
+
 WEB = Path(__file__).resolve().parents[2] / "serve" / "web"
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -176,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if failure:
                 self._fail(failure)
-            elif not path.startswith("/v1/"):
+            elif not path.startswith("/v1/") and path != "/openapi.json":
                 self._file(path)
             elif stand_in.key and headers.get("authorization") != f"Bearer {stand_in.key}":
                 self._fail(Failure(401, "wrong or missing key"))
@@ -199,7 +202,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path: str, query: dict[str, list[str]], asked: Any, files: list[tuple[str, bytes]]) -> None:
         stand_in = self.stand_in
-        if path == "/v1/models":
+        if path == "/openapi.json":
+            self._json(200, openapi.document({}, Limits(), open_routes=("/", "/health")))
+        elif path == "/v1/models":
             self._wait("models")
             self._json(200, {"object": "list", "data": stand_in.models})
         elif path == "/v1/captions":

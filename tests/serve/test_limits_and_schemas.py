@@ -231,7 +231,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": MESSAGES * 2}, "messages", "2 messages"),
     ({"messages": [SYSTEM]}, "messages", "0 messages of the user"),
     ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, "messages.1.role", "got 'assistant'"),
-    ({"messages": [{"role": "user", "content": "what?"}]}, "messages.0.content", "content of message 1: it is text alone"),
+    ({"messages": [{"role": "user", "content": "what?"}]}, "messages.0.content", "message 1: it is text alone"),
     ({"messages": [{**SYSTEM, "content": [WORDS, PART]}, *MESSAGES]}, "messages.0.content.1", "image in a message of"),
     ({"messages": [{**MESSAGES[0], "tool_calls": []}]}, "messages.0.tool_calls", "in message 1; its fields are role,"),
     (said(), "messages.0.content", "0 images"),

@@ -37,7 +37,7 @@ FOCUSED = """(() => {
   return e === document.body ? null : {name: e.id || e.tagName + " " + e.textContent, outline: ring.outlineStyle,
     width: parseFloat(ring.outlineWidth)};
 })()"""
-CONTROLS = """[...document.querySelectorAll("a[href], button, input, select, textarea")]
+CONTROLS = """[...document.querySelectorAll("a[href], button, input, select, summary, textarea")]
   .filter((e) => e.checkVisibility()).map((e) => e.id || e.tagName + " " + e.textContent)"""
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_wider_than_the_window(running: Tab, width: int) -> None:
     assert running.run("document.scrollingElement.scrollWidth") == width
     rights = running.each("body *", "[e.checkVisibility() ? e.getBoundingClientRect().right : 0, e.id, e.className]")
     assert not [row for row in rights if row[0] > width]
-    targets = "a[href], button, .button, input:not(.unseen), select, textarea"
+    targets = "a[href], button, .button, input:not(.unseen), select, summary, textarea"
     sizes = running.each(targets, "[e.offsetWidth, e.offsetHeight, e.checkVisibility(), e.id, e.textContent]")
     assert not [row for row in sizes if row[2] and min(row[:2]) < MIN_TARGET]
 
@@ -179,7 +179,7 @@ def test_news_are_read_aloud_and_not_too_many(page: Tab, service: StandIn) -> No
     live = "[...document.querySelectorAll('[role=status], [role=alert]')].map((e) => e.id)"
     assert set(page.run(live)) == {
         "service", "key-error", "captions-news", "captions-error", "images-error", "gallery-news", "gallery-error",
-        "announcer",
+        "routes-error", "announcer",
     }  # fmt: skip
     page.run(
         """(() => { window.heard = []; new MutationObserver(() => {

@@ -53,21 +53,6 @@ def test_closed_by_default(method: str, path: str) -> None:
     assert (wrong.status_code, error(wrong)["code"]) == (401, "invalid_api_key")
 
 
-@pytest.mark.parametrize(
-    ("headers", "code", "words"),
-    [
-        ({}, "missing_api_key", "no key was sent; send the header Authorization: Bearer KEY"),
-        ({"authorization": "Bearer a-wrong-key-of-some-length"}, "invalid_api_key", "not one of the service's keys"),
-        ({"authorization": f"Basic {KEY}"}, "invalid_api_key", "not sent as it must be"),
-    ],
-)
-def test_a_wrong_key_is_told_from_a_missing_one(headers: dict[str, str], code: str, words: str) -> None:
-    refused = error(request("GET", "/v1/models", headers=headers))
-    assert refused["code"] == code
-    assert words in refused["message"]
-    assert KEY not in refused["message"]
-
-
 def test_every_route_is_closed_but_health_and_the_page() -> None:
     """Also any route added later."""
     from serve.routes import OPEN_ROUTES

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import KEY, run
+from serving import KEY, error, request, run
 
 from mmcore.errors import InputError
 from serve import security
@@ -22,6 +22,21 @@ MIB = 2**20
 
 def bearer(key: str) -> list[tuple[bytes, bytes]]:
     return [(b"authorization", f"Bearer {key}".encode())]
+
+
+@pytest.mark.parametrize(
+    ("headers", "code", "words"),
+    [
+        ({}, "missing_api_key", "no key was sent; send the header Authorization: Bearer KEY"),
+        ({"authorization": "Bearer a-wrong-key-of-some-length"}, "invalid_api_key", "not one of the service's keys"),
+        ({"authorization": f"Basic {KEY}"}, "invalid_api_key", "not sent as it must be"),
+    ],
+)
+def test_a_wrong_key_is_told_from_a_missing_one(headers: dict[str, str], code: str, words: str) -> None:
+    refused = error(request("GET", "/v1/models", headers=headers))
+    assert refused["code"] == code
+    assert words in refused["message"]
+    assert KEY not in refused["message"]
 
 
 def test_nothing_starts_without_a_key() -> None:
