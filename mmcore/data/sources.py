@@ -125,13 +125,14 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
             found.append((coco[0], partial(read_document_folder, coco, folder)))
         karpathy = [path for each in others for path in karpathy_files(each)]
         found += [(path, partial(read_document_folder, [path], folder)) for path in karpathy]
-        shards = [str(path) for each in others for path in shard_files(each)]
-        if shards:
-            found.append((Path(shards[0]), partial(read_shards, shards, scratch, progress=progress)))
         taken = {*metadata, *parquet, *coco, *karpathy}
         for captions in (captions_files(each) for each in others):
             if captions and captions[0] not in taken:
                 found.append((captions[0], partial(read_captions_folder, captions, folder)))
+        shards = [str(path) for each in others for path in shard_files(each)]
+        # A tar beside other captions is as a rule what they were unpacked from.
+        if shards and not found:
+            found.append((Path(shards[0]), partial(read_shards, shards, scratch, progress=progress)))
         if len(found) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path, _ in found)
             raise InputError(

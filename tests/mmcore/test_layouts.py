@@ -82,6 +82,14 @@ def test_a_name_is_that_of_the_file(tmp_path: Path, named: str, lies: str, calle
     assert captions_of(read(tmp_path)) == {called: ("one",), "b.jpg": ("two",)}
 
 
+def test_the_tar_that_a_folder_was_unpacked_from_is_passed_over(tmp_path: Path) -> None:
+    for name in NAMES:
+        image(tmp_path / "images" / name)
+    write(tmp_path / "captions.csv", CSV)
+    write(tmp_path / "download.tar.gz", b"whatever")
+    assert captions_of(read(tmp_path)) == {"a.jpg": ("one",), "b.jpg": ("two",)}
+
+
 def test_a_file_of_captions_for_each_split(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         image(tmp_path / "images" / f"{split}.jpg")
