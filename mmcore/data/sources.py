@@ -27,6 +27,7 @@ from mmcore.errors import InputError
 # A folder that holds nothing but a folder is what an unpacked zip often is; Flickr8k's own has its captions in one.
 _MAX_DEPTH = 2
 _NUM_ENDINGS = 5
+_CAPTION_ENDINGS = (".txt", ".csv", ".tsv", ".token", ".json", ".jsonl", ".parquet")
 Reader = Callable[[Problems], Found]
 
 
@@ -93,6 +94,11 @@ def _is_zip(path: Path) -> bool:
 
 def _reader_of_file(path: Path, scratch: Path, progress: Progress | None) -> Reader:
     """How a file that the user named is read, its images beside it, or else beside its folder, as COCO's are."""
+    if path.suffix.lower() not in _CAPTION_ENDINGS:
+        raise InputError(
+            f"--source {path}: no zip, tar or file of captions ({', '.join(_CAPTION_ENDINGS)}); give the folder that "
+            "holds the images and their captions"
+        )
     path = path.absolute()
     folder = path.parent
     if path in parquet_files(folder):

@@ -140,6 +140,13 @@ def test_images_of_every_kind_keep_their_bytes_and_stand_upright(tmp_path: Path)
     assert sizes == {name: (3, 4) if name == "turned.jpg" else (4, 3) for name in kinds}
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "flickr8k.rar", "flickr8k.zip", "flickr8k"])
+def test_a_file_of_another_kind_is_sent_to_its_folder(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, b"<html>not found</html>")
+    with pytest.raises(InputError, match=rf"^--source {tmp_path / name}: no zip, tar or file of captions .* folder"):
+        read(tmp_path / name)
+
+
 BAD: dict[str, tuple[dict[str, str | bytes], str]] = {
     "one name in two folders": (
         {"captions.csv": CSV, "images/cats/a.jpg": b"", "images/dogs/a.jpg": b"", "images/b.jpg": b""},
