@@ -109,18 +109,18 @@ def _sha256_json(content: Any) -> str:
 
 def load(folder: Path, where: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read what `save` wrote: tensors by group and name, and the state. Raises InputError for a damaged folder."""
-    mend = "the checkpoint is incomplete or damaged; restore it, or give another --name or --fresh to start anew"
+    advice = "the checkpoint is incomplete or damaged; restore it, or give another --name or --fresh to start anew"
     try:
         record = json.loads((folder / STATE).read_bytes())
         state, intact = record["content"], record["sha256"] == _sha256_json(record["content"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{where}: no readable {STATE}; {mend}") from None
+        raise InputError(f"{where}: no readable {STATE}; {advice}") from None
     if not intact:
-        raise InputError(f"{where}: {STATE} is not the one that was written; {mend}")
+        raise InputError(f"{where}: {STATE} is damaged: its SHA-256 differs; {advice}")
     tensors = {}
     for name, digest in state.pop("files").items():
         path = folder / name
         if not path.exists() or sha256_file(path) != digest:
-            raise InputError(f"{where}: {name} is missing or damaged; {mend}")
+            raise InputError(f"{where}: {name} is missing or damaged; {advice}")
         tensors[path.stem] = load_file(path)
     return tensors, state

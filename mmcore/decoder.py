@@ -109,7 +109,7 @@ def attention(
     return weights_RHTS.to(v.dtype) @ v
 
 
-def seen_only(mask: Tensor) -> Tensor:
+def mask_to_bias(mask: Tensor) -> Tensor:
     """The `bias` of `attention` in fp32, from a mask that is True for visible positions."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
 

@@ -85,13 +85,13 @@ def build_phases(model: nn.Module, settings: TrainSettings) -> list[Phase]:
         phases.append(Phase(name, name == names[0], parameters, build_optimizer(settings, parameters)))
     moved = [id(p) for phase in phases for p in phase.parameters]
     unmoved = [name for name, p in trainable.items() if moved.count(id(p)) != 1]
-    assert not unmoved, f"not in exactly one phase: {unmoved[:3]}"
+    assert not unmoved, f"these weights are not in exactly one phase: {unmoved[:3]}"
     assert len(moved) == len(trainable), "a phase has frozen weights"
     return phases
 
 
 @contextmanager
-def only(phase: Phase, phases: list[Phase]) -> Iterator[None]:
+def gradients_only_for(phase: Phase, phases: list[Phase]) -> Iterator[None]:
     """Within the block, only the weights of `phase` get gradients. A loss may use the network of another phase."""
     others = [p for other in phases if other is not phase for p in other.parameters]
     for parameter in others:

@@ -38,7 +38,7 @@ from mmcore.distributed import Replica, check_frozen_alike
 from mmcore.errors import InputError
 from mmcore.frozen_weights import digests, frozen_parts, hold_frozen
 from mmcore.losses import TOTAL, Denominators, Outputs, Sums
-from mmcore.optimization import Average, Phase, build_phases, lr_factor, only
+from mmcore.optimization import Average, Phase, build_phases, gradients_only_for, lr_factor
 from mmcore.recipe import TrainSettings
 from mmcore.recomputation import recompute_blocks
 from mmcore.rows import Batch, Rows, micro_batches, prefetched
@@ -235,7 +235,7 @@ class Training:
             seed_step(settings.seed, "step", step, index, self.rank, *phase.arguments)
             last = index == len(micro_batches) - 1
             context = self.accelerator.no_sync(self.wrapped) if not last else contextlib.nullcontext()
-            with context, only(phase, self.phases):
+            with context, gradients_only_for(phase, self.phases):
                 with self._autocast():
                     outputs = self.wrapped(self._to_device(batch), *phase.arguments)
                 self.accelerator.backward(denominators.backward_loss(outputs))
@@ -315,7 +315,7 @@ class Training:
     def _check_frozen(self) -> None:
         for name, digest in digests(self.model).items():
             if self.frozen[name] != digest:
-                raise AssertionError(f"frozen weight {name} has moved")
+                raise AssertionError(f"frozen weight {name} has changed")
 
     def run(self) -> dict[str, Tensor]:
         """Train to the last step. Returns the weights to save by name: the best or the last, by `keep`."""

@@ -7,8 +7,9 @@ The same prompts and seeds are generated with each batch size. Every image is co
 In fp32, kernels may sum in another order for another batch size. Pixels then differ by a few steps of 1/255 at most.
 Near the border of two codes of a VQ-VAE, a rounding error decides the code, and a whole patch differs. In an
 autoregressive Transformer all later codes may differ too.
-Prints one JSON object: the share of equal images, the share of different values, the share of values that differ by
-more than 1/255, and the largest difference.
+
+Prints one JSON object: the share of equal images, the shares of values that differ at all and by more than 1/255, and
+the largest difference.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.decoder import DecoderLayers, LayerSettings, Packing, dropout, seen_only
+from mmcore.decoder import DecoderLayers, LayerSettings, Packing, dropout, mask_to_bias
 from mmcore.errors import InputError, OptionError, check_at_least_one, check_share
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.code_sampling import draw_codes, guidance_at, uniforms
@@ -171,20 +171,20 @@ class CodeTransformer(nn.Module):
         positions_nD = self.rows_hD[places // num_columns] + self.columns_wD[places % num_columns]
         return dropout(self.embedding(codes) + positions_nD, self.dropout, self.training)
 
-    def _read(self, text: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _text_memory(self, text: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Text embeddings (R, T, M) and the attention bias (R, 1, 1, T) that hides their padding."""
         mask_RT = self.text.mask(text)
-        return self.text(text), None if mask_RT is None else seen_only(mask_RT)[:, None, None]
+        return self.text(text), None if mask_RT is None else mask_to_bias(mask_RT)[:, None, None]
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, L, V) of every code given the codes before it; `batch` as in `forward`."""
         codes_BL = batch["codes"]
-        assert codes_BL.shape[1] == self.length, f"{codes_BL.shape[1]} codes an image, not {self.length}"
+        assert codes_BL.shape[1] == self.length, f"{codes_BL.shape[1]} codes per image, not {self.length}"
         mask_BT = self.text.mask(batch)
         if mask_BT is not None:
             # Cut padding that is common to all rows: it only costs time.
             batch = {**batch, "input_ids": batch["input_ids"][:, : int(mask_BT.sum(1).max())]}
-        memory_BTM, memory_bias = self._read(batch)
+        memory_BTM, memory_bias = self._text_memory(batch)
         begin_B1 = codes_BL.new_full((len(codes_BL), 1), self.num_codes)
         before_BL = torch.cat([begin_B1, codes_BL[:, :-1]], dim=1)
         x_BLD = self._embed(before_BL, torch.arange(self.length, device=codes_BL.device))
@@ -228,7 +228,7 @@ class CodeTransformer(nn.Module):
         if options.guides:
             assert null is not None, "guidance needs a negative prompt"
             text = {name: torch.cat([prompts[name], null[name]]) for name in prompts}
-        memory_RTM, memory_bias = self._read(text)
+        memory_RTM, memory_bias = self._text_memory(text)
         num_rows = len(memory_RTM)
         state = self.layers.start(num_rows, self.length, memory_RTM, memory_bias)
         uniform_BL = uniforms(seeds, self.length).to(device)

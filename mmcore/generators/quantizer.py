@@ -3,7 +3,7 @@
 By gradient: the codebook loss of van den Oord et al. 2017 (arXiv 1711.00937, equation 3).
 
 By moving averages: a code is the average of the latents assigned to it (appendix A.1 there; Razavi et al. 2019, arXiv
-1906.00446). Rarely used codes are revived: a code whose latents have a large scatter is split in two, and a rarely used
+1906.00446). Rarely used codes are revived. A code whose latents have a large scatter is split in two, and a rarely used
 code becomes one half (Linde, Buzo & Gray 1980). The split code is chosen by scatter, not by use. Half of all latents
 may be one plain background, for which one code is enough. Averages and revival use sums over the whole batch only, so
 they do not depend on the number of workers.

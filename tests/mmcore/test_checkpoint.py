@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_does_not_load(tmp_path: Path, name: str, damage) -
     assert message.startswith("runs/x: ")
     assert name in message
     assert "\n" not in message
-    assert re.search(r"--fresh|--name", message), "it says how to mend it"
+    assert re.search(r"--fresh|--name", message), "it says what to do"
 
 
 def test_the_place_in_the_data_is_guarded_too(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_the_place_in_the_data_is_guarded_too(tmp_path: Path) -> None:
     record = json.loads((folder / "state.json").read_text())
     record["content"]["progress"]["step"] = 4
     (folder / "state.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"state\.json is not the one that was written"):
+    with pytest.raises(InputError, match=r"state\.json is damaged"):
         checkpoint.load(folder, "runs/x")
 
 

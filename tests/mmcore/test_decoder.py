@@ -20,8 +20,8 @@ from mmcore.decoder import (
     Packing,
     attention,
     dropout,
+    mask_to_bias,
     merge_heads,
-    seen_only,
     split_heads,
 )
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
@@ -129,7 +129,7 @@ def test_packed_decoder_equals_padded_torch_layers(norm_first: bool, training: b
 def test_attention_by_products_equals_the_fused_kernel(is_causal: bool, biased: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 4, 7, 8, generator=generator, requires_grad=True) for _ in range(3))
-    bias = seen_only(torch.arange(7) < torch.tensor([7, 2, 5])[:, None])[:, None, None] if biased else None
+    bias = mask_to_bias(torch.arange(7) < torch.tensor([7, 2, 5])[:, None])[:, None, None] if biased else None
     outputs, gradients = [], []
     for fused in (False, True):
         output = attention(q, k, v, bias, is_causal=is_causal, fused=fused)
@@ -153,7 +153,7 @@ def test_a_gelu_layer_that_sees_a_part_of_its_memory_equals_torch_s() -> None:
     x_RTD, memory_BLD = torch.randn(3, 6, 32).double(), memory_of(3, dtype=torch.float64)
     seen_BL = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
     packing = Packing.full(3, 6)
-    made = layers(packing.pack(x_RTD), packing, memory_BLD, memory_bias=seen_only(seen_BL)[:, None, None])
+    made = layers(packing.pack(x_RTD), packing, memory_BLD, memory_bias=mask_to_bias(seen_BL)[:, None, None])
     expected = x_RTD
     for layer in layers.layers():
         expected = torch_layer(layer).eval()(
@@ -272,10 +272,10 @@ def test_steps_of_several_positions_equal_one_pass(memory_width: int | None, fus
     x_RTD, memory = torch.randn(4, 9, 32), {}
     if memory_width:
         seen_BL = torch.arange(5) < torch.tensor([4, 2])[:, None]
-        memory = {"memory_BLM": torch.randn(2, 5, 24), "memory_bias": seen_only(seen_BL)[:, None, None]}
+        memory = {"memory_BLM": torch.randn(2, 5, 24), "memory_bias": mask_to_bias(seen_BL)[:, None, None]}
     steps, ends = [(0, 4), (4, 5), (5, 6), (6, 8), (8, 9)], torch.tensor([4, 4, 4, 4, 5, 6, 8, 8, 9])
     there_R1S = (torch.arange(9) >= 4) | (torch.arange(9) < torch.tensor([4, 1, 3, 2])[:, None, None])
-    bias = seen_only((torch.arange(9) < ends[:, None]) & there_R1S)[:, None]
+    bias = mask_to_bias((torch.arange(9) < ends[:, None]) & there_R1S)[:, None]
     packing = Packing.full(4, 9)
     expected = packing.pad(layers(packing.pack(x_RTD), packing, bias=bias, **memory))
     state = layers.start(4, 9, **memory)

@@ -60,7 +60,7 @@ def statistics_of(latents_by_code: list[Tensor]) -> dict[str, Tensor]:
 
 
 def test_averages_follow_their_formula() -> None:
-    """Razavi et al. 2019, equations 2 and 3: N = g N + (1 - g) n, m = g m + (1 - g) sum z, e = m / N."""
+    """Razavi et al. 2019, equations 2 and 3: N = g·N + (1 - g)·n, m = g·m + (1 - g)·sum z, e = m / N."""
     codes = averaged(3, decay=0.75)
     start = codes.codebook.clone()
     counts, sums = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
