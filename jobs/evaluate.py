@@ -246,8 +246,10 @@ def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
 
 
 def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> None:
-    """InputError where the images of `sweep` are not of this run, by its weights: a storage may be moved, and a run
-    trained anew under its old name."""
+    """Raise InputError if the images of `sweep` are not from this run.
+
+    Runs are compared by their weights. A storage may have been moved, and a run trained again under its old name.
+    """
     model = Storage(run_uri.rstrip("/")) / "model"
     weights = json.loads(model.read("recipe.json"))["weights_sha256"] if model.exists("recipe.json") else None
     if weights is None or weights != settings["weights_sha256"]:

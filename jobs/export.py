@@ -6,16 +6,17 @@
     python jobs/export.py --run STORAGE/runs/autoregressive/NAME/model/vqvae --to diffusers --out DIR
 
 A latent-diffusion run becomes a folder that ``diffusers.DiffusionPipeline.from_pretrained(DIR)`` loads, without code
-of ours: an LDMTextToImagePipeline. A VQ-VAE becomes one that ``diffusers.VQModel.from_pretrained(DIR)`` loads. Before
-the folder takes its name, it is loaded again and compared. Of a pipeline, on one prompt and 4 DDIM steps: the latents
-that both arrive at from the same noise, and the images that both decode from the same latents. Of a VQ-VAE: the images
-that both decode from the same codes, and their latents. Images of either's own latents can differ further: where a
-latent lies on the border of two codes, the last bit decides.
+of ours: an LDMTextToImagePipeline. A VQ-VAE becomes one that ``diffusers.VQModel.from_pretrained(DIR)`` loads.
 
-A Transformer over codes is refused: diffusers has no class for it. Of its pipelines over codes, VQDiffusionPipeline,
-which is deprecated, diffuses them and AmusedPipeline unmasks them; none writes one code after another. Its weights are
-safetensors already: RUN/model/model.safetensors. Its VQ-VAE, a run by itself, can be exported where it has convolutions
-(--encoder convolutions --patch-size 1) and at most one attention head; the variant shapes-codes has patches.
+Before the folder gets its name, it is loaded again and compared. A pipeline samples one prompt in 4 DDIM steps. The
+latents from the same noise are compared, and the images decoded from the same latents. A VQ-VAE is compared on the
+images decoded from the same codes, and on their latents. Images of different latents can differ further, as near the
+border of two codes a rounding error decides the code.
+
+An autoregressive Transformer over codes is refused, as diffusers has no class for it. Its VQDiffusionPipeline
+(deprecated) diffuses codes, and its AmusedPipeline unmasks them. The weights are safetensors already:
+RUN/model/model.safetensors. The Transformer's VQ-VAE is a run by itself. It can be exported if it has convolutions
+(--encoder convolutions --patch-size 1) and at most one attention head. The variant shapes-codes has patches.
 """
 
 import os

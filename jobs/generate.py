@@ -390,10 +390,10 @@ def _prompts_cut(blocks: Sequence[BlockFacts]) -> PromptsCutOfAll:
 
 
 def summarise(out: Storage) -> SweepSummary:
-    """How fast a finished sweep was, from its manifest alone.
+    """The speed of a finished sweep, from its manifest alone.
 
-    ``images_per_s`` counts the time in which any worker was at work, from its first batch to its last write: with the
-    pauses between batches, without starting, loading, warming up and what was lost in kills.
+    ``images_per_s`` counts the time in which any worker was active, from its first batch to its last write. Pauses
+    between batches count. Start, loading, warm-up and work lost in kills do not.
     """
     table, blocks = read_manifest(out)
     seconds = table["seconds"].to_numpy()

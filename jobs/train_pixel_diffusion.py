@@ -12,8 +12,8 @@ beside another training, at commit 144a62c; of the attributes that 500 test prom
 
 Variant best has not been run to its end.
 
-Variant report attends at full resolution and needs a GPU; it has not been run. The report says of its own that colours
-follow the prompt ("a girl in pink / black / green dress") and that no girl can be recognised.
+Variant report attends at full resolution and needs a GPU; it has not been run. In the report's own images colours
+follow the prompt ("a girl in pink / black / green dress"), but no girl can be recognised.
 """
 
 from jobs.runtime.commandline import run

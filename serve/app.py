@@ -185,8 +185,8 @@ def application(
 
 
 def build(args: Args) -> Application:
-    """Raises InputError for arguments that cannot be, where there is no key and `open` was not said, and where Ray's
-    proxy would be without our limits."""
+    """Raises InputError for invalid arguments, for a service without a key and without `open`, and if Ray's proxy would
+    lack our limits."""
     captioners, generators = named(args.captioner, "captioner"), named(args.generator, "generator")
     encoders = named(args.encoder, "encoder")
     if not captioners and not generators:

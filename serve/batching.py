@@ -1,9 +1,8 @@
-"""Dynamic batches of what can share one, made while the model works.
+"""Dynamic batches of compatible requests, collected while the model computes.
 
-`@serve.batch` fills a batch with whatever comes next. Here two images share a batch only if they share the settings of
-the sampler, one that nobody waits for any more leaves it, and everybody is told his place in the queue and the steps
-that are done; so this is a queue of its own. An idle model begins almost at once (`wait_s`): under load the images that
-come while a batch is worked at make the next one, and nobody waits for company that does not come.
+`@serve.batch` fills a batch with any requests. Here two images share a batch only if their sampler settings are equal.
+A cancelled image leaves its batch. Every caller learns its place in the queue and the finished steps. An idle model
+starts almost at once (`wait_s`). Under load the images that arrive during a batch form the next one.
 """
 
 import asyncio

@@ -45,11 +45,11 @@ class Front:
         self.in_flight = 0
 
     def counting(self, app: App) -> App:
-        """`app`, of which every request that `guarded` lets in is at work until its answer is sent, to the last byte.
+        """Wrap `app` to count each request that `guarded` admits until the last byte of its answer is sent.
 
-        The end of the service waits until there are none. A handler returns before a byte is sent: a stream has only
-        begun by then. Sent means handed to Ray's proxy, which takes an answer as a whole: what a slow client has not
-        yet taken from it when the proxy itself ends is lost to him.
+        The end of the service waits until there are none. A handler returns before a byte is sent, as a stream has only
+        begun by then. Sent means passed to Ray's proxy, which buffers whole answers. If the proxy ends, a slow client
+        loses the rest of its answer.
         """
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,10 +9,10 @@ from serve.ray_private import cpus
 
 
 def device() -> str:
-    """`cuda` where Ray gave this process a GPU.
+    """`cuda` if Ray assigned a GPU to this process.
 
-    Not where one is visible: Ray leaves all of them so for a process that asked for none (`gpus=0`), and the first one
-    may be another's.
+    A visible GPU is not enough. Without a request (`gpus=0`) Ray leaves all GPUs visible, and the first one may belong
+    to another process.
     """
     return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
 

@@ -1,9 +1,9 @@
-"""Jobs: requests for images that are handed in, worked at when there is time, and fetched later.
+"""Jobs: requests for images that are submitted, processed when there is time, and fetched later.
 
-A job lies in the storage: ``pending/{id}.json`` (what was asked) until it is finished, then ``jobs/{id}/`` with its
-images and, last, ``result.json``. With a storage that lasts (`storage=URI`) a job survives the end of this process:
-what was pending is done by the next one, and comes out the same, since its seeds are part of it. Without one it lives
-in a temporary folder as long as this process.
+A job is stored as ``pending/{id}.json`` (the request) until it is finished, then as ``jobs/{id}/`` with its images and,
+written last, ``result.json``. With a permanent storage (`storage=URI`) a job survives the end of this process. The next
+process finishes pending jobs, with the same images, as the seeds are part of a job. Without a storage, jobs are in a
+temporary folder until this process ends.
 """
 
 import asyncio
@@ -164,10 +164,10 @@ class Jobs:
     async def submit(
         self, job_id: str, owner: str, model: str, response_format: str, work: GenerateWork
     ) -> SubmittedJob | RefusedJob:
-        """Take a job in; it is in the storage when this returns. Gives its id, or why it is refused.
+        """Accept a job. It is in the storage when this returns. Returns its id, or the reason of a refusal.
 
-        `job_id` is the caller's, by `new_id`: where this process dies on the way, and the next one is asked the same
-        again, the job is there once.
+        The caller chooses `job_id` by `new_id`. If this process dies and the caller repeats the request at the next
+        one, there is still only one job.
         """
         if (known := await self.get(owner, job_id)) is not None:
             return {"id": job_id, "status": known["status"]}

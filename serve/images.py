@@ -69,10 +69,10 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Typ
 
 
 def return_large_blocks() -> None:
-    """Of this process: a block of a megabyte or more goes back to the system when it is freed.
+    """Make this process return blocks of a megabyte or more to the system when they are freed.
 
-    glibc raises its threshold with each large block that is freed, up to 32 MiB, and keeps what is below it: after some
-    bodies of ten megabytes a process would hold a hundred more.
+    By default glibc raises its threshold with each large freed block, up to 32 MiB, and keeps smaller blocks. After
+    some bodies of ten megabytes a process would hold a hundred more.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

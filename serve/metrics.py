@@ -106,8 +106,11 @@ def log_work(message: str, request_id: str, model: str, facts: list[ImageFacts])
 
 
 def _forget(error: BaseException | None) -> None:
-    """Let go of what the request held. A refusal that was awaited from a thread is in a cycle with its future, and by
-    its traceback it would keep the body and the image, tens of megabytes, until Python collects such cycles."""
+    """Release the memory of the request.
+
+    An exception that was awaited from a thread is in a reference cycle with its future. Its traceback would keep the
+    body and the image, tens of megabytes, until Python collects cycles.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

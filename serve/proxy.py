@@ -52,8 +52,11 @@ def check_guarded(environment: Mapping[str, str]) -> None:
 
 
 class ProxyGuard:
-    """Outermost: gives each request its id, takes out headers by which a client would steer the proxy, and answers in
-    JSON what the proxy itself says in plain text or not at all. Refusals that do not reach the routes are logged."""
+    """The outermost layer around Ray Serve's proxy.
+
+    It gives each request an id and removes headers by which a client could control the proxy. It answers in JSON where
+    the proxy would answer in plain text or not at all. It logs refusals that do not reach the routes.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app

@@ -16,10 +16,10 @@ _MAX_RETRY_AFTER_S = 60.0
 
 
 class Admission:
-    """Images that are in the service, by model: waiting, or worked at, or on their way.
+    """The images in the service, by model: waiting, in progress, or in transfer.
 
-    The only queue that is bounded, and it lies before all others: where Ray Serve's router holds requests back it lets
-    them through two at a time, and batches shrink to two. Each replica therefore takes more than is admitted here.
+    This is the only bounded queue, and it comes before all others. If Ray Serve's router queues requests, it passes on
+    two at a time, and batches shrink to two. Each replica therefore accepts more than is admitted here.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Who may come in, how often, and how much may be read of what he sends.
+"""Access to the service: API keys, rate limits, and the number of bytes read from a client.
 
-Keys are compared in constant time and kept as digests. The file of SERVE_API_KEYS_FILE is read again when it changes:
-a key that is taken out of it stops working, and a file that cannot be read, or is empty, lets nobody in.
+Keys are compared in constant time and stored as digests. The file of SERVE_API_KEYS_FILE is read again when it changes.
+A removed key stops working. With an unreadable or empty file nobody has access.
 """
 
 import asyncio

@@ -8,8 +8,8 @@ In fp32, kernels may sum in another order for another batch size. Pixels then di
 Near the border of two codes of a VQ-VAE, a rounding error decides the code, and a whole patch differs. In an
 autoregressive Transformer all later codes may differ too.
 
-Prints one JSON object: the share of equal images, the shares of values that differ at all and by more than 1/255, and
-the largest difference.
+Prints one JSON object: the share of equal images, the share of different values, and the largest difference. It also
+has the share of values that differ by more than 1/255.
 """
 
 import dataclasses

@@ -41,11 +41,10 @@ REMOVE_TIMEOUT_S = 3.0
 def connect() -> None:
     """Join the cluster this job was sent to, or start Ray on this machine; a second call does nothing.
 
-    Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job that came without a
-    working directory ships its repository root, so that workers on other nodes run the driver's code and not
-    what happens to be installed there. Prints one line to stderr. Sets RAY_API_SERVER_ADDRESS, and, where they are
-    unset, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S and for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and
-    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER.
+    Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job without a working directory
+    ships its repository root. Workers on other nodes then run the driver's code, not the code installed there. Prints
+    one line to stderr. Sets RAY_API_SERVER_ADDRESS. If it is unset, also sets RAY_TRAIN_HEALTH_CHECK_INTERVAL_S, and
+    for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and RAY_TRAIN_ENABLE_PREEMPTION_WATCHER.
 
     Raises:
         InputError: the address is of the wrong kind, nothing answers there, or the token is refused.

@@ -1,7 +1,7 @@
-"""Frozen work, done once by Ray Data: the columns that recipes train on, cached in the storage.
+"""Outputs of frozen encoders: computed once by Ray Data and cached in the storage as columns.
 
-A column holds one tensor an image: pixels, the tokens of a frozen vision encoder, the latents or the codes of a trained
-VQ-VAE, or the hidden states of a frozen text encoder for the image's captions.
+A column holds one tensor per image. It contains pixels, image tokens of a frozen vision encoder, or latents or codes of
+a trained VQ-VAE. A column of captions holds the hidden states of a frozen text encoder.
 """
 
 import hashlib
@@ -57,10 +57,10 @@ def cached_column(
     worker_kwargs: dict[str, Any],
     stall_timeout_s: float | None,
 ) -> CachedColumn:
-    """The column that `key` names; made now only where no run has done it before.
+    """The column of `key`. It is computed only if it is not in the cache.
 
-    `key` holds all that decides the values, weights and data by their fingerprints, so a second run, another recipe
-    with the same encoder and a restart find it.
+    `key` holds everything that determines the values, with fingerprints of weights and data. Later runs, restarts and
+    other recipes with the same encoder therefore use the same column.
     """
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     folder = storage / "features" / digest

@@ -82,8 +82,11 @@ def ensure_vqvae(job: Job[Any]) -> Storage:
 
 
 class FrozenVQVAE:
-    """Loaded where it is first needed. Its fingerprint is checked then, and of the run's copy at the end: somebody may
-    train it anew while a generator trains on what it gave."""
+    """The VQ-VAE, loaded at its first use.
+
+    Its fingerprint is checked then, and that of the run's copy at the end. The VQ-VAE may be trained again while a
+    generator trains on its outputs.
+    """
 
     def __init__(self, run: str, fingerprint: str) -> None:
         self.run, self.fingerprint = Storage(run), fingerprint

@@ -53,8 +53,8 @@ def plan_blocks(
         began_sha256: of the ids of an earlier plan that does not list its files. Where only the files that code of then
             took for images give it, the plan is over them.
 
-    Raises InputError for an empty source, a column that is missing or of another type, a split that no row is of, an
-    image_id that stands there twice, and a file that is not in `began_with`.
+    Raises InputError for an empty source, a column that is missing or has another type, and a split without rows. Also
+    for a duplicate image_id, and for a file that is not in `began_with`.
     """
     names = source.walk()
     files = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]

@@ -1,14 +1,15 @@
-"""One live run at a time for a place in the storage: a lease of numbered files that is renewed while the run lives.
+"""A lease for a place in the storage, so that only one run at a time works there. It is renewed while the run lives.
 
-``PLACE/lease/000000.json`` says who holds the place (host, process, a moment that changes with each renewal). Each
-file is created once, so of two runs that want the place at the same moment one gets it; only its holder writes it
-again, to renew it. A run takes the place over by creating the next number, when the newest file was given back, belongs
-to a process of this machine that is dead, or to one of another machine and does not change for `TTL_S`. Clocks of two
-machines differ: that time is measured by the clock of who waits, and what the file says of the hour is not looked at.
-A holder that finds a newer number than its own has been taken over and ends.
+``PLACE/lease/000000.json`` names the holder: host, process, and a time that changes with each renewal. Each file is
+created once, so only one of several runs gets the place. Only its holder rewrites it, to renew the lease.
 
-The lease saves work and is no lock: a process that was stopped for long may go on for a moment beside its successor.
-What must happen once is created once in the storage.
+A run takes the place over by creating the file of the next number. It may do so in three cases. The newest file was
+given back. It belongs to a dead process of this machine. Or it belongs to another machine and did not change for
+`TTL_S`. The waiting run measures this by its own clock, as clocks of two machines differ. A holder that finds a newer
+number than its own has lost the place and ends.
+
+The lease saves work but is not a lock. A process that was paused for long may run for a moment beside its successor.
+Results that must exist once are created once in the storage.
 """
 
 import dataclasses

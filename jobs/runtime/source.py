@@ -31,10 +31,10 @@ def source_commit() -> str:
 
 
 def output_storage(folder: str, flag: str) -> Storage:
-    """`folder`, which a job writes to, as `flag` named it or by default.
+    """The output `folder` of a job, from `flag` or its default.
 
-    Raises InputError where the job's working directory was sent to the cluster with it (``--working-dir``) and the
-    folder is relative or lies in Ray's copy of that directory. That copy is removed with the cluster.
+    Raises InputError if the job was submitted with its working directory (``--working-dir``) and the folder is relative
+    or inside Ray's copy of it. That copy is removed with the cluster.
     """
     storage = Storage(folder)
     if storage.is_s3:

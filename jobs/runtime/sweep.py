@@ -1,11 +1,12 @@
 """Work over many images, exactly once: fixed blocks of rows, each committed by creating one Parquet file.
 
 The plan of a sweep (``sweep.json``) fixes the order of the images and cuts it into blocks. The first worker that is
-ready writes it down, so that settings which do not work leave none; nobody takes it away while workers may live. Block
-k is done if and only if its file, such as ``parts/part-k.parquet``, exists, and that file is created once: of two
-workers with the same block, the second one's result is dropped. So a run that is killed loses at most its blocks in
-flight, and running the same command again does the rest. The files are the only truth; there is no second record to
-disagree with them. (Ray Data's own checkpointing would be one, and waits for ever on a cluster of two CPUs.)
+ready writes the plan, so that settings which do not work leave none. It is never removed while workers may live.
+
+Block k is done if and only if its file exists, such as ``parts/part-k.parquet``. The file is created once: if two
+workers computed the same block, the second result is dropped. A killed run loses at most its blocks in flight, and the
+same command does the rest. There is no second record that could disagree with the files. (Ray Data's checkpointing
+would be one, and it waits for ever on a cluster of two CPUs.)
 """
 
 import contextlib

@@ -34,11 +34,12 @@ class Watchdog:
             for batch in batches:
                 watchdog.beat()
 
-    Without a beat for `report_after_s` a thread prints one line to stderr that names the pending placement
-    groups, actors and tasks, what they ask for and what the cluster has; again every minute until the next
-    beat. After `stall_timeout_s` without a beat it prints that line a last time and ends the process with
-    exit code 1, even where the main thread is blocked inside Ray. None (the default) waits for ever: an
-    autoscaler may take minutes.
+    Without a beat for `report_after_s` a thread prints one line to stderr, and again every minute until the next beat.
+    The line names the pending placement groups, actors and tasks, their requests, and the resources of the cluster.
+
+    After `stall_timeout_s` without a beat it prints the line a last time and ends the process with exit code 1. It does
+    so even if the main thread is blocked inside Ray. None (the default) waits for ever, as an autoscaler may take
+    minutes.
     """
 
     def __init__(self, what: str, stall_timeout_s: float | None = None, report_after_s: float = FIRST_REPORT_S) -> None:

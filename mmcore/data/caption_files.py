@@ -35,8 +35,8 @@ class CaptionFile:
 def read_caption_file(location: str, bad: Bad = refuse, *, keep_quotes: bool = False) -> CaptionFile:
     """Read a local file or URI.
 
-    `keep_quotes`: a line is split at its first comma and the rest is the caption, quotation marks of CSV with it, as
-    the report's code reads captions.txt; a file with other columns is refused.
+    With `keep_quotes` a line is split at its first comma. The rest is the caption, including CSV's quotation marks, as
+    in the report's code for captions.txt. A file with other columns is refused.
     Raises InputError for a file that cannot be read or whose columns are not known.
     """
     document = None if keep_quotes else read_document(location)

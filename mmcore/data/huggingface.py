@@ -47,11 +47,11 @@ def read_dataset(
 
     `source`: a dataset on the hub or saved to disk, or the folder of `parquet`, the files of each split.
 
-    The images stand in a column ``image``, their captions in one that caption_columns.py knows, each a list or one
-    string. The split is that of a column ``split``, else that of the dataset where it has several. Where every image
-    has a file name of its own, in itself or in a column, they are in the order of their names, as in Flickr8k's
-    captions.txt; else they are named SPLIT-INDEX and keep the order of the dataset. Rows of one image, such as one a
-    caption, are joined. Image bytes stay as they are. Raises InputError.
+    The images are in a column ``image``, their captions in one that caption_columns.py knows, each a list or a string.
+    The split is from a column ``split``, else from the dataset if it has several splits. If every image has a unique
+    file name, images are sorted by name, as in Flickr8k's captions.txt. Otherwise they are named SPLIT-INDEX and keep
+    their order. Rows of the same image, such as one per caption, are joined. Image bytes are unchanged. Raises
+    InputError.
     """
     splits = _load(source, folder.parent / "datasets", parquet)
     columns = {split: _columns(source, split, dataset) for split, dataset in splits.items()}

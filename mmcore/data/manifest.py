@@ -1,8 +1,10 @@
-"""A sweep of generated images as it lies in the storage: the manifest that says which there are, and the images.
+"""A sweep of generated images in the storage: the images, and the manifest that lists them.
 
-``manifest/*.parquet`` has one row an image: image_id, key (of the image, relative to the sweep), sha256 (of its bytes),
-prompt, seed, height, width, steps, guidance, sampler (null where the generator has no such option), options (all of the
-generator's, as JSON), dtype, device, seconds. An image counts if and only if it stands there.
+``manifest/*.parquet`` has one row per image. An image counts if and only if it has a row. The columns are:
+
+* image_id, key (path of the image in the sweep), sha256 (of its bytes), prompt, seed, height, width
+* steps, guidance, sampler (null if the generator has no such option), options (all options of the generator, as JSON)
+* dtype, device, seconds
 """
 
 import dataclasses

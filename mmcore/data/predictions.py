@@ -83,16 +83,17 @@ def _parse_text(data: bytes, location: str, known_names: Collection[str]) -> lis
 def _parse_lines(
     lines: list[tuple[int, str]], layout: Layout, location: str, known_names: Collection[str]
 ) -> list[tuple[str, str]]:
-    """A line that begins with no image name goes on with the caption before it (language models like to answer in
-    several lines).
+    """Join lines that do not begin with an image name to the caption before them.
 
-    What an image name is has to be guessed for names that are not known, and the guess leans to the side
-    that is noticed: a wrong "image name" ends as the error of an unknown image, a wrong "next line" would
-    silently drop one image and spoil the caption of another. So the name of an image file always counts,
-    known or not. In a file that names images without their ending (its first line tells), so does any
-    known name, and a word with a digit in it that is as long as the known names (`1000268201_693b08cb0e`).
-    In a file of file names a known name without its ending counts only with a digit: `dog, running` goes on
-    with a caption even where dog.jpg exists.
+    Language models often answer in several lines. For unknown names the code must guess. A wrong "image name" ends in
+    the error of an unknown image. A wrong "next line" would silently drop an image and change another caption. So the
+    guess prefers "image name":
+
+    * The name of an image file always counts, known or not.
+    * In a file whose first line names an image without its ending, any known name counts. So does a word with a digit
+      that is as long as the known names (`1000268201_693b08cb0e`).
+    * In a file of file names, a known name without its ending counts only with a digit. `dog, running` continues a
+      caption even if dog.jpg exists.
     """
     shortest = min(map(len, known_names), default=0)
     with_ending = False

@@ -1,8 +1,8 @@
-"""Prompts for a sweep of images: files of prompts, and the prompts on which the report's generators are judged.
+"""Prompts for a sweep of images: files of prompts, and the test prompts of the report's generators.
 
-A file holds one prompt a line (``.txt``) or a column ``prompt``, and where they are given ``image_id`` and ``seed``
-(``.csv`` with a header, ``.jsonl``, ``.parquet``). Two names stand for prepared data: ``flickr8k:report-test``, the
-first captions of the 1,091 images that the report's generators never saw, and ``shapes-test``.
+A ``.txt`` file holds one prompt per line. A ``.csv`` (with a header), ``.jsonl`` or ``.parquet`` file has a column
+``prompt``, and optionally ``image_id`` and ``seed``. Two names stand for prepared data. ``flickr8k:report-test`` is the
+first captions of the 1,091 images that the report's generators were not trained on. The other is ``shapes-test``.
 """
 
 import itertools
@@ -143,9 +143,8 @@ def read_prompts(
 
     Args:
         source: a local path or URI ending in .txt, .csv, .jsonl or .parquet, or one of the two names.
-        storage: holds the prepared data of a name. The Shapes need none: without it they are those of seed 0, as
-            many as are wanted, drawn from the test split, half of whose scenes have a pair of colour and shape
-            that is in no training image.
+        storage: holds the prepared data of a name. Without it, ``shapes-test`` is any number of prompts of the test
+            split of seed 0. Half of its scenes have a pair of colour and shape that no training image has.
         seed: an image without a seed of its own gets one derived from this number and its image_id.
         skipped: rows that are bad are left out and listed here, each with its place and the reason; without it the
             first one is an error. The rows that are left keep the numbers that they have among all.

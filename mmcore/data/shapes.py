@@ -1,18 +1,19 @@
 """The scenes of the built-in Shapes dataset: one to three coloured shapes, drawn and rendered.
 
-They need no download and every word of a caption (shapes_captions.py) can be checked against the pixels
-(shapes_oracle.py), so they train and score captioners and generators alike.
+They need no download. The oracle (shapes_oracle.py) can check every word of a caption (shapes_captions.py) against the
+pixels. So the dataset can train and score both captioners and generators.
 
-* 8 colours x 6 shapes x 2 sizes. The colours sit near the corners of the RGB cube and the background is the
-  mid grey in its centre: the furthest apart that nine colours can be, and a pixel half covered by a shape
-  still points from grey towards the colour of that shape, so noise and blur do not turn one into another.
-* Lengths are fractions of the image side, the origin is the top left corner, and a scene does not depend on
-  the resolution: the same (seed, split, index) is the same scene at every image size.
-* A scene is drawn from (seed, split, index) alone, never from its neighbours or from how many there are.
-* Six colour x shape pairs, ``HELD_OUT_PAIRS``, occur in the test split only; every colour and every shape is
-  still seen in training. Each run of six images holds 1, 2, 3, 1, 2, 3 objects (of four 1, 2, 1, 2 where two are
-  the most). In the test split exactly one object in each of the first half of them has a held-out pair: half of all
-  scenes, equally for each number.
+* 8 colours x 6 shapes x 2 sizes. The colours are near the corners of the RGB cube, and the background is the mid grey
+  in its centre. Nine colours cannot be further apart. A pixel half covered by a shape still points from grey towards
+  the shape's colour. Noise and blur therefore do not turn one colour into another.
+* Lengths are fractions of the image side, and the origin is the top left corner. A scene does not depend on the
+  resolution: the same (seed, split, index) is the same scene at every image size.
+* A scene depends on (seed, split, index) only, not on other scenes or their number.
+* Six pairs of colour and shape, ``HELD_OUT_PAIRS``, occur in the test split only. Every colour and every shape is still
+  in the training split.
+* Six consecutive images hold 1, 2, 3, 1, 2, 3 objects. With at most two objects, four images hold 1, 2, 1, 2. In the
+  test split, one object in each image of the first half of these has a held-out pair. That is half of all scenes,
+  equally for each number of objects.
 """
 
 import functools

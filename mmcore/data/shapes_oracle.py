@@ -1,16 +1,16 @@
-"""The oracle of the Shapes dataset: which of the attributes that a text names are present in an image.
+"""The oracle of the Shapes dataset: which attributes of a text are present in an image.
 
-It knows nothing of how an image came about: it reads the text with a small grammar, finds the objects in the
-pixels, and compares. So it scores the captions of a captioner and the images of a generator alike.
+It uses the text and the pixels only. It parses the text with a small grammar, detects the objects, and compares. So it
+scores the captions of a captioner and the images of a generator in the same way.
 
 1. ``parse_caption`` (shapes_parser.py): the objects, positions, relations and number that a text names.
 2. ``detect_objects``: connected patches of one colour; the shape by correlation with rendered templates.
-3. ``judge_objects``: named objects are assigned to detected ones, one to one, so that the most sizes, colours
-   and shapes agree. An attribute then counts only on its own object: of "a blue circle and a red square" a
-   red circle and a blue square have two attributes of four, not four.
+3. ``judge_objects``: named objects are assigned one to one to detected objects, so that as many sizes, colours and
+   shapes as possible agree. An attribute counts only on its own object. For the text "a blue circle and a red square",
+   a red circle and a blue square have two of four attributes.
 
-The oracle's own error on rendered scenes and its score on shuffled prompts (chance) come from
-``oracle_report`` and are held by tests/mmcore/test_shapes_oracle.py.
+``oracle_report`` gives the oracle's error on rendered scenes and its score on shuffled prompts (chance).
+tests/mmcore/test_shapes_oracle.py limits both.
 """
 
 import functools
@@ -80,9 +80,9 @@ class DetectedObject:
 def _templates() -> tuple[FloatArray, list[str]]:
     """Normalised patches (templates, pixels) and the shape of each.
 
-    Every shape is there slightly moved, scaled and blurred, as the bounding box of an object is only known to
-    about a pixel, and as edges are softer in small, compressed or generated images: a small star loses its tips
-    there, and its box is then much too small.
+    Every shape is included slightly moved, scaled and blurred. The bounding box of an object is known only to about a
+    pixel. Edges are softer in small, compressed or generated images: a small star loses its tips there, and its box
+    becomes much too small.
     """
     side = _PATCH * 8
     patches, names = [], []
@@ -134,9 +134,9 @@ def _components(colour_HW: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def detect_objects(image: Image.Image | npt.NDArray[np.uint8]) -> list[DetectedObject]:
     """Find the coloured shapes of an image (PIL, or uint8 of shape (H, W, 3)), largest first.
 
-    Works from the pixels alone, at any resolution from 32 x 32. Patches much smaller than the smallest shape are
-    taken for noise. Mild noise, blur and compression change nothing (measured in the tests), but a JPEG of 32
-    pixels halves the resolution of colour, and small shapes are then lost: keep images of that size as PNG.
+    Uses the pixels only, at any resolution from 32 x 32. Patches much smaller than the smallest shape count as noise.
+    Mild noise, blur and compression change nothing (measured in the tests). But a JPEG of 32 pixels halves the
+    resolution of colour, and small shapes are lost. Store images of that size as PNG.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     if picture.mode != "RGB":

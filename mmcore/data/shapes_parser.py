@@ -1,8 +1,7 @@
-"""Reads what a text names of a Shapes scene: objects, positions, relations and their number.
+"""Parses a text about a Shapes scene: the objects, positions, relations and number that it names.
 
-The captions of shapes_captions.py are read exactly. Any other text is read as far as it goes: words that are not
-known are passed over, and broken or repeated grammar (what a captioner writes early in its training) names
-something that can be checked, or nothing.
+The captions of shapes_captions.py are parsed exactly. Any other text is parsed as far as possible. Unknown words are
+skipped. Broken or repeated grammar, as from a captioner early in its training, gives checkable attributes or nothing.
 """
 
 import dataclasses

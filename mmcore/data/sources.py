@@ -41,8 +41,8 @@ def read_source(
     """Read and check a source: every row, every split, and every image decoded to its last byte.
 
     Args:
-        source: a folder, a zip, a file of captions beside its images, tar shards (also with braces, also s3://...), or
-            the name of a Hugging Face dataset.
+        source: a folder, a zip, a file of captions next to its images, tar shards, or a Hugging Face dataset by name.
+            Paths of shards may have braces, and may be s3://...
         scratch: an empty folder for what is unpacked; the photos may lie there.
         skip_bad: go on without what is bad, and list it.
         progress: told how many images of how many are done, where they are unpacked and then where they are checked.

@@ -167,8 +167,8 @@ def read_rows(
         text: name of the only value of a row of plain text, where each line that is not blank is one.
         check_names: called with the columns and their place, for JSON lines with those of each row that has others
             than the row before; it may raise InputError.
-        bad: told of a line of JSON that is none, and of a line of CSV with another number of fields, which are then
-            left out; without it that is an InputError too.
+        bad: called for an invalid line of JSON and for a line of CSV with another number of fields. Such lines are then
+            left out. Without it they raise InputError.
 
     Raises InputError that names file and line for what cannot be read.
     """

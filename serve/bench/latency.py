@@ -2,9 +2,10 @@
 
 Command: python -m serve.bench.latency              (quiet machine; 2 CPU cores: about 2 minutes)
 
-The same captioner, image and threads on both sides, in turn: called in this process (decode, squash, caption), and over
-HTTP through the proxy, the routes and the model's replica. What is added is the difference of the medians, and of the
-95th percentiles. A Ray Serve deployment that does nothing answers in about 4.4 ms on this kind of machine.
+Both sides use the same captioner, image and threads, in turn. One is a call in this process (decode, resize, caption).
+The other is a request over HTTP through the proxy, the routes and the model's replica. The added latency is the
+difference of the medians, and of the 95th percentiles. An empty Ray Serve deployment answers in about 4.4 ms on this
+kind of machine.
 """
 
 import json

@@ -4,10 +4,10 @@ Command: python -m serve.bench.throughput           (quiet machine; 2 CPU cores:
 Targets: at least 90 % of the offline batches, with 100 ms of CPU and more an image and equal threads;
          at least 3 times FastAPI that takes one image after the other.
 
-The model is a captioner of the report's size (6 layers of width 512) with random weights: each step of its search reads
+The model is a captioner of the report's size (6 layers of width 512) with random weights. Each step of its search reads
 all weights, for one image as for sixteen, so it gains from batches. All sides caption the same images with the same
-search, in turn; captions must be equal. The clients run on the same machine: with --threads equal to the number of
-cores, they, the proxy and the routes take their CPU from the model.
+search, in turn, and captions must be equal. The clients run on the same machine. If --threads equals the number of
+cores, clients, proxy and routes take CPU time from the model.
 """
 
 import tempfile
