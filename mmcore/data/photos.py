@@ -229,7 +229,8 @@ def _check_images(entries: list[Entry], problems: Problems, progress: Progress |
     try:
         for done, (entry, (num_bytes, reason)) in enumerate(zip(entries, pool.map(check, entries), strict=True), 1):
             if reason:
-                problems.add(entry.place, reason)
+                # The place of an image that no row names is its file.
+                problems.add(entry.place, reason.removeprefix(f"{entry.place}: "))
             else:
                 checked.append((entry, num_bytes))
             if progress is not None:

@@ -160,7 +160,12 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
 
 def _held(folder: Path) -> str:
     """What of no known form is in the folder."""
-    endings = Counter(path.suffix.lower() or "no ending" for path in folder.rglob("*") if path.is_file())
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    endings = Counter(path.suffix.lower() or "no ending" for path in files)
     if not endings:
         return "the folder is empty"
     counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common(_NUM_ENDINGS))

@@ -158,7 +158,12 @@ def _read_shard(
 def _members(shard: str, problems: Problems) -> Iterator[tuple[str, bytes]]:
     """Name and content of each plain file, in order; what is unsafe or too large goes to `problems`."""
     total = 0
-    with open_bytes(shard) as file:
+    try:
+        opened_shard = open_bytes(shard)
+    except InputError as error:
+        problems.add(shard, str(error).removeprefix(f"{shard}: "))
+        return
+    with opened_shard as file:
         try:
             with tarfile.open(fileobj=file, mode="r|*") as archive:
                 for info in archive:

@@ -112,6 +112,10 @@ def test_a_text_beside_each_image(tmp_path: Path, split: bool) -> None:
     image(tmp_path / "c.png")
     with pytest.raises(InputError, match=r"c\.png: no caption for this image in c\.txt beside it; mend it, or leave"):
         read(tmp_path)
+    write(tmp_path / "c.txt", "x")
+    write(tmp_path / "c.png", "no image")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/c\.png: broken image \(no image format is recognised\); mend"):
+        read(tmp_path)
     write(tmp_path / "c.txt", " ")
     with pytest.raises(InputError, match=r"c\.txt: the file holds no caption"):
         read(tmp_path)

@@ -151,6 +151,16 @@ def test_a_shard_that_is_cut_short_keeps_what_is_whole(tmp_path: Path) -> None:
     assert found(read(path, tmp_path / "lenient", skip_bad=True)) == READ[:1]
 
 
+def test_a_shard_that_is_missing_can_be_left_out(tmp_path: Path) -> None:
+    shard(tmp_path / "a-1.tar", SAMPLES)
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/a-0\.tar: no such file; mend it, or leave it out with --skip-bad"
+    ):
+        read(tmp_path / "a-{0..1}.tar", tmp_path / "strict")
+    data = read(tmp_path / "a-{0..1}.tar", tmp_path / "lenient", skip_bad=True)
+    assert (found(data), data.skipped) == (READ, (f"{tmp_path}/a-0.tar: no such file",))
+
+
 def test_a_tar_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "flickr.tar", [("captions.csv", "image,caption\na.jpg,x\n")])
     with pytest.raises(
