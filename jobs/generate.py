@@ -24,6 +24,7 @@ import torch
 
 from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
+from jobs.runtime.commandline import counted
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.image_sweep import COMMIT, BlockFacts, GenerateImages, ImageSettings
 from jobs.runtime.lease import Lease
@@ -58,7 +59,7 @@ _NUM_PRINTED = 20
 _CPU_PIXELS = 4 * 64 * 64
 _GPU_BYTES_PER_PIXEL = 8192
 _MAX_BATCH = 64
-# Of the prompts that are longer than the text encoder reads, so many are named in the summary.
+# Of the prompts that are longer than the text encoder reads, so many are named in the summary, and of unknown words.
 _NUM_NAMED = 5
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -70,8 +71,8 @@ class GenerateSettings:
     run: str
     """The finished run of a generator: STORAGE/runs/RECIPE/NAME."""
     prompts: str
-    """File of prompts: .txt (one a line), .csv, .jsonl or .parquet with prompt[, image_id, seed, height, width]; or
-    flickr8k:report-test, or shapes-test."""
+    """File of prompts: .txt (one a line; blank lines are skipped), or .csv, .jsonl or .parquet with
+    prompt[, image_id, seed, height, width]; or flickr8k:report-test, or shapes-test."""
     out: str
     """Folder or s3://bucket/prefix for the images."""
     storage: str | None = None
@@ -132,6 +133,13 @@ class PromptsCutOfAll(TypedDict, total=False):
     negative_prompt_is_cut: bool
 
 
+class UnknownOfAll(TypedDict, total=False):
+    """How many prompts of a sweep have words that the text encoder does not know; nothing where no block says it."""
+
+    num_prompts_unknown: int
+    unknown_words: list[str]
+
+
 class SecondsPerImage(TypedDict):
     """How long an image took."""
 
@@ -140,7 +148,7 @@ class SecondsPerImage(TypedDict):
     mean: float
 
 
-class SweepSummary(SweepSettings, PromptsCutOfAll, total=False):
+class SweepSummary(SweepSettings, PromptsCutOfAll, UnknownOfAll, total=False):
     """How fast a finished sweep was, and its settings: ``summary.json``. A dry run has `num_rows` alone."""
 
     num_rows: int
@@ -285,7 +293,7 @@ def generate(
     )
     prompts = _check_sizes(generator, options, prompts, settings.prompts, skipped)
     run = Storage(settings.run)
-    print(f"generate: {len(prompts)} images of {settings.prompts} by {run} -> {out}", flush=True)
+    print(f"generate: {counted(len(prompts), 'image')} of {settings.prompts} by {run} -> {out}", flush=True)
     plan = read_plan(out, MANIFEST)
     done = committed_blocks(out, MANIFEST)
     if settings.dry_run:
@@ -358,17 +366,23 @@ def _say(summary: SweepSummary, options: Any) -> None:
     each = summary["seconds_per_image"]
     how = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if value not in ("", None))
     print(
-        f"generate: {summary['num_images']} images, {summary['images_per_s']:.3g} images/s; {each['median']:.3g} s an "
-        f"image (p95 {each['p95']:.3g} s), beside {summary['load_s']:.1f} s of loading and {summary['warmup_s']:.1f} s "
-        f"of warm-up; {how}, {summary['dtype']}, {', '.join(summary['devices'])}",
+        f"generate: {counted(summary['num_images'], 'image')}, {summary['images_per_s']:.3g} images/s; "
+        f"{each['median']:.3g} s an image (p95 {each['p95']:.3g} s), beside {summary['load_s']:.1f} s of loading and "
+        f"{summary['warmup_s']:.1f} s of warm-up; {how}, {summary['dtype']}, {', '.join(summary['devices'])}",
         flush=True,
     )
     # Absent in the summaries of earlier versions.
     if summary.get("num_prompts_cut"):
         print(
-            f"generate: {summary['num_prompts_cut']} prompts are longer than the {summary['max_tokens']} tokens that "
-            f"the text encoder reads, and their ends were cut off: {', '.join(summary['prompts_cut'])}"
+            f"generate: longer than the {summary['max_tokens']} tokens that the text encoder reads, so that their ends "
+            f"were cut off: {counted(summary['num_prompts_cut'], 'prompt')}, {', '.join(summary['prompts_cut'])}"
             f"{', ...' if summary['num_prompts_cut'] > len(summary['prompts_cut']) else ''}",
+            flush=True,
+        )
+    if num_unknown := summary.get("num_prompts_unknown"):
+        print(
+            f"generate: {counted(num_unknown, 'prompt')} {'has' if num_unknown == 1 else 'have'} words that the run's "
+            f"text encoder does not know and cannot draw, such as {', '.join(summary['unknown_words'])}",
             flush=True,
         )
     if summary.get("negative_prompt_is_cut"):
@@ -386,6 +400,17 @@ def _prompts_cut(blocks: Sequence[BlockFacts]) -> PromptsCutOfAll:
         "num_prompts_cut": sum(block["num_prompts_cut"] for block in saying),
         "prompts_cut": [image_id for block in saying for image_id in block["prompts_cut"]][:_NUM_NAMED],
         "negative_prompt_is_cut": any(block["negative_prompt_is_cut"] for block in saying),
+    }
+
+
+def _unknown(blocks: Sequence[BlockFacts]) -> UnknownOfAll:
+    """What the blocks say of words that the text encoder does not know. Those of earlier versions say nothing."""
+    saying = [block for block in blocks if "unknown_words" in block]
+    if not saying:
+        return {}
+    return {
+        "num_prompts_unknown": sum(block["num_prompts_unknown"] for block in saying),
+        "unknown_words": sorted({word for block in saying for word in block["unknown_words"]})[:_NUM_NAMED],
     }
 
 
@@ -420,6 +445,7 @@ def summarise(out: Storage) -> SweepSummary:
         "warmup_s": max(block["warmup_s"] for block in blocks),
         "devices": sorted({block["device"] for block in blocks}),
         **_prompts_cut(cast(Sequence[BlockFacts], blocks)),
+        **_unknown(cast(Sequence[BlockFacts], blocks)),
         **cast(SweepSettings, plan["settings"]),
         # A sweep may be resumed at another commit; its first blocks may be of a time when they did not say which.
         "commits": sorted({block.get(COMMIT, plan[COMMIT]) for block in blocks}),

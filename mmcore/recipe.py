@@ -85,6 +85,9 @@ class Generator(Protocol):
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt before truncation, including begin and end. Safe while `generate` runs in a thread."""
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        """The words of each prompt that it cannot tell from each other. Safe beside `generate` on another thread."""
+
     def generate(
         self,
         prompts: Sequence[str],

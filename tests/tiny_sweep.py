@@ -58,6 +58,10 @@ class TinyGenerator(TrainedDiffusion):
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [2 + len(prompt.split()) for prompt in prompts]
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        """It knows no word in capitals."""
+        return [[word for word in prompt.split() if word.isupper()] for prompt in prompts]
+
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: Any, **how: Any) -> np.ndarray:
         return np.stack([tiny_image(prompt, seed, **how) for prompt, seed in zip(prompts, seeds, strict=True)])
 

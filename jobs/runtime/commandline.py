@@ -56,6 +56,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``1,000 images``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def in_one_line(error: BaseException) -> str:
     """The text of `error` without its line breaks."""
     return " ".join(str(error).split())

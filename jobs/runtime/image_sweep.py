@@ -35,7 +35,7 @@ COMMIT: Final = "commit"
 # images of two prompts at least 72 % of the values did by more. Of 8,192 codes that a Transformer drew, none differed;
 # where one does, those after it may, and the image is refused.
 _ADOPT_MEAN, _ADOPT_PATCHES = 2.0, 0.25
-# Of the prompts of a block that are longer than the text encoder reads, so many are named.
+# Of the prompts of a block that are longer than the text encoder reads, so many are named, and of the unknown words.
 _NUM_NAMED = 3
 
 
@@ -59,7 +59,14 @@ class PromptsCut(TypedDict):
     prompts_cut: list[str]
 
 
-class BlockFacts(WorkerFacts, PromptsCut):
+class UnknownWords(TypedDict):
+    """How many prompts of a block have words that the text encoder does not know, and some of these words."""
+
+    num_prompts_unknown: int
+    unknown_words: list[str]
+
+
+class BlockFacts(WorkerFacts, PromptsCut, UnknownWords):
     """What the manifest says of a block: of its worker, and when it was begun and ended (seconds since 1970)."""
 
     began: float
@@ -173,7 +180,13 @@ class GenerateImages:
             device=self.facts["device"],
             seconds=made.seconds,
         )
-        facts: BlockFacts = {**self.facts, **self._cut(prompts), "began": made.began, "ended": time.time()}
+        facts: BlockFacts = {
+            **self.facts,
+            **self._cut(prompts),
+            **self._unknown(prompts),
+            "began": made.began,
+            "ended": time.time(),
+        }
         return table.replace_schema_metadata({BLOCK: json.dumps(facts)})
 
     def _cut(self, prompts: list[Prompt]) -> PromptsCut:
@@ -188,6 +201,13 @@ class GenerateImages:
                 flush=True,
             )
         return {"num_prompts_cut": len(cut), "prompts_cut": [image_id for image_id, _ in cut[:_NUM_NAMED]]}
+
+    def _unknown(self, prompts: list[Prompt]) -> UnknownWords:
+        words = self.generator.unknown_words([each.prompt for each in prompts])
+        return {
+            "num_prompts_unknown": sum(map(bool, words)),
+            "unknown_words": sorted({word for each in words for word in each})[:_NUM_NAMED],
+        }
 
     def put(self, prompt: Prompt, image: np.ndarray) -> str:
         """Create the image's object, or adopt the one that a run before this one left there; returns its SHA-256."""

@@ -98,6 +98,21 @@ class PromptTokenizer:
         # verbose=False turns off a warning about prompts that are too long.
         return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        """The words of each prompt that are not in the vocabulary; a pretrained tokenizer spells any word."""
+        if not prompts:
+            return []
+        encoded = self.tokenizer(
+            list(prompts), add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        found = []
+        for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            unknown = [at for id_, at in zip(ids, offsets, strict=True) if id_ == self.tokenizer.unk_token_id]
+            words = [prompt[start:end] for start, end in unknown]
+            # Marks of punctuation are no words.
+            found.append([word for word in words if any(map(str.isalnum, word))])
+        return found
+
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """int64 ids (B, T) and the attention mask (B, T), 0 for padding."""
         encoded = self.tokenizer(

@@ -69,6 +69,9 @@ class TrainedAutoregressive:
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.text.num_tokens(prompts)
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        return self.text.unknown_words(prompts)
+
     @torch.inference_mode()
     def generate(
         self,

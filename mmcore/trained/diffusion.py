@@ -74,6 +74,9 @@ class TrainedDiffusion:
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         return self.text.num_tokens(prompts)
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        return self.text.unknown_words(prompts)
+
     def images(self, x_0: Tensor) -> Tensor:
         """x_0 of the network, (B, C, H, W) -> images in [-1, 1], (B, 3, P, P)."""
         return x_0 if self.vqvae is None else self.vqvae.decode(x_0 / self.scaling_factor)

@@ -62,6 +62,10 @@ class PromptReader:
         """Tokens of each prompt before truncation, including begin and end."""
         return self._counter.lengths(prompts)
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        """The words of each prompt that the tokenizer does not have."""
+        return self._counter.unknown_words(prompts)
+
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Text inputs of the network. All prompts are padded to `max_tokens`, so no prompt affects another's result."""
         if self.encoder is not None:

@@ -102,15 +102,29 @@ def test_prompts_that_were_cut_are_counted_and_named(without_ray, tmp_path, caps
     # Once for the first block, not for each prompt. Two threads begin together.
     named = re.findall(r"generate: the prompt of (?:p0 has 18|p4 has 19) tokens; its end beyond 16 is not read", told)
     assert 1 <= len(named) <= 2
-    assert "generate: 6 prompts are longer than the 16 tokens that the text encoder reads" in told
-    assert "were cut off: p0, p3, p4, p5, p6, ..." in told
+    assert "generate: longer than the 16 tokens that the text encoder reads" in told
+    assert "were cut off: 6 prompts, p0, p3, p4, p5, p6, ..." in told
     assert "the negative prompt is longer than 16 tokens" in told
 
 
 def test_nothing_is_said_of_prompts_that_are_read_whole(sweep, capsys):
     summary = sweep()
     assert (summary["num_prompts_cut"], summary["prompts_cut"], summary["negative_prompt_is_cut"]) == (0, [], False)
-    assert "cut off" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cut off" not in said
+    assert (summary["num_prompts_unknown"], summary["unknown_words"]) == (0, [])
+    assert "does not know" not in said
+
+
+def test_words_that_the_text_encoder_does_not_know_are_named(sweep, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("a DOG\n\n\na cat\nBEACH of DOG\n")
+    summary = sweep(prompts=str(tmp_path / "words.txt"))
+    assert (summary["num_images"], summary["num_prompts_unknown"]) == (3, 2)
+    assert summary["unknown_words"] == ["BEACH", "DOG"]
+    assert (
+        "generate: 2 prompts have words that the run's text encoder does not know and cannot draw, such as BEACH, DOG\n"
+        in (capsys.readouterr().out)
+    )
 
 
 def test_a_sweep_of_codes_resumes_and_says_its_own_options(without_ray, tmp_path):

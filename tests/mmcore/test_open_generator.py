@@ -246,6 +246,12 @@ def test_tokens_are_counted_before_any_are_cut(pixel_run: Storage) -> None:
     assert generator.max_tokens == 16
 
 
+def test_words_that_no_caption_held_are_told(pixel_run: Storage) -> None:
+    generator: Any = open_generator(pixel_run.uri).load()
+    assert generator.unknown_words(["a red square", "A Purple dog, square"]) == [[], ["Purple", "dog"]]
+    assert generator.unknown_words([]) == []
+
+
 def test_the_facts_type_of_a_recipe_says_what_opens_its_runs(
     pixel_run: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,7 @@ def test_a_row_may_give_its_size(tmp_path: Path) -> None:
 
 
 def test_lines_of_text_get_numbers_and_seeds_of_their_own(tmp_path: Path) -> None:
-    file = write(tmp_path / "p.txt", "\ufeffa dog\r\na cat, black\n  a bird \n\n\n")
+    file = write(tmp_path / "p.txt", "\ufeffa dog\r\n\r\na cat, black\n \n\n  a bird \n\n\n")
     prompts = list(read_prompts(file, seed=7))
     assert [(each.image_id, each.prompt) for each in prompts] == [
         ("000000", "a dog"), ("000001", "a cat, black"), ("000002", "a bird"),
