@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Columns
+from jobs.runtime.commandline import counted
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.image_blocks import ImageRows, image_files, plan_blocks
 from jobs.runtime.model_flags import parse_with_options
@@ -151,7 +152,8 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
         began_with=of_these.get("files"),
         began_sha256=of_these.get("ids_sha256"),
     )
-    print(f"caption: {blocks.num_rows} images of {images} in {len(blocks.items)} blocks -> {out}", flush=True)
+    num_images, num_blocks = counted(blocks.num_rows, "image"), counted(len(blocks.items), "block")
+    print(f"caption: {num_images} of {images} in {num_blocks} -> {out}", flush=True)
     if settings.dry_run:
         return {"num_rows": blocks.num_rows, "num_blocks": len(blocks.items)}
     done = run_sweep(
@@ -183,10 +185,10 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
         for name, reason in skipped[:_NUM_PRINTED]:
             print(f"skipped: {name}: {reason}")
         out.write(SKIPPED_FILE, csv_bytes(("image", "reason"), skipped))
-        print(f"caption: {len(skipped):,} of {blocks.num_rows:,} images skipped, all in {out}/{SKIPPED_FILE}")
+        print(f"caption: {len(skipped):,} of {num_images} skipped, all in {out}/{SKIPPED_FILE}")
     captions = zip(table["file_name"].to_pylist(), table["caption"].to_pylist(), strict=True)
     out.write(CAPTIONS_FILE, csv_bytes(("image", "caption"), captions))
-    print(f"caption: {len(table)} captions in {out}/{CAPTIONS_FILE}", flush=True)
+    print(f"caption: {counted(len(table), 'caption')} in {out}/{CAPTIONS_FILE}", flush=True)
     return {**done, "num_skipped": len(skipped)}
 
 

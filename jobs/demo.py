@@ -32,9 +32,11 @@ from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_ca
 from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime import demo_page
+from jobs.runtime.commandline import counted
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.demo_demands import caption_failures, image_failures, in_words
 from jobs.runtime.demo_keeping import keep_or_train, remove_other
+from jobs.runtime.flags import read_flags
 from jobs.runtime.job import Job, RunOptions, recipe_name
 from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import PARTS, read_parts
@@ -70,6 +72,11 @@ NUM_GENERATED, NUM_CAPTIONED, NUM_RECONSTRUCTED = 24, 12, 8
 FULL_TRAINING = (
     "The training is short on purpose: python jobs/train_autoregressive.py trains on to its end, in less than an hour, "
     "on scenes of up to three shapes, of which it then gets 96.5 % of the attributes and 80.2 % of the scenes right."
+)
+_MORE_FLAGS = (
+    "The settings of the data and of the three recipes are flags too, such as --shapes.num-train 2000 or "
+    "--captioner.train.max-steps 500: those of jobs/prepare.py and of the trainings, after --shapes., --captioner., "
+    "--vqvae. or --autoregressive."
 )
 # A batch of the VQ-VAE that a laptop holds.
 _IMAGES_AT_ONCE = 64
@@ -208,7 +215,7 @@ def caption_test_split(demo: Demo) -> str:
         ),
         SearchOptions(num_beams=demo.settings.num_beams),
     )
-    return f"{facts['num_rows']:,} images, {facts['rows_done_now']:,} of them now"
+    return f"{counted(facts['num_rows'], 'image')}, {facts['rows_done_now']:,} of them now"
 
 
 def score_test_captions(demo: Demo) -> str:
@@ -429,7 +436,9 @@ def serve_command(demo: Demo, key: str) -> str:
 
 
 def main() -> None:
-    demo = run_demo(tyro.cli(DemoSettings, description=__doc__, prog="python jobs/demo.py"))
+    command = "python jobs/demo.py"
+    parse = lambda argv: tyro.cli(DemoSettings, args=argv, description=__doc__, prog=command)
+    demo = run_demo(read_flags(parse, sys.argv[1:], command, hidden=_MORE_FLAGS))
     if demo.failures:
         print(f"error: {'; '.join(demo.failures)}", file=sys.stderr)
         sys.exit(1)

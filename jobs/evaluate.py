@@ -21,7 +21,8 @@ from typing import Any, Literal
 import nltk
 import tyro
 
-from jobs.runtime.commandline import run
+from jobs.runtime.commandline import counted, run
+from jobs.runtime.flags import read_flags
 from jobs.runtime.source import output_storage
 from mmcore.data.manifest import read_images, read_manifest
 from mmcore.data.predictions import read_predictions
@@ -186,7 +187,7 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
         print(f"scores written to {place.uri}/{file_name}", file=sys.stderr)
     print(f"references: {references.location}: {references.form}", file=sys.stderr)
     print(
-        f"{len(captions)} images scored of the {len(references.captions)} that have references",
+        f"{counted(len(captions), 'image')} scored of the {len(references.captions):,} that have references",
         file=sys.stderr,
     )
     return result
@@ -335,7 +336,17 @@ def main() -> None:
         "colours": ColourScoreSettings,
         "photos": PhotoScoreSettings,
     }
-    settings = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__, prog="python jobs/evaluate.py")
+    command = "python jobs/evaluate.py"
+    kind, *flags = sys.argv[1:] or [""]
+    if kind not in (*kinds, "-h", "--help"):
+        raise InputError(f"{kind or 'which scores'}: choose one of {', '.join(kinds)}")
+    settings: Any = read_flags(
+        lambda flags: tyro.extras.subcommand_cli_from_dict(
+            kinds, args=[kind, *flags], description=__doc__, prog=command
+        ),
+        flags,
+        f"{command} {kind}",
+    )
     if isinstance(settings, CaptionScoreSettings):
         result = evaluate_captions(settings)
     elif isinstance(settings, PhotoScoreSettings):

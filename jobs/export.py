@@ -20,6 +20,7 @@ RUN/model/model.safetensors. The Transformer's VQ-VAE is a run by itself. It can
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any, Literal
 import tyro
 
 from jobs.runtime.commandline import run as run_job
+from jobs.runtime.flags import read_flags
 from jobs.runtime.source import output_storage
 from mmcore.catalogue import names
 from mmcore.errors import InputError
@@ -125,7 +127,9 @@ def export(settings: ExportSettings) -> float:
 
 
 def main() -> None:
-    export(tyro.cli(ExportSettings, description=__doc__, prog="python jobs/export.py"))
+    command = "python jobs/export.py"
+    parse = lambda argv: tyro.cli(ExportSettings, args=argv, description=__doc__, prog=command)
+    export(read_flags(parse, sys.argv[1:], command))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import threading
 import uuid
 from collections import Counter
@@ -36,7 +37,8 @@ import tyro
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.cluster import connect
-from jobs.runtime.commandline import one_line, run
+from jobs.runtime.commandline import counted, one_line, run
+from jobs.runtime.flags import read_flags
 from jobs.runtime.progress import Report, progress
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import output_storage
@@ -60,6 +62,8 @@ ROWS_PER_FILE = 1000
 # A file is made in memory by one task, and one Arrow column of bytes ends at 2 GiB.
 MAX_BYTES_PER_FILE = 256 * 2**20
 POLL_INTERVAL_S = 0.5
+# That of the published captioner; the default of `best` is the report's.
+_ENCODER = "google/mobilenet_v2_1.0_224"
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _COMMON_FIELDS = [
     pa.field("image_id", pa.string()),
@@ -192,9 +196,9 @@ def _plan_photos(settings: PrepareSettings, scratch: Path) -> _Plan:
             f"skipped {len(source.skipped):,} in all, listed in {settings.storage.rstrip('/')}/data/{settings.dataset}/"
             f"{SKIPPED_FILE}; the report's splits count the images that are left"
         )
-    num_captions = sum(len(photo.captions) for photo in source.photos)
-    num_images = len(source.photos)
-    print(f"found: {source.form}, {num_images:,} images, {num_captions:,} captions, every image decodes")
+    num_captions = counted(sum(len(photo.captions) for photo in source.photos), "caption")
+    num_images = counted(len(source.photos), "image")
+    print(f"found: {source.form}, {num_images}, {num_captions}, every image decodes")
     print(f"read: {source.detail}")
     for note in source.notes:
         print(note)
@@ -370,10 +374,9 @@ def _listed(settings: dict[str, Any]) -> str:
 
 def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
     target = f"{settings.storage.rstrip('/')}/data/{settings.dataset}"
-    num_files = len(summary["files"])
     print(
-        f"{summary['dataset']}: {summary['num_images']:,} images, {summary['num_captions']:,} captions "
-        f"in {num_files} file{'s' * (num_files != 1)} under {target}"
+        f"{summary['dataset']}: {counted(summary['num_images'], 'image')}, "
+        f"{counted(summary['num_captions'], 'caption')} in {counted(len(summary['files']), 'file')} under {target}"
     )
     for column, counts in summary["splits"].items():
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
@@ -389,15 +392,16 @@ def next_command(settings: PrepareSettings, splits: dict[str, dict[str, int]]) -
         of_report, of_source = SPLIT_COLUMNS[0], SPLIT_COLUMNS[-1]
         trains = TRAIN in splits[of_source] and not {VALIDATION, TEST}.isdisjoint(splits[of_source])
         split = of_source if trains and settings.dataset != "flickr8k" else of_report
-        flags = ["--variant", "best", "--name", "best", "--dataset", settings.dataset, "--split", split]
+        flags = ["--variant", "best", "--encoder", _ENCODER, "--name", "best"]
+        flags += ["--dataset", settings.dataset, "--split", split]
     flags += ["--storage", settings.storage]
     return shlex.join(["python", "jobs/train_resnet_captioner.py", *flags])
 
 
 def main() -> None:
-    settings = tyro.cli(
-        PrepareSettings, description=__doc__, prog="python jobs/prepare.py", config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    command, config = "python jobs/prepare.py", (tyro.conf.FlagCreatePairsOff,)
+    parse = lambda argv: tyro.cli(PrepareSettings, args=argv, description=__doc__, prog=command, config=config)
+    settings = read_flags(parse, sys.argv[1:], command)
     summary = prepare(settings)
     # Here alone: a training that makes the Shapes data for itself is followed by no other.
     print(f"next: {next_command(settings, summary['splits'])}")

@@ -128,6 +128,7 @@ def _encode(
             recipe.dataset,
             vqvae=run,
             flip=flip,
+            num_views=1 + recipe.flip,
             # Fresh scenes stand for those that train.
             split=f"{recipe.split}:{table.validation_split}" if recipe.fresh_scenes else None,
             stall_timeout_s=job.options.stall_timeout,

@@ -89,12 +89,12 @@ def _check(job: Job[Any]) -> Job[Any]:
 
 
 def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:
-    """Print sizes, beside the report's where it has such a model, and steps."""
+    """Print sizes, of its variant `report` beside those that the report tells, and steps."""
     recipe: CaptionerRecipe = job.recipe
     trainable = sum(parameter.numel() for parameter in recipe.build(facts).parameters())
     entry = RECIPES.get(job.recipe_name)
     table_1 = entry.table_1 if entry else None
-    theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 else ""
+    theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 and job.variant == "report" else ""
     steps_per_epoch, total = num_steps(recipe.train, num_train)
     print(
         f"parameters: {(trainable + num_frozen) / 1e6:.2f} M in all, {trainable / 1e6:.2f} M trainable{theirs}; "
@@ -113,6 +113,7 @@ def _encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encode
             encoder=recipe.encoder,
             image_size=recipe.image_size,
             flip=flip,
+            num_views=1 + recipe.flip,
             stall_timeout_s=job.options.stall_timeout,
         )
         for flip in ([False, True] if recipe.flip else [False])

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from jobs.runtime import ray_private
-from jobs.runtime.commandline import in_one_line, say
+from jobs.runtime.commandline import counted, in_one_line, say
 from jobs.runtime.source import ROOT
 from mmcore.errors import InputError
 from mmcore.temporary import make_folder
@@ -100,7 +100,7 @@ def _start_local() -> None:
         said = " ".join(str(error).split())
         raise InputError(f"Ray does not start on this machine, its files in {folder} (RAY_TMPDIR): {said}") from error
     _point_to(context.dashboard_url)
-    say(f"Ray: started on this machine, {_totals()}, dashboard http://{context.dashboard_url}{token_note}")
+    say(f"Ray: started on this machine, {_own_totals()}, dashboard http://{context.dashboard_url}{token_note}")
 
 
 def _join(address: str) -> None:
@@ -200,6 +200,13 @@ def _quieten_ray_data() -> None:
 def _totals() -> str:
     total = ray.cluster_resources()
     return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
+
+
+def _own_totals() -> str:
+    """What this machine has, and where Ray was told of another number."""
+    total, cores = ray.cluster_resources(), ray_private.cpus()
+    told = f" ({total['CPU']:g} in Ray's count)" if total["CPU"] != cores else ""
+    return f"{counted(cores, 'CPU core')}{told}, {counted(int(total.get('GPU', 0)), 'GPU')}"
 
 
 def max_gpus() -> int:

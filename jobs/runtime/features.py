@@ -90,16 +90,19 @@ def cached_image_column(
     encoder: str,
     image_size: int,
     flip: bool = False,
+    num_views: int = 1,
     stall_timeout_s: float | None = None,
 ) -> CachedColumn:
-    """The images of a prepared dataset: tokens of the frozen `encoder`, or with `scratch` pixels."""
+    """The images of a prepared dataset: tokens of the frozen `encoder`, or with `scratch` pixels.
+
+    `num_views`: how many columns of views the caller asks for, the mirrored one last; it is told beside the progress.
+    """
     facts = read_dataset_facts(storage, dataset)
     encoder = absolute_folder(encoder)
     fingerprint = PIXELS if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
-    view = "mirrored " if flip else ""
     return cached_column(
         storage,
-        what=f"encode {view}{dataset} with {encoder}",
+        what=f"encode {dataset}{_view(flip, num_views)} with {encoder}",
         encoder_fingerprint=fingerprint,
         key=[fingerprint, image_size, flip, facts["fingerprint"]],
         blocks=lambda: plan_blocks(storage / "data" / dataset),
@@ -107,6 +110,10 @@ def cached_image_column(
         worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
         stall_timeout_s=stall_timeout_s,
     )
+
+
+def _view(flip: bool, num_views: int) -> str:
+    return f", view {1 + flip} of {num_views}{', mirrored,' if flip else ','}" if num_views > 1 else ""
 
 
 def cached_pixels(job: Job[Any]) -> CachedColumn:
@@ -121,10 +128,16 @@ def cached_pixels(job: Job[Any]) -> CachedColumn:
 
 
 def cached_latent_column(
-    storage: Storage, dataset: str, *, vqvae: Storage, flip: bool = False, stall_timeout_s: float | None = None
+    storage: Storage,
+    dataset: str,
+    *,
+    vqvae: Storage,
+    flip: bool = False,
+    num_views: int = 1,
+    stall_timeout_s: float | None = None,
 ) -> CachedColumn:
     """The images of a prepared dataset as latents (C, h, w) of the trained `vqvae`, a finished run."""
-    return _cached_vqvae_column("latents", EncodeLatents, storage, dataset, vqvae, flip, stall_timeout_s)
+    return _cached_vqvae_column("latents", EncodeLatents, storage, dataset, vqvae, flip, num_views, stall_timeout_s)
 
 
 def cached_code_column(
@@ -133,6 +146,7 @@ def cached_code_column(
     *,
     vqvae: Storage,
     flip: bool = False,
+    num_views: int = 1,
     split: str | None = None,
     stall_timeout_s: float | None = None,
 ) -> CachedColumn:
@@ -140,7 +154,7 @@ def cached_code_column(
 
     `split`: ``COLUMN:NAME`` takes the images of one split alone.
     """
-    return _cached_vqvae_column("codes", EncodeCodes, storage, dataset, vqvae, flip, stall_timeout_s, split)
+    return _cached_vqvae_column("codes", EncodeCodes, storage, dataset, vqvae, flip, num_views, stall_timeout_s, split)
 
 
 def _cached_vqvae_column(
@@ -150,14 +164,14 @@ def _cached_vqvae_column(
     dataset: str,
     vqvae: Storage,
     flip: bool,
+    num_views: int,
     stall_timeout_s: float | None,
     split: str | None = None,
 ) -> CachedColumn:
     facts, fingerprint = read_dataset_facts(storage, dataset), open_autoencoder(vqvae.uri).load().fingerprint()
-    view = "mirrored " if flip else ""
     return cached_column(
         storage,
-        what=f"encode {view}{dataset} with {vqvae}",
+        what=f"encode {dataset}{_view(flip, num_views)} with {vqvae}",
         encoder_fingerprint=fingerprint,
         key=[kind, fingerprint, flip, facts["fingerprint"], *([split] if split else [])],
         blocks=lambda: plan_blocks(storage / "data" / dataset, split),

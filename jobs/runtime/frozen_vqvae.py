@@ -1,6 +1,7 @@
 """The frozen VQ-VAE that a generator is trained on: named by the job, or trained first; on a worker always that one."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 from jobs.runtime.job import Job
@@ -31,8 +32,8 @@ def vqvae_job(job: Job[Any]) -> Job[VQVAERecipe]:
     if own.recipe.perceptual is not None:
         raise InputError(
             f"--vqvae is missing: the VQ-VAE of `{variant}` is trained with a perceptual loss whose weights are "
-            f"files of yours; run `python jobs/train_vqvae.py --variant {variant} --storage {job.storage} ...` "
-            "first, and name its run"
+            f"files of yours; run `python jobs/train_vqvae.py --variant {variant} --vgg16 FILE --lpips-heads FILE "
+            f"--storage {shlex.quote(str(job.storage))}` first, and name its run"
         )
     recipe = dataclasses.replace(own.recipe, dataset=job.recipe.dataset, split=job.recipe.split)
     return dataclasses.replace(own, recipe=recipe)

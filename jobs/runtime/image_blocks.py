@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 
 from jobs.runtime.blocks import MAX_BLOCKS, ROWS_PER_BLOCK, Blocks, FilesItem, ImageFiles, ShardRows, SourceItem
+from jobs.runtime.commandline import counted
 from mmcore.errors import InputError
 from mmcore.images import IMAGE_SUFFIXES
 from mmcore.storage import Storage
@@ -122,7 +123,7 @@ def _say_what_is_left_out(source: Storage, names: list[str], shards: list[str], 
         endings = Counter(PurePosixPath(name).suffix.lower() or "none" for name in others)
         counts = ", ".join(f"{ending} {count:,}" for ending, count in endings.most_common())
         why = "beside the Parquet shards" if shards else "no images by their endings"
-        print(f"left out of {source}: {len(others):,} files, {why} ({counts})", flush=True)
+        print(f"left out of {source}: {counted(len(others), 'file')}, {why} ({counts})", flush=True)
 
 
 def _file_blocks(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
+from jobs.runtime.flags import read_flags
 from jobs.runtime.source import output_storage
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
@@ -35,7 +36,7 @@ class RunOptions:
     fresh: bool = False
     """Start anew even if a run of this name is there."""
     dry_run: bool = False
-    """Print the resolved recipe, sizes, steps and what would be read and written, and stop."""
+    """Print what would be read and written, sizes, steps and the resolved recipe, and stop."""
     stream: bool = False
     """Captioners only: feed the workers through Ray Data, not a copy on their disk, where data are larger. A restart
     then goes on at the right step but reads the interrupted epoch from its beginning."""
@@ -114,7 +115,8 @@ def parse_job(
     collect.__defaults__ = (variant, variants[variant], RunOptions())
     variant_help = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
     collect.__doc__ = f"{description.strip()}\n\n{variant_help}"
-    parsed: Job[R] = tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
+    config = (tyro.conf.OmitArgPrefixes,)
+    parsed: Job[R] = read_flags(lambda argv: tyro.cli(collect, args=argv, prog=command, config=config), argv, command)
     check_effect(parsed.recipe, variants[variant])
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)

@@ -52,7 +52,12 @@ def _encode(
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
         cached_latent_column(
-            job.storage, recipe.dataset, vqvae=run, flip=flip, stall_timeout_s=job.options.stall_timeout
+            job.storage,
+            recipe.dataset,
+            vqvae=run,
+            flip=flip,
+            num_views=1 + recipe.flip,
+            stall_timeout_s=job.options.stall_timeout,
         )
         for flip in ([False, True] if recipe.flip else [False])
     ]

@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from jobs.runtime.flags import read_flags
+
 Settings = TypeVar("Settings")
 
 
@@ -39,4 +41,5 @@ def parse_with_options(
     collect.__annotations__ |= {"settings": Annotated[settings_type, flat], "options": Annotated[type(options), flat]}
     collect.__defaults__ = (options,)
     collect.__doc__ = description
-    return tyro.cli(collect, args=argv, prog=command, config=(tyro.conf.OmitArgPrefixes,))
+    config = (tyro.conf.OmitArgPrefixes,)
+    return read_flags(lambda argv: tyro.cli(collect, args=argv, prog=command, config=config), argv, command)

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime.blocks import Blocks, Columns, ColumnsItem, SourceItem
 from jobs.runtime.cluster import connect, max_gpus
-from jobs.runtime.commandline import one_line
+from jobs.runtime.commandline import counted, one_line
 from jobs.runtime.image_blocks import ImageRows, read_block
 from jobs.runtime.progress import progress
 from jobs.runtime.ray_private import cpus
@@ -302,7 +302,7 @@ def run_sweep(
         "seconds": 0.0,
     }
     if not todo:
-        print(f"{what}: all {blocks.num_rows} images are done already", flush=True)
+        print(f"{what}: all done already: {counted(blocks.num_rows, 'image')}", flush=True)
         return facts
     if done:
         print(f"{what}: {len(done)} of {len(blocks.items)} blocks are done already, going on", flush=True)

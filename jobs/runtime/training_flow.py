@@ -1,8 +1,8 @@
 """The way of every training job: refuse, dry run, dataset, table, sizes, frozen features, training."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,8 @@ from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
 
 F = TypeVar("F")
+# Of the lines in which a dry run lists the settings.
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,12 @@ def say_what_is_cut(lengths: Sequence[int], most: int, mend: str) -> None:
 
 
 def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
-    """Print the resolved recipe and what would be read and written; nothing is written."""
+    """Print what would be read and written, sizes and steps, and last the resolved recipe; nothing is written."""
     recipe, storage = job.recipe, job.storage
     makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS)
-    # What is missing is said before fifty lines of settings.
     table = shapes_table(ShapesSettings()) if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
     facts = flow.plan(job, table)
-    print(json.dumps({"recipe": job.recipe_name, "variant": job.variant, **recipe_to_json(recipe)}, indent=1))
+    print(f"recipe: {job.recipe_name}, variant {job.variant}")
     if makes_shapes:
         print(f"first:  makes the Shapes data, {ShapesSettings()}")
     reads = [f"{storage}/data/{recipe.dataset}", flow.reads(job), f"{storage}/features (encoded first where missing)"]
@@ -126,3 +127,14 @@ def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
         f"{num_cached:,} images, in the storage and on each machine"
     )
     flow.describe(job, facts, len(table.rows(TRAIN)))
+    settings = ", ".join(f"{name} {value}" for name, value in _flat(recipe_to_json(recipe)))
+    print(textwrap.fill(f"settings: {settings}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _flat(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of a recipe and of its parts, by names of their own as in the flags."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, value

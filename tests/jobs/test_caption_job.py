@@ -121,7 +121,7 @@ def test_killed_each_image_is_captioned_once(num_kills, run_folder, images, tmp_
 
     before = digests(out / "parts")
     again = call_job(main, *command)
-    assert f"all {NUM_IMAGES} images are done already" in again.stdout
+    assert f"all done already: {NUM_IMAGES} images" in again.stdout
     assert digests(out / "parts") == before
 
 

@@ -135,7 +135,7 @@ def test_low_scores_are_the_first_thing_that_the_page_says(
     [
         ("--num-generated", "1", "error: --num-generated 1: at least 2 are needed"),
         ("--autoregressive.vqvae", "a/run", "error: --autoregressive.vqvae a/run: the demo trains a VQ-VAE of its own"),
-        ("--autoregressive.sample.top-p", "0", "Error parsing autoregressive: --top-p 0: must be above 0"),
+        ("--autoregressive.sample.top-p", "0", "error: --top-p 0: must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(

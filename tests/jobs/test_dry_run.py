@@ -62,6 +62,7 @@ def test_the_bytes_of_an_image_are_told(
     assert f"state:  {state}" in out
     assert f"writes: {folder}/out/runs/{name}/default" in out
     assert "steps: 5 of 8 images, 5 an epoch" in out
+    assert "Table 1" not in out, "of Flickr8k, and of another size"
     assert sorted(folder.rglob("*")) == before
 
 

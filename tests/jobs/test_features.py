@@ -62,7 +62,11 @@ def part_times(folder: Storage) -> dict[str, int]:
 
 
 def test_the_encoder_runs_once(
-    storage: Storage, encoder_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage,
+    encoder_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = tmp_path / "calls"
 
@@ -93,7 +97,9 @@ def test_the_encoder_runs_once(
     assert num_encoded() == NUM_IMAGES
     assert part_times(first.folder) == times
 
-    mirrored = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32, flip=True)
+    capsys.readouterr()
+    mirrored = cached_image_column(storage, "shapes", encoder=encoder_folder, image_size=32, flip=True, num_views=2)
+    assert f"encode shapes, view 2 of 2, mirrored, with {encoder_folder}: " in capsys.readouterr().err
     assert mirrored.encoded_now == NUM_IMAGES == num_encoded() - NUM_IMAGES
     assert mirrored.folder != first.folder
 

@@ -1,10 +1,14 @@
-"""A flag without effect is refused, and one flag is enough to change the kind of a part."""
+"""A flag without effect is refused, and one flag is enough to change the kind of a part. What a wrong flag and --help
+show."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import tyro
 
 from jobs import train_autoregressive, train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
+from jobs.runtime.flags import read_flags
 from jobs.runtime.job import Job, parse_job
 from mmcore.errors import InputError
 
@@ -101,3 +105,76 @@ def test_a_job_that_the_catalogue_does_not_name_is_refused() -> None:
         InputError, match=r"^jobs/train_x\.py: mmcore/catalogue\.py has no recipe 'x'; add it to RECIPES"
     ):
         parse_job("jobs/train_x.py", train_ldm.VARIANTS, "", [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--batch-sise", "4"], r"--batch-sise: no such flag; did you mean --batch-size\? `.* --help` lists all"),
+        (["--train.lr=3"], r"--train\.lr: no such flag; did you mean --lr\? .*"),
+        (["--zzz"], r"--zzz: no such flag; `python jobs/train_ldm\.py --help` lists all"),
+        (["--lr", "3", "4"], r"4: belongs to no flag; `python jobs/train_ldm\.py --help` lists all"),
+        (["--batch_size", "x"], r"--batch-size 'x': give a whole number"),
+        (["--lr", "x"], r"--lr 'x': give a number"),
+        (["--max-steps", "x"], r"--max-steps 'x': give \{None\}\|INT"),
+        (["--optimizer", "sgd"], r"--optimizer sgd: choose one of 'adam', 'adamw'"),
+        (["--lr"], r"--lr: its value is missing"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_its_mend(flags: list[str], line: str) -> None:
+    with pytest.raises(InputError, match=f"^{line}$"):
+        parsed("ldm", "--variant", "smoke", *flags)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a job."""
+
+    depth: int = 1
+    """How deep."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A job."""
+
+    width: int
+    """How wide, at the place where it is widest and after all that was said of it here. The next line is that of
+    `width` alone; there are
+    three lines of it."""
+    part: Part = field(default_factory=Part)
+    """Another group."""
+
+
+def parse_whole(argv: list[str]) -> Whole:
+    description = "All that it does, in a line that is longer than the terminal, in a docstring of several\nlines." * 2
+    return tyro.cli(Whole, args=argv, prog="job", description=f"{description}\n\n    job --width 3\n")
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(InputError, match=r"^--width: needed; `job --help` says what for$"):
+        read_flags(parse_whole, [], "job")
+    assert read_flags(parse_whole, ["--width", "3"], "job") == Whole(3)
+
+
+def test_the_help_has_no_ragged_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_flags(parse_whole, ["--help"], "job")
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "    job --width 3" in lines
+    start = next(number for number, line in enumerate(lines) if line.startswith("  --width INT"))
+    end = next(number for number, line in enumerate(lines) if line.endswith("(required)"))
+    assert end - start >= 2
+    assert min(map(len, lines[start:end])) > 65, lines[start : end + 1]
+    assert text.count("--part.depth") == 2, "in the usage, too"
+
+
+def test_a_help_without_its_groups_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_flags(parse_whole, ["--help"], "job", hidden="The flags of the part begin with --part.")
+    text = capsys.readouterr().out
+    assert "--width" in text
+    assert text.count("--part.depth") == 1
+    assert text.endswith("\n\nThe flags of the part begin with --part.\n")

@@ -91,7 +91,7 @@ def test_a_finished_sweep_needs_no_ray_and_generates_nothing(sweep, run_folder, 
     assert sweep() == first
     # Options that are not given again are those of the sweep's start.
     assert sweep(batch_size="auto", num_threads=None) == first
-    assert f"all {NUM} images are done already" in capsys.readouterr().out
+    assert f"all done already: {NUM} images" in capsys.readouterr().out
     assert tiny_sweep.calls(run_folder) == calls
     assert len(list((tmp_path / "out" / "lease").iterdir())) == 1
     # Killed just before its end. It computes its speed from the manifest.

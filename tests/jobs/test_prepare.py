@@ -192,6 +192,7 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     assert job.variant == ("shapes" if dataset == "shapes" else "best")
     assert job.recipe.split == ("split" if dataset == "shapes" else "split_karpathy"), "the source's own"
+    assert job.recipe.encoder == ("scratch" if dataset == "shapes" else "google/mobilenet_v2_1.0_224")
     assert table.rows("train")
     assert table.validation_rows()
     assert len(table.image_ids) == (18 if dataset == "shapes" else NUM_IMAGES)

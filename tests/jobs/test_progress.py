@@ -74,7 +74,7 @@ def test_without_a_total_only_the_time_and_what_is_done_are_said(
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_on_a_terminal_of_any_width_the_numbers_stay_whole(width: int) -> None:
-    work = Work("encode flickr8k with google/mobilenet_v2_1.0_224, view 1 of 2", "images", time.monotonic() - 30)
+    work = Work("encode flickr8k, view 1 of 2, with google/mobilenet_v2_1.0_224", "images", time.monotonic() - 30)
     for now, done in ((0.0, 0), (1.0, 10), (11.0, 110)):
         work.add(now, done, 8091, "")
     console = progress.Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)

@@ -105,7 +105,7 @@ def kill_and_count(
 
     before = parts(out)
     again = run_job(*command, env=env)
-    assert f"all {count} images are done already" in again.stdout
+    assert f"all done already: {count} images" in again.stdout
     assert "Ray: " not in again.stderr
     assert tiny_sweep.calls(run_folder) == calls
     assert parts(out) == before

@@ -232,7 +232,8 @@ def test_dry_run_writes_nothing(call_job: CallJob, storage: Storage) -> None:
     result = call_job(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run")
     assert everything_in(storage) == before
     assert not run_folder(storage, "dry").exists()
-    assert '"batch_size": 8' in result.stdout
+    assert result.stdout.startswith("recipe: resnet_captioner, variant smoke\n")
+    assert "batch_size 8, " in result.stdout[result.stdout.index("settings: ") :]
     assert "steps: 20 of 8 images, 5 an epoch" in result.stdout
     assert "parameters: 0.0" in result.stdout
     assert str(run_folder(storage, "dry")) in result.stdout
