@@ -43,6 +43,9 @@ _MODEL_CPUS = 0.5
 _ROOM = 4
 _API_ONGOING = 10_000
 _HEALTH_PERIOD_S = 5.0
+# Ray Serve logs every request, and every call between its processes, in lines of its own. The service's one line of a
+# request says more (serve/metrics.py).
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 _WAIT_LOOP_S = 0.5
 
 
@@ -150,6 +153,7 @@ def application(
         "graceful_shutdown_timeout_s": limits.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": _WAIT_LOOP_S,
         "health_check_period_s": _HEALTH_PERIOD_S,
+        "logging_config": QUIET,
     }
     model_options: dict[str, Any] = {
         **common,

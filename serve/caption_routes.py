@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from python_multipart.multipart import parse_options_header
@@ -19,7 +19,7 @@ from serve import images, schemas
 from serve.clients import Model, model_unavailable
 from serve.errors import ApiError, ErrorObject, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
-from serve.metrics import logger
+from serve.metrics import logger, note_slowest
 from serve.parsing import parse
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class CaptionRoutes:
         words = [front.limits.caption_words, asked.max_tokens, asked.max_completion_tokens]
         with front.admission.enter({model.name: 1}):
             image, max_words = _Image(data, param), min(each for each in words if each)
-            caption = await self._caption(model, image, max_words, facts["request_id"])
+            caption = await self._caption(model, image, max_words, facts)
         return JSONResponse(schemas.chat_answer(facts["request_id"], model.name, caption, max_words, ignored))
 
     async def captions(self, request: Request) -> Response:
@@ -99,7 +99,7 @@ class CaptionRoutes:
             image = _Image(data, f"images.{index}", _name(index, len(files), files[index][0]))
             most = front.limits.caption_words
             await self._decode(image, sizes)
-            told = await asyncio.gather(*(self._caption_or_error(m, image, most, facts["request_id"]) for m in able))
+            told = await asyncio.gather(*(self._caption_or_error(m, image, most, facts) for m in able))
             captions = {model.name: each for model, each in zip(able, told, strict=True) if isinstance(each, str)}
             errors = {model.name: each for model, each in zip(able, told, strict=True) if isinstance(each, ApiError)}
             if not captions:
@@ -177,28 +177,32 @@ class CaptionRoutes:
         image.pixels.update(await loop.run_in_executor(self._decoders, decode))
         self._front.metrics.stage.labels("all", "decode").observe(time.perf_counter() - began)
 
-    async def _caption_or_error(self, model: Model, image: "_Image", max_words: int, request_id: str) -> str | ApiError:
+    async def _caption_or_error(
+        self, model: Model, image: "_Image", max_words: int, line: dict[str, Any]
+    ) -> str | ApiError:
         """An error where the captioner fails; what is wrong with the request itself is raised."""
         try:
-            return await self._caption(model, image, max_words, request_id)
+            return await self._caption(model, image, max_words, line)
         except ApiError as error:
             if error.status < 500:
                 raise
             return error
         except Exception:
-            about = {"request_id": request_id, "model": model.name}
+            about = {"request_id": line["request_id"], "model": model.name}
             logger.exception("captioner failed", extra={"fields": about})
-            return fault(request_id)
+            return fault(line["request_id"])
 
-    async def _caption(self, model: Model, image: "_Image", max_words: int, request_id: str) -> str:
+    async def _caption(self, model: Model, image: "_Image", max_words: int, line: dict[str, Any]) -> str:
+        """`line`: what is logged of the request."""
         sizes = {cast("CaptionerInfo", await model.info())["resolution"]}
         for _ in range(_MAX_VERSIONS):
             if missing := sizes - set(image.pixels):
                 await self._decode(image, missing)
             pixels = {size: image.pixels[size] for size in sizes}
-            done: Captioned | OtherResolution = await model.replica.call("caption", pixels, max_words, request_id)
+            done: Captioned | OtherResolution = await model.replica.call("caption", pixels, max_words)
             if "caption" in done:
                 self._front.metrics.observe(model.name, done["facts"])
+                note_slowest(line, done["facts"])
                 return done["caption"]
             # A version of the model that takes another size answered. Either may be the next one to be asked.
             model.forget()

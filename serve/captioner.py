@@ -11,7 +11,7 @@ from mmcore.device import compute_thread
 from serve import hardware
 from serve.batching import Batcher
 from serve.limits import Limits
-from serve.metrics import ImageFacts, configure_logging, facts_of, log_work
+from serve.metrics import ImageFacts, configure_logging, facts_of
 
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 16, 64
 
@@ -93,9 +93,7 @@ class Captioner:
             },
         }
 
-    async def caption(
-        self, pixels: Mapping[int, np.ndarray], max_words: int, request_id: str
-    ) -> Captioned | OtherResolution:
+    async def caption(self, pixels: Mapping[int, np.ndarray], max_words: int) -> Captioned | OtherResolution:
         """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by its size P.
 
         Where there is none of this model's size, the caller knew another version of it: the answer is the `resolution`
@@ -108,9 +106,7 @@ class Captioner:
         own = {name: caps[what] for what, name in recipe.capped_fields(self.model.options).items()}
         options = dataclasses.replace(self.model.options, **own)
         result = await self.batcher.submit(options, pixels[resolution])
-        facts = facts_of(result)
-        log_work("captioned", request_id, self.name, [facts])
-        return {"caption": result.value, "facts": facts}
+        return {"caption": result.value, "facts": facts_of(result)}
 
     def _run(self, options: Any, pixels: list[np.ndarray], on_step: Callable[[int, int], None]) -> Sequence[str]:
         return self.model.caption(np.stack(pixels), options)

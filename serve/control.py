@@ -204,11 +204,15 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
+        from serve.app import QUIET
+
+        # Of this process: what Ray Serve says of its own start.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # After Ray's own, which ends the process at once.
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         joined, deployed = _joins_cluster(), False
         try:
-            serve.start(http_options={"host": host, "port": port})
+            serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
             if joined and APP in serve.status().applications:
                 address = os.environ["RAY_ADDRESS"]
                 raise InputError(
@@ -216,6 +220,7 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
                     f"started, or, if that process is gone, by `RAY_ADDRESS={address} python -m serve.control stop`"
                 )
             deployed = True
+            _say("serve: starting; the models load, which takes a minute or two")
             try:
                 handle = serve.run(application, name=APP, route_prefix="/", blocking=False)
             except (RuntimeError, RayServeException) as error:

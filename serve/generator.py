@@ -15,7 +15,7 @@ from serve import hardware
 from serve.batching import Batcher
 from serve.errors import ApiError, ErrorFields, bad_value
 from serve.limits import Limits
-from serve.metrics import ImageFacts, configure_logging, facts_of, log_work
+from serve.metrics import ImageFacts, configure_logging, facts_of
 from serve.options import Told, options_of, png_text, refusal_of, tell, texts_of
 from serve.schemas import GenerateWork, size_text
 
@@ -247,7 +247,6 @@ class Generator:
             )
         )
         facts: list[ImageFacts] = [{**facts_of(result), "encode_s": loop.time() - began} for result in results]
-        log_work("generated", work.request_id, self.name, facts)
         yield {"event": "done", "images": list(images), "facts": facts}
 
     def _text(self, prompt: str, seed: int, group: Group) -> dict[str, str]:

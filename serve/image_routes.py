@@ -18,7 +18,7 @@ from serve.errors import ApiError, bad_value, fault, quoted
 from serve.front import Front, facts_of_request
 from serve.image_jobs import FinishedJob, RefusedJob, SubmittedJob, UnfinishedJob, new_id
 from serve.images import to_base64
-from serve.metrics import logger
+from serve.metrics import logger, note_slowest
 from serve.options import with_options
 from serve.parsing import parse
 from serve.schemas import GenerateWork
@@ -56,12 +56,13 @@ class ImageRoutes:
         front = self._front
         fields = await front.json(request, front.limits.max_json_bytes)
         asked, model, work, links = await self._work(request, fields)
+        line = facts_of_request(request)
         with contextlib.ExitStack() as held:
             held.enter_context(front.admission.enter({model.name: len(work.seeds)}))
             if asked.stream:
-                return _EventStream(self._events(model, work, links), held.pop_all())
+                return _EventStream(self._events(model, work, links, line), held.pop_all())
             done: LastEvent = await model.replica.call("generate", work)
-            return JSONResponse(await self._answer(model, work, done, links))
+            return JSONResponse(await self._answer(model, work, done, links, line))
 
     async def _work(
         self, request: Request, fields: Any, *where: str
@@ -97,13 +98,14 @@ class ImageRoutes:
         return self._storage
 
     async def _answer(
-        self, model: Model, work: GenerateWork, done: "LastEvent", links: Storage | None
+        self, model: Model, work: GenerateWork, done: "LastEvent", links: Storage | None, line: dict[str, Any]
     ) -> dict[str, Any]:
-        """The answer of a generator's last event."""
+        """The answer of a generator's last event. `line`: what is logged of the request."""
         if done["event"] == "refused":
             raise ApiError.from_dict(done["error"])
         for facts in done["facts"]:
             self._front.metrics.observe(model.name, facts)
+            note_slowest(line, facts)
         created = int(time.time())
         if links is None:
             data = [{"b64_json": to_base64(image)} for image in done["images"]]
@@ -121,7 +123,9 @@ class ImageRoutes:
         # Computed here, but the first one reads boto3's files, and any may have to ask for new credentials.
         return await asyncio.to_thread(lambda: [{"url": links.presigned_url(key, expires_s)} for key in keys])
 
-    async def _events(self, model: Model, work: GenerateWork, links: Storage | None) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, model: Model, work: GenerateWork, links: Storage | None, line: dict[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
         """The generator's events as server-sent ones, and before the last of them those of OpenAI's own type."""
         source = model.replica.stream("stream", work)
         waiting: asyncio.Future[Any] | None = None
@@ -140,25 +144,27 @@ class ImageRoutes:
                 event, waiting = waiting.result(), None
                 name = event.pop("event")
                 if name in ("done", "refused"):
-                    answer = await self._answer(model, work, cast("LastEvent", {"event": name, **event}), links)
+                    last = cast("LastEvent", {"event": name, **event})
+                    answer = await self._answer(model, work, last, links, line)
                     for completed in schemas.completed_events(answer):
                         yield _sse(completed["type"], completed)
                     yield _sse("done", {"type": "image_generation.done", **answer})
                     return
                 yield _sse(name, {"type": f"image_generation.{name}", **event})
         except ApiError as error:
-            yield self._broken_off(error)
+            yield self._broken_off(error, line)
         except Exception:
             # The status is long sent: without an event the client would take the end for one.
             logger.exception("stream failed", extra={"fields": {"request_id": work.request_id, "model": model.name}})
-            yield self._broken_off(fault(work.request_id))
+            yield self._broken_off(fault(work.request_id), line)
         finally:
             if waiting is not None:
                 waiting.cancel()
                 await asyncio.wait([waiting])
             await source.aclose()
 
-    def _broken_off(self, error: ApiError) -> bytes:
+    def _broken_off(self, error: ApiError, line: dict[str, Any]) -> bytes:
+        line["error"] = error.code
         self._front.metrics.refused.labels(error.code or "other").inc()
         return _sse("error", error.body())
 

@@ -95,14 +95,11 @@ def facts_of(batched: Batched[Any]) -> ImageFacts:
     return {"queue_s": batched.queue_s, "model_s": batched.model_s, "batch_size": batched.batch_size}
 
 
-def log_work(message: str, request_id: str, model: str, facts: list[ImageFacts]) -> None:
-    """One line of a model's process for a request's images: `facts` of each, of which the longest times are told."""
-    slowest = {
-        name: round(max(cast(Mapping[str, float], each)[name] for each in facts), 4)
-        for name in facts[0]
-        if name.endswith("_s")
-    }
-    logger.info(message, extra={"fields": {"request_id": request_id, "model": model, "n": len(facts), **slowest}})
+def note_slowest(line: dict[str, Any], facts: ImageFacts) -> None:
+    """Keep the longest times of a request's images in what is logged of the request."""
+    for name, value in facts.items():
+        if name.endswith("_s"):
+            line[name] = max(line.get(name, 0.0), round(cast(float, value), 4))
 
 
 def _forget(error: BaseException | None) -> None:

@@ -371,7 +371,7 @@ def test_a_replica_whose_model_hangs_for_a_request_s_time_is_not_healthy(kind: s
         replica = getattr(served, kind)
         ask = {
             "generator": lambda: served.generator.generate(wanted()),
-            "captioner": lambda: served.captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "id"),
+            "captioner": lambda: served.captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5),
         }[kind]
         asking = asyncio.ensure_future(ask())
         await until(begun.is_set)

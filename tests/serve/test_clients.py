@@ -128,8 +128,8 @@ def test_pixels_of_another_version_are_not_captioned() -> None:
 
     async def main() -> None:
         pixels = {size: np.zeros((size, size, 3), np.uint8) for size in (8, 16)}
-        assert await served.captioner.caption({8: pixels[8]}, 5, "id") == {"resolution": 16}
-        assert "caption" in await served.captioner.caption(pixels, 5, "id")
+        assert await served.captioner.caption({8: pixels[8]}, 5) == {"resolution": 16}
+        assert "caption" in await served.captioner.caption(pixels, 5)
         await served.close()
 
     run(main())

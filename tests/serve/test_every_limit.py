@@ -253,7 +253,7 @@ def test_a_captioner_with_options_of_its_own_is_capped_too() -> None:
             return [str(options)] * len(pixels)
 
     captioner = Captioner("words", lambda device: Words(), Limits(caption_beams=7))
-    answer = run(captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "r1"))
+    answer = run(captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5))
     assert answer["caption"].endswith("Sampling(temperature=0.5, num_words=5)")
 
 

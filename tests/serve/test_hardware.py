@@ -62,7 +62,7 @@ def test_a_model_is_loaded_in_the_thread_that_it_works_in() -> None:
     generator = Generator("shapes", lambda device: Shapes(), limits)
 
     async def main() -> None:
-        await captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5, "r1")
+        await captioner.caption({SIZE: np.zeros((SIZE, SIZE, 3), np.uint8)}, 5)
         await generator.generate(wanted("a red circle", steps=2))
 
     run(main())

@@ -328,13 +328,17 @@ def test_one_line_of_json_a_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert third["route"] == "other"
     assert len(third["request_id"]) <= 64
     assert "secret" not in json.dumps(told)
-    # The processes of models and of jobs log the same request.
-    mine = {line["message"]: line for line in told if line["request_id"] == "my-request.1"}
-    assert set(mine) == {"request", "generated", "captioned", "job"}
-    assert (mine["captioned"]["model"], mine["captioned"]["n"]) == ("words", 1)
-    assert mine["generated"]["model_s"] > 0
-    assert (mine["job"]["status"], mine["job"]["n"]) == ("done", 3)
-    assert mine["job"]["job"].startswith("job-")
+    # The times of the models' processes are in the request's own line; the end of a job has one more.
+    assert {"queue_s", "model_s", "encode_s"} <= first.keys()
+    mine = [line for line in told if line["request_id"] == "my-request.1"]
+    captioned = next(line for line in mine if line.get("route") == "/v1/chat/completions")
+    assert (captioned["model"], captioned["n"], captioned["model_s"] > 0) == ("words", 1, True)
+    (job,) = [line for line in mine if line["message"] == "job"]
+    assert (job["status"], job["n"]) == ("done", 3)
+    assert job["job"].startswith("job-")
+    assert {line["message"] for line in mine} == {"request", "job"}
+    once = [line["route"] for line in mine if line["message"] == "request" and line["method"] == "POST"]
+    assert sorted(once) == sorted([GENERATIONS, "/v1/chat/completions", "/v1/jobs"])
 
 
 async def one_job(headers: dict[str, str]) -> None:
