@@ -19,8 +19,8 @@ Pixels = npt.NDArray[np.uint8]
 # Points of a curve: a page of ten thousand would be slow to draw and look the same.
 _MAX_POINTS = 300
 _LEGEND = (
-    "Green words are right. A wrong one is struck out, and behind it stands what the image has in its place, if there "
-    "is anything. None of these was chosen by hand: they are the first."
+    "Green words are right. A wrong word is red and struck out, and an arrow leads to what the image shows instead, if "
+    "it shows anything. These are the first ones of the test split, not the best ones."
 )
 
 
@@ -29,10 +29,10 @@ def introduction(shapes: ShapesSettings) -> Html:
     most = {1: "one shape", 2: "one and two shapes", 3: "one to three shapes"}[shapes.max_objects]
     fewer = "" if shapes.max_objects == MAX_OBJECTS else ", as more take longer to learn than the demo may last"
     return paragraph(
-        "Two models, trained from nothing on drawn scenes: one says what an image shows; the other makes an image of a "
-        "prompt, a Transformer that writes one code after the other and a VQ-VAE that turns codes into pixels. The "
-        f"scenes hold {most}{fewer}. A program that knows neither model, the oracle, reads texts and pixels and judges "
-        "every attribute that is named."
+        "Two models were trained from nothing on drawn scenes. The captioner says what an image shows. The generator "
+        "makes an image of a prompt: a Transformer writes one code after the other, and a VQ-VAE turns the codes into "
+        f"pixels. The scenes hold {most}{fewer}. The oracle, a program that knows neither model, judges each attribute "
+        "that a text names."
     )
 
 

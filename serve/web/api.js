@@ -125,7 +125,7 @@ function refused(response, text) {
   const id = headers.get("X-Request-Id");
   const words = {
     400: `The service refused this request${because}.`,
-    401: apiKey.get() === null ? "The service wants a key." : "The service does not accept this key.",
+    401: apiKey.get() === null ? "The service needs a key." : "The service does not accept this key.",
     403: `This key may not do that${because}.`,
     404: `Not found${because}.`,
     413: `Too large for this service${because}.`,

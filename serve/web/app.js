@@ -51,7 +51,7 @@ function wantKey() {
   apiKey.forget();
   form.hidden = false;
   forget.hidden = true;
-  lead("The service wants a key.");
+  lead("The service needs a key.");
   if (!refused) return;
   showProblem(error, { message: "The service does not accept this key." });
   field.select();

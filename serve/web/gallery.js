@@ -1,4 +1,4 @@
-// The images of the last sweep, a page at a time.
+// The images of a sweep, a page at a time.
 
 import { galleryImage, galleryPage } from "./api.js";
 import {

@@ -56,7 +56,7 @@ def full(blank: Tab, service: StandIn, images: list[Path]) -> Tab:
     wait_made(blank, 3)
     service.failures[GENERATE] = [Failure(401, "")]
     blank.click("#generate")
-    blank.wait_text("#images-error", "The service wants a key.")
+    blank.wait_text("#images-error", "The service needs a key.")
     blank.click("#images-error button")
     blank.run("document.getElementById('gallery').scrollIntoView()")
     blank.wait("document.querySelectorAll('#swept img').length === 23")
@@ -132,7 +132,7 @@ def test_whole_use_by_keyboard_only(blank: Tab, service: StandIn) -> None:
         raise AssertionError(f"Tab never comes to {name}")
 
     blank.goto(service.url)
-    blank.wait_text("#service", "The service wants a key.")
+    blank.wait_text("#service", "The service needs a key.")
     to("key")
     blank.type("k-1")
     blank.press("Enter")

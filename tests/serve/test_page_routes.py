@@ -35,7 +35,7 @@ def test_the_key_goes_with_it(blank: Tab, service: StandIn) -> None:
     blank.goto(service.url)
     blank.wait("!document.getElementById('key-form').hidden")
     blank.click("#routes-all > summary")
-    blank.wait_text("#routes-error", "The service wants a key.")
+    blank.wait_text("#routes-error", "The service needs a key.")
     blank.fill("#key", service.key)
     blank.click("#use-key")
     blank.wait_text("#service", "Connected")

@@ -247,7 +247,7 @@ def test_another_model_brings_its_settings(blank: Tab, service: StandIn) -> None
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        (Failure(401, "no"), "The service wants a key. Enter a key"),
+        (Failure(401, "no"), "The service needs a key. Enter a key"),
         # Not 408: Chromium repeats such a request on a kept connection.
         (Failure(415, "the body must be JSON"), "The service refused this request (415): the body must be JSON."),
         (Failure(413, "body: 12 MB, at most 8 MB"), "Too large for this service: body: 12 MB, at most 8 MB."),
@@ -332,10 +332,10 @@ def test_a_large_file_that_is_refused_unread(page: Tab, service: StandIn, tmp_pa
 def test_key_stays_in_this_tab(blank: Tab, service: StandIn, browser: Browser, images: list[Path]) -> None:
     service.key = "s3cret-key"
     blank.goto(service.url)
-    blank.wait_text("#service", "The service wants a key.")
-    assert blank.text("#generate-why") == "The service wants a key."
+    blank.wait_text("#service", "The service needs a key.")
+    assert blank.text("#generate-why") == "The service needs a key."
     blank.choose("#files", images[0])
-    blank.wait_text("#captions-error", "The service wants a key.")
+    blank.wait_text("#captions-error", "The service needs a key.")
     for key, words in [("wrong", "does not accept this key"), ("mit Umläuten", "cannot be a key")]:
         blank.fill("#key", key)
         blank.press("Enter")
@@ -354,7 +354,7 @@ def test_key_stays_in_this_tab(blank: Tab, service: StandIn, browser: Browser, i
     blank.goto(service.url)
     blank.wait_text("#service", "Connected")
     other = browser.open(service.url)
-    other.wait_text("#service", "The service wants a key.")
+    other.wait_text("#service", "The service needs a key.")
     other.close()
     blank.click("#forget")
     blank.wait("document.activeElement.id === 'key'")
@@ -364,7 +364,7 @@ def test_key_stays_in_this_tab(blank: Tab, service: StandIn, browser: Browser, i
 def test_key_that_is_withdrawn(page: Tab, service: StandIn) -> None:
     service.key = "new"
     generate(page)
-    page.wait_text("#images-error", "The service wants a key.")
+    page.wait_text("#images-error", "The service needs a key.")
     page.click("#images-error button")
     assert page.run("document.activeElement.id") == "key"
     page.type("new")
