@@ -4,9 +4,9 @@
     export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:proxy_middlewares
     serve run serve.app:build captioner=name1:URI1,name2:URI2 generator=name:URI
 
-The second variable puts our limits before Ray's own proxy, which reads it where Ray is started. A URI is the folder of
-a finished run, local or in S3. `python -m serve.control start` takes the same arguments, sets that variable itself, and
-answers requests in flight before it ends. serve/config.yaml does the same for `serve deploy`, with autoscaling.
+The second variable puts our limits before Ray's own proxy. The proxy reads it where Ray is started. A URI is the folder
+of a finished run, local or in S3. `python -m serve.control start` takes the same arguments and sets that variable
+itself. It answers the requests in flight before it ends. serve/config.yaml is for `serve deploy`, with autoscaling.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from serve.routes import Service
 from serve.security import Keys
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# What a model's replica takes of the CPUs that Ray counts. It uses SERVE_MODEL_THREADS; this only has to leave room
-# for several models on a small machine. On a cluster set num_cpus in serve/config.yaml to what a replica shall have.
+# The share of the CPUs that Ray counts for a model's replica. The replica computes with SERVE_MODEL_THREADS; the share
+# is small so that several models fit a small machine. On a cluster set num_cpus in serve/config.yaml.
 _MODEL_CPUS = 0.5
-# Ray Serve's own limits lie above what is admitted: what it held back it would let through two at a time.
+# Ray Serve's own limits lie above what is admitted. Requests that it holds back pass two at a time.
 _ROOM = 4
 _API_ONGOING = 10_000
 _HEALTH_PERIOD_S = 5.0
@@ -61,13 +61,13 @@ class Args(BaseModel):
     encoder: str = ""
     """name:FOLDER of a model's frozen encoder, where it does not lie where the run had it."""
     gallery: str = ""
-    """A sweep of jobs/generate.py to be looked at."""
+    """A sweep of jobs/generate.py whose images the page shows."""
     storage: str = ""
-    """Where jobs are kept, and images that are linked to (in S3): folder or s3://bucket/prefix."""
+    """Folder or s3://bucket/prefix for jobs, and in S3 for the images that answers link to."""
     gpus: float = 0.0
     """GPUs of each model's replica; 0.5 puts two on one."""
     open: bool = False
-    """Serve everybody who can reach the port, without keys."""
+    """Serve without keys whoever can reach the port."""
     allowed_hosts: str = ""
     """name1,name2: names of this machine by which an open service is reached, beside localhost and addresses."""
 
@@ -87,7 +87,7 @@ def named(text: str, what: str) -> dict[str, str]:
     return found
 
 
-# Frozen at its import by Ray Serve's own class decorator: without an app here it asks `__serve_build_asgi_app__`.
+# Ray Serve's decorator would freeze an app at the import. Without one it calls `__serve_build_asgi_app__`.
 @serve.deployment(name="api")
 @serve.ingress()
 class Api:
@@ -105,8 +105,8 @@ class Api:
         allowed_hosts: Collection[str],
     ) -> None:
         configure_logging()
-        # Ray's proxy has the environment in which Ray was started on its machine. So has this process, whatever the
-        # driver has, but for what a runtime_env adds to its own.
+        # Ray's proxy has the environment in which Ray was started on its machine. This process has the same, and in
+        # addition what a runtime_env adds to it alone.
         added = get_runtime_context().runtime_env.get("env_vars", {})
         check_guarded({name: value for name, value in os.environ.items() if name not in added})
         models = [Model(name, "captioner", Deployed(handle)) for name, handle in captioners.items()]
@@ -114,7 +114,7 @@ class Api:
         self._jobs = Deployed(jobs) if jobs else None
         self._service = Service(
             models=models,
-            # Read where requests are answered, and handed to nobody: arguments of a deployment show in Ray's dashboard.
+            # Read here and handed to no other process: Ray's dashboard shows the arguments of a deployment.
             keys=Keys(os.environ, open_to_all=open_to_all),
             limits=limits,
             jobs=self._jobs,
@@ -127,11 +127,11 @@ class Api:
         return self._service.app()
 
     async def drain(self) -> int:
-        """Take no more requests; how many are still at work, jobs too. Called again and again until it is 0."""
+        """Take no more requests; returns how many requests and jobs are still at work. Called until that is 0."""
         self._service.front.draining = True
         jobs_at_work = 0
         if self._jobs:
-            # Their process may be dead, and what it was at stays pending.
+            # Their process may be dead. Its jobs stay pending.
             with contextlib.suppress(ApiError):
                 jobs_at_work = await self._jobs.call("drain")
         return self._service.front.in_flight + jobs_at_work
@@ -148,7 +148,7 @@ def application(
     open_to_all: bool = False,
     allowed_hosts: Collection[str] = (),
 ) -> Application:
-    """The deployments of models, each given by what loads it in its replica, on the device that it is told."""
+    """The deployments of the service. Each model is given by a function that loads it in its replica on a device."""
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": limits.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": _WAIT_LOOP_S,
@@ -159,8 +159,8 @@ def application(
         **common,
         "max_ongoing_requests": _ROOM * (limits.max_queue + limits.job_concurrency * limits.max_n),
         "ray_actor_options": {"num_cpus": _MODEL_CPUS, "num_gpus": gpus},
-        # A new version begins before the old one ends. Not where it takes a GPU: Ray would wait for one without end,
-        # and few clusters have one to spare. serve/config.yaml says otherwise for those.
+        # A new version begins before the old one ends. A model on a GPU ends first: Ray would wait for a second GPU
+        # without end, and few clusters have a free one. serve/config.yaml chooses otherwise.
         "max_surge_percent": 0 if gpus else 100,
     }
 
@@ -189,8 +189,11 @@ def application(
 
 
 def build(args: Args) -> Application:
-    """Raises InputError for invalid arguments, for a service without a key and without `open`, and if Ray's proxy would
-    lack our limits."""
+    """The application of Ray Serve.
+
+    Raises InputError for bad arguments, for a service without a key and without `open`, and where Ray's proxy would
+    lack our limits.
+    """
     captioners, generators = named(args.captioner, "captioner"), named(args.generator, "generator")
     encoders = named(args.encoder, "encoder")
     if not captioners and not generators:
@@ -205,7 +208,7 @@ def build(args: Args) -> Application:
     for text in (args.gallery, args.storage):
         if text:
             Storage(text)
-    # Said here, where a person reads it; the process that answers requests looks again, in its own environment.
+    # Checked here, where a person reads the error. The process that answers requests checks its own environment again.
     check_guarded(os.environ)
     Keys(os.environ, open_to_all=args.open)
     return application(
@@ -227,7 +230,7 @@ def build(args: Args) -> Application:
 
 
 def check_runs(args: Args) -> None:
-    """Raises InputError where a URI holds no finished run of its kind: in one line, before anything is started."""
+    """Raises InputError for a URI without a finished run of its kind, before anything is started."""
     encoders = named(args.encoder, "encoder")
     for name, uri in named(args.captioner, "captioner").items():
         _open_captioner(uri, _local(encoders.get(name)))
@@ -235,7 +238,7 @@ def check_runs(args: Args) -> None:
         _open_generator(uri, _local(encoders.get(name)))
 
 
-# What opens models is imported where it is needed: the process that answers requests is to do without PyTorch's models.
+# Imported in the functions that open models: the process that answers requests needs none of PyTorch's models.
 
 
 def _open_captioner(source: str, encoder: str | None) -> recipe.Captioner:
@@ -259,5 +262,5 @@ def _load_generator(source: str, encoder: str | None, device: str) -> recipe.Gen
 
 
 def _local(folder: str | None) -> str | None:
-    """A folder by its absolute path: a replica's working directory is another. Names of the hub stay as they are."""
+    """A folder by its absolute path, as a replica has another working directory. A name of the hub is unchanged."""
     return os.path.abspath(folder) if folder and os.path.isdir(folder) else folder

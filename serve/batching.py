@@ -1,8 +1,9 @@
 """Dynamic batches of compatible requests, collected while the model computes.
 
-`@serve.batch` fills a batch with any requests. Here two images share a batch only if their sampler settings are equal.
-A cancelled image leaves its batch. Every caller learns its place in the queue and the finished steps. An idle model
-starts almost at once (`wait_s`). Under load the images that arrive during a batch form the next one.
+`@serve.batch` fills a batch with whatever comes next. This queue differs in three ways. Two images share a batch only
+with the same settings of the sampler. An image leaves the batch when its caller has gone. Each caller is told its place
+in the queue and the steps that are done. An idle model begins at once, or after `wait_s`. Under load, the images that
+arrive during one batch make the next one.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from mmcore.errors import InputError
 from serve.errors import ApiError
 
-# Batches that fail one after the other, past which it is the model's process that is broken: an error of CUDA stays.
+# After so many failed batches in a row the model's process counts as broken: an error of CUDA does not go away.
 _MAX_FAILED = 3
 
 P = TypeVar("P")
@@ -25,7 +26,7 @@ R = TypeVar("R")
 
 
 class Listener(Protocol):
-    """Is told, in the event loop, what becomes of one item."""
+    """Hears in the event loop about the progress of one item."""
 
     def on_queued(self, position: int) -> None:
         """`position` items are before it."""
@@ -40,7 +41,7 @@ class _Silent:
 
 
 class Abandoned(Exception):
-    """Raised by `on_step` inside the model's thread: nobody waits for this batch any more."""
+    """Raised by `on_step` in the model's thread when every caller of the batch has gone."""
 
 
 @dataclass(eq=False)
@@ -60,20 +61,20 @@ class _Item(Generic[P, R]):
 
 @dataclass(frozen=True)
 class Batched(Generic[R]):
-    """The result of one item, and how it came about."""
+    """The result of one item, with its times."""
 
     value: R
     queue_s: float
     model_s: float
     batch_size: int | None
-    """Items of its batch; None but for one item of each batch, so that batches are counted once."""
+    """Items of its batch, told of one item of each batch and None of the others, so that batches are counted once."""
 
 
 class Batcher(Generic[P, R]):
     """Runs `run(group, payloads, on_step)` in the model's own thread, on at most `batch_size` payloads of one group.
 
-    `run` gives one result a payload, in their order, and may call `on_step(done, total)`, which raises `Abandoned`
-    once nobody waits for any of them.
+    `run` gives one result a payload, in their order. It may call `on_step(done, total)`, which raises `Abandoned` once
+    every caller of the batch has gone.
     """
 
     def __init__(
@@ -85,22 +86,22 @@ class Batcher(Generic[P, R]):
         max_silence_s: float = math.inf,
         thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`max_silence_s`: a batch that neither ends nor makes a step for so long hangs.
+        """`max_silence_s`: a batch without a step and without an end for so long counts as hanging.
 
-        `thread`: that of the model; by default a new one.
+        `thread`: the model's thread; by default a new one.
         """
         self.batch_size, self._wait_s, self._run = batch_size, wait_s, run
         self._max_silence_s, self._num_failed = max_silence_s, 0
-        # When the batch at work was last heard of.
+        # Time of the last step of the batch at work.
         self._heard_at: float | None = None
         self._waiting: list[_Item[P, R]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        # One alone, as a model is worked at by one batch.
+        # A single thread: a model computes one batch at a time.
         self._thread = thread or ThreadPoolExecutor(1, "model")
 
     def check(self) -> None:
-        """Raise where another process would do better, and each time until it is better here."""
+        """Raises RuntimeError, or what ended the queue, while this process should be replaced by another one."""
         if self._task is not None and self._task.done():
             self._task.result()
         if self._num_failed >= _MAX_FAILED:
@@ -110,9 +111,9 @@ class Batcher(Generic[P, R]):
             raise RuntimeError(f"the batch at work has given no sign for {silence_s:.0f} s")
 
     async def submit(self, group: Hashable, payload: P, listener: Listener | None = None) -> Batched[R]:
-        """The result of one payload. A caller that is cancelled takes it back; a batch without callers ends."""
+        """The result of one payload. A cancelled caller withdraws it; a batch without callers ends."""
         if self._task is not None and self._task.done():
-            # Begun anew it would hide from `check` what ended it.
+            # A new task would hide from `check` what ended the old one.
             self._task.result()
         item: _Item[P, R] = _Item(group, payload, listener or _Silent(), asyncio.get_running_loop().create_future())
         self._waiting.append(item)
@@ -128,7 +129,7 @@ class Batcher(Generic[P, R]):
                 self._tell_positions()
 
     def close(self) -> None:
-        """Stop working; for tests, as a replica's end is its process's."""
+        """Stop working. Only tests need it: a replica ends with its process."""
         if self._task is not None:
             self._task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -143,7 +144,7 @@ class Batcher(Generic[P, R]):
             await self._work(batch)
 
     async def _next_batch(self) -> list[_Item[P, R]]:
-        """The longest waiting item, and the first others that can go with it."""
+        """The item that has waited longest, and the next ones of its group."""
         while True:
             if self._waiting:
                 head = self._waiting[0]

@@ -1,4 +1,4 @@
-"""Captions of images that a client sends: in OpenAI's chat form, or many at once from several captioners."""
+"""The routes for captions: one image in the form of OpenAI's chat, or several images by several captioners."""
 
 import asyncio
 import contextlib
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 # An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
 _DECODE_THREADS = 2
 _MAX_FILE_NAME = 200
-# Of a model that are asked for one caption; a new one that takes images of another size replaces an old one.
+# How many versions of a model are asked for one caption. A new version may take images of another size.
 _MAX_VERSIONS = 3
 
 
 class _InMemory(MultiPartParser):
-    # Starlette puts larger files on the disk; here the whole body is bounded, and in memory anyway.
+    # Starlette would write larger files to the disk. Here the body is bounded and already in memory.
     spool_max_size = 2**40
     ended = False
 
     def on_end(self) -> None:
-        """Called at the last boundary only: a form that breaks off before it parses like one that has less in it."""
+        """Called at the last boundary. A form that ends before it parses like a shorter form."""
         self.ended = True
 
 
 class _ToldOfImage(TypedDict):
-    """Captions by the names of captioners, and the errors of those that failed."""
+    """Captions by the names of captioners, and the errors of the captioners that failed."""
 
     captions: dict[str, str]
     errors: NotRequired[dict[str, ErrorObject]]
@@ -87,7 +87,7 @@ class CaptionRoutes:
         models = [front.named(name, "captioner", "models") for name in names]
         facts = facts_of_request(request)
         facts.update(model=",".join(names), n=len(files))
-        # One of several that is dead or still loads takes nobody's captions along; one alone is waited for.
+        # If one of several captioners is dead or still loads, the others answer. A single one is waited for.
         known = [await models[0].info()] if len(models) == 1 else await asyncio.gather(*(m.told() for m in models))
         sizes = {cast("CaptionerInfo", info)["resolution"] for info in known if info is not None}
         able = [model for model, info in zip(models, known, strict=True) if info is not None]
@@ -132,7 +132,7 @@ class CaptionRoutes:
         limits = self._front.limits
         charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
         if charset.lower() != b"utf-8":
-            # A form names any of Python's codecs: some are slow, and some make text that no answer can hold.
+            # A form could name any of Python's codecs. Some are slow, and some make text that no answer can hold.
             message = f"the charset of the form must be utf-8, got {quoted(charset.decode('latin-1'))}"
             raise ApiError(400, message, code="invalid_form")
         parser = _InMemory(
@@ -180,7 +180,7 @@ class CaptionRoutes:
     async def _caption_or_error(
         self, model: Model, image: "_Image", max_words: int, line: dict[str, Any]
     ) -> str | ApiError:
-        """An error where the captioner fails; what is wrong with the request itself is raised."""
+        """The caption, or an error if the captioner fails. An error of the request itself is raised."""
         try:
             return await self._caption(model, image, max_words, line)
         except ApiError as error:
@@ -204,7 +204,7 @@ class CaptionRoutes:
                 self._front.metrics.observe(model.name, done["facts"])
                 note_slowest(line, done["facts"])
                 return done["caption"]
-            # A version of the model that takes another size answered. Either may be the next one to be asked.
+            # Another version of the model answered, which takes another size. Either version may answer next.
             model.forget()
             sizes.add(done["resolution"])
         raise model_unavailable()
@@ -230,7 +230,7 @@ class _Image:
 
 @contextlib.asynccontextmanager
 async def _all_or_none() -> AsyncGenerator[asyncio.TaskGroup, None]:
-    """A group of tasks that ends with the first error itself, not with a group of errors."""
+    """A group of tasks that raises the first error itself, instead of a group of errors."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group

@@ -26,7 +26,7 @@ class CaptionerLimits(TypedDict):
 
 
 class CaptionerInfo(TypedDict):
-    """What a captioner tells of itself; `resolution` in pixels a side."""
+    """A captioner's description of itself; `resolution` in pixels a side."""
 
     id: str
     object: Literal["model"]
@@ -40,7 +40,7 @@ class CaptionerInfo(TypedDict):
 
 @final
 class Captioned(TypedDict):
-    """The caption of an image, and how it came about."""
+    """The caption of an image, and its times."""
 
     caption: str
     facts: ImageFacts
@@ -48,7 +48,7 @@ class Captioned(TypedDict):
 
 @final
 class OtherResolution(TypedDict):
-    """What is answered where no pixels had the size that is wanted: its pixels a side."""
+    """The answer where no pixels had the model's size: that size, in pixels a side."""
 
     resolution: int
 
@@ -94,10 +94,10 @@ class Captioner:
         }
 
     async def caption(self, pixels: Mapping[int, np.ndarray], max_words: int) -> Captioned | OtherResolution:
-        """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by its size P.
+        """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by size P.
 
-        Where there is none of this model's size, the caller knew another version of it: the answer is the `resolution`
-        that is wanted.
+        If none has this model's size, the caller knew another version of the model. The answer is then the
+        `resolution` of this one.
         """
         resolution = self.model.image_size
         if resolution not in pixels:

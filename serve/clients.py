@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 ModelInfo: TypeAlias = "GeneratorInfo | CaptionerInfo"
 
-# Captions and images are functions of what was asked, so what a killed replica was at can be asked again.
+# Captions and images depend on the request alone, so the work of a killed replica can be asked for again.
 _MAX_ATTEMPTS = 3
-# Readiness is asked by anybody: the models are asked at most so often, and not longer than so.
+# Anybody may ask for readiness. The models are asked no more often, and for no longer, than this.
 _READY_EVERY_S = 1.0
 _READY_TIMEOUT_S = 2.0
-# Whoever asks about several models waits no longer than so for one of them that is dead, or still loads.
+# The longest wait for one of several models, which may be dead or still load.
 TOLD_TIMEOUT_S = 3.0
-# What a model says of itself is believed so long: a new version, deployed while this process lives, may say otherwise.
+# A model is asked anew after so long: a new version may have been deployed meanwhile.
 _INFO_AGE_S = 5.0
 
 
@@ -34,7 +34,7 @@ class Replica(Protocol):
 
 
 class Deployed:
-    """Ray Serve's replicas. A caller that is cancelled ends the work there; one whose replica dies asks another."""
+    """Ray Serve's replicas. Cancelling a call ends the work there. When a replica dies, the call goes to another."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -92,7 +92,7 @@ def model_unavailable() -> ApiError:
 
 
 class Model:
-    """A model by its public name, and what it says of itself."""
+    """A model by its public name, and its description of itself."""
 
     def __init__(self, name: str, kind: str, replica: Replica) -> None:
         self.name, self.kind, self.replica = name, kind, replica
@@ -110,7 +110,7 @@ class Model:
         return info
 
     async def told(self) -> "ModelInfo | None":
-        """As `info`, but None where it does not answer soon."""
+        """Like `info`, but None if the model does not answer soon."""
         try:
             async with asyncio.timeout(TOLD_TIMEOUT_S):
                 return await self.info()
@@ -118,14 +118,14 @@ class Model:
             return None
 
     async def listed(self) -> dict[str, Any]:
-        """As `info`, and whether it is ready; of one that is not, what it said last, or what is known without it."""
+        """Like `info`, with `ready`. A model that is not ready is shown as it described itself last, if it ever did."""
         info = await self.told()
         known = {"id": self.name, "object": "model", "created": self._created, "owned_by": "mmcore", "kind": self.kind}
         unknown = {"resolution": None, "options": None, "defaults": None, "limits": None}
         return {**known, **unknown, **(self._info[1] if info is None else info), "ready": info is not None}
 
     async def refusal(self, work: GenerateWork) -> ApiError | None:
-        """What a generator has against the work; None where it has nothing, or does not answer soon."""
+        """Why a generator refuses the work; None if it does not, or if it does not answer soon."""
         try:
             async with asyncio.timeout(TOLD_TIMEOUT_S):
                 told: ErrorFields | None = await self.replica.call("check", work)
@@ -134,14 +134,14 @@ class Model:
         return None if told is None else ApiError.from_dict(told)
 
     def forget(self) -> None:
-        """What it said of itself holds no more."""
+        """Ask the model anew the next time."""
         self._info = (float("-inf"), self._info[1])
 
     async def ready(self) -> bool:
         """Whether it answers now."""
         asked_at, answer = self._ready
         if time.monotonic() - asked_at >= _READY_EVERY_S:
-            # Noted before it is known: a hundred callers at once ask once.
+            # Set before the answer is known, so that a hundred callers at once ask once.
             self._ready = (time.monotonic(), answer)
             try:
                 async with asyncio.timeout(_READY_TIMEOUT_S):

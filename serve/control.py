@@ -4,10 +4,11 @@
     python -m serve.control stop [port=8000]
 
 `start` stays in the foreground and takes the arguments of `serve run serve.app:build`, and host and port. It starts Ray
-on this machine, or joins the cluster of RAY_ADDRESS, of which it then starts and ends this one application. On SIGTERM
-(which `stop` sends) and on Ctrl-C new requests are answered 503, those in flight are finished, and only then does
-anything end; it waits SERVE_DRAIN_TIMEOUT_S at most. `serve run` itself may drop requests when it is ended. What a
-`start` that was killed left on the cluster of RAY_ADDRESS, `stop` with that variable ends in the same way.
+on this machine. With RAY_ADDRESS it joins that cluster, and starts and ends its one application there.
+
+Ctrl-C ends the service, and so does SIGTERM, which `stop` sends. New requests are then answered 503. Those in flight
+are finished, for SERVE_DRAIN_TIMEOUT_S at most. `serve run` itself may drop requests when it ends. A `start` that was
+killed leaves its application on the cluster of RAY_ADDRESS; `stop` with that variable ends it in the same way.
 """
 
 import contextlib
@@ -37,19 +38,19 @@ from serve.limits import Limits
 
 APP = "mmcore"
 _HOST, _PORT = "127.0.0.1", 8000
-# Ray's CPUs are a number for its scheduler: room for several models, and for a new version beside the old.
+# Ray's CPUs are a number for its scheduler: enough for several models, and for a new version beside the old one.
 _MIN_LOCAL_CPUS = 8
 _POLL_S = 0.1
-# For each process that answers requests to say how many it is at; one that died is replaced, and asked the next time.
+# The wait for the processes to say how many requests they have. A process that died is replaced and asked again.
 _DRAIN_ANSWER_S = 5.0
 # The line of a traceback that says what was raised.
 _RAISED = re.compile(r"(?m)^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$")
-# For a service that has its port to write down its process.
+# The wait for a service that has locked its port to write down its process.
 _NUMBER_S = 10.0
-# For the application to be gone once nothing is to be waited for any more. Where requests are left, its processes wait
-# for those as long again (graceful_shutdown_timeout_s): longer than anybody was promised.
+# The wait for the application to be gone after the drain. If requests are left, its processes wait for them as long
+# again (graceful_shutdown_timeout_s), which is longer than promised.
 _DELETE_S = 10.0
-# Beyond the time that requests in flight get: the application, Ray Serve (which takes 30 s at most), the processes.
+# Time after the drain for the application, Ray Serve (30 s at most) and the processes to end.
 _SHUTDOWN_S = 60.0
 
 
@@ -77,19 +78,19 @@ def _port(text: str) -> int:
 
 
 def lock_file(port: int) -> Path:
-    """Held by the service at `port` as long as it lives; it holds the number of its process."""
+    """The file that the service at `port` locks as long as it lives. It holds the number of its process."""
     return Path(tempfile.gettempdir()) / f"mmcore-serve-{os.getuid()}-{port}.pid"
 
 
 def _open_lock(port: int, flags: int = 0) -> int | None:
-    """The lock file, opened; None where there is none. Raises InputError for one that is not ours to write."""
+    """The opened lock file; None if there is none. Raises InputError for a file that we cannot write."""
     path = lock_file(port)
     try:
         return os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
     except FileNotFoundError:
         return None
     except OSError as error:
-        # In a folder that everybody may write to, anybody can have put it there: a link, a folder, a file of his.
+        # Everybody may write to the folder of temporary files, so this may be a link, a folder or another user's file.
         message = f"port={port}: cannot open {path} ({error.strerror}); remove it, set TMPDIR, or choose another port"
         raise InputError(message) from None
 
@@ -103,20 +104,20 @@ def _locked(host: str, port: int) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"port={port}: a service runs there; `python -m serve.control stop port={port}`") from None
-        # Before anything else: the number of a service that was killed may be another program's by now.
+        # First of all: the number of a service that was killed may belong to another program by now.
         os.truncate(descriptor, 0)
         _check_free(host, port)
         os.write(descriptor, str(os.getpid()).encode())
-        # Not handed to Ray's processes, which would hold the lock on: Python's files are not inherited.
+        # Ray's processes do not inherit the file, as Python's files are not inherited. They would hold the lock.
         yield
     finally:
         os.close(descriptor)
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises InputError where another program listens on this machine; Ray's proxy would be restarted for ever."""
+    """Raises InputError if another program listens at the port. Ray would restart its proxy for ever."""
     if _joins_cluster():
-        # Proxies are on its machines.
+        # The proxies run on the cluster's machines.
         return
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -152,20 +153,20 @@ def _ray() -> Iterator[None]:
         raise InputError(f"RAY_TMPDIR: Ray's own files cannot lie in {parent} ({error.strerror})") from None
     try:
         if "RAY_AUTH_MODE" not in os.environ:
-            # Ray listens on every interface; left alone it would put a token into the home folder, for good.
+            # Ray listens on every interface. By itself it would write a lasting token into the home folder.
             token = folder / "auth_token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
         from serve.ray_private import reload_auth_mode
 
-        # Ray was imported to build the application: its mistakes are told before anything starts.
+        # Ray was imported before, to build the application: errors of that are told before anything starts.
         reload_auth_mode()
         try:
             ray.init(
                 address="local",
                 num_cpus=max(_MIN_LOCAL_CPUS, os.cpu_count() or 1),
-                # A start takes half as long, and there is one port less; the service tells about itself (/metrics).
+                # Without it a start takes half as long, with one port less. The service has /metrics.
                 include_dashboard=False,
                 _temp_dir=str(folder),
                 **quiet,
@@ -183,13 +184,13 @@ def _ray() -> Iterator[None]:
 
 
 def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. Gives the exit code: 1 where requests were not finished in time.
+    """Serve until SIGTERM or SIGINT, then drain. Returns the exit code: 1 if requests were not finished in time.
 
     `make_app` gives the application of Ray Serve; it is called before anything is started. Raises InputError for a
-    port that is taken, a cluster that serves this application already, and models that do not start.
+    taken port, for a cluster that serves this application already, and for models that do not start.
     """
-    # Handed on to the proxies of a Ray that is started here; nothing is built without it. A cluster must have it in an
-    # environment of its own, at which the process that answers requests looks.
+    # A Ray that is started here hands it on to its proxies. A cluster must have it in its own environment, and the
+    # process that answers requests checks that.
     os.environ.setdefault(proxy.VARIABLE, proxy.VALUE)
     application = make_app()
     limits = Limits.from_environment(os.environ)
@@ -208,7 +209,7 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
 
         # Of this process: what Ray Serve says of its own start.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        # After Ray's own, which ends the process at once.
+        # After Ray has set its own handlers, which would end the process at once.
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         joined, deployed = _joins_cluster(), False
         try:
@@ -232,11 +233,11 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
             ending.wait()
             _say("serve: ending; no new requests")
             left = drain(handle, limits.drain_timeout_s)
-            # What is still at work ends with Ray itself, and Ray Serve would wait for it.
+            # Ray Serve would wait for what is still at work, which ends with Ray anyway.
             if not joined and _delete():
                 serve.shutdown()
         finally:
-            # Ray of our own ends with this process; another's goes on, and so does what else it serves.
+            # A Ray of our own ends with this process. A joined cluster goes on, with what else it serves.
             if joined and deployed:
                 _delete()
             for number, handler in before.items():
@@ -245,9 +246,9 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
 
 
 def _verdict(left: int | None) -> int:
-    """Tells what became of the requests; the exit code."""
+    """Print what became of the requests; returns the exit code."""
     if left is None:
-        _say("serve: ended; no process told whether every request was answered")
+        _say("serve: ended; it is not known whether every request was answered")
     elif left:
         _say(f"serve: ended; {left} requests were not finished in time")
     else:
@@ -256,10 +257,10 @@ def _verdict(left: int | None) -> int:
 
 
 def _delete() -> bool:
-    """Have Ray Serve end the application, and wait a little; whether it is gone.
+    """Have Ray Serve end the application and wait a little; returns whether it is gone.
 
-    Raises nothing: the end goes on, and the verdict on the requests is still to be said. Ray's own wait takes a minute
-    and ends in a traceback.
+    It raises nothing, as the verdict on the requests is still to be printed. Ray's own wait takes a minute, and ends in
+    a traceback.
     """
     from ray import serve
 
@@ -278,7 +279,7 @@ def _delete() -> bool:
 
 
 def _why_not(error: Exception) -> str:
-    """Which deployments failed, and by what; Ray's error has only their names, and its status whole tracebacks."""
+    """The deployments that failed, with their errors. Ray's error has only names, its status whole tracebacks."""
     from ray import serve
 
     application = serve.status().applications.get(APP)
@@ -291,9 +292,9 @@ def _why_not(error: Exception) -> str:
 
 
 def drain(handle: Any, timeout_s: float) -> int | None:
-    """Have every process that answers requests take no more, and wait until none is at work.
+    """Have every process that answers requests take no more, and wait until all are answered.
 
-    Gives the number of requests that are left when the time is up; None where no process said.
+    Returns the number of requests that are left when the time is up; None if no process said.
     """
     deadline = time.monotonic() + timeout_s
     left: int | None = None
@@ -302,7 +303,7 @@ def drain(handle: Any, timeout_s: float) -> int | None:
         try:
             counts = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
         except Exception as error:
-            # A process died, or is just being replaced: the others still have requests to finish.
+            # A process died or is being replaced. The others still have requests to finish.
             left, reason = None, _one_line(error)
             if reason != told:
                 _say(f"serve: asking again what is in flight, as a process did not answer ({reason})")
@@ -341,7 +342,7 @@ def stop(words: list[str]) -> int:
     port = _port(arguments.pop("port", str(_PORT)))
     if arguments:
         raise InputError(f"{next(iter(arguments))}: stop takes port=NUMBER only")
-    # A mistake in it is told before anything is ended.
+    # Read first: an error in the environment is told before anything ends.
     drain_timeout_s = Limits.from_environment(os.environ).drain_timeout_s
     timeout_s = drain_timeout_s + _SHUTDOWN_S
     descriptor = _open_lock(port)
@@ -351,7 +352,7 @@ def stop(words: list[str]) -> int:
         raise InputError(f"port={port}: no service of `python -m serve.control start` runs there")
     deadline = time.monotonic() + _NUMBER_S
     while not (number := os.pread(descriptor, 20, 0)) and time.monotonic() < deadline:
-        # It has the lock, and is about to write its number.
+        # The service has the lock and is about to write its number.
         time.sleep(_POLL_S)
     if not number:
         raise InputError(f"port={port}: a service begins there and does not say which process it is; try again")
@@ -362,7 +363,7 @@ def stop(words: list[str]) -> int:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process_id, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
-    # The lock, and not the process: its number may by then be another's.
+    # The lock tells, and not the process: by then the number may belong to another one.
     while not _try_lock(descriptor):
         if time.monotonic() > deadline:
             _say(f"serve: process {process_id} has not ended within {timeout_s:g} s")
@@ -372,7 +373,7 @@ def stop(words: list[str]) -> int:
 
 
 def _stop_there(drain_timeout_s: float) -> int:
-    """End the application on the cluster of RAY_ADDRESS, which the process that started it cannot do any more."""
+    """End the application on the cluster of RAY_ADDRESS, after the process that started it was killed."""
     with _ray():
         from ray import serve
 
@@ -398,7 +399,7 @@ def _one_line(error: Exception) -> str:
 def _help() -> str:
     from serve.app import Args
 
-    # A docstring of several lines is one here.
+    # Docstrings of several lines become one line.
     told = {name: " ".join((field.description or "").split()) for name, field in Args.model_fields.items()}
     fields = [f"{f'{name}={Args.model_fields[name].default}':<15} {text}" for name, text in told.items()]
     return "\n    ".join([f"{__doc__}\nThe arguments of `start`, with their defaults:\n", *fields])

@@ -1,4 +1,4 @@
-"""Refusals as every client of OpenAI's API reads them: a status and {"error": {message, type, param, code}}."""
+"""Refusals in the form of OpenAI's API: a status and {"error": {message, type, param, code}}."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "font-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-# Of every answer, a refusal or not.
+# On every answer.
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -21,16 +21,16 @@ SECURITY_HEADERS = {
 MIB = 2**20
 # An element of a list, by the list's field.
 _ELEMENTS = {"messages": "message", "content": "part", "images": "image", "models": "model"}
-# Of what a client sent, no more than this is repeated in a message.
+# The longest part of a client's value that a message repeats.
 _MAX_QUOTED = 64
 _MAX_SPOKEN = 200
-# Cuts before it quotes: a value may be as long as a body.
+# It cuts before it quotes, as a value may be as long as a body.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _MAX_QUOTED
 
 
 def quoted(value: object) -> str:
-    """What a client sent, short enough and in a form that a message can hold."""
+    """A client's value, quoted and cut for a message."""
     text = _SHORT.repr(value)
     return text if len(text) <= _MAX_QUOTED else f"{text[: _MAX_QUOTED - 3]}..."
 
@@ -75,7 +75,7 @@ class ErrorFields(TypedDict):
 
 
 class ErrorObject(TypedDict):
-    """A refusal as OpenAI's clients read it."""
+    """A refusal in the form of OpenAI's API."""
 
     message: str
     type: str
@@ -84,7 +84,7 @@ class ErrorObject(TypedDict):
 
 
 class ErrorBody(TypedDict):
-    """What a refused request is answered."""
+    """The body of the answer to a refused request."""
 
     error: ErrorObject
 
@@ -134,7 +134,7 @@ class ApiError(Exception):
         return headers
 
     def asgi_messages(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The answer where there is no framework around: in the proxy, and before the routes."""
+        """The answer as ASGI messages, for the proxy and for what stands before the routes."""
         body = json.dumps(self.body()).encode()
         headers = {
             "content-type": "application/json",
@@ -143,7 +143,7 @@ class ApiError(Exception):
             **self.headers(),
         }
         if self.status in (408, 413):
-            # What is left of the body is not read.
+            # The rest of the body is not read.
             headers["connection"] = "close"
         return (
             {

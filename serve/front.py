@@ -1,4 +1,4 @@
-"""What all routes share: the models, the limits, who may come in, and how a request's JSON is read."""
+"""What all routes share: the models, the limits, the check of callers, and the reading of a request's JSON."""
 
 import asyncio
 import contextlib
@@ -45,11 +45,11 @@ class Front:
         self.in_flight = 0
 
     def counting(self, app: App) -> App:
-        """Wrap `app` to count each request that `guarded` admits until the last byte of its answer is sent.
+        """`app`, with a count of the requests that `guarded` admits. Each counts until its answer is sent completely.
 
-        The end of the service waits until there are none. A handler returns before a byte is sent, as a stream has only
-        begun by then. Sent means passed to Ray's proxy, which buffers whole answers. If the proxy ends, a slow client
-        loses the rest of its answer.
+        The service ends when the count is 0. A handler returns before any byte is sent, and a stream has only begun by
+        then. An answer counts as sent when Ray's proxy has it. A slow client loses what it has not read when the proxy
+        itself ends.
         """
 
         async def counted(scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,11 +64,11 @@ class Front:
         self.metrics.in_flight.set(self.in_flight)
 
     def admit(self, request: Request) -> str:
-        """The caller's name. Raises ApiError for one without a key, one who sends too much, and a foreign page."""
+        """The caller's name. Raises ApiError for a missing or wrong key, too many requests, and a foreign page."""
         caller = payer = self.keys.caller(request.scope["headers"])
         facts_of_request(request)["caller"] = caller
         if request.headers.get("sec-fetch-site") == "cross-site":
-            # Without keys (open=true) any page that its user visits could send requests here.
+            # Without keys (open=true) any page that a user visits could send requests here.
             raise ApiError(403, "requests from pages of other sites are not taken", code="cross_site")
         if self.keys.open_to_all:
             self._check_host(request.headers.get("host", ""))
@@ -81,10 +81,10 @@ class Front:
         return caller
 
     def _check_host(self, header: str) -> None:
-        """Raises ApiError for a name that is not known to be ours.
+        """Raises ApiError for a host name that is not one of ours.
 
-        A foreign page can have its own name lead here (DNS rebinding), and is then of the same site to a browser. An
-        address cannot be had that way.
+        A foreign page can make its own name lead here (DNS rebinding), and a browser then takes it for the same site.
+        That does not work with an address.
         """
         match = _HOST.fullmatch(header)
         host = match.group(1).strip("[]").lower() if match else ""
@@ -96,7 +96,7 @@ class Front:
                 raise ApiError(403, message, code="unknown_host") from None
 
     async def guarded(self, handler: Handler, request: Request, query: Collection[str] = ()) -> Response:
-        """The handler's answer to one who may ask, within the time that there is. `query`: what his query may hold."""
+        """The handler's answer, after the check of the caller and within the time limit. `query`: its known fields."""
         self.admit(request)
         self._count(1)
         request.scope["state"]["until_sent"].callback(self._count, -1)
@@ -109,7 +109,7 @@ class Front:
                 return await handler(request)
         except TimeoutError:
             if not limit.expired():
-                # Another one's, a storage's for example: a fault to be logged, and nothing about the time there was.
+                # Not this time limit but another one, such as a storage's. It is logged as a fault.
                 raise
             raise ApiError(
                 503, f"no answer within {self.limits.request_timeout_s:g} s", code="timeout", retry_after_s=30.0
@@ -118,7 +118,7 @@ class Front:
             raise ApiError(400, "the body ended too early", code="body_incomplete") from None
 
     def no_route(self, request: Request, error: HTTPException) -> ApiError:
-        """What is here and what is not is nobody's business who has no key."""
+        """The refusal of an unknown route. Raises ApiError 401 first: who has no key does not learn which there are."""
         self.admit(request)
         where = f"{request.method} {quoted(request.url.path)}"
         if error.status_code == _METHOD_NOT_ALLOWED:
@@ -132,7 +132,7 @@ class Front:
         body = bytearray()
         too_large = False
         async for part in request.stream():
-            # Thrown away, and read on to the end that every body has (BodyLimit): see _answer_and_drain.
+            # The rest is read and thrown away; BodyLimit bounds it. See _answer_and_drain.
             if too_large := too_large or len(body) + len(part) > max_bytes:
                 body.clear()
             else:
@@ -156,5 +156,5 @@ class Front:
 
 
 def facts_of_request(request: Request) -> dict[str, Any]:
-    """What is logged of a request; its route may add to it."""
+    """The fields of the request's line in the log; a route may add some."""
     return request.scope["state"]["facts"]

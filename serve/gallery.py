@@ -1,4 +1,4 @@
-"""The images of a sweep of jobs/generate.py, by the manifest that says which there are."""
+"""The images of a sweep of jobs/generate.py, as its manifest lists them."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from mmcore.storage import Storage
 from serve.errors import ApiError, bad_value, quoted
 from serve.metrics import logger
 
-# A sweep that grows, or is made anew, shows its new images after so long.
+# After so long the manifest is read again, as a sweep may grow or be made anew.
 _REREAD_S = 30.0
 _PLAN = "sweep.json"
 MAX_PAGE = 200
@@ -41,7 +41,7 @@ class Gallery:
             plan = self._sweep.read(_PLAN)
         except FileNotFoundError:
             plan = b""
-        # The parts have the same names in every sweep of the same size; its plan says of which run and settings it is.
+        # Sweeps of one size have parts of the same names. The plan tells them apart: it holds the run and the settings.
         seen = plan, (self._sweep / MANIFEST).list(".parquet")
         if seen == self._seen:
             return
@@ -57,13 +57,13 @@ class Gallery:
                 try:
                     await asyncio.to_thread(self._read)
                 except InputError as error:
-                    # Where it lies is nobody's business who asks.
+                    # A client does not learn where the sweep lies.
                     logger.warning("no gallery", extra={"fields": {"error": str(error)}})
                     raise ApiError(404, "the gallery has no sweep of images", code="no_gallery") from None
                 self._read_at = time.monotonic()
 
     async def page(self, limit: int, cursor: str | None) -> dict[str, Any]:
-        """`limit` rows from `cursor` on, the `next` of the page before."""
+        """`limit` rows from `cursor` on. `cursor` is the `next` of the page before."""
         await self._refresh()
         start = 0
         if cursor is not None:
@@ -83,7 +83,7 @@ class Gallery:
         return {"data": data, "next": str(start + limit) if start + limit < len(self._rows) else None}
 
     async def image(self, image_id: str) -> bytes:
-        """The PNG. Only what the manifest names is read: no part of a path comes from the caller."""
+        """The PNG. Only files that the manifest names are read, so no part of a path comes from the caller."""
         await self._refresh()
         row = self._by_id.get(image_id)
         if row is None:

@@ -21,14 +21,14 @@ from serve.schemas import GenerateWork, size_text
 
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 4, 8
 
-# What images of a batch have in common: the generator's options, height and width.
+# What the images of a batch share: the generator's options, and height and width.
 Group = tuple[Any, tuple[int, int]]
-# What an image of a batch is made of beside those: prompt, seed.
+# What each image of a batch has of its own: prompt and seed.
 Sample = tuple[str, int]
 
 
 class GeneratorLimits(TypedDict):
-    """The most that a request may ask of a generator: of some options, where it has them."""
+    """The largest values that a request may give; of some options, where the generator has them."""
 
     n: int
     job_n: int
@@ -39,7 +39,7 @@ class GeneratorLimits(TypedDict):
 
 
 class GeneratorInfo(TypedDict):
-    """What a generator tells of itself; `resolution` in pixels a side, where its images are squares."""
+    """A generator's description of itself; `resolution` in pixels a side, where its images are squares."""
 
     id: str
     object: Literal["model"]
@@ -53,14 +53,14 @@ class GeneratorInfo(TypedDict):
 
 
 class QueuedEvent(TypedDict):
-    """So many images are before the last of the request's."""
+    """The number of images before the last one of the request."""
 
     event: Literal["queued"]
     position: int
 
 
 class ProgressEvent(TypedDict):
-    """So many of the steps are done."""
+    """The number of steps that are done."""
 
     event: Literal["progress"]
     step: int
@@ -88,7 +88,7 @@ Event = QueuedEvent | ProgressEvent | LastEvent
 
 
 class _Progress:
-    """Steps and places of all images of one request, told as those of one thing, and only where they change."""
+    """Combines the steps and places of a request's images into events. It makes one only where a number changes."""
 
     def __init__(self, num_images: int, events: "asyncio.Queue[Event | None]") -> None:
         self._done, self._queued, self._events = [0] * num_images, dict.fromkeys(range(num_images), -1), events
@@ -99,7 +99,7 @@ class _Progress:
 
     def queued(self, index: int, position: int) -> None:
         self._queued[index] = position
-        # The last of them tells how long it takes until all are made; it is not known before all have their place.
+        # The last image decides when all are made. Its place is known when every image has one.
         last = max(self._queued.values())
         if not any(self._done) and min(self._queued.values()) >= 0:
             self._tell("queued", last, {"event": "queued", "position": last})
@@ -128,7 +128,7 @@ class _Listener:
 
 
 class Generator:
-    """The replica. An image depends on its prompt, its seed and the request's settings, and on nothing else."""
+    """The replica. An image depends on its prompt, its seed and the request's settings alone."""
 
     def __init__(self, name: str, load: Callable[[str], recipe.Generator], limits: Limits) -> None:
         """`load` is given the device."""
@@ -180,9 +180,9 @@ class Generator:
         return None
 
     def _group(self, work: GenerateWork) -> Group:
-        """What decides with whom the work can share a batch. Raises ApiError for what the model cannot do.
+        """What images must share to be in one batch. Raises ApiError for work that the model cannot do.
 
-        Computes nothing: this is the thread of the requests (see `compute_thread`).
+        It does not compute on the model, as it runs in the thread of the requests (see `compute_thread`).
         """
         model = self.model
         options, size = options_of(work.options, model.options), work.size or model.size
@@ -223,7 +223,7 @@ class Generator:
         ]
 
         def end(done: "asyncio.Future[Any]") -> None:
-            # Looked at also where nobody reads on: asyncio would report a fault that nobody saw.
+            # The exception is read even if the caller has gone: asyncio would report one that was never read.
             if not done.cancelled():
                 done.exception()
             events.put_nowait(None)
@@ -235,7 +235,7 @@ class Generator:
                 yield event
             results = all_done.result()
         finally:
-            # Whoever stops reading stops the work.
+            # A caller that stops reading stops the work.
             for task in tasks:
                 task.cancel()
         loop = asyncio.get_running_loop()
@@ -250,13 +250,13 @@ class Generator:
         yield {"event": "done", "images": list(images), "facts": facts}
 
     def _text(self, prompt: str, seed: int, group: Group) -> dict[str, str]:
-        """What is written into the PNG, under the names of a sweep's images."""
+        """The text of the PNG, under the names of a sweep's images."""
         return {"prompt": prompt, "seed": str(seed), **png_text(group[0]), "model": self.name}
 
     def _run(self, group: Group, samples: list[Sample], on_step: Callable[[int, int], None]) -> list[np.ndarray]:
         options, size = group
-        # Kernels round differently for different sizes of a batch. Filled up to one size, an image is the same to the
-        # bit whoever shares its batch.
+        # Kernels round differently for different batch sizes. A batch is filled up to one size, so that an image is the
+        # same to the bit whatever other images are in it.
         padded = samples + samples[-1:] * (self.batcher.batch_size - len(samples))
         prompts, seeds = [prompt for prompt, _ in padded], [seed for _, seed in padded]
         images = self.model.generate(prompts, seeds, options, size=size, on_step=on_step)

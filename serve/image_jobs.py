@@ -1,9 +1,9 @@
-"""Jobs: requests for images that are submitted, processed when there is time, and fetched later.
+"""Jobs: requests for images that are handed in, done when there is time, and fetched later.
 
-A job is stored as ``pending/{id}.json`` (the request) until it is finished, then as ``jobs/{id}/`` with its images and,
-written last, ``result.json``. With a permanent storage (`storage=URI`) a job survives the end of this process. The next
-process finishes pending jobs, with the same images, as the seeds are part of a job. Without a storage, jobs are in a
-temporary folder until this process ends.
+A job lies in the storage. Its request is ``pending/{id}.json`` until it is finished. Then ``jobs/{id}/`` holds its
+images and, written last, ``result.json``. With a lasting storage (`storage=URI`) the next process does what is pending.
+The images are then the same, as the seeds are part of the request. Without one, jobs lie in a temporary folder and end
+with this process.
 """
 
 import asyncio
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 _PENDING, _FINISHED, _RESULT = "pending", "jobs", "result.json"
 _RECOVER_EVERY_S = 3600.0
-# Before a job is tried again that failed for want of a model or of storage, which is no fault of its own ...
+# The pause before a job is tried again that had no model or no storage, which is not its own fault ...
 _UNAVAILABLE_PAUSE_S = 10.0
-# ... and where the model itself failed: its process may be broken, and needs about a minute to be replaced. A job that
-# fails in the next one too is what breaks it.
+# ... and the pauses after the model failed. Its process may be broken, and is replaced within a minute. If the job
+# fails in the next one too, the job is the cause.
 _FAULT_PAUSES_S = (5.0, 10.0, 60.0)
-# Before each further attempt to write into a storage that failed, which on S3 has tried ten times by then.
+# The pauses before further attempts to write into a storage that failed. On S3 it has tried ten times by then.
 _WRITE_PAUSES_S = (1.0, 5.0, 25.0)
 _ID = re.compile(r"job-([0-9a-f]{10})-[0-9a-f]{32}")
 
 
 def new_id() -> str:
-    """The id of a job that is handed in now: it says when, and cannot be guessed."""
+    """A new job's id. It holds the time, and cannot be guessed."""
     return f"job-{int(time.time()):010x}-{secrets.token_hex(16)}"
 
 
 def _submitted_at(job_id: str) -> int | None:
-    """Unix seconds; None where it is no id of a job."""
+    """Unix seconds; None if the text is not the id of a job."""
     match = _ID.fullmatch(job_id)
     return int(match.group(1), 16) if match else None
 
@@ -70,7 +70,7 @@ class RefusedJob(TypedDict):
 
 
 class JobProgress(TypedDict):
-    """So many steps are done of those of all images."""
+    """Steps done, of the steps of all images."""
 
     step: int
     total: int
@@ -106,7 +106,7 @@ class _StoredJob(FinishedJob):
 
 
 class _JobEnd(TypedDict):
-    """What became of a job: `keys` of its images where it is done, `error` where it failed."""
+    """The end of a job: `keys` of its images if it is done, `error` if it failed."""
 
     status: _Ended
     keys: NotRequired[list[str]]
@@ -126,10 +126,10 @@ class _Job:
     status: _Open = "queued"
     progress: JobProgress | None = None
     cancelled: bool = False
-    """By its owner: every other end of its task leaves it to be done by the next process."""
+    """Cancelled by its owner. If its task ends in another way, the next process does the job."""
     finishing: bool = False
     keys: list[str] = field(default_factory=list)
-    """Of its images that are in the storage already."""
+    """Keys of its images that are already in the storage."""
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
 
     def request(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class _Job:
 
 
 class Jobs:
-    """One process holds all jobs. `generators`: Ray Serve's handles by name, which `reach` makes replicas of."""
+    """One process holds all jobs. `generators`: Ray Serve's handles by name; `reach` turns a handle into a replica."""
 
     def __init__(
         self,
@@ -164,10 +164,10 @@ class Jobs:
     async def submit(
         self, job_id: str, owner: str, model: str, response_format: str, work: GenerateWork
     ) -> SubmittedJob | RefusedJob:
-        """Accept a job. It is in the storage when this returns. Returns its id, or the reason of a refusal.
+        """Store a job. Returns its id, or why it is refused.
 
-        The caller chooses `job_id` by `new_id`. If this process dies and the caller repeats the request at the next
-        one, there is still only one job.
+        `job_id` comes from the caller, made by `new_id`. If this process dies meanwhile and the call is repeated in the
+        next one, the job is there once.
         """
         if (known := await self.get(owner, job_id)) is not None:
             return {"id": job_id, "status": known["status"]}
@@ -197,8 +197,10 @@ class Jobs:
         return {"id": job.id, "status": job.status}
 
     async def _withdraw(self, job: _Job, writing: "asyncio.Task[None]") -> None:
-        """Undo a submission that was cancelled, whose caller never learns the id. A thread that writes cannot be
-        stopped: until it ends the job counts as one, so that nobody takes up its file."""
+        """Undo a submission that was cancelled, whose caller never learns the id.
+
+        The thread that writes cannot be stopped. Until it ends the job counts, so that its file is not taken up.
+        """
         try:
             await asyncio.wait([writing])
             await asyncio.to_thread(self._storage.delete, f"{_PENDING}/{job.id}.json")
@@ -206,9 +208,9 @@ class Jobs:
             del self._jobs[job.id]
 
     async def get(self, owner: str, job_id: str) -> UnfinishedJob | FinishedJob | None:
-        """What is known of a job; None where this owner has none of that id.
+        """The state of a job; None if this owner has no job of that id.
 
-        A finished one names its images in the storage (`keys`), which `images` reads.
+        A finished job names its images in the storage (`keys`), which `images` reads.
         """
         await self._recover()
         job = self._jobs.get(job_id)
@@ -222,7 +224,7 @@ class Jobs:
         try:
             result = json.loads(await asyncio.to_thread(self._storage.read, f"{_FINISHED}/{job_id}/{_RESULT}"))
         except FileNotFoundError:
-            # Not finished, and nobody is at it: its end could not be written, or it came from a process that ended.
+            # Unfinished and not in work: its end could not be written, or an earlier process took it in.
             job = await self._resume(job_id)
             if job is None or job.owner != owner:
                 return None
@@ -233,11 +235,11 @@ class Jobs:
         return list(await asyncio.gather(*(asyncio.to_thread(self._storage.read, key) for key in keys)))
 
     async def cancel(self, owner: str, job_id: str) -> UnfinishedJob | FinishedJob | None:
-        """End a job; one that is finished stays as it is."""
+        """Cancel a job. A finished job stays as it is."""
         await self._recover()
         job = self._jobs.get(job_id)
         if job is not None and job.owner == owner and job.task is not None:
-            # What has its end already only has to be written down.
+            # A job that is being finished only waits for its end to be written.
             if not job.finishing:
                 job.cancelled = True
                 job.task.cancel()
@@ -245,19 +247,19 @@ class Jobs:
         return await self.get(owner, job_id)
 
     async def drain(self) -> int:
-        """Begin no further job; how many are at work. The others stay pending, and a lasting storage keeps them."""
+        """Begin no further job; returns how many are in work. The others stay pending in a lasting storage."""
         self._draining = True
         return sum(job.status == "running" for job in self._jobs.values())
 
     def __del__(self) -> None:
-        """Called by Ray Serve before the process ends, which does not wait for Python's own end."""
+        """Ray Serve calls it before the process ends, as Python's own end may not run."""
         if self._temporary is not None:
             remove_folder(self._temporary)
 
     async def check_health(self) -> None:
-        """Ray Serve asks from the start on, so that pending jobs do not wait for a request to be taken up.
+        """Ray Serve calls it from the start on, so that pending jobs are taken up without a request.
 
-        Nothing is awaited: a storage that does not answer, or hangs, is not mended by another process.
+        Nothing is awaited: another process would not help a storage that does not answer.
         """
         self._recovering()
 
@@ -267,13 +269,13 @@ class Jobs:
         await asyncio.shield(self._recovering())
 
     def _recovering(self) -> "asyncio.Task[None]":
-        """At first and every so often: take up what is pending and nobody works at, delete what is too old."""
+        """At the start and every hour: take up pending jobs that are not in work, and delete those that are too old."""
         last, age_s = self._recovery, time.monotonic() - self._recovered_at
         if last is None or (last.done() and (last.exception() is not None or age_s > _RECOVER_EVERY_S)):
             self._recovered_at = time.monotonic()
             self._recovery = last = asyncio.create_task(self._take_up())
             last.add_done_callback(lambda task: _log_fault(task, "the storage of jobs does not answer"))
-            # Nobody waits for this one, and what it cannot delete it tries again the next time.
+            # It runs beside all else. What it cannot delete it tries again the next time.
             self._pruning = asyncio.create_task(asyncio.to_thread(self._prune))
             self._pruning.add_done_callback(lambda task: _log_fault(task, "old jobs could not be deleted"))
         return last
@@ -285,7 +287,7 @@ class Jobs:
                 await self._resume(job_id)
 
     async def _resume(self, job_id: str) -> _Job | None:
-        """Take up one that is pending; None where there is none, or it cannot be read."""
+        """Take up a pending job; None if there is none, or if it cannot be read."""
         try:
             fields = json.loads(await asyncio.to_thread(self._storage.read, f"{_PENDING}/{job_id}.json"))
             work = GenerateWork.from_json(fields.pop("work"))
@@ -293,10 +295,10 @@ class Jobs:
         except FileNotFoundError:
             return None
         except Exception:
-            # One file that cannot be read or understood is no reason to leave the other jobs undone; it stays.
+            # The other jobs go on. The file that cannot be read stays where it is.
             logger.exception("a pending job cannot be read", extra={"fields": {"job": job_id}})
             return None
-        # Somebody else may have begun it while its file was read.
+        # Another call may have begun it while its file was read.
         if job_id not in self._jobs:
             self._jobs[job_id] = job
             self._start(job)
@@ -326,11 +328,11 @@ class Jobs:
             seconds = round(time.monotonic() - began, 4)
             logger.info("job", extra={"fields": {**about, "status": end["status"], "seconds": seconds}})
         finally:
-            # Where its end is not in the storage it is still pending there, and is taken up again.
+            # If its end is not in the storage, the job is still pending there and is taken up again.
             del self._jobs[job.id]
 
     async def _end_of(self, job: _Job) -> _JobEnd | None:
-        """What became of the job; None where it was not begun, as this process ends."""
+        """The end of the job; None if it was not begun because this process ends."""
         fault_pauses_s = iter(_FAULT_PAUSES_S)
         about = {"request_id": job.work.request_id, "job": job.id, "model": job.model}
         try:
@@ -351,7 +353,7 @@ class Jobs:
                     error, pause_s = fault(job.work.request_id), next(fault_pauses_s, None)
                 if pause_s is None or time.time() + pause_s > job.created + self._limits.job_ttl_s:
                     return {"status": "failed", "error": error.body()["error"]}
-                # Its place is another one's for so long, whose model may answer.
+                # Its place is free meanwhile for a job whose model may answer.
                 job.status = "queued"
                 logger.warning("job waits", extra={"fields": {**about, "error": error.code, "seconds": pause_s}})
                 await asyncio.sleep(pause_s)
@@ -364,11 +366,11 @@ class Jobs:
         replica = self._replicas.get(job.model)
         if replica is None:
             raise ApiError(404, f"the model {job.model!r} is no longer served", code="model_not_found")
-        # A few at a time, so that whoever waits for an answer does not wait for a whole job.
+        # A few images at a time, so that a direct request does not wait for a whole job.
         size, seeds = self._limits.max_n, job.work.seeds
         starts = range(0, len(seeds), size)
         for number, start in enumerate(starts):
-            # What an attempt before this one has put into the storage is not made again.
+            # Images that an earlier attempt has stored are not made again.
             part = seeds[max(start, len(job.keys)) : start + size]
             if not part:
                 continue
@@ -407,7 +409,7 @@ class Jobs:
         await asyncio.to_thread(self._storage.delete, f"{_PENDING}/{job.id}.json")
 
     async def _write(self, name: str, data: bytes) -> None:
-        """Into the storage, again and again for a while: a disk may be full, and minutes of work lie behind a job."""
+        """Write, with several attempts: the disk may be full for a while, and a job holds minutes of work."""
         for pause_s in _WRITE_PAUSES_S:
             try:
                 return await asyncio.to_thread(self._storage.write, name, data)

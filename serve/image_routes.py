@@ -1,4 +1,4 @@
-"""Images on request: at once, as a stream of events, or as a job that is fetched later."""
+"""The routes for images: at once, as a stream of events, or as a job that is fetched later."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ _KEEP_ALIVE_S = 15.0
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that give back what the request held, however they end."""
+    """Server-sent events. When they end, in whatever way, the request's places in the queue are freed."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], held: contextlib.ExitStack) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -47,7 +47,7 @@ class _EventStream(StreamingResponse):
 
 
 class ImageRoutes:
-    """`storage`: where images are put that are linked to."""
+    """`storage`: the place of the images that answers link to."""
 
     def __init__(self, front: Front, jobs: Replica | None, storage: Storage | None) -> None:
         self._front, self._jobs, self._storage = front, jobs, storage
@@ -67,7 +67,7 @@ class ImageRoutes:
     async def _work(
         self, request: Request, fields: Any, *where: str
     ) -> tuple[schemas.GenerationRequest, Model, GenerateWork, Storage | None]:
-        """What is asked for, of which model, in full, and where it is put to be linked to. Raises ApiError.
+        """The request, its model, the work in full, and the storage for links. Raises ApiError.
 
         `fields` stand at `where` in the body: nowhere deeper for a request, at "request" for a job.
         """
@@ -79,12 +79,12 @@ class ImageRoutes:
         work = schemas.generate_work(asked, info, limits, is_job=bool(where), request_id=facts["request_id"])
         facts.update(model=model.name, n=len(work.seeds))
         if asked.size not in (None, "auto", info["defaults"]["size"]) and (refusal := await model.refusal(work)):
-            # What the model says of it is told before a stream begins.
+            # The model's refusal is told before a stream begins.
             raise refusal
         return asked, model, work, links
 
     def _links(self, response_format: str) -> Storage | None:
-        """Where images are put to be linked to; None for images in the answer itself. Raises ApiError."""
+        """The storage for images that the answer links to; None for images in the answer itself. Raises ApiError."""
         if response_format != "url":
             return None
         if self._storage is None or not self._storage.is_s3:
@@ -126,7 +126,7 @@ class ImageRoutes:
     async def _events(
         self, model: Model, work: GenerateWork, links: Storage | None, line: dict[str, Any]
     ) -> AsyncGenerator[bytes, None]:
-        """The generator's events as server-sent ones, and before the last of them those of OpenAI's own type."""
+        """The generator's events as server-sent events. Before the last one stand those of OpenAI's own type."""
         source = model.replica.stream("stream", work)
         waiting: asyncio.Future[Any] | None = None
         timeout_s = self._front.limits.request_timeout_s
@@ -154,7 +154,7 @@ class ImageRoutes:
         except ApiError as error:
             yield self._broken_off(error, line)
         except Exception:
-            # The status is long sent: without an event the client would take the end for one.
+            # The status was sent before. Without an event the client would take this for a good end.
             logger.exception("stream failed", extra={"fields": {"request_id": work.request_id, "model": model.name}})
             yield self._broken_off(fault(work.request_id), line)
         finally:

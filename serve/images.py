@@ -1,6 +1,6 @@
-"""Images that strangers send: what their header says is checked before one pixel is decoded.
+"""Images from strangers: their headers are checked before any pixel is decoded.
 
-An image comes as bytes (multipart) or as a data URI. There is no other way in: no address is ever fetched.
+An image comes as bytes (multipart) or as a data URI. Addresses are never fetched.
 """
 
 import base64
@@ -24,12 +24,12 @@ from mmcore.images import decode_image, resize_image
 from serve.errors import ApiError, in_bytes, quoted
 from serve.limits import Limits
 
-# Of all that Pillow reads only these: the fewer decoders a stranger reaches, the better.
+# The formats that are taken. Pillow reads more, but each further decoder could be attacked.
 _MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
 # A photograph of a phone may hold further pictures (MPO), which are no frames of an animation.
 _READERS = {"JPEG": ["JPEG", "MPO"], "PNG": ["PNG"], "GIF": ["GIF"], "WEBP": ["WEBP"]}
 _STILL = ("JPEG", "MPO")
-# All text chunks of one PNG, unpacked: Pillow allows 64 MiB.
+# The limit on all text chunks of one PNG, unpacked. Pillow's own is 64 MiB.
 _MAX_PNG_TEXT_BYTES = 2**20
 # A progressive JPEG is decoded once for each of its scans, of which ten megabytes hold a million: tens of minutes in a
 # thread that nobody can stop. Encoders write about ten. The pattern is the head of a scan as libjpeg takes it (length
@@ -47,7 +47,7 @@ _JPEG_FILLING = re.compile(rb"(?:[^\xff]|\xff\x00|\xff(?=\xff)){0,%d}+" % (_MAX_
 # 64 KiB and has an entry in twelve bytes; Pillow appends one segment's to the other's.
 _MAX_EXIF_BYTES = 2**17
 _MAX_JPEG_BYTES = {"tables": 2**16, "EXIF": _MAX_EXIF_BYTES, "Photoshop's resources": 2**18}
-# Chunks of pixels: encoders write 8 KiB (libpng) or more into one.
+# The smallest usual chunk of pixels: encoders write 8 KiB (libpng) or more into one.
 _MIN_IDAT_BYTES = 1024
 # Chunks of a PNG that are unpacked, each to _MAX_PNG_TEXT_BYTES; one that breaks off does not count in their sum.
 _MAX_PNG_PACKED = 10
@@ -64,22 +64,22 @@ _MAX_DATA_HEAD = 256
 _BASE64_PART = 2**17
 # Of malloc.h.
 _M_MMAP_THRESHOLD = -3
-# What Pillow raises on damaged headers.
+# The errors that Pillow raises for damaged headers.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, OverflowError)
 
 
 def return_large_blocks() -> None:
-    """Make this process return blocks of a megabyte or more to the system when they are freed.
+    """Have this process return blocks of a megabyte or more to the system when they are freed.
 
-    By default glibc raises its threshold with each large freed block, up to 32 MiB, and keeps smaller blocks. After
-    some bodies of ten megabytes a process would hold a hundred more.
+    glibc raises its threshold with each large block that is freed, up to 32 MiB, and keeps smaller blocks. After some
+    bodies of ten megabytes the process would hold a hundred more.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def harden_pillow() -> None:
-    """Of this process: less memory for a PNG's text, and no warnings on stderr, of which an EXIF can cause 65,000."""
+    """Limit a PNG's text in this process, and silence Pillow's warnings: one EXIF can cause 65,000 of them."""
     PngImagePlugin.MAX_TEXT_MEMORY = _MAX_PNG_TEXT_BYTES
     PngImagePlugin.MAX_TEXT_CHUNK = _MAX_PNG_TEXT_BYTES
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -92,7 +92,7 @@ def _format(data: bytes) -> str | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height as the first chunk of a WebP says: Pillow makes room for the whole canvas when it opens one."""
+    """Width and height from the first chunk of a WebP. Pillow would allocate the whole canvas when it opens one."""
     kind, start = data[12:16], data[20:30]
     if len(start) < 10:
         return None
@@ -107,12 +107,12 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-# A message and a code make the refusal.
+# Makes a refusal of a message and a code.
 _Refuse = Callable[[str, str], ApiError]
 
 
 def _check_jpeg(data: bytes, refuse: _Refuse) -> None:
-    """The segments before the first scan, exactly as Pillow steps over them (JpegImageFile._open)."""
+    """Check the segments before the first scan, in the steps of Pillow (JpegImageFile._open)."""
     at = 2
     num_segments = num_filling = 0
     sizes = {"tables": 0, "EXIF": 0, "Photoshop's resources": 0}
@@ -148,7 +148,7 @@ def _check_jpeg(data: bytes, refuse: _Refuse) -> None:
 
 
 def _check_png(data: bytes, refuse: _Refuse) -> None:
-    """All chunks, also those behind the pixels, of which Pillow reads the header when it decodes."""
+    """Check all chunks. Pillow also reads the headers of those behind the pixels, when it decodes."""
     at, num_pixels, num_others, num_packed = 8, 0, 0, 0
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
@@ -170,7 +170,7 @@ def _check_png(data: bytes, refuse: _Refuse) -> None:
 
 
 def _is_packed(data: bytes, start: int, end: int) -> bool:
-    """Whether a text in Unicode is packed, which the byte behind its name says."""
+    """Whether a text in Unicode is packed: the byte behind its name tells."""
     name_end = data.find(b"\0", start, end)
     return name_end >= 0 and data[name_end + 1 : name_end + 2] != b"\0"
 
@@ -190,7 +190,7 @@ def _length_of_text(kind: bytes, value: bytes) -> int:
 
 
 def _check_webp(data: bytes, refuse: _Refuse) -> None:
-    """All chunks, and those within the frames."""
+    """Check all chunks, and those within the frames."""
     at, number = 12, 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<4sI", data, at)
@@ -204,7 +204,7 @@ def _check_webp(data: bytes, refuse: _Refuse) -> None:
 
 
 class _GifBytes(io.BytesIO):
-    """A GIF that is read in a bounded number of steps: so they are counted as Pillow takes them."""
+    """A GIF that counts Pillow's steps of reading, and refuses after too many."""
 
     def __init__(self, data: bytes, refuse: _Refuse) -> None:
         super().__init__(data)
@@ -219,7 +219,7 @@ class _GifBytes(io.BytesIO):
 
 
 def _check_beginning(data: bytes, refuse: _Refuse) -> str:
-    """What can be refused of an image whose end may be missing; returns its format."""
+    """Check the beginning of an image, whose end may be missing; returns its format."""
     kind = _format(data)
     if kind is None:
         raise refuse("not a JPEG, PNG, WebP or GIF" if data else "it is empty", "unsupported_image")

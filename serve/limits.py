@@ -12,7 +12,7 @@ PREFIX = "SERVE_"
 MIB = 2**20
 # Variables with the same prefix that are no limits: serve/security.py reads them.
 KEY_VARIABLES = ("SERVE_API_KEYS", "SERVE_API_KEYS_FILE")
-# So alike that it is a slip of the pen; other variables of this prefix (Kubernetes makes some) are not ours.
+# A variable this similar to one of ours counts as misspelt. Kubernetes makes other variables of this prefix.
 _TYPO = 0.85
 # S3 signs no link for longer than a week.
 _MAX_URL_EXPIRES_S = 7 * 86_400
@@ -27,13 +27,13 @@ class Limits:
     max_json_bytes: int = 64 * 1024
     """Body of a request that carries no image."""
     max_bodies_bytes: int = 200 * MIB
-    """Bodies of all requests at one time; past it 429. Those without a key have as much, and cannot take from this."""
+    """Bodies of all requests at one time; past it 429. Bodies without a key have as much room of their own."""
     body_timeout_s: float = 30.0
     """Time in which a body must arrive; past it 408."""
     max_image_bytes: int = 10 * MIB
     """One image as it is stored in its file."""
     max_data_uri_bytes: int = 6 * MIB
-    """One image that comes as base64 in JSON, which takes ten times the work of a form; as it is stored in its file."""
+    """One image that comes as base64 in JSON, by the size of its file. Base64 takes ten times the work of a form."""
     max_pixels: int = 25_000_000
     """Width times height of one image, read from its header before it is decoded."""
     max_frames: int = 1
@@ -53,15 +53,15 @@ class Limits:
     max_guidance_scale: float = 30.0
     """Guidance scale; the least is 1, which is none."""
     max_queue: int = 64
-    """Images that wait or are worked at, for each model; past it 429 with Retry-After."""
+    """Images that wait or are in work, for each model; past it 429 with Retry-After."""
     key_share: float = 0.5
-    """Of the queue of each model, and of the bodies: the part that one key may fill, if there are several; 1 is all."""
+    """The part of each model's queue, and of the bodies, that one of several keys may fill; 1 is all."""
     max_jobs: int = 100
     """Jobs that are not finished; past it 429."""
     max_jobs_per_key: int = 20
     """Jobs of one key that are not finished; past it 429."""
     job_concurrency: int = 2
-    """Jobs worked at together."""
+    """Jobs in work at one time."""
     job_ttl_s: float = 86_400.0
     """How long a job can be fetched, from its submission on."""
     rate_per_minute: float = 600.0
@@ -69,7 +69,7 @@ class Limits:
     rate_burst: int = 100
     """Requests that one key may send at once."""
     request_timeout_s: float = 300.0
-    """Time in which a request must be answered; past it its work is ended and the answer is 503."""
+    """Time in which a request must be answered; past it the work ends and the answer is 503."""
     url_expires_s: float = 3600.0
     """How long a link to an image (response_format url) works; a week at most."""
     drain_timeout_s: float = 120.0
@@ -81,17 +81,17 @@ class Limits:
     captioner_batch_size: int = 0
     """Images captioned together; 0 chooses 16 on a CPU, 64 on a GPU."""
     generator_batch_size: int = 0
-    """Images made together, always so many (a smaller batch is filled up, so that an image does not depend on who
-    else asks); 0 chooses 4 on a CPU, 8 on a GPU. On a CPU 1 answers a single image soonest."""
+    """Images made together; 0 chooses 4 on a CPU, 8 on a GPU. A smaller batch is filled up, so that an image does not
+    depend on other requests. On a CPU 1 answers a single image soonest."""
     batch_wait_s: float = 0.0
-    """How long an idle model waits for company of the first image. While it works, images gather anyway; so every
-    lone request would pay for a wait from which no busy service gains."""
+    """How long an idle model waits for more images after the first. While it works, images gather without a wait. So a
+    busy service gains nothing by one, and every lone request would pay for it."""
     model_threads: int = 0
     """CPU threads of each model's replica; 0 takes as many as its affinity and the quota of its
     container allow."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for limits by which nothing could ever be answered."""
+        """Raises InputError for limits that would refuse every request."""
         for name, whole in (
             ("max_n", "max_queue"),
             ("max_images", "max_queue"),
@@ -103,7 +103,7 @@ class Limits:
                     f"{PREFIX}{whole.upper()} is {getattr(self, whole)}; raise that one, or lower this one"
                 )
         for field in dataclasses.fields(self):
-            # No rate and no time is none of these limits switched off, but everything refused.
+            # A rate or a time of 0 does not switch the limit off: it would refuse everything.
             if isinstance(field.default, float) and field.default and not getattr(self, field.name) > 0:
                 raise InputError(f"{PREFIX}{field.name.upper()} {getattr(self, field.name):g}: give more than 0")
         if not 1 <= self.url_expires_s <= _MAX_URL_EXPIRES_S:
@@ -123,7 +123,7 @@ class Limits:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Limits":
-        """Raises InputError for a value that is no number of its kind, and for a variable that looks misspelt."""
+        """Raises InputError for a value that is not a number of its kind, and for a variable that looks misspelt."""
         fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(cls)}
         values: dict[str, int | float] = {}
         for name, text in environment.items():

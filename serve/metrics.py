@@ -1,6 +1,6 @@
-"""What the service tells about itself: Prometheus metrics, and one line of JSON a request.
+"""Metrics for Prometheus, and one line of JSON in the log a request.
 
-Prompts, captions and keys are in neither; a caller is known by the first characters of his key's digest.
+Neither holds prompts, captions or keys. A caller is shown by the first characters of the digest of the key.
 """
 
 import json
@@ -24,7 +24,7 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ImageFacts(TypedDict):
-    """How an image came about: `batch_size` of one image of each batch, `encode_s` of one that was made."""
+    """Times of an image. `batch_size` is told of one image of each batch, `encode_s` of an image that was made."""
 
     queue_s: float
     model_s: float
@@ -52,7 +52,7 @@ def configure_logging() -> None:
 
 
 class Metrics:
-    """In a registry of their own, so that two services in one process (tests) do not add up."""
+    """Metrics in a registry of their own, so that two services in one process (tests) do not add up."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -79,7 +79,7 @@ class Metrics:
         self.images = Counter("mmcore_images", "Images captioned or made", ["model"], registry=registry)
 
     def observe(self, model: str, facts: ImageFacts) -> None:
-        """One image's `facts`, as `facts_of` made them in its replica."""
+        """Count one image, with the `facts` of its replica."""
         self.images.labels(model).inc()
         for stage in ("queue", "model", "encode"):
             if facts.get(f"{stage}_s") is not None:
@@ -103,10 +103,10 @@ def note_slowest(line: dict[str, Any], facts: ImageFacts) -> None:
 
 
 def _forget(error: BaseException | None) -> None:
-    """Release the memory of the request.
+    """Free what the request held.
 
-    An exception that was awaited from a thread is in a reference cycle with its future. Its traceback would keep the
-    body and the image, tens of megabytes, until Python collects cycles.
+    A refusal that came from a thread forms a cycle with its future. Its traceback would keep the body and the image,
+    tens of megabytes, until Python collects such cycles.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -114,7 +114,7 @@ def _forget(error: BaseException | None) -> None:
 
 
 class Observe:
-    """Outermost of the app: gives a request its id, times it, counts it, logs it, and turns refusals into answers."""
+    """The outermost layer of the app. It times, counts and logs a request, and turns refusals into answers."""
 
     def __init__(self, app: App, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -128,8 +128,8 @@ class Observe:
             return
         given = dict(scope["headers"]).get(REQUEST_ID)
         request_id = given.decode("ascii", "replace")[:64] if given else secrets.token_hex(16)
-        # Routes add to it what they know of the request; `route` is the pattern and not the path, of which there are
-        # as many as strangers care to make.
+        # Routes add what they know of the request. `route` is the pattern and not the path, as strangers can make
+        # any number of paths.
         facts: dict[str, Any] = {"request_id": request_id, "method": scope["method"], "route": "other"}
         scope.setdefault("state", {})["facts"] = facts
         began, status = time.perf_counter(), 0
@@ -168,7 +168,7 @@ class Observe:
         finally:
             seconds = time.perf_counter() - began
             method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS") else "other"
-            # 499: nobody waited for the answer any more.
+            # 499: the client had gone before the answer.
             status = status or 499
             self._metrics.requests.labels(facts["route"], method, str(status)).inc()
             self._metrics.seconds.labels(facts["route"]).observe(seconds)

@@ -1,9 +1,9 @@
 """A generator's sampling options as fields of a request.
 
-They are the fields of a frozen dataclass that the generator declares, each under the name in its metadata ``api`` or
-else its own. The replica tells them by those names in plain values: ``type``, ``default`` and for a choice ``enum``, as
-in a JSON schema. The process that answers requests makes fields of them, and the replica makes the dataclass of what
-was asked.
+A generator declares its options as a frozen dataclass. A field's name in the API is its metadata ``api``, or else its
+own name. The replica describes the options in plain values, as a JSON schema does: ``type``, ``default``, and ``enum``
+for a choice. The process that answers requests makes fields of the description. The replica makes the dataclass of the
+values.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class ToldOption(TypedDict):
     enum: NotRequired[list[Any]]
 
 
-# By the API's names.
+# Descriptions of options, by their names in the API.
 Told = dict[str, ToldOption]
 
 _TYPES: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -42,9 +42,9 @@ def _api_names(options: Any) -> dict[str, str]:
 
 
 def tell(options: Any) -> Told:
-    """What a request may say of the sampling. `options`: the generator's default ones.
+    """The description of the sampling options. `options`: the generator's defaults.
 
-    Raises TypeError for a field that no request could give.
+    Raises TypeError for a field of a type that a request cannot have.
     """
     told: Told
     hints, told = get_type_hints(type(options)), {}
@@ -65,7 +65,7 @@ def tell(options: Any) -> Told:
 
 
 def with_options(request: type[_T], told: Told) -> type[_T]:
-    """A request that also has these options as fields."""
+    """The type of a request that has these options as further fields."""
     return _with_options(request, json.dumps(told))
 
 
@@ -84,8 +84,8 @@ def asked_options(request: Strict, told: Told, most: Mapping[str, float], max_ch
 
     Args:
         request: of `with_options`.
-        most: the largest value of some numbers, of which 1 is the least.
-        max_chars: of a text.
+        most: the largest value of some numbers. Their smallest value is 1.
+        max_chars: the length of a text.
     Raises ApiError for one past its limit.
     """
     values: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def asked_options(request: Strict, told: Told, most: Mapping[str, float], max_ch
 
 
 def options_of(values: Mapping[str, Any], default: Any) -> Any:
-    """The generator's dataclass of the values of `asked_options`. Raises ApiError for one that it does not have."""
+    """The generator's dataclass of the values of `asked_options`. Raises ApiError for an unknown option."""
     names = _api_names(default)
     if unknown := next((name for name in values if name not in names), None):
         raise bad_value(unknown, f"this model has no such option; it has {', '.join(names)}")
@@ -113,7 +113,7 @@ def options_of(values: Mapping[str, Any], default: Any) -> Any:
 
 
 def texts_of(values: Mapping[str, Any], default: Any) -> dict[str, str]:
-    """Those of the values that are texts of any words, which the model reads as it reads a prompt."""
+    """The values that are free texts, which the model reads as it reads a prompt."""
     told = tell(default)
     return {
         name: value for name, value in values.items() if told[name]["type"] == "string" and "enum" not in told[name]
@@ -121,12 +121,12 @@ def texts_of(values: Mapping[str, Any], default: Any) -> dict[str, str]:
 
 
 def refusal_of(error: OptionError, default: Any) -> ApiError:
-    """What a generator says of an option, by the API's name of it."""
+    """A generator's refusal of an option, with the option's name in the API."""
     names = {name: api for api, name in _api_names(default).items()}
     return bad_value(names.get(error.option, error.option), error.problem)
 
 
 def png_text(options: Any) -> dict[str, str]:
-    """What a PNG says of the sampling, under the names of a sweep's images; nothing of what was not given."""
+    """The sampling options for a PNG's text, under the names of a sweep's images. Empty options are left out."""
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     return {name: str(value) for name, value in values.items() if value not in (None, "")}

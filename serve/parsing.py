@@ -15,12 +15,12 @@ from serve.errors import ApiError, bad_value, quoted, spoken
 _MAX_JSON_VALUES = 2000
 # Control characters but tab and line breaks, and halves of surrogate pairs, which no tokenizer can be given.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-# Of what pydantic says, which repeats some values whole.
+# The longest part of pydantic's message that is repeated: it holds some values whole.
 MAX_REASON = 300
 _UNKNOWN = "unknown_field"
 # So alike that it is probably a slip of the pen.
 _TYPO = 0.75
-# pydantic's words speak of Python. These are said of the field, with what pydantic knows of the fault.
+# In the place of pydantic's messages, which speak of Python. They follow the field's name.
 _FAULTS = {
     "missing": "is missing",
     "string_type": "must be text",
@@ -36,7 +36,7 @@ _FAULTS = {
     "union_tag_not_found": "needs a type",
     "union_tag_invalid": "has an unknown type {tag!r}; known: {expected_tags}",
 }
-# Of unions of objects, by their `type`: they follow the number of a list's element.
+# The branches of unions of objects, by their `type`. In pydantic's paths they follow the number of a list's element.
 _BRANCHES = ("image_url", "text")
 
 _T = TypeVar("_T", bound=BaseModel)
@@ -85,7 +85,7 @@ def only(*values: Any, why: str) -> Only:
 
 
 def unread_fields(asked: Any, path: str = "") -> list[str]:
-    """Where the fields stand that a request gives and nobody reads."""
+    """The places of the fields that a request gives and that are not read."""
     found: list[str] = []
     if isinstance(asked, list):
         for index, each in enumerate(asked):
@@ -100,8 +100,7 @@ def unread_fields(asked: Any, path: str = "") -> list[str]:
 
 
 def _has_more_marks(body: bytes | bytearray, most: int) -> bool:
-    """Whether more than `most` values can be in a body. `find` leaps over an image in base64 ten times as fast as
-    `count` goes through it."""
+    """Whether a body can hold more than `most` values. `find` is ten times as fast as `count` over an image."""
     found = 0
     for mark in (b",", b"[", b"{", b":"):
         place = body.find(mark)
@@ -113,7 +112,7 @@ def _has_more_marks(body: bytes | bytearray, most: int) -> bool:
 def parse_json(body: bytes | bytearray) -> Any:
     """The value of a JSON body, with no number that JSON does not have and no key twice. Raises ApiError.
 
-    A bytearray is emptied: beside a body of megabytes its text and its values take as much again.
+    A bytearray is emptied, as the text and the values of a large body take as much memory again.
     """
 
     def refuse_constant(name: str) -> Any:
@@ -126,7 +125,7 @@ def parse_json(body: bytes | bytearray) -> Any:
             raise ApiError(400, f"the field {quoted(twice)} is given twice", param=twice[:64], code="invalid_json")
         return fields
 
-    # Parsing holds the interpreter, and a body of nothing but commas would hold it for seconds.
+    # Parsing holds the interpreter. A body of commas alone would hold it for seconds.
     if _has_more_marks(body, _MAX_JSON_VALUES):
         raise ApiError(400, f"more than {_MAX_JSON_VALUES} values in the body", code="invalid_json")
     try:
@@ -152,8 +151,8 @@ def parse(kind: type[_T], value: Any, *where: str) -> _T:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        # An unknown field first: it is often the cause of what else is wrong. Then the deepest: of the branches of a
-        # union it is the one that was meant.
+        # An unknown field comes first, as it often causes other errors. Then comes the deepest error: of a union's
+        # branches it belongs to the one that was meant.
         detail = min(error.errors(include_url=False), key=lambda each: (each["type"] != _UNKNOWN, -len(each["loc"])))
         path = [*where, *_path(detail["loc"])]
         if detail["type"] == _UNKNOWN:
@@ -175,7 +174,7 @@ def parse(kind: type[_T], value: Any, *where: str) -> _T:
 
 
 def _path(places: tuple[int | str, ...]) -> list[str]:
-    """Without the branches of unions, which are no part of what the client knows."""
+    """pydantic's path without the branches of unions, which the client does not know."""
     path = [str(each) for i, each in enumerate(places) if not (each in _BRANCHES and isinstance(places[i - 1], int))]
     return [each for each in path if each != "str" and not each.startswith("list[")]
 

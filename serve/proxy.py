@@ -1,8 +1,8 @@
-"""What stands around Ray Serve's proxy: limits that hold before a body is read, and answers in one form.
+"""Middlewares around Ray Serve's proxy: limits that hold before a body is read, and refusals in one form.
 
-The proxy finds it by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:proxy_middlewares in the environment in
-which Ray was started (`python -m serve.control start` sets it); serve/app.py builds nothing without that variable, and
-answers no request where the cluster lacks it. The routes check again what is checked here.
+The proxy finds them by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:proxy_middlewares in the environment in
+which Ray was started. `python -m serve.control start` sets that variable. serve/app.py builds nothing without it, and
+answers no request on a cluster that lacks it. The routes check the same limits again.
 """
 
 import os
@@ -18,10 +18,10 @@ from serve.limits import Limits
 from serve.metrics import configure_logging, logger
 from serve.security import REQUEST_ID, App, BodyLimit, Keys, Message, Receive, Scope, Send, answer
 
-# In the environment of whatever starts Ray.
+# Set in the environment of the program that starts Ray.
 VARIABLE, VALUE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy:proxy_middlewares"
-# What Ray Serve's proxy takes from a client's headers and no client of ours has a say in: its time limit, whether a
-# disconnect is noticed, which replica it goes to.
+# Headers by which a client would steer Ray Serve's proxy: its time limit, whether it notices a disconnect, and which
+# replica it chooses. They are removed.
 _STEERING_HEADERS = {
     b"x-request-timeout-seconds",
     b"x-request-disconnect-disabled",
@@ -30,11 +30,11 @@ _STEERING_HEADERS = {
     b"x-session-id",
 }
 _GOOD_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-# Routes of the proxy itself. Of them only this one is for everybody: the others tell what else the cluster serves.
+# Routes of the proxy itself. Only the health route is open; the others tell what else the cluster serves.
 _OWN_ROUTES, _HEALTH = "/-/", "/-/healthz"
 _NO_ROUTE = ApiError(404, "no such route", code="not_found")
-# What Ray Serve's proxy refuses itself, in plain text. That it finds no route means that there is no application yet,
-# or none any more: ours has them all, from "/" on.
+# Ray Serve's proxy refuses these in plain text. Its 404 means that no application runs yet, or none any more, as ours
+# takes every route.
 _OF_RAY = {
     status: ApiError(answered, "the service does not answer now; try again", code="unavailable", retry_after_s=5.0)
     for status, answered in ((404, 503), (408, 408), (429, 429), (503, 503))
@@ -43,7 +43,7 @@ _LOST = ApiError(503, "the service lost this request; try again", code="request_
 
 
 def check_guarded(environment: Mapping[str, str]) -> None:
-    """Raises InputError for an environment of which Ray's proxy would take nothing that stands here."""
+    """Raises InputError for an environment by which Ray's proxy would not find these middlewares."""
     if (given := environment.get(VARIABLE, "")) != VALUE:
         raise InputError(
             f"{VARIABLE}={given}: export {VARIABLE}={VALUE}, here and where Ray is started (its proxy has nothing of a "
@@ -52,10 +52,10 @@ def check_guarded(environment: Mapping[str, str]) -> None:
 
 
 class ProxyGuard:
-    """The outermost layer around Ray Serve's proxy.
+    """The outermost middleware.
 
-    It gives each request an id and removes headers by which a client could control the proxy. It answers in JSON where
-    the proxy would answer in plain text or not at all. It logs refusals that do not reach the routes.
+    It gives each request its id and removes headers that steer the proxy. It answers in JSON where the proxy would
+    answer in plain text or not at all. It logs the refusals that do not reach the routes.
     """
 
     def __init__(self, app: App) -> None:
@@ -85,13 +85,13 @@ class ProxyGuard:
             if message["type"] == "http.response.start":
                 answered, status = True, message["status"]
                 there = {name.lower(): value for name, value in message.get("headers", [])}
-                # An application's own answer (others may be on that cluster) has a length, too.
+                # The answer of an application has a length; other applications may run on that cluster.
                 plain = there.get(b"content-type", b"").startswith(b"text/plain") and b"content-length" not in there
                 if plain and status in _OF_RAY:
                     await answer(_OF_RAY[status], checking_send)
                     replaced = True
                 elif REQUEST_ID not in there:
-                    # Ours, from this file or BodyLimit: what comes from farther in has got its id from the proxy.
+                    # A refusal of this file or of BodyLimit: the proxy puts an id on every other answer.
                     fields = {"request_id": request_id.decode(), "method": scope["method"], "status": status}
                     logger.info("refused by the proxy", extra={"fields": fields})
                     message = {**message, "headers": [*message.get("headers", []), (REQUEST_ID, request_id)]}
@@ -104,19 +104,19 @@ class ProxyGuard:
             return
         await self._app({**scope, "headers": headers}, noting_receive, checking_send)
         if not answered and not gone:
-            # The process that answers requests died over this one. The proxy says nothing in that case.
+            # The process that answers requests died during this one. The proxy then sends no answer.
             await answer(_LOST, checking_send)
 
 
 class BodyBudgets:
-    """`BodyLimit` twice: bodies of those who have a key, and of all others, who can fill nothing but their own. Where
-    there are several keys, none takes all the room from the others.
+    """Two `BodyLimit`s: one for bodies with a valid key, one for all others, which cannot fill the first.
 
-    Nobody is refused for want of a key here. That is the routes' to say: the proxy is not told of `open`.
+    With several keys each one is bound to its share. A request without a key is not refused here, as the proxy does not
+    know about `open`. The routes refuse it.
     """
 
     def __init__(self, app: App, limits: Limits, keys: Keys | None) -> None:
-        """`keys`: None where this process has none, and everybody is one of the others."""
+        """`keys`: None for a process without keys, where every body counts as one of the others."""
         self._keys, self._known, self._others = keys, BodyLimit(app, limits), BodyLimit(app, limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,14 +135,13 @@ def _keys() -> Keys | None:
     try:
         return Keys(os.environ)
     except InputError as error:
-        # Ray's proxy must start all the same: `open` is no matter of its environment.
+        # Ray's proxy must start without keys too: the service may be open, which its environment does not say.
         logger.info("the proxy knows no keys", extra={"fields": {"reason": str(error)}})
         return None
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Ray Serve's proxies run around themselves."""
+    """The middlewares for Ray Serve's proxies, the outermost last."""
     configure_logging()
-    # The last one stands outermost.
     limits = Limits.from_environment(os.environ)
     return [Middleware(BodyBudgets, limits=limits, keys=_keys()), Middleware(ProxyGuard)]

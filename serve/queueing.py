@@ -1,4 +1,4 @@
-"""How much may be in the service at once. Past it a request is refused with 429 before its work begins."""
+"""How many images may be in the service at once. A request past that is refused with 429 before its work begins."""
 
 import contextlib
 import time
@@ -8,18 +8,18 @@ from contextvars import ContextVar
 
 from serve.errors import ApiError
 
-# Who asks, in the task that handles his request; nobody where there is one key alone, which shares with no other.
+# The caller of a request, in the task that handles it. Empty for a service with one key, which shares with no other.
 CALLER: ContextVar[str] = ContextVar("caller", default="")
-# Of the average time in the service: how much a new request counts.
+# The weight of a new request in the average time that a request takes.
 _SMOOTHING = 0.2
 _MAX_RETRY_AFTER_S = 60.0
 
 
 class Admission:
-    """The images in the service, by model: waiting, in progress, or in transfer.
+    """The images in the service, by model: those that wait, are in work, or are on their way.
 
-    This is the only bounded queue, and it comes before all others. If Ray Serve's router queues requests, it passes on
-    two at a time, and batches shrink to two. Each replica therefore accepts more than is admitted here.
+    This bound lies before all queues. Ray Serve's router would let requests that it holds back pass two at a time, and
+    batches would shrink to two. Each replica therefore takes more than is admitted here.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Admission:
         on_change: Callable[[str, int], None] = lambda model, held: None,
         share: float = 1.0,
     ) -> None:
-        """`share`: the part of the places that one caller may have. A single request may need more, and gets it."""
+        """`share`: the part of the places that one caller may have. A single request may exceed it."""
         self.limit = limit
         self.held: Counter[str] = Counter()
         self._share = share
@@ -38,7 +38,7 @@ class Admission:
 
     @contextlib.contextmanager
     def enter(self, costs: Mapping[str, int]) -> Iterator[None]:
-        """Hold `costs[model]` places of each model. Raises ApiError 429 where one of them has not so many left."""
+        """Hold `costs[model]` places of each model. Raises ApiError 429 where a model has too few free places."""
         caller = CALLER.get()
         for model, cost in costs.items():
             before = self._held_by[model, caller]
@@ -76,6 +76,6 @@ class Admission:
             self._on_change(model, self.held[model])
 
     def _retry_after_s(self, model: str, cost: int) -> float:
-        """Little's law: a full queue that each image crosses in W seconds gives up limit / W places a second."""
+        """By Little's law: if an image takes W seconds, a full queue frees limit / W places a second."""
         wait_s = cost * self._average_s.get(model, 1.0) / self.limit
         return min(_MAX_RETRY_AFTER_S, max(1.0, wait_s))

@@ -1,4 +1,4 @@
-"""All that the service needs of Ray and that Ray does not promise to keep."""
+"""Everything that the service uses of Ray's private interface, which may change."""
 
 from ray._private.utils import get_num_cpus
 from ray._raylet import Config  # type: ignore[attr-defined]
@@ -10,5 +10,5 @@ def cpus() -> int:
 
 
 def reload_auth_mode() -> None:
-    """Ray reads RAY_AUTH_MODE once, when it is imported; `ray.init` itself reloads it by this call."""
+    """Have Ray read RAY_AUTH_MODE again, as `ray.init` does. Otherwise Ray reads it once, at its import."""
     Config.initialize("")

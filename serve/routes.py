@@ -1,4 +1,4 @@
-"""The HTTP interface as an ASGI app: OpenAI's routes, ours, and the page. serve/app.py puts it behind Ray Serve."""
+"""The HTTP interface as an ASGI app: OpenAI's routes, our own and the page. serve/app.py puts it behind Ray Serve."""
 
 import asyncio
 import mimetypes
@@ -24,10 +24,10 @@ from serve.openapi import document
 from serve.security import App, BodyLimit, Keys, Receive, Scope, Send
 
 WEB = Path(__file__).parent / "web"
-# Open to everybody: whether the service lives, and the page, which holds no secret and asks for the key.
+# These need no key: the health of the service, and the page, which holds no secret and asks for the key.
 OPEN_ROUTES = ("/health", "/ready", "/", "/static/{name}")
 _GALLERY_PAGE = 60
-# What the query of a route may hold; those that are not here take none.
+# The fields of a route's query. Other routes take no query.
 _QUERIES = {"/v1/gallery": ("limit", "cursor")}
 
 
@@ -48,7 +48,7 @@ class Service:
     ) -> None:
         self.front = front = Front(models, keys, limits, allowed_hosts)
         self._gallery = Gallery(gallery) if gallery else None
-        # Read once: what is not in the folder now cannot be asked for, whatever the path says.
+        # Read once, so that no path can lead to another file.
         self._pages = {path.name: path.read_bytes() for path in sorted(web.glob("*")) if path.is_file()}
         captions, images = CaptionRoutes(front), ImageRoutes(front, jobs, storage)
         routes: list[tuple[str, str, Handler]] = [
@@ -78,7 +78,7 @@ class Service:
         return self.front.counting(Observe(BodyLimit(self._route, self.front.limits), self.front.metrics))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Makes the router raise where it has no route, instead of answering in plain text.
+        # With an app in its scope the router raises for an unknown route, instead of answering in plain text.
         scope["app"] = self
         try:
             await self._router(scope, receive, send)
@@ -95,7 +95,7 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 once every model answers, and not while the service ends."""
+        """200 once every model answers; 503 before that, and while the service ends."""
         models = self.front.models
         answers = await asyncio.gather(*(model.ready() for model in models.values()))
         status = "draining" if self.front.draining else "ready" if all(answers) else "waiting for models"
@@ -143,7 +143,7 @@ class Service:
         name = request.path_params.get("name", "index.html")
         if name not in self._pages:
             raise ApiError(404, f"no such file {quoted(name)}", code="not_found")
-        # Names with a hash would need a build step; so every load asks whether it changed.
+        # Names with a hash would need a build step. Instead every load asks whether the file changed.
         return Response(
             self._pages[name],
             media_type=mimetypes.guess_type(name)[0] or "application/octet-stream",

@@ -1,8 +1,8 @@
-"""What the routes take and what they answer.
+"""The fields of requests and answers.
 
-Clients send much that changes nothing here, often because it is OpenAI's default. A value that asks for what is done
-anyway is taken. A field that nobody reads is taken too, and the answer names it under `ignored`. Whatever would change
-the answer and cannot be done is refused by its name.
+Clients send much that changes nothing here, often because it is OpenAI's default. A value that asks for the usual is
+taken. A field that is not read is taken too, and the answer names it under `ignored`. A field that would change the
+answer, and cannot be followed, is refused by its name.
 """
 
 import re
@@ -27,7 +27,7 @@ _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 _UnreadText = Annotated[str | None, UNREAD]
 _UnreadObject = Annotated[dict[str, Any] | None, UNREAD]
-# Of a choice among words: the search for a caption draws none.
+# For drawing words at random, which the search for a caption does not do.
 _UnreadNumber = Annotated[float | None, Field(ge=0), UNREAD]
 _NoTools = only([], why="a captioner calls no tools; leave it out")
 _NoToolChoice = only("none", "auto", why="a captioner calls no tools; leave it out")
@@ -90,7 +90,7 @@ class TextPart(Strict):
 
 
 def _with_short_type(part: Any) -> Any:
-    """pydantic repeats an unknown type whole in its error, in several copies; of megabytes that is slow."""
+    """Cut a part's type: pydantic repeats an unknown one whole in its error, which is slow for megabytes."""
     if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str | list | dict):
         return part
     return {**part, "type": kind[:MAX_REASON] if isinstance(kind, str) else f"a {type(kind).__name__}"}
@@ -108,10 +108,10 @@ class Message(Strict):
 
 
 class ChatRequest(Strict):
-    """POST /v1/chat/completions: a message of the user with one image, and what programs send along.
+    """POST /v1/chat/completions: a message of the user with one image.
 
-    Text may stand beside the image, and messages of the system before it. No captioner reads them: the answer is the
-    caption that the image has without them.
+    Text may stand beside the image, and messages of the system before it. Captioners do not read them, and the caption
+    is the same without them.
     """
 
     messages: list[Message]
@@ -169,7 +169,7 @@ class CaptionsRequest(Strict):
 
 @dataclass(frozen=True)
 class GenerateWork:
-    """What a generator is asked for, every default filled in: image i is made of the prompt and ``seeds[i]``."""
+    """The work of a generator, with every default filled in. Image i is made of the prompt and ``seeds[i]``."""
 
     prompt: str
     seeds: tuple[int, ...]
@@ -178,13 +178,13 @@ class GenerateWork:
     size: tuple[int, int] | None = None
     """Height and width; None is the model's own."""
     request_id: str = ""
-    """Of the request that asked for it, for the logs."""
+    """Id of the request, for the logs."""
     ignored: tuple[str, ...] = ()
-    """Fields of the request that have no part in it, as the answer says them."""
+    """Fields of the request that were not read, which the answer names."""
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "GenerateWork":
-        """Of what ``dataclasses.asdict`` gave. Raises TypeError for fields that are none of it."""
+        """The work of the fields that ``dataclasses.asdict`` gave. Raises TypeError for other fields."""
         # Written before generators had options of their own.
         old = ("num_inference_steps", "guidance_scale", "negative_prompt")
         kept: dict[str, Any] = {name: value for name, value in fields.items() if name not in old}
@@ -197,7 +197,7 @@ class GenerateWork:
 
 
 def model_of(fields: Any) -> str | None:
-    """The model that a GenerationRequest asks, on which it depends what else it may say. Raises ApiError."""
+    """The model of a GenerationRequest, which decides about its other fields. Raises ApiError."""
     name = fields.get("model") if isinstance(fields, dict) else None
     if name is not None and not isinstance(name, str):
         raise bad_value("model", f"{quoted(name)}; give the name of a model")
@@ -205,7 +205,7 @@ def model_of(fields: Any) -> str | None:
 
 
 def size_text(size: tuple[int, int]) -> str:
-    """Of (height, width), as OpenAI's clients know it."""
+    """(height, width) as WIDTHxHEIGHT, the form of OpenAI's clients."""
     return f"{size[1]}x{size[0]}"
 
 
@@ -236,7 +236,7 @@ def generate_work(
 
 
 def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
-    """The one image of a chat, as a data URI; where it stands; and what stands in the request that nobody reads.
+    """The one image of a chat as a data URI, the place where it stands, and the fields that are not read.
 
     Raises ApiError for a chat without an image, with several, or with several messages of the user.
     """
@@ -264,9 +264,9 @@ def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
 
 
 def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignored: list[str]) -> dict[str, Any]:
-    """`ignored`: fields of the request that had no part in the answer, which says so itself.
+    """The answer to a chat. `ignored`: the fields of the request that were not read.
 
-    A caption of `max_words` was cut there: whether it would have ended there of itself nobody knows.
+    A caption of `max_words` counts as cut: it is not known whether it would have ended there.
     """
     num_words = len(caption.split())
     return {
@@ -288,7 +288,7 @@ def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignor
 
 
 def generation_answer(work: GenerateWork, model: str, created: int, images: list[dict[str, str]]) -> dict[str, Any]:
-    """`images`: ``{"b64_json": ...}`` or ``{"url": ...}`` for each seed."""
+    """The answer to a request for images. `images`: ``{"b64_json": ...}`` or ``{"url": ...}`` for each seed."""
     data = [{**image, "seed": seed, "revised_prompt": None} for image, seed in zip(images, work.seeds, strict=True)]
     about = {
         "created": created,
@@ -301,7 +301,7 @@ def generation_answer(work: GenerateWork, model: str, created: int, images: list
 
 
 def completed_events(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """The events by which OpenAI's clients know that an image is there, of an answer; one for each image."""
+    """The events of OpenAI's API for finished images: one for each image of an answer."""
     about = {name: answer[name] for name in ("size", "background", "output_format")}
     about |= {"type": "image_generation.completed", "created_at": answer["created"], "quality": "auto"}
     return [{**about, **image} for image in answer["data"]]

@@ -1,7 +1,7 @@
-"""Access to the service: API keys, rate limits, and the number of bytes read from a client.
+"""Keys, rates, and limits on bodies.
 
-Keys are compared in constant time and stored as digests. The file of SERVE_API_KEYS_FILE is read again when it changes.
-A removed key stops working. With an unreadable or empty file nobody has access.
+Keys are compared in constant time and kept as digests. The file of SERVE_API_KEYS_FILE is read again when it changes.
+A key that is taken out of it stops working. If the file cannot be read, or is empty, none of its keys works.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ _SEND_IT = "send the header Authorization: Bearer KEY, once"
 # What stands for the caller's key in logs and for the owner of a job.
 _FINGERPRINT_CHARS = 12
 OPEN = "open"
-# Callers whose rate is remembered; the one that came least lately is forgotten first.
+# Callers whose rate is remembered. The one whose last request is oldest is forgotten first.
 _MAX_BUCKETS = 10_000
-# Of a body that is refused, so much is still taken off the line, and for so long: browsers read an answer only when
-# they have sent everything, and find a reset where the connection was closed on them.
+# So much of a refused body is still read, and for so long. A browser reads the answer only after it has sent all; if
+# the connection closes before that, it sees a reset instead.
 _MAX_DRAINED_BYTES = 64 * 2**20
 _MAX_DRAIN_S = 2.0
 REQUEST_ID = b"x-request-id"
@@ -48,10 +48,10 @@ def _digest(key: bytes) -> bytes:
 
 
 class Keys:
-    """The keys that open the service; `open_to_all` needs none."""
+    """The keys of the service. With `open_to_all` none is needed."""
 
     def __init__(self, environment: Mapping[str, str], *, open_to_all: bool = False) -> None:
-        """Raises InputError where there is no key, or too short a one, and the service is not open to all."""
+        """Raises InputError for no key, or a short one, unless the service is open to all."""
         self.open_to_all = open_to_all
         self._fixed = self._parse(environment.get(KEYS, "").replace(",", "\n"), KEYS)
         self._file = Path(environment[KEYS_FILE]) if environment.get(KEYS_FILE) else None
@@ -61,7 +61,7 @@ class Keys:
             return
         if self._file is not None:
             try:
-                # Looked at before it is read: what changes in between is read again the next time.
+                # The state is noted before the file is read: a change in between is then seen the next time.
                 self._seen = self._state()
                 self._from_file = self._parse(self._file.read_text(), str(self._file))
             except (OSError, UnicodeDecodeError) as error:
@@ -115,7 +115,7 @@ class Keys:
             raise ApiError(401, f"no key was sent; {_SEND_IT}", code="missing_api_key")
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
         digest = _digest(key.strip())
-        # Every key is compared, to the end: the time says nothing about how near a guess came.
+        # Every key is compared to its end, so that the time tells nothing about a guess.
         known = [hmac.compare_digest(digest, each) for each in self._digests()]
         if scheme.lower() != b"bearer":
             raise ApiError(401, f"the key was not sent as it must be; {_SEND_IT}", code="invalid_api_key")
@@ -151,10 +151,10 @@ class RateLimit:
 
 
 class BodyLimit:
-    """Lets through only as much of a body as is allowed, counted while it is read; it never holds one itself.
+    """Counts a body while it is read, and stops at the limit. It holds no body itself.
 
-    Stands before the routes, and (serve/proxy.py) before Ray Serve's proxy, which would read a body of any length
-    into its memory on its own.
+    It stands before the routes, and before Ray Serve's proxy (serve/proxy.py). That proxy alone would read a body of
+    any length into its memory.
     """
 
     def __init__(self, app: App, limits: Limits) -> None:
@@ -163,7 +163,7 @@ class BodyLimit:
         self._held_by: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, caller: str = "") -> None:
-        """`caller`: who may fill no more than his share, whatever is left; a single body of his always fits."""
+        """`caller` may hold no more than a share of all bodies. A single body always fits."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -205,7 +205,7 @@ class BodyLimit:
             complete = not message.get("more_body", False)
             if read > most:
                 refusal = too_large
-            # Only who holds something is refused: what has no body (/health, /ready, the page) takes no room.
+            # A request without a body (/health, /ready, the page) takes no room and is never refused here.
             elif size and (past_share or self.held_bytes > limits.max_bodies_bytes):
                 refusal = ApiError(
                     429, "too many large bodies at once; try again", code="bodies_full", retry_after_s=1.0
@@ -220,7 +220,7 @@ class BodyLimit:
         try:
             await self._app(scope, bounded_receive, noting_send)
         except Exception:
-            # What the routes make of a body that broke off is of no interest: the reason is known here.
+            # The body ended by this refusal, so an error that the routes make of it does not matter.
             if refusal is None:
                 raise
         finally:
@@ -238,7 +238,7 @@ async def answer(error: ApiError, send: Send) -> None:
 
 
 async def _answer_and_drain(error: ApiError, receive: Receive, send: Send) -> None:
-    """Answer at once, throw away what still comes of the body, and only then let the connection be closed."""
+    """Answer at once, read and throw away the rest of the body, and then let the connection close."""
     start, answer = error.asgi_messages()
     await send(start)
     await send({**answer, "more_body": True})

@@ -170,7 +170,8 @@ def test_ray_of_our_own_ends_as_a_whole(no_cluster: None, monkeypatch: pytest.Mo
     port = free_port()
     assert control.run(lambda: None, port=port) == 0
     assert fake.calls == ["start", "run", "delete mmcore", "shutdown"]
-    assert f"http://127.0.0.1:{port}/ is ready" in fake.said[0]
+    assert fake.said[0].startswith("serve: starting; the models load")
+    assert f"http://127.0.0.1:{port}/ is ready" in fake.said[1]
     assert fake.said[-1] == "serve: ended, every request answered"
 
 
@@ -180,7 +181,7 @@ def test_on_a_cluster_nothing_of_others_is_ended(cluster: None, monkeypatch: pyt
     assert fake.calls == ["start", "run", "delete mmcore"]
     # It does not listen on the given port.
     assert "127.0.0.1" not in fake.said[0]
-    assert "its own host, port and limit of bodies, is ready" in fake.said[0]
+    assert "its own host, port and limit of bodies, is ready" in fake.said[1]
 
 
 def test_an_application_of_the_same_name_is_not_replaced(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,7 @@ def test_what_a_killed_process_left_on_a_cluster_is_ended(
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"), [([2], "2 requests were not finished in time"), ([], "no process told whether every request")]
+    ("answer", "words"), [([2], "2 requests were not finished in time"), ([], "not known whether every request")]
 )
 def test_requests_that_are_dropped_are_told(
     answer: list[int], words: str, no_cluster: None, now: list[float], monkeypatch: pytest.MonkeyPatch
