@@ -71,7 +71,7 @@ class TextContext(nn.Module):
     def __init__(self, settings: TextSettings, inputs: TextInputs) -> None:
         super().__init__()
         self.encoder: Any = None
-        self.eos_id = inputs.eos_id
+        self.bos_id, self.eos_id = inputs.bos_id, inputs.eos_id
         self.projection: nn.Module = nn.Identity()
         if settings.is_scratch:
             from transformers import CLIPTextConfig, CLIPTextModel
@@ -112,6 +112,9 @@ class TextContext(nn.Module):
         assert self.eos_id is not None, "a text encoder from scratch takes ids with an end token"
         # A tokenizer may pad with its end token. Padding is everything after the first one.
         ends_BT = batch["input_ids"].eq(self.eos_id)
+        if self.bos_id == self.eos_id:
+            # OPT's tokenizer begins with the same mark.
+            ends_BT[:, 0] = False
         return ends_BT.cumsum(1) - ends_BT.long() == 0
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:

@@ -89,6 +89,16 @@ def test_a_code_sees_those_before_it_and_the_words_of_its_prompt() -> None:
 
 
 @torch.inference_mode()
+def test_words_after_a_begin_mark_that_is_the_end_mark_are_seen() -> None:
+    """As OPT's tokenizer has it."""
+    model = model_of(facts=dataclasses.replace(FACTS, text_inputs=dataclasses.replace(INPUTS, bos_id=EOS)))
+    prompts = torch.tensor([[EOS, word, 9, EOS, after, PAD, PAD, PAD] for word, after in ((3, PAD), (3, 7), (4, PAD))])
+    logits = model.logits({"codes": codes_of(1).expand(3, -1), "input_ids": prompts})
+    assert torch.equal(logits[0], logits[1]), "what follows the end mark is not read"
+    assert (logits[2] - logits[0]).abs().max() > 0.01
+
+
+@torch.inference_mode()
 def test_places_are_told_apart_by_row_and_column() -> None:
     model = model_of()
     batch = {"codes": torch.full((1, LENGTH), 3), **prompts_of(3)}
