@@ -121,6 +121,11 @@ class AutoregressiveRecipe:
         except OptionError as error:
             # tyro shows only the first argument of the error, and that of an OptionError is not the message.
             raise InputError(str(error)) from None
+        if self.sample.negative_prompt:
+            raise InputError(
+                f"negative_prompt {self.sample.negative_prompt!r}: a training draws its samples without one; give "
+                "--negative-prompt to jobs/generate.py"
+            )
 
     def build(self, facts: AutoregressiveFacts) -> "CodeTransformer":
         """The network."""

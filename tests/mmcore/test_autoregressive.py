@@ -330,6 +330,7 @@ def test_every_variant_is_read_back_and_is_small(name: str) -> None:
         ({"transformer": TransformerSettings(num_heads=7)}, "--num-heads"),
         ({"transformer": TransformerSettings(dropout=1.0)}, "--dropout"),
         ({"sample": AutoregressiveOptions(top_p=0)}, "--top-p"),
+        ({"sample": AutoregressiveOptions(negative_prompt="a dog")}, "--negative-prompt"),
         ({"drop_text": 0.0}, "--guidance"),
     ],
 )
