@@ -69,7 +69,7 @@ class AutoregressiveRecipe:
     """Number of captions per image to train on, the first ones. Each epoch draws one of them at random."""
     vqvae: str | None = None
     """Finished run of jobs/train_vqvae.py (STORAGE/runs/vqvae/NAME, a folder or s3://...). It sets the size of the
-    images. None first trains a VQ-VAE of the same variant and name."""
+    images. None first trains the VQ-VAE that belongs to the variant."""
     flip: bool = False
     """Mirror images at random with probability 1/2 (the VQ-VAE runs on both views)."""
     fresh_scenes: bool = False

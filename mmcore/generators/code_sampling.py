@@ -1,6 +1,6 @@
 """Sampling of the next code from logits: guidance scale, temperature, top-k and nucleus sampling.
 
-Shapes: B images, V codes of the codebook.
+Shapes: B images, L codes of an image, V codes of the codebook.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from torch import Tensor
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 
 
-def guidance_at(options: AutoregressiveOptions, place: int, num_codes: int) -> float:
-    """The guidance scale of code `place` of `num_codes`: linear from the first code to the last."""
-    if options.guidance_end is None or num_codes == 1:
+def guidance_at(options: AutoregressiveOptions, place: int, length: int) -> float:
+    """The guidance scale of code `place` of `length`: linear from the first code to the last."""
+    if options.guidance_end is None or length == 1:
         return options.guidance
-    return options.guidance + (options.guidance_end - options.guidance) * place / (num_codes - 1)
+    return options.guidance + (options.guidance_end - options.guidance) * place / (length - 1)
 
 
 def allowed(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -53,6 +53,6 @@ def draw_codes(logits_BV: Tensor, uniform_B: Tensor, options: AutoregressiveOpti
     return torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True).squeeze(1)
 
 
-def uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
-    """Uniform numbers in [0, 1), fp32 (B, num_codes): each row from a CPU generator with the seed of the image."""
-    return torch.stack([torch.rand(num_codes, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def uniforms(seeds: Sequence[int], length: int) -> Tensor:
+    """Uniform numbers in [0, 1), fp32 (B, L): each row from a CPU generator with the seed of the image."""
+    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
