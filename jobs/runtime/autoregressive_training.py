@@ -21,6 +21,7 @@ from jobs.runtime.generator_training import (
 )
 from jobs.runtime.job import Job
 from jobs.runtime.ray_private import training_device
+from jobs.runtime.run_folder import check_begun
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
@@ -36,6 +37,7 @@ from mmcore.generators.facts import AutoregressiveFacts
 from mmcore.generators.fresh_scenes import FreshScenes
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
+from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.training_plan import num_steps
 
 # Scenes whose exhaustive captions tell how many are cut, and hold every word: a fifth of a second of drawing.
@@ -121,6 +123,9 @@ def _encode(
     job: Job[AutoregressiveRecipe], table: CaptionTable, facts: AutoregressiveFacts
 ) -> Encoded[AutoregressiveRecipe, AutoregressiveFacts]:
     run = ensure_vqvae(job)
+    fingerprint = open_autoencoder(run.uri).load().fingerprint()
+    facts = dataclasses.replace(facts, autoencoder_fingerprint=fingerprint)
+    check_begun(job, facts)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
         cached_code_column(
@@ -135,11 +140,7 @@ def _encode(
         )
         for flip in ([False, True] if recipe.flip else [False])
     ]
-    facts = dataclasses.replace(
-        facts,
-        autoencoder_fingerprint=columns[0].encoder_fingerprint,
-        columns=tuple(column.folder.name for column in columns),
-    )
+    facts = dataclasses.replace(facts, columns=tuple(column.folder.name for column in columns))
     return Encoded(dataclasses.replace(job, recipe=recipe), facts)
 
 

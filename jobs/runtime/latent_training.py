@@ -9,6 +9,7 @@ from jobs.runtime.features import cached_latent_column
 from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, vqvae_recipe
 from jobs.runtime.generator_training import GeneratorKind, train_generator
 from jobs.runtime.job import Job
+from jobs.runtime.run_folder import check_begun
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded
@@ -18,6 +19,7 @@ from mmcore.frozen.text import TextInputs
 from mmcore.generators.diffusion_rows import scaling_factor
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
+from mmcore.trained.autoencoder import open_autoencoder
 
 # Images whose latents say by what all are scaled: a million numbers at the smallest size.
 _SCALE_IMAGES = 1024
@@ -49,6 +51,8 @@ def _encode(
     job: Job[LatentDiffusionRecipe], table: CaptionTable, facts: DiffusionFacts
 ) -> Encoded[LatentDiffusionRecipe, DiffusionFacts]:
     run = ensure_vqvae(job)
+    facts = dataclasses.replace(facts, vqvae_fingerprint=open_autoencoder(run.uri).load().fingerprint())
+    check_begun(job, facts)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
         cached_latent_column(
@@ -65,7 +69,6 @@ def _encode(
     facts = dataclasses.replace(
         facts,
         scaling_factor=scaling_factor(open_column(columns[0].folder, default_cache(), some).values),
-        vqvae_fingerprint=columns[0].encoder_fingerprint,
         columns=tuple(column.folder.name for column in columns),
     )
     return Encoded(dataclasses.replace(job, recipe=recipe), facts)

@@ -10,7 +10,7 @@ from ray.data import Dataset
 
 from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime.job import Job, R
-from jobs.runtime.run_folder import check_new_run
+from jobs.runtime.run_folder import check_begun, check_new_run
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary, run_training
 from mmcore.data.columns import SUCCESS, TensorSpec, bytes_per_image, default_cache
@@ -74,6 +74,7 @@ def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
     ensure_dataset(job.storage, job.recipe.dataset)
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     facts = flow.plan(job, table)
+    check_begun(job, facts)
     flow.describe(job, facts, len(table.rows(TRAIN)))
     encoded = flow.encode(job, table, facts)
     return run_training(encoded.job, flow.setup, encoded.facts, encoded.datasets)

@@ -10,7 +10,7 @@ import tiny
 
 from jobs import train_ldm, train_resnet_captioner
 from jobs.runtime.job import Job, parse_job
-from jobs.runtime.run_folder import open_run
+from jobs.runtime.run_folder import check_begun, open_run
 from mmcore.captioners.facts import CaptionerFacts, tokenizer_path
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
@@ -76,6 +76,21 @@ def test_other_facts_are_another_run(tmp_path: Path, facts: dict[str, Any], name
     open_run(same, FACTS)
     with pytest.raises(InputError, match=f"other settings: {named}.*--fresh to start anew"):
         open_run(same, dataclasses.replace(FACTS, **facts))
+
+
+def test_what_is_known_yet_is_compared_before_the_work(tmp_path: Path) -> None:
+    planned = DiffusionFacts(FACTS.text_inputs, (4, 8, 8), resolution=64, dataset_fingerprint="of the data")
+    same = job(tmp_path)
+    check_begun(same, planned)
+    open_run(same, FACTS)
+    check_begun(same, planned)
+    for changes in ({"x_0_shape": (4, 16, 16)}, {"vqvae_fingerprint": "of another"}):
+        (name,) = changes
+        with pytest.raises(InputError, match=rf"other settings: {name}: .*--fresh to start anew"):
+            check_begun(same, dataclasses.replace(planned, **changes))
+    with pytest.raises(InputError, match=r"other settings: settings\.train\.lr: "):
+        check_begun(job(tmp_path, "--lr", "0.5"), planned)
+    check_begun(job(tmp_path, "--lr", "0.5", "--fresh"), planned)
 
 
 # -- runs that commit 34e6a7a began, before facts had types ----------------------------------------------------------

@@ -1,6 +1,5 @@
 """The job of the autoregressive Transformer: refusals, the files of a run, and a run whose workers are killed."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import tiny
 import tiny_diffusion
 import torch
 from gate import AHEAD, Gate
+from job_output import error_line
 from kills import TIMEOUT_S, moments, wait_for_step, wait_until_gone, workers
 from safetensors.torch import load_file
 
@@ -20,10 +20,8 @@ from jobs.prepare import PrepareSettings, prepare
 from jobs.runtime.frozen_vqvae import vqvae_job
 from jobs.runtime.generator_training import open_text
 from jobs.runtime.job import Job, RunOptions
-from jobs.runtime.run_folder import open_run
 from jobs.train_autoregressive import main
 from mmcore.data.shapes import ShapesSettings
-from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.autoregressive import VARIANTS, AutoregressiveRecipe
 from mmcore.generators.facts import AutoregressiveFacts
@@ -192,11 +190,16 @@ def test_on_cached_codes_of_both_views_and_a_vqvae_of_its_own(call_job: Callable
     assert open_generator(run.uri).load().generate(["a red square"], [1], VARIANTS["smoke"].sample).std() > 0
 
 
-def test_a_vqvae_of_another_size_is_refused(call_job: Callable[..., Any], storage: Storage) -> None:
-    """For a half-finished run."""
+def test_another_vqvae_is_refused_before_codes_are_made(call_job: Callable[..., Any], storage: Storage) -> None:
+    """For a half-finished run: a VQ-VAE of another size, and one of the same size with other weights."""
     begun = reference(call_job, storage, 1)
-    (storage / "runs" / "autoregressive" / "half-done").write("recipe.json", begun.read("recipe.json"))
-    file = read_begun(begun, AutoregressiveRecipe, AutoregressiveFacts)
-    job = Job("autoregressive", "smoke", file.recipe, RunOptions(storage=storage.uri, name="half-done"))
-    with pytest.raises(InputError, match=r"half-done holds .* code_shape: \[16, 16\] \(there: \[8, 8\]\)"):
-        open_run(job, dataclasses.replace(file.facts, code_shape=(16, 16)))
+    run_folder(storage, "half-done").write("recipe.json", begun.read("recipe.json"))
+    tiny_diffusion.write_vqvae_run(storage / "larger", image_size=64)
+    tiny_diffusion.write_vqvae_run(storage / "other", seed=2)
+    before = sorted(Path(storage.uri).rglob("*"))
+    for vqvae, differs in (("larger", "code_shape: [16, 16] (there: [8, 8])"), ("other", "autoencoder_fingerprint: ")):
+        flags = ["--storage", storage, "--vqvae", storage / vqvae, "--name", "half-done"]
+        done = call_job(main, *FLAGS, *flags, check=False)
+        line = error_line(done.stdout + done.stderr)
+        assert f"half-done holds an unfinished run of other settings: {differs}" in line
+        assert sorted(Path(storage.uri).rglob("*")) == before
