@@ -32,6 +32,7 @@ from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_ca
 from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime import demo_page
+from jobs.runtime.autoregressive_training import check_scenes
 from jobs.runtime.commandline import counted
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.demo_demands import caption_failures, image_failures, in_words
@@ -60,6 +61,7 @@ from mmcore.page import Html, command, page, paragraph, section, table
 from mmcore.recipe import difference
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.training_plan import check_batch, num_steps
 
 PAGE = "index.html"
 # Where serve.control listens if it is told nothing else.
@@ -393,8 +395,8 @@ def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
     demo.storage.write(PAGE, text.encode())
 
 
-def run_demo(settings: DemoSettings) -> Demo:
-    """All stages, then the page, which is written for low scores too."""
+def _check(settings: DemoSettings) -> None:
+    """Raise InputError for what a stage would refuse after minutes of others."""
     if settings.shapes.num_test < 2:
         raise InputError(f"--shapes.num-test {settings.shapes.num_test}: at least 2 are needed to score them")
     if settings.num_generated < 2:
@@ -404,6 +406,21 @@ def run_demo(settings: DemoSettings) -> Demo:
             f"--autoregressive.vqvae {settings.autoregressive.vqvae}: the demo trains a VQ-VAE of its own; leave the "
             "flag out, and set that one by --vqvae.*"
         )
+    SearchOptions(num_beams=settings.num_beams).check()
+    check_scenes(settings.autoregressive)
+    for name, num_workers in (("captioner", 1), ("vqvae", 1), ("autoregressive", settings.num_workers)):
+        train = getattr(settings, name).train
+        try:
+            check_batch(train, num_workers)
+            num_steps(train, settings.shapes.num_train)
+        except InputError as error:
+            # Three trainings have that flag.
+            raise InputError(f"--{name}.*: {error}") from None
+
+
+def run_demo(settings: DemoSettings) -> Demo:
+    """All stages, then the page, which is written for low scores too."""
+    _check(settings)
     demo = Demo(settings)
     seconds: list[tuple[str, str, float]] = []
     for number, (title, stage) in enumerate(STAGES, start=1):

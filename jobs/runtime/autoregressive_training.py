@@ -61,7 +61,12 @@ def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
 
 
 def _check(job: Job[AutoregressiveRecipe]) -> None:
-    recipe = job.recipe
+    check_scenes(job.recipe)
+    vqvae_recipe(job)
+
+
+def check_scenes(recipe: AutoregressiveRecipe) -> None:
+    """Raise InputError for fresh scenes, or exhaustive captions, of what is not rendered."""
     if recipe.exhaustive_captions and not recipe.fresh_scenes:
         raise InputError(
             f"exhaustive_captions {recipe.exhaustive_captions} are made for fresh scenes alone; give --fresh-scenes, "
@@ -76,7 +81,6 @@ def _check(job: Job[AutoregressiveRecipe]) -> None:
                 f"fresh_scenes: their captions are new, and the hidden states of --text-encoder "
                 f"{recipe.text.text_encoder} are computed once; {mend}"
             )
-    vqvae_recipe(job)
 
 
 def _exhaustive_captions(job: Job[AutoregressiveRecipe], table: CaptionTable) -> list[str]:

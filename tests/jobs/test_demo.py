@@ -134,6 +134,10 @@ def test_low_scores_are_the_first_thing_that_the_page_says(
     ("flag", "value", "told"),
     [
         ("--num-generated", "1", "error: --num-generated 1: at least 2 are needed"),
+        ("--num-beams", "0", "error: --num-beams 0: must be at least 1"),
+        ("--num-workers", "0", "error: --autoregressive.*: num_workers 0 must be at least 1"),
+        ("--vqvae.train.batch-size", "9000", "error: --vqvae.*: batch_size 9000 is above the 8000 training rows"),
+        ("--autoregressive.dataset", "mine", "error: fresh_scenes: --dataset mine is not rendered"),
         ("--autoregressive.vqvae", "a/run", "error: --autoregressive.vqvae a/run: the demo trains a VQ-VAE of its own"),
         ("--autoregressive.sample.top-p", "0", "error: --top-p 0: must be above 0"),
     ],
