@@ -6,16 +6,16 @@ from typing import Self
 import numpy as np
 import torch
 
-from mmcore import checkpoint
 from mmcore.data.pixels import to_pixels
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.autoregressive import AutoregressiveRecipe, CodeTransformer
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.facts import AutoregressiveFacts
 from mmcore.recipe import Identity
-from mmcore.run_files import VQVAE_ASSET, RunFile, read_weights
+from mmcore.run_files import VQVAE_ASSET, RunFile
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
+from mmcore.trained.network import load_network
 from mmcore.trained.prompts import PromptReader, check_size
 
 
@@ -58,9 +58,7 @@ class TrainedAutoregressive:
         """
         facts, assets = self.file.facts, self.run / "model"
         self.device, self.dtype = torch.device(device), dtype
-        self.model = self.recipe.build(facts)
-        checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
-        self.model.eval().requires_grad_(False).to(self.device)
+        self.model = load_network(self.run, self.file, self.device)
         fingerprint = facts.autoencoder_fingerprint
         self.vqvae = open_autoencoder((assets / VQVAE_ASSET).uri, fingerprint=fingerprint).load(device)
         self.text.load(assets, facts.text_fingerprint, device)

@@ -6,7 +6,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from mmcore import checkpoint
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import read_model_file
@@ -15,9 +14,10 @@ from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.tokenizers import read_caption_tokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.recipe import Captioner, Identity
-from mmcore.run_files import TOKENIZER_ASSET, RunFile, read_weights
+from mmcore.run_files import TOKENIZER_ASSET, RunFile
 from mmcore.storage import Storage
 from mmcore.text import CaptionTokenizer, WordVocabulary
+from mmcore.trained.network import load_network
 
 
 def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
@@ -65,9 +65,7 @@ class TrainedCaptioner:
         facts = self.file.facts
         self.device = torch.device(device)
         self.tokenizer = self._tokenizer()
-        self.model = self.recipe.build(facts)
-        checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
-        self.model.eval().to(self.device)
+        self.model = load_network(self.run, self.file, self.device)
         self.encoder = None
         if self.encoder_name is not None:
             self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device)

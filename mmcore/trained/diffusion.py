@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmcore import checkpoint
 from mmcore.data.pixels import to_pixels
 from mmcore.frozen.text import NO_TEXT
 from mmcore.generators.denoiser import Denoiser
@@ -16,9 +15,10 @@ from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.diffusion_recipe import DiffusionRecipe
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.recipe import Identity
-from mmcore.run_files import VQVAE_ASSET, RunFile, read_weights
+from mmcore.run_files import VQVAE_ASSET, RunFile
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
+from mmcore.trained.network import load_network
 from mmcore.trained.prompts import PromptReader, check_size
 
 
@@ -61,9 +61,7 @@ class TrainedDiffusion:
         """
         facts = self.file.facts
         self.device, self.dtype = torch.device(device), dtype
-        self.model = self.recipe.build(facts)
-        checkpoint.load_trainable(self.model, read_weights(self.run, self.file.weights_sha256), str(self.run))
-        self.model.eval().requires_grad_(False).to(self.device)
+        self.model = load_network(self.run, self.file, self.device)
         assets = self.run / "model"
         self.vqvae = None
         if fingerprint := facts.vqvae_fingerprint:

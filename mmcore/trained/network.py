@@ -1,0 +1,19 @@
+"""The network of a finished run, with the weights that the run keeps."""
+
+from typing import Any
+
+import torch
+
+from mmcore import checkpoint
+from mmcore.run_files import RunFile, read_weights
+from mmcore.storage import Storage
+
+
+def load_network(run: Storage, file: RunFile[Any, Any], device: torch.device) -> Any:
+    """What the recipe of `file` builds, frozen, on `device`.
+
+    Raises InputError where the weights are others than `file` names, or not of that recipe.
+    """
+    model = file.recipe.build(file.facts)
+    checkpoint.load_trainable(model, read_weights(run, file.weights_sha256), str(run))
+    return model.eval().requires_grad_(False).to(device)
