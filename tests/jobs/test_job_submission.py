@@ -82,8 +82,11 @@ JOBS_WITH_FLAGS = [
     pytest.param("jobs/probe.py", ["--flag", "seven"], '"flag": "seven"', id="probe"),
     # The probe tests what both ways of submission share. These take minutes, mostly to start workers.
     pytest.param("jobs/train_resnet_captioner.py", [*SMOKE, OUTSIDE], "finished: ", id="train", marks=pytest.mark.soak),
-    pytest.param(
-        "jobs/train_ldm.py", [*SMOKE, OUTSIDE], "runs/ldm/default/model", id="train_ldm", marks=pytest.mark.soak
+    *(
+        pytest.param(
+            f"jobs/train_{name}.py", [*SMOKE, OUTSIDE], f"runs/{name}/default/model", id=name, marks=pytest.mark.soak
+        )
+        for name in ("ldm", "autoregressive")
     ),
 ]
 TRAIN_JOB = "jobs/train_resnet_captioner.py"
