@@ -6,8 +6,8 @@ https://arxiv.org/abs/2206.10789
 
     python jobs/train_autoregressive.py --variant shapes --num-workers 2 --storage URI
 
-Without --vqvae the VQ-VAE that belongs to the variant is trained first, into the same storage: for `shapes` as
-NAME-shapes-codes, for the others under the same name.
+Without --vqvae the VQ-VAE that belongs to the variant is trained first, into the same storage. For `shapes` its name is
+NAME-shapes-codes, for the others that of the run.
 
 Hardware, time and score, on two workers of one CPU thread beside other work (docs/results.md):
 
