@@ -190,6 +190,7 @@ def _quieten_ray_data() -> None:
     from ray.data import DataContext
     from ray.util.debug import log_once
 
+    ray_private.hand_code_over_by_value()
     DataContext.get_current().enable_progress_bars = False
     log_once("ray_data_progress_manager_disabled")  # spends the warning that they are off
     for handler in logging.getLogger("ray.data").handlers:

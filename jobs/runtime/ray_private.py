@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import ray
@@ -48,6 +49,17 @@ def spend_warnings_of_excludes() -> None:
     """Ray announces at each start what folders it leaves out of a working directory, such as .git and .venv."""
     for folder in get_runtime_env_default_excludes():
         log_once(f"{_LOG_ONCE_DEFAULT_EXCLUDE_PREFIX}{folder}")
+
+
+def hand_code_over_by_value() -> None:
+    """Have Ray Data give its actors their code as a value, where it gives an object of Ray's store.
+
+    An actor cannot be started again once such an object is lost, of which Ray warns as an error at each start of one.
+    """
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+
+    for reference, value in (("_map_transformer_ref", "_map_transformer"), ("_data_context_ref", "data_context")):
+        setattr(ActorPoolMapOperator, reference, property(attrgetter(value)))
 
 
 def largest_resources() -> Mapping[str, float]:

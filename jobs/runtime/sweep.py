@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -114,11 +115,13 @@ class _BlockWorker:
         plan_facts: PlanFacts,
         parts: str,
         num_threads: int | None,
-        items: "_StoredItems | None" = None,
+        items: str | None = None,
     ) -> None:
+        """`items`: the name of an `_ItemHolder`, where the blocks' rows come from there."""
         from mmcore.device import compute_thread  # here, as the driver may do without PyTorch
 
-        self.out, self.parts, self.items = out, parts, items
+        self.out, self.parts = out, parts
+        self.items: Any = None if items is None else ray.get_actor(items)
         self.worker, self.error = None, ""
         # Ray calls an actor from other threads than the one that made it, and sets OMP_NUM_THREADS to the scheduler's
         # number of CPUs.
@@ -138,11 +141,7 @@ class _BlockWorker:
         if self.worker is None:
             return result
         try:
-            rows = (
-                cast(ColumnsItem, self.items[block])["columns"]
-                if self.items is not None
-                else cast(Columns, row["rows"])
-            )
+            rows = ray.get(self.items.columns.remote(block)) if self.items is not None else cast(Columns, row["rows"])
             made = self.computing.submit(self.worker, rows).result()
             table = self.worker.write(made) if hasattr(self.worker, "write") else made
             buffer = io.BytesIO()
@@ -364,9 +363,25 @@ class _StoredItems:
     def __init__(self, blocks: Blocks, todo: list[int]) -> None:
         groups = itertools.groupby(todo, lambda block: block // _BLOCKS_PER_OBJECT)
         self.refs = {group: ray.put({block: blocks.items[block] for block in members}) for group, members in groups}
+        self.holder: Any = None
 
     def __getitem__(self, block: int) -> SourceItem | ColumnsItem:
         return ray.get(self.refs[block // _BLOCKS_PER_OBJECT])[block]
+
+
+@ray.remote(num_cpus=0)
+class _ItemHolder:
+    """Hands out the rows of blocks that hold them, beside the driver.
+
+    The actors that work know its name. They are started again where their machine is lost. Ray logs an error where
+    such an actor has references or a handle among its arguments, which may lead nowhere then.
+    """
+
+    def __init__(self, items: _StoredItems) -> None:
+        self.items = items
+
+    def columns(self, block: int) -> Columns:
+        return cast(ColumnsItem, self.items[block])["columns"]
 
 
 def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[BlockResult]:
@@ -380,7 +395,11 @@ def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_worker
     dataset: ray.data.Dataset = ray.data.from_items([{"block": block} for block in todo], override_num_blocks=len(todo))
     if source is None:
         kwargs = actors["fn_constructor_kwargs"]
-        actors = {**actors, "fn_constructor_kwargs": {**kwargs, "items": items}}
+        name = f"items-{uuid.uuid4().hex}"
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # It lives as long as this handle.
+        items.holder = _ItemHolder.options(name=name, scheduling_strategy=here).remote(items)  # type: ignore[attr-defined]
+        actors = {**actors, "fn_constructor_kwargs": {**kwargs, "items": name}}
     else:
         # Fractions of a CPU: reading must not take the CPU that the actors wait for (a deadlock on 2 CPUs). Bounded, as
         # each fraction would start a process of its own, which on two cores held up the actors for half a minute.
