@@ -47,7 +47,7 @@ AUTHORIZATIONS = {
 PATHS = [
     "/v1/../etc/passwd", "/static/..%2f..%2fetc%2fpasswd", "/static/%2e%2e", "/static/app.js%00.html", "/docs",
     "/v1/gallery/..%2f..%2fx", "/v1/jobs/..%2f..%2fpending", "/v1/jobs/" + "x" * 5000, "//evil.example/x",
-    "/v1/jobs/job-0000000000-" + "0" * 32, "/openapi.json", "/.git/config", "/v1/models/x",
+    "/v1/jobs/job-0000000000-" + "0" * 32, "/redoc", "/.git/config", "/v1/models/x",
 ]  # fmt: skip
 BAD_JOBS: list[Any] = [
     {}, {"request": 3}, {"request": {}}, {"request": {"prompt": "x"}, "priority": 1},
