@@ -43,14 +43,12 @@ class CachedColumn:
     tensors: dict[str, TensorSpec]
     """Of an image, by name; a sole one is called `VALUE`."""
     encoded_now: int
-    encoder_fingerprint: str
 
 
 def cached_column(
     storage: Storage,
     *,
     what: str,
-    encoder_fingerprint: str,
     key: list[Any],
     blocks: Callable[[], Blocks],
     worker_type: type,
@@ -80,7 +78,7 @@ def cached_column(
         facts = {"fingerprint": digest, "num_rows": plan.num_rows, **facts_of_parts(folder)}
         folder.write(SUCCESS, json.dumps(facts).encode())
     tensors = specs_of(json.loads(folder.read(SUCCESS)), str(folder))
-    return CachedColumn(folder, tensors, encoded_now, encoder_fingerprint)
+    return CachedColumn(folder, tensors, encoded_now)
 
 
 def cached_image_column(
@@ -103,7 +101,6 @@ def cached_image_column(
     return cached_column(
         storage,
         what=f"encode {dataset}{_view(flip, num_views)} with {encoder}",
-        encoder_fingerprint=fingerprint,
         key=[fingerprint, image_size, flip, facts["fingerprint"]],
         blocks=lambda: plan_blocks(storage / "data" / dataset),
         worker_type=EncodeImages,
@@ -172,7 +169,6 @@ def _cached_vqvae_column(
     return cached_column(
         storage,
         what=f"encode {dataset}{_view(flip, num_views)} with {vqvae}",
-        encoder_fingerprint=fingerprint,
         key=[kind, fingerprint, flip, facts["fingerprint"], *([split] if split else [])],
         blocks=lambda: plan_blocks(storage / "data" / dataset, split),
         worker_type=worker_type,
@@ -199,7 +195,6 @@ def cached_text_column(
     column = cached_column(
         storage,
         what=f"encode captions with {encoder.name}",
-        encoder_fingerprint=fingerprint,
         key=["text", fingerprint, captions_per_image, table.facts["fingerprint"]],
         blocks=lambda: blocks_of_rows({"image_id": table.image_ids, "captions": captions}, ROWS_PER_BLOCK),
         worker_type=EncodeText,

@@ -228,7 +228,6 @@ def test_several_tensors_of_an_image_are_made_once(tmp_path: Path) -> None:
     make = lambda: cached_column(
         Storage(str(tmp_path)),
         what="encode",
-        encoder_fingerprint="x",
         key=["several"],
         blocks=lambda: blocks_of_rows({"image_id": list("abc"), "length": [3, 1, 2]}, 2),
         worker_type=EncodeSeveral,
