@@ -8,8 +8,8 @@ first captions of the 1,091 images that the report's generators were not trained
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, overload
 
 import pyarrow as pa
@@ -163,14 +163,14 @@ def read_prompts(
     if not num_rows:
         raise InputError(f"{source}: holds no prompts")
     width = max(6, len(str(num_rows - 1)))
+    if skipped is not None and isinstance(rows, _Rows):
+        # The second reading tells of the lines that are no rows at all.
+        rows = replace(rows, bad=partial(_tell, skipped))
     numbered = ((f"{index:0{width}d}", row) for index, row in enumerate(rows))
     if skipped is None:
         prompts = Prompts.of(_checked(row, default_id, seed) for default_id, row in numbered)
     else:
         prompts = Prompts.of(_good(numbered, seed, skipped))
-        # Lines that are no rows at all are told once, in the last of the readings.
-        for _ in _Rows(source, storage, count, lambda place, reason: skipped.append(f"{place}: {reason}")):
-            pass
     if not len(prompts):
         raise InputError(f"{source}: not one good prompt is left")
     if count is not None and count > len(prompts):
@@ -186,6 +186,10 @@ def read_prompts(
 
 def _ignore(place: str, reason: str) -> None:
     """The `Bad` of a reading whose faults are told by another."""
+
+
+def _tell(skipped: list[str], place: str, reason: str) -> None:
+    skipped.append(f"{place}: {reason}")
 
 
 def _good(numbered: Iterable[tuple[str, _Row]], seed: int, skipped: list[str]) -> Iterator[Prompt]:
