@@ -270,7 +270,7 @@ _SHAPES = dataclasses.replace(
     train=dataclasses.replace(
         _BEST.train,
         num_epochs=30,
-        max_steps=6200,
+        max_steps=5400,
         # No scene is seen twice, so the model does not overfit and the last weights are the best.
         keep="last",
         lr=1e-3,
