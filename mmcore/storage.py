@@ -35,6 +35,9 @@ _CONFLICT_PAUSE_S = 0.1
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
+# The start of an address, such as s3: or hf: of what was meant as s3://bucket.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+]*:")
+
 # Errors of file systems without hard links (FAT and exFAT, some network and user-space file systems).
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -138,14 +141,18 @@ class Storage:
 
     def __post_init__(self) -> None:
         uri = str(self.uri)
+        # Without a key and a secret in it.
+        shown = repr(uri.split("@")[-1])
         if uri.startswith(S3):
             parts = urlsplit(uri)
             if not parts.netloc or "@" in parts.netloc or parts.query:
-                safe = uri.split("@")[-1]
-                raise InputError(f"storage {safe!r}: write s3://bucket/prefix; keys come from AWS_* variables")
+                raise InputError(f"storage {shown}: write s3://bucket/prefix; keys come from AWS_* variables")
             uri = uri.rstrip("/")
         elif "://" in uri:
-            raise InputError(f"storage {uri!r}: only a local path or s3://bucket/prefix is supported")
+            raise InputError(f"storage {shown}: only a local path or s3://bucket/prefix is supported")
+        elif _SCHEME.match(uri):
+            # As a folder of this machine it would be lost with the cluster.
+            raise InputError(f"storage {shown}: write s3://bucket/prefix, or ./ before it for a folder of that name")
         elif not uri:
             raise InputError("storage '': name a folder or s3://bucket/prefix")
         else:

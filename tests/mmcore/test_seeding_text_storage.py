@@ -231,12 +231,24 @@ def test_a_killed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "gs://bucket/x", "http://host/x", "s3://", "s3:///x", "s3://key:secret@bucket/x", "s3://bucket/x?a=b"]
+    "uri",
+    [
+        *("", "gs://bucket/x", "S3://bucket/x", "http://key:secret@host/x"),
+        *("s3://", "s3:///x", "s3://key:secret@bucket/x", "s3://bucket/x?a=b"),
+        *("s3:/bucket", "s3:bucket", "S3:/bucket", "gs:/bucket", "hf:/name/data", "file:/tmp/x"),
+        "s3:/key:secret@bucket",
+    ],
 )
 def test_other_uris_are_refused(uri: str) -> None:
-    with pytest.raises(InputError, match=r"^storage '") as caught:
+    with pytest.raises(InputError, match=r"^storage '.*s3://bucket/prefix") as caught:
         Storage(uri)
     assert "secret" not in str(caught.value)
+
+
+def test_a_folder_may_be_called_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Storage("./s3:/bucket").uri == str(tmp_path / "s3:" / "bucket")
+    assert Storage("of-12:30").uri == str(tmp_path / "of-12:30")
 
 
 def test_storage_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
