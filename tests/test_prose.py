@@ -1,4 +1,4 @@
-"""Sentences of docstrings and documents have at most 25 words."""
+"""Sentences of docstrings and documents have at most 25 words, and so have cells of tables."""
 
 import ast
 import inspect
@@ -18,6 +18,7 @@ ITEM = re.compile(r"\n\s*(?:[-*] |\d+\. |(?=`?\w+`?: ))")
 END = re.compile(r"(?<=[.?!;])\s+")
 CODE_BLOCK = re.compile(r"^(`{3,}).*?^\1$", re.MULTILINE | re.DOTALL)
 TABLE_OR_HEADING = re.compile(r"^(\||#).*$", re.MULTILINE)
+ROW = re.compile(r"^\|(.*)\|$", re.MULTILINE)
 
 
 def docstrings(source: str) -> Iterator[str]:
@@ -59,4 +60,12 @@ def test_sentences_of_docstrings_are_short(package: str) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_sentences_of_documents_are_short(path: Path) -> None:
     found = long_sentences(TABLE_OR_HEADING.sub("", CODE_BLOCK.sub("", path.read_text())))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_cells_of_documents_are_short(path: Path) -> None:
+    """A table is read by its columns: a paragraph belongs below it."""
+    cells = [cell for row in ROW.findall(CODE_BLOCK.sub("", path.read_text())) for cell in row.split("|")]
+    found = [cell for cell in cells if len(cell.split()) > MOST_WORDS]
     assert not found, "\n".join(found)
