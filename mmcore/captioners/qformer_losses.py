@@ -100,8 +100,8 @@ def itm_negatives(
     """Draw one negative text for each image and one negative image for each text (ALBEF, section 3.2).
 
     The probability of a row is the softmax of its similarity over the rows of other images. A uniform number chooses
-    by the inverse of the cumulative distribution. The rows are ordered by image, so the draw depends on the image and
-    the batch alone: not on workers, nor on the order of the batch.
+    by the inverse of the cumulative distribution, over rows ordered by image. The draw therefore depends on the image
+    and its batch alone. Workers and the order of the batch do not change it.
 
     Args:
         temperature, image_index_B, all_image_index_M: as for `itc_loss`.
