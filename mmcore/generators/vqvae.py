@@ -247,15 +247,15 @@ class VQVAE(nn.Module):
         with torch.autocast(x_B3PP.device.type, enabled=False):
             return self.quantizer.numbers(latents_BChw)
 
-    def decode_codes(self, codes_BChw: Tensor) -> Tensor:
-        """Quantised latents (B, C, h, w) -> images (B, 3, P, P), about in [-1, 1]."""
-        return F.pixel_shuffle(self.decoder(self.post_quant_conv(codes_BChw)), self.recipe.patch_size)
+    def decode_vectors(self, vectors_BChw: Tensor) -> Tensor:
+        """Vectors of codes (B, C, h, w) -> images (B, 3, P, P), about in [-1, 1]."""
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(vectors_BChw)), self.recipe.patch_size)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Latents (B, C, h, w), which are quantised first -> images (B, 3, P, P), about in [-1, 1]."""
         with torch.autocast(latents_BChw.device.type, enabled=False):
-            codes_BChw = self.quantizer.quantize(latents_BChw.to(self.quantizer.codebook.dtype))
-        return self.decode_codes(codes_BChw)
+            vectors_BChw = self.quantizer.quantize(latents_BChw.to(self.quantizer.codebook.dtype))
+        return self.decode_vectors(vectors_BChw)
 
     def to_diffusers(self, scaling_factor: float = 1.0) -> "VQModel":
         """The model as diffusers' VQModel, in fp32. A pipeline divides its latents by `scaling_factor`.
@@ -343,8 +343,8 @@ class VQVAETraining(nn.Module):
 
     def _generator(self, x_B3PP: Tensor) -> Outputs:
         recipe, num_images = self.recipe, len(x_B3PP)
-        codes_BChw, quantised = self._quantised(x_B3PP)
-        made_B3PP = self.vqvae.decode_codes(codes_BChw).to(x_B3PP.dtype)
+        vectors_BChw, quantised = self._quantised(x_B3PP)
+        made_B3PP = self.vqvae.decode_vectors(vectors_BChw).to(x_B3PP.dtype)
         losses = {
             "reconstruction_loss": Loss((made_B3PP - x_B3PP).square().mean((1, 2, 3)).sum(), num_images),
             "commitment_loss": Loss(quantised["commitment_loss"].sum(), num_images, recipe.commitment_weight),
@@ -373,7 +373,7 @@ class VQVAETraining(nn.Module):
         assert self.discriminator is not None
         num_images = len(x_B3PP)
         with torch.no_grad():
-            made_B3PP = self.vqvae.decode_codes(self._quantised(x_B3PP)[0]).to(x_B3PP.dtype)
+            made_B3PP = self.vqvae.decode_vectors(self._quantised(x_B3PP)[0]).to(x_B3PP.dtype)
         real_BHW, fake_BHW = self.discriminator(x_B3PP), self.discriminator(made_B3PP)
         loss_B = discriminator_loss(real_BHW, fake_BHW)
         right_B = ((real_BHW > 0.5).double().mean((1, 2)) + (fake_BHW < 0.5).double().mean((1, 2))) / 2

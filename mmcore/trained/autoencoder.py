@@ -85,7 +85,7 @@ class TrainedVQVAE:
 
     @torch.inference_mode()
     def decode_codes(self, codes: Tensor) -> Tensor:
-        return self.model.decode_codes(self.model.quantizer.vectors(codes))
+        return self.model.decode_vectors(self.model.quantizer.vectors(codes))
 
 
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], TrainedVQVAE]] = {

@@ -122,7 +122,7 @@ def test_decoding_takes_the_nearest_codes() -> None:
         codes = model.quantizer.quantize(latents)
         assert not torch.equal(codes, latents)
         assert torch.equal(model.quantizer.quantize(codes), codes)
-        assert torch.equal(model.decode(latents), model.decode_codes(codes))
+        assert torch.equal(model.decode(latents), model.decode_vectors(codes))
         assert model.decode(latents).shape == (3, 3, 16, 16)
 
 
