@@ -76,7 +76,7 @@ class AutoregressiveRecipe:
     """Render new scenes in every epoch. Only for rendered data (shapes)."""
     exhaustive_captions: float = 0.0
     """Share of the training captions that describe every object, its place and all clear relations. Only for rendered
-    data (shapes)."""
+    data (shapes). With 1, those of captions_per_image are not trained on; their words are known all the same."""
     drop_text: float = 0.1
     """Share of the captions that are replaced by the empty text, for classifier-free guidance."""
     sample: AutoregressiveOptions = field(default_factory=AutoregressiveOptions)

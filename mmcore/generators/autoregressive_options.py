@@ -19,7 +19,8 @@ class AutoregressiveOptions:
     """How codes are sampled. The metadata ``api`` of a field is its name in a request, if it differs."""
 
     guidance: float = field(default=2.0, metadata={"api": "guidance_scale"})
-    """Classifier-free guidance scale of the first code; 1 is no guidance and takes half the time."""
+    """Classifier-free guidance scale of the first code. 1 for the first and the last code is no guidance and takes half
+    the time."""
     guidance_end: float | None = field(default=None, metadata={"api": "guidance_scale_end"})
     """Guidance scale of the last code, linear in between; None uses `guidance` for all codes."""
     temperature: float = 0.6
