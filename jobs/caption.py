@@ -59,7 +59,8 @@ class CaptionSettings:
     rows_per_block: int = ROWS_PER_BLOCK
     """Images that are captioned and committed together."""
     skip_bad: bool = False
-    """Go on without images that are broken or null, and list them. Without it the first one is an error."""
+    """Go on without images that are broken or null, or have no image_id, and list them. Without it the first one is an
+    error."""
     dry_run: bool = False
     """Say what would be read and written, and stop."""
     stall_timeout: float | None = None
@@ -151,6 +152,7 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
         settings.rows_per_block,
         began_with=of_these.get("files"),
         began_sha256=of_these.get("ids_sha256"),
+        skip_bad=settings.skip_bad,
     )
     num_images, num_blocks = counted(blocks.num_rows, "image"), counted(len(blocks.items), "block")
     print(f"caption: {num_images} of {images} in {num_blocks} -> {out}", flush=True)
@@ -180,12 +182,14 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
     )
     tables = read_tables(out / PARTS, ["file_name", "caption"])
     table = pa.concat_tables(tables)
-    skipped = [row for each in tables for row in json.loads((each.schema.metadata or {}).get(_SKIPPED, b"[]"))]
+    skipped = [(place, "no image_id") for place in blocks.left_out]
+    skipped += [row for each in tables for row in json.loads((each.schema.metadata or {}).get(_SKIPPED, b"[]"))]
     if skipped:
         for name, reason in skipped[:_NUM_PRINTED]:
             print(f"skipped: {name}: {reason}")
         out.write(SKIPPED_FILE, csv_bytes(("image", "reason"), skipped))
-        print(f"caption: {len(skipped):,} of {num_images} skipped, all in {out}/{SKIPPED_FILE}")
+        of_all = counted(blocks.num_rows + len(blocks.left_out), "image")
+        print(f"caption: {len(skipped):,} of {of_all} skipped, all in {out}/{SKIPPED_FILE}")
     captions = zip(table["file_name"].to_pylist(), table["caption"].to_pylist(), strict=True)
     out.write(CAPTIONS_FILE, csv_bytes(("image", "caption"), captions))
     print(f"caption: {counted(len(table), 'caption')} in {out}/{CAPTIONS_FILE}", flush=True)

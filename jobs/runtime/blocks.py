@@ -70,6 +70,8 @@ class Blocks:
     items: "Sequence[SourceItem] | _SlicedColumns"
     num_rows: int
     ids_sha256: str
+    left_out: tuple[str, ...] = ()
+    """The places of rows of the source that have no image_id, and are in no block."""
 
     def num_rows_of(self, block: int) -> int:
         if isinstance(self.items, _SlicedColumns):

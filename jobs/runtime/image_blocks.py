@@ -43,6 +43,7 @@ def plan_blocks(
     *,
     began_with: Sequence[str] | None = None,
     began_sha256: str | None = None,
+    skip_bad: bool = False,
 ) -> Blocks:
     """Blocks over Parquet shards (``image_id``, ``image``) or over image files.
 
@@ -53,6 +54,7 @@ def plan_blocks(
         began_with: the image files of an earlier plan, which stays as it was; files that are gone are marked in it.
         began_sha256: of the ids of an earlier plan that does not list its files. Where only the files that code of then
             took for images give it, the plan is over them.
+        skip_bad: leave out rows without an image_id, which are an error otherwise.
 
     Raises InputError for an empty source, a column that is missing or has another type, and a split without rows. Also
     for a duplicate image_id, and for a file that is not in `began_with`.
@@ -76,14 +78,17 @@ def plan_blocks(
             )
             files = earlier
     items: Sequence[ImageFiles | ShardRows]
+    left_out: list[str] = []
     if shards:
-        items, ids = _parquet_blocks(source, shards, split, rows_per_block)
+        items, ids, left_out = _parquet_blocks(source, shards, split, rows_per_block)
+        if left_out and not skip_bad:
+            raise InputError(f"{source}/{left_out[0]} has no image_id; give it one, or leave it out with --skip-bad")
     elif split is not None:
         raise InputError(f"--split {split}: {source} holds no Parquet shards with a split column")
     else:
         items, ids = _file_blocks(source, files, began_with, rows_per_block)
     if not ids:
-        raise InputError(f"{source}: its Parquet shards hold no rows")
+        raise InputError(f"{source}: its Parquet shards hold no rows{' with an image_id' if left_out else ''}")
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(image_id for image_id in ids if image_id in seen or seen.add(image_id))  # type: ignore[func-returns-value]
@@ -95,6 +100,7 @@ def plan_blocks(
         cast(list[SourceItem], [{"block": k, **item} for k, item in enumerate(items)]),
         len(ids),
         _sha256(ids),
+        tuple(left_out),
     )
 
 
@@ -148,12 +154,14 @@ def _file_blocks(
 
 def _parquet_blocks(
     source: Storage, shards: list[str], split: str | None, rows_per_block: int
-) -> tuple[list[ShardRows], list[str]]:
+) -> tuple[list[ShardRows], list[str], list[str]]:
+    """The blocks, the image_ids of their rows, and the places of the rows that have none."""
     column, _, name = (split or "").partition(":")
     if split is not None and not name:
         raise InputError(f"--split {split!r}: write COLUMN:NAME, such as split_karpathy:test")
     groups: list[tuple[str, int, list[int]]] = []
     ids: list[str] = []
+    left_out: list[str] = []
     there: set[str] = set()
     num_rows = 0
     for shard in shards:
@@ -164,15 +172,13 @@ def _parquet_blocks(
                 table = file.read_row_group(group, columns=["image_id", *([column] if split else [])])
                 values = [str(value) for value in table[column].to_pylist()] if split else [name] * len(table)
                 there.update(values)
-                rows = [row for row, value in enumerate(values) if value == name]
                 image_ids = table["image_id"].to_pylist()
-                chosen = [image_ids[row] for row in rows]
-                if None in chosen:
-                    row = rows[chosen.index(None)]
-                    raise InputError(f"{source}/{shard}: row {row} of row group {group} has no image_id; give it one")
-                ids += map(str, chosen)
+                chosen = [row for row, value in enumerate(values) if value == name]
+                rows = [row for row in chosen if image_ids[row] is not None]
+                left_out += [f"{shard}: row {row} of row group {group}" for row in chosen if image_ids[row] is None]
+                ids += [str(image_ids[row]) for row in rows]
                 groups.append((shard, group, rows))
-    if split and there and not ids:
+    if split and there and not ids and not left_out:
         raise InputError(f"--split {split}: no row of {source} is of it; the column holds {', '.join(sorted(there))}")
     step = max(rows_per_block, -(-num_rows // MAX_BLOCKS))
     items: list[ShardRows] = [
@@ -180,7 +186,7 @@ def _parquet_blocks(
         for shard, group, rows in groups
         for i in range(0, len(rows), step)
     ]
-    return items, ids
+    return items, ids, left_out
 
 
 @contextmanager

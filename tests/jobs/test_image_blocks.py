@@ -174,6 +174,23 @@ def test_broken_and_null_images_are_skipped_and_listed(settings, tmp_path, capsy
     assert f"3 of 6 images skipped, all in {settings.out}/skipped.csv" in told
 
 
+def test_rows_without_an_image_id_are_skipped_and_counted(settings, tmp_path, capsys) -> None:
+    table = pa.table({"image_id": ["a", None, "c", None], "image": [PNG] * 4, "fold": ["1", "1", "2", "2"]})
+    write_shard(tmp_path / "images", table)
+    with pytest.raises(InputError, match=r"row 3 of row group 0 has no image_id; give it one, .* --skip-bad"):
+        caption(dataclasses.replace(settings, split="fold:2"))
+    done = caption(dataclasses.replace(settings, skip_bad=True))
+    assert (done["num_rows"], done["num_skipped"]) == (2, 2)
+    assert [row[0] for row in listed(settings, "captions.csv")] == ["a", "c"]
+    assert listed(settings, "skipped.csv") == [
+        [f"a.parquet: row {row} of row group 0", "no image_id"] for row in (1, 3)
+    ]
+    assert "2 of 4 images skipped" in capsys.readouterr().out
+    write_shard(tmp_path / "images", table.slice(1, 1))
+    with pytest.raises(InputError, match="hold no rows with an image_id"):
+        plan_blocks(Storage(settings.images), skip_bad=True)
+
+
 def test_a_sweep_goes_on_without_images_that_were_removed(settings, tmp_path, capsys) -> None:
     names = [f"{letter}.png" for letter in "abcdef"]
     source = write_files(tmp_path / "images", *names)
