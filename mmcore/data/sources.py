@@ -140,9 +140,14 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
         if shards and not found:
             found.append((Path(shards[0]), partial(read_shards, shards, scratch, progress=progress)))
         if len(found) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path, _ in found)
+            names = ", ".join(
+                f"{path.relative_to(folder)}{' (with splits)' if path in karpathy else ''}" for path, _ in found
+            )
+            # The images are found beside a file of captions that is named alone.
+            first = next((path for path, _ in found if path in karpathy), found[0][0])
             raise InputError(
-                f"{folder}: may be read by any of {names}; give the right one as --source, or take the others away"
+                f"{folder}: may be read by any of {names}; give the right one, such as --source {first} (unpack a zip "
+                "first), or take the others away"
             )
         if found:
             return found[0][1]

@@ -339,7 +339,9 @@ def test_empty_and_ambiguous_folders(tmp_path: Path) -> None:
 def test_a_file_of_captions_is_a_source_too(source: Path) -> None:
     assert [photo.file_name for photo in read(source / "captions.txt").photos] == list(NAMES)
     (source / "dataset.json").write_text('{"images": [{"filename": "a.jpg", "sentences": [{"raw": "of JSON"}]}]}')
-    with pytest.raises(InputError, match=r"may be read by any of dataset\.json, captions\.txt; give the right one"):
+    with pytest.raises(
+        InputError, match=r"may be read by any of dataset\.json \(with splits\), captions\.txt; give .*/dataset\.json"
+    ):
         read(source)
     assert len(read(source / "captions.txt").photos) == 3
     assert read(source / "dataset.json").photos[0].captions == ("of JSON",)
