@@ -30,10 +30,10 @@ class Problems:
         self.notes: list[str] = []
         """What is no problem, and a user should know."""
 
-    def add(self, place: str, reason: str) -> None:
+    def add(self, place: str, reason: str, *, mend: str = "mend it") -> None:
         """Raises InputError without `skip_bad`."""
         if not self.skip_bad:
-            raise InputError(f"{place}: {reason}; mend it, or leave it out with --skip-bad")
+            raise InputError(f"{place}: {reason}; {mend}, or leave it out with --skip-bad")
         self.skipped.append(f"{place}: {reason}")
 
 
@@ -97,6 +97,11 @@ def name_to_id(file_name: str) -> str:
     return PurePosixPath(file_name).with_suffix("").as_posix().replace("/", "-")
 
 
+def posix_name(name: str) -> str:
+    """The name of an image as a path: ``a\\b.jpg`` of Windows -> ``a/b.jpg``."""
+    return PurePosixPath(name.replace("\\", "/")).as_posix()
+
+
 def report_splits(num_images: int) -> tuple[int, int]:
     """How many images, from the first, train in the report's captioning and in its generation protocol.
 
@@ -113,7 +118,7 @@ def entries_of(rows: Iterable[CaptionRow], images: ImageFolder, problems: Proble
     joined: dict[str, None] = {}
     for row in rows:
         captions = [caption for caption in row.captions if caption.strip()]
-        called = PurePosixPath(row.image.replace("\\", "/")).as_posix()
+        called = posix_name(row.image)
         if not row.image or not captions:
             problems.add(row.place, f"the row has no {'caption' if row.image else 'image name'}")
             continue

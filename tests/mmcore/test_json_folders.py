@@ -166,6 +166,14 @@ def test_coco_with_its_files_of_two_splits(tmp_path: Path, images: str) -> None:
     assert data.form == "COCO's captions"
     alone = read(tmp_path / "annotations" / "captions_train2017.json")
     assert found(alone) == [(name, captions, "unused") for name, captions, _ in found(data)[:2]]
+    assert "all images of captions_train2017.json are of the split 'train': for several splits, put" in alone.notes[0]
+    assert not any("several splits" in note for note in data.notes)
+    # The captions of both splits lie in one zip, and the images of one were fetched.
+    (tmp_path / f"{images}val2017" / f"{139:012d}.jpg").unlink()
+    with pytest.raises(InputError, match=r"val2017\.json: not one of its 1 images, 0+139\.jpg .*; put them there, or"):
+        read(tmp_path)
+    data = read(tmp_path, skip_bad=True)
+    assert (found(data), len(data.skipped)) == (found(alone), 1)
 
 
 def test_cocos_results_are_scored_by_its_numbers(tmp_path: Path) -> None:
