@@ -372,7 +372,7 @@ STAGES: list[tuple[str, Callable[[Demo], str]]] = [
 def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
     """The page. What is too low stands above everything else."""
     rows = [(f"{name}: {work}", f"{spent:.1f}") for name, work, spent in seconds]
-    stages = table(("stage", "seconds now"), [*rows, ("all", f"{sum(spent for _, _, spent in seconds):.1f}")])
+    stages = table(("stage", "seconds"), [*rows, ("all", f"{sum(spent for _, _, spent in seconds):.1f}")])
     if demo.failures:
         verdict = paragraph(f"✗ Below what the demo demands: {'; '.join(demo.failures)}.", style="bad")
     else:
@@ -387,10 +387,18 @@ def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
         *demo.sections,
         section(
             "Serve it",
-            paragraph(f"In the folder of the repository; then open {SERVED_AT} and enter the key. Ctrl-C ends it."),
+            # With a hyphen at which no line breaks.
+            paragraph(
+                f"In the folder of the repository; then open {SERVED_AT} and enter the key. Ctrl\u2011C ends it."
+            ),
             command(f"export KEY=$(openssl rand -hex 32); echo $KEY\n{serve_command(demo, '$KEY')}"),
         ),
-        section("How it was made", stages, paragraph(f"{when}, commit {source_commit()}", style="soft")),
+        section(
+            "How it was made",
+            stages,
+            paragraph("Seconds of the last start of the demo; what an earlier one had finished was not done again."),
+            paragraph(f"{when}, commit {source_commit()}", style="soft"),
+        ),
     )
     demo.storage.write(PAGE, text.encode())
 

@@ -20,7 +20,8 @@ Pixels = npt.NDArray[np.uint8]
 _MAX_POINTS = 300
 _LEGEND = (
     "Green words are right. A wrong word is red and struck out, and an arrow leads to what the image shows instead, if "
-    "it shows anything. These are the first ones of the test split, not the best ones."
+    "it shows anything. The oracle takes a patch of one colour for the nearest shape, also where a person sees none. "
+    "These are the first ones of the test split, not the best ones."
 )
 
 

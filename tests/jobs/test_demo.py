@@ -16,7 +16,7 @@ from pyarrow.fs import FileSelector
 from jobs import demo
 from jobs.runtime.demo_demands import MIN_CAPTIONS_CORRECT, MIN_IMAGES_CORRECT, caption_failures, image_failures
 from jobs.runtime.demo_page import captioned_pictures, judged_picture
-from mmcore.data.shapes import SIZES, SceneObject, render_scene
+from mmcore.data.shapes import BACKGROUND, COLOURS, SIZES, SceneObject, render_scene
 from mmcore.images import png_bytes
 from mmcore.page import paragraph
 from mmcore.storage import Storage
@@ -105,6 +105,16 @@ def test_a_word_of_two_shapes_is_right_if_it_is_of_both() -> None:
     assert [(mark.good, mark.instead) for mark in marks] == [(False, "blue"), (True, "")]
 
 
+def test_a_patch_of_no_shape_counts_as_the_nearest_which_the_page_says() -> None:
+    image = np.full((64, 64, 3), BACKGROUND, np.uint8)
+    image[16:48, 28:36] = image[28:36, 20:52] = COLOURS["red"]
+    cross = png_bytes(image)
+    nearest = judged_picture(cross, "").alt.removeprefix("an image with ")
+    html = captioned_pictures([{"image": cross, "caption": nearest}])
+    assert "✓ whole scene right" in html
+    assert "for the nearest shape, also where a person sees none" in html
+
+
 def test_captions_are_no_markup() -> None:
     html = captioned_pictures([{"image": scene("large red star"), "caption": "<script>alert(1)</script>"}])
     assert "<script" not in html
@@ -128,6 +138,7 @@ def test_low_scores_are_the_first_thing_that_the_page_says(
     assert 0 < html.index(line) < html.index("a section")
     assert "✓" not in html
     assert "scenes hold one and two shapes, as more take longer" in html
+    assert "Ctrl\u2011C ends it" in html, "in one line of the page"
 
 
 @pytest.mark.parametrize(
