@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -32,6 +31,12 @@ from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
+
+try:
+    import httpx
+except ModuleNotFoundError:
+    # It is among the packages of the tests.
+    sys.exit("error: measurements of the service need the package httpx; `make setup` installs it")
 
 NAME = "bench"
 _START_S = 300.0

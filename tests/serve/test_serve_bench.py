@@ -1,9 +1,18 @@
 """The benchmarks run, and compare equal things."""
 
+import importlib
 import json
+import sys
 
 import pytest
 from conftest import RunJob
+
+
+def test_a_missing_package_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.delitem(sys.modules, "serve.bench.measuring", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: .* package httpx; `make setup` installs it$"):
+        importlib.import_module("serve.bench.measuring")
 
 
 @pytest.mark.parametrize(
