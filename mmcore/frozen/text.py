@@ -19,6 +19,8 @@ from mmcore.text import BOS, EOS, PAD, SPECIAL, UNK
 SCRATCH = "scratch"
 # Vocabulary built from captions: rarer words become <unk>.
 _MIN_WORD_COUNT = 2
+# Fields of a configuration that say where it came from.
+_OF_THE_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_commit_hash")
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,45 @@ class PromptTokenizer:
         return encoded["input_ids"], encoded["attention_mask"]
 
 
+def load_text_model(name: str) -> Any:
+    """The text encoder `name` of Hugging Face, frozen; of a two-tower model such as CLIP its text encoder only.
+
+    Raises InputError if it is not found or weights are missing.
+    """
+    from transformers import AutoModelForTextEncoding, CLIPTextModel
+
+    choose = lambda config: CLIPTextModel if hasattr(config, "text_config") else AutoModelForTextEncoding
+    return load_frozen(name, choose, flag="--text-encoder", what="text encoder")
+
+
+def config_to_json(config: Any) -> str:
+    """The configuration of a text encoder, for `text_model_from_json`. It does not depend on where it was read."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return json.dumps({name: value for name, value in fields.items() if name not in _OF_THE_FILE}, sort_keys=True)
+
+
+def text_model_from_json(config: str) -> Any:
+    """A text encoder of a configuration, in fp32, with random weights."""
+    from transformers import AutoConfig, AutoModelForTextEncoding
+
+    fields = json.loads(config)
+    settings = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = AutoModelForTextEncoding.from_config(settings, trust_remote_code=False, dtype=torch.float32)
+    if not torch.cuda.is_available():
+        # The backward pass of PyTorch's fused attention is slow on a CPU.
+        model.set_attn_implementation("eager")
+    return model
+
+
 class FrozenTextEncoder:
     """A frozen pretrained text encoder: prompts -> last hidden states."""
 
     def __init__(self, name: str, max_tokens: int, device: str = "cpu") -> None:
         """Raises InputError if `name` is not a text encoder with a tokenizer, or takes fewer tokens."""
-        from transformers import AutoModelForTextEncoding, CLIPTextModel
+        from transformers import CLIPTextModel
 
-        # Of a two-tower model such as CLIP, load the text encoder only.
-        choose = lambda config: CLIPTextModel if hasattr(config, "text_config") else AutoModelForTextEncoding
         flag = "--text-encoder"
-        self.model = load_frozen(name, choose, flag=flag, what="text encoder").to(device)
+        self.model = load_text_model(name).to(device)
         most = getattr(self.model.config, "max_position_embeddings", None) or max_tokens
         if max_tokens > most:
             raise InputError(f"max_tokens {max_tokens}: {flag} {name!r} takes at most {most}; change --max-tokens")
