@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcore.captioners import cross_attention
+from mmcore.captioners import clip_captioner, cross_attention
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
@@ -33,6 +33,13 @@ RECIPES: dict[str, Entry] = {
         CaptionerFacts,
         cross_attention.VARIANTS,
         table_1=(34.2, 21.5),
+    ),
+    "clip_captioner": Entry(
+        "captioner",
+        cross_attention.CrossAttentionCaptionerRecipe,
+        CaptionerFacts,
+        clip_captioner.VARIANTS,
+        table_1=(108.0, 21.5),
     ),
     "pixel_diffusion": Entry(
         "generator",

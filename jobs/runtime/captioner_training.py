@@ -17,7 +17,7 @@ from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
 from mmcore.captioners.caption_rows import CaptionRows
-from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path
+from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path, tokens_of
 from mmcore.catalogue import RECIPES
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, VALIDATION, CaptionTable, read_captions
@@ -54,7 +54,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
         lengths.extend(len(tokenizers[0].encode(caption, sys.maxsize)) for caption in captions)
         fingerprint, num_tokens, width = PIXELS, recipe.image_size**2, 3
         if recipe.encoder != SCRATCH:
-            encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size)
+            encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size, tokens=tokens_of(recipe))
             fingerprint, (num_tokens, width) = encoder.fingerprint(), encoder.token_shape
             num_frozen = sum(parameter.numel() for parameter in encoder.model.parameters())
         return CaptionerFacts(
@@ -112,6 +112,7 @@ def _encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encode
             recipe.dataset,
             encoder=recipe.encoder,
             image_size=recipe.image_size,
+            tokens=tokens_of(recipe),
             flip=flip,
             num_views=1 + recipe.flip,
             stall_timeout_s=job.options.stall_timeout,

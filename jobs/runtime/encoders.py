@@ -10,7 +10,7 @@ from jobs.runtime.blocks import Columns
 from jobs.runtime.image_blocks import ImageRows
 from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
-from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, Tokens, pixels_from_bytes
 from mmcore.generators.code_rows import code_dtype
 from mmcore.recipe import Autoencoder
 from mmcore.storage import Storage
@@ -35,8 +35,10 @@ def _pixel_batches(rows: ImageRows, image_size: int, flip: bool) -> Iterator[np.
 class EncodeImages:
     """Images -> frozen tokens in fp16, or the squashed pixels for a recipe that trains its encoder."""
 
-    def __init__(self, encoder: str, image_size: int, flip: bool) -> None:
-        self.encoder = None if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size, _device())
+    def __init__(self, encoder: str, image_size: int, flip: bool, tokens: Tokens) -> None:
+        self.encoder = None
+        if encoder != SCRATCH:
+            self.encoder = FrozenVisionEncoder(encoder, image_size, _device(), tokens=tokens)
         self.image_size, self.flip = image_size, flip
 
     def __call__(self, rows: ImageRows) -> pa.Table:

@@ -22,7 +22,7 @@ from mmcore.data.columns import SUCCESS, TensorSpec, facts_of_parts, specs_of
 from mmcore.data.prepared import CaptionTable, read_dataset_facts
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder
-from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
+from mmcore.frozen.vision import PATCH, SCRATCH, FrozenVisionEncoder, Tokens
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
@@ -87,6 +87,7 @@ def cached_image_column(
     *,
     encoder: str,
     image_size: int,
+    tokens: Tokens = PATCH,
     flip: bool = False,
     num_views: int = 1,
     stall_timeout_s: float | None = None,
@@ -97,14 +98,16 @@ def cached_image_column(
     """
     facts = read_dataset_facts(storage, dataset)
     encoder = absolute_folder(encoder)
-    fingerprint = PIXELS if encoder == SCRATCH else FrozenVisionEncoder(encoder, image_size).fingerprint()
+    fingerprint = PIXELS
+    if encoder != SCRATCH:
+        fingerprint = FrozenVisionEncoder(encoder, image_size, tokens=tokens).fingerprint()
     return cached_column(
         storage,
         what=f"encode {dataset}{_view(flip, num_views)} with {encoder}",
         key=[fingerprint, image_size, flip, facts["fingerprint"]],
         blocks=lambda: plan_blocks(storage / "data" / dataset),
         worker_type=EncodeImages,
-        worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip},
+        worker_kwargs={"encoder": encoder, "image_size": image_size, "flip": flip, "tokens": tokens},
         stall_timeout_s=stall_timeout_s,
     )
 

@@ -19,7 +19,7 @@ from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.decoder import Packing, dropout
 from mmcore.errors import InputError, check_at_least_one, check_share
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
-from mmcore.frozen.vision import SCRATCH, ScratchEncoder
+from mmcore.frozen.vision import PATCH, SCRATCH, ScratchEncoder, Tokens
 from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.text import CaptionTokenizer, WordVocabulary
@@ -37,6 +37,8 @@ class CrossAttentionCaptionerRecipe:
     """Number of captions per image to train on, the first ones."""
     encoder: str = "microsoft/resnet-18"
     """Frozen vision model of Hugging Face, by name or folder. `scratch` trains a small encoder instead."""
+    tokens: Tokens = PATCH
+    """Image tokens of the frozen encoder: one for each patch or place, or its pooled vector alone."""
     image_size: int = 224
     """Side in pixels that images are resized to for the encoder."""
     flip: bool = False
@@ -107,7 +109,8 @@ class CrossAttentionCaptionerRecipe:
     def without_effect(self) -> dict[str, str]:
         """Fields without effect under the other settings, for `mmcore.recipe.check_effect`."""
         of_words = ("vocabulary_source", "min_word_count", "lowercase")
-        return {} if self.tokenizer == WORDS else dict.fromkeys(of_words, f"--tokenizer {WORDS}")
+        ignored = {} if self.tokenizer == WORDS else dict.fromkeys(of_words, f"--tokenizer {WORDS}")
+        return ignored | ({"tokens": "a frozen --encoder"} if self.encoder == SCRATCH else {})
 
     def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
         """Raises InputError for a pretrained tokenizer that cannot be found."""

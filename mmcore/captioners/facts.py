@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from mmcore.data.prepared import CaptionTable
+from mmcore.frozen.vision import PATCH, Tokens
 from mmcore.recipe import Recipe
 from mmcore.text import CaptionTokenizer, TokenIds, WordVocabulary
 
@@ -70,6 +71,11 @@ class ContrastiveFacts:
 def tokenizer_path(tokenizer: CaptionTokenizer) -> tuple[str, str]:
     """Path of the tokenizer's files under STORAGE."""
     return "tokenizers", tokenizer.fingerprint()[:24]
+
+
+def tokens_of(recipe: Any) -> Tokens:
+    """What a captioner takes of the frozen encoder: its recipe's `tokens`, or a token for each patch without them."""
+    return getattr(recipe, "tokens", PATCH)
 
 
 class CaptionerRecipe(Recipe, Protocol):

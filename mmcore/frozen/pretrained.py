@@ -32,11 +32,13 @@ def quiet_load() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str) -> Any:
+def load_frozen(
+    name: str, choose: Callable[[Any], Any], *, flag: str, what: str, needs_pooler: bool = False
+) -> Any:
     """The model `name` in fp32, in evaluation mode and without gradients. `choose(config)` returns its class.
 
     Raises InputError, naming `flag`, if the model is not found or weights are missing. `what` is the kind of model for
-    the message.
+    the message. `needs_pooler`: the pooled output is used, so weights of the pooler may not be missing either.
     """
     from transformers import AutoConfig
 
@@ -53,8 +55,8 @@ def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str
             f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason})"
         ) from None
     # Missing weights would be random. Unused ones, such as a classifier's head, do no harm. A missing pooler does no
-    # harm either: only the last hidden state is used, and the pooler comes after it.
-    missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key)
+    # harm either where only the last hidden state is used: the pooler comes after it.
+    missing = sorted(key for key in loaded["missing_keys"] if needs_pooler or "pooler" not in key)
     if missing:
         raise InputError(f"{flag} {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
     return model.eval().requires_grad_(False)

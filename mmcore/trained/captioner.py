@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
+from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokens_of
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
@@ -68,7 +68,8 @@ class TrainedCaptioner:
         self.model = load_network(self.run, self.file, self.device)
         self.encoder = None
         if self.encoder_name is not None:
-            self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device)
+            tokens = tokens_of(self.recipe)
+            self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device, tokens=tokens)
             if self.encoder.fingerprint() != facts.encoder_fingerprint:
                 raise InputError(
                     f"--encoder {self.encoder_name!r}: {self.run} was trained on another encoder; name that one"

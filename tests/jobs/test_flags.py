@@ -43,6 +43,7 @@ def parsed(name: str, *flags: str) -> Job:
         ("vqvae", ["--adversarial-weight", "0.1"], "--discriminator-from-step STEP"),
         ("vqvae", ["--discriminator-channels", "32", "64"], "--discriminator-from-step STEP"),
         ("resnet_captioner", ["--step-epoch", "3"], "--schedule step"),
+        ("resnet_captioner", ["--tokens", "pooled"], "a frozen --encoder"),
     ],
 )
 def test_a_flag_without_effect_is_refused(name: str, flags: list[str], needs: str) -> None:

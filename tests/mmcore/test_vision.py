@@ -97,6 +97,25 @@ def test_transformers_of_other_families(kind: str, tmp_path: Path) -> None:
     assert encoder(PIXELS).shape == (2, num_tokens, 16)
     with pytest.raises(InputError, match=r"does not take images of 64 x 64: .*; change --image-size"):
         FrozenVisionEncoder(str(tmp_path), 64)
+    pooled = FrozenVisionEncoder(str(tmp_path), 32, tokens="pooled")
+    assert pooled.token_shape == (1, 16)
+    assert pooled.fingerprint() != encoder.fingerprint()
+    if kind == "clip":
+        class_token = encoder.model.post_layernorm(encoder(PIXELS)[:, 0])
+        torch.testing.assert_close(pooled(PIXELS)[:, 0], class_token, rtol=0, atol=0)
+
+
+def test_a_pooled_feature_map_is_its_mean(folder: Path) -> None:
+    pooled = FrozenVisionEncoder(str(folder), 32, tokens="pooled")(PIXELS)
+    mean = FrozenVisionEncoder(str(folder), 32)(PIXELS).mean(dim=1, keepdim=True)
+    torch.testing.assert_close(pooled, mean, rtol=1e-6, atol=1e-6)
+
+
+def test_pooled_tokens_need_the_weights_of_the_pooler(tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**VIT, image_size=32), add_pooling_layer=False).save_pretrained(tmp_path)
+    assert FrozenVisionEncoder(str(tmp_path), 32).token_shape == (17, 16)
+    with pytest.raises(InputError, match=r"2 weights are missing there, such as pooler"):
+        FrozenVisionEncoder(str(tmp_path), 32, tokens="pooled")
 
 
 def test_a_language_model_is_refused(tmp_path: Path) -> None:
