@@ -11,8 +11,8 @@ NAME-shapes-codes, for the others that of the run.
 
 Hardware, time and score, on two workers of one CPU thread beside other work (docs/results.md):
 
-Variant shapes: 44 minutes with its VQ-VAE, at commit becc41a. Of the attributes that 500 test prompts name, 95.3 % are
-in the images; 76.0 % of the scenes are right as a whole. With 7,500 steps, in an hour: 96.5 % and 80.2 %.
+Variant shapes: 38 minutes with its VQ-VAE, at commit 99b8983. Of the attributes that 500 test prompts name, 94.5 % are
+in the images; 74.4 % of the scenes are right as a whole. With 7,500 steps, in an hour: 96.5 % and 80.2 %.
 
 Variant best has not been run.
 """
