@@ -21,7 +21,7 @@ def remark(job: Job[CrossAttentionCaptionerRecipe], facts: CaptionerFacts, num_f
     """Print why the published sizes are not met."""
     if job.variant == "report":
         print(
-            "Table 1 gives this row a width of 768, and the 21.5 M of row 1. A decoder of width 768 has 47 M in its six "
+            "Table 1 gives this row a width of 768 and the 21.5 M of row 1. A decoder of width 768 has 47 M in its six "
             f"layers alone, so the width here is row 1's {job.recipe.width}. The frozen encoder has "
             f"{num_frozen / 1e6:.1f} M.",
             flush=True,
