@@ -32,7 +32,7 @@ def read_document_folder(documents: list[Path], folder: Path, problems: Problems
                 str(path),
                 f"not one of its {len(file.rows):,} images, {file.rows[0].image} the first, is among the "
                 f"{len(images.files):,} below {folder}",
-                mend="put them there",
+                mend="put them there, or give the other file as --source" if len(documents) > 1 else "put them there",
             )
     entries = entries_of(rows, images, problems)
     splits = {entry.split for entry in entries}

@@ -170,7 +170,9 @@ def test_coco_with_its_files_of_two_splits(tmp_path: Path, images: str) -> None:
     assert not any("several splits" in note for note in data.notes)
     # The captions of both splits lie in one zip, and the images of one were fetched.
     (tmp_path / f"{images}val2017" / f"{139:012d}.jpg").unlink()
-    with pytest.raises(InputError, match=r"val2017\.json: not one of its 1 images, 0+139\.jpg .*; put them there, or"):
+    with pytest.raises(
+        InputError, match=r"val2017\.json: not one of its 1 images, 0+139\.jpg .*; put them there, or give the"
+    ):
         read(tmp_path)
     data = read(tmp_path, skip_bad=True)
     assert (found(data), len(data.skipped)) == (found(alone), 1)
