@@ -20,7 +20,7 @@ def fill(tab: Tab, key: str, images: list[Path]) -> None:
     tab.wait_text("#service", "Connected", SLOW_S)
     tab.choose("#files", *images)
     tab.wait_text("#captions-news", f"Captioned: {len(images)} of {len(images)}.", SLOW_S)
-    for name, value in {"prompt": PROMPT, "number": "4", "seed": "7", "steps": "20"}.items():
+    for name, value in {"prompt": PROMPT, "number": "4", "seed": "7"}.items():
         tab.fill(f"#{name}", value)
     tab.click("#generate")
     tab.wait("document.querySelectorAll('#made img').length === 4", SLOW_S)
