@@ -57,7 +57,8 @@ def add_recipe(root: Path) -> dict[str, str]:
         if not path.exists():
             path.write_text(text)
             continue
-        imports, _, entry = text.partition("\n\n")
+        imports, _, entries = text.partition(f"\n\n{RECIPES}")
+        entry, _, _ = entries.partition("    #")
         there = path.read_text()
         assert len(IMPORT.findall(there)) == there.count(RECIPES) == 1
         # Next to recipes that others have added.
