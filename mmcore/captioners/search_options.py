@@ -31,3 +31,24 @@ class SearchOptions:
 
 
 GREEDY = SearchOptions(num_beams=1)
+
+
+@dataclass(frozen=True)
+class LanguageSearchOptions:
+    """Options of greedy and beam search with a language model. The defaults are those of the report."""
+
+    num_beams: int = field(default=1, metadata={"caps": "beams"})
+    """Number of beams; 1 is greedy search."""
+    max_length: int = field(default=30, metadata={"caps": "words"})
+    """Longest caption in tokens of the language model."""
+    length_penalty: float = 1.0
+    """Beams are ranked by log-probability / length^penalty. A value below 1 prefers shorter captions."""
+    repetition_penalty: float = 1.5
+    """Logits of tokens that the caption already has are divided by this if positive, else multiplied. 1 does nothing.
+    Tokens of the prompt do not count."""
+
+    def check(self) -> None:
+        """Raise OptionError for an invalid value."""
+        SearchOptions(self.num_beams, self.max_length, self.length_penalty).check()
+        if not math.isfinite(self.repetition_penalty) or self.repetition_penalty <= 0:
+            raise OptionError("repetition_penalty", f"{self.repetition_penalty:g}: must be a finite number above 0")

@@ -14,6 +14,15 @@ from mmcore.errors import InputError
 
 # Values of recipes that are not names of models. A local folder of such a name is ignored.
 _NO_MODELS = ("scratch", "words")
+# Fields of a configuration that do not affect what the model computes.
+_CONFIG_WITHOUT_EFFECT = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "_commit_hash",
+)
 
 
 @contextmanager
@@ -69,6 +78,11 @@ def sha256_of(model: nn.Module, facts: Any) -> str:
         digest.update(key.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def effective_config(config: Any) -> dict[str, Any]:
+    """The fields of a configuration of transformers that affect what the model computes."""
+    return {key: value for key, value in config.to_dict().items() if key not in _CONFIG_WITHOUT_EFFECT}
 
 
 def absolute_folder(name: str) -> str:

@@ -12,6 +12,9 @@ from mmcore.text import WORDS_FILE, CaptionTokenizer, TokenIds, WordVocabulary
 # The setting for a vocabulary built from the captions, instead of a pretrained tokenizer.
 WORDS = "words"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Beside the files of a LineTokenizer, to tell it from a PieceTokenizer.
+_LINES_FILE = "lines.json"
+SENTENCE_ENDS = (".", "!", "?")
 
 
 def load_tokenizer(name: str, flag: str) -> Any:
@@ -51,21 +54,21 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {name: (local / name).read_bytes() for name in TOKENIZER_FILES}
 
 
-def special_ids(tokenizer: Any) -> tuple[int | None, int]:
-    """The ids of the begin token (or None) and the end token. Raises InputError if there is no end token."""
+def special_ids(tokenizer: Any, flag: str = "--tokenizer") -> tuple[int | None, int]:
+    """The ids of the begin token (or None) and the end token. Raises InputError with `flag` if it has no end."""
     bos_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if eos_id is None:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token; choose another with --tokenizer")
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token; choose another with {flag}")
     return bos_id, eos_id
 
 
 class PieceTokenizer:
     """Captions -> subword ids of a pretrained tokenizer, such as BERT's or a language model's."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Raises InputError for a tokenizer without an end token."""
-        bos_id, eos_id = special_ids(tokenizer)
+    def __init__(self, tokenizer: Any, flag: str = "--tokenizer") -> None:
+        """Raises InputError, naming `flag`, for a tokenizer without an end token."""
+        bos_id, eos_id = special_ids(tokenizer, flag)
         # Language models without a begin token use the end token to begin a text.
         bos_id = eos_id if bos_id is None else bos_id
         silent = sorted({*tokenizer.all_special_ids, bos_id} - {eos_id})
@@ -89,8 +92,50 @@ class PieceTokenizer:
         return tokenizer_files(self.tokenizer)
 
 
+def first_sentence(text: str) -> str:
+    """`text` up to its first ``.``, ``!`` or ``?``, with that mark."""
+    ends = [place for mark in SENTENCE_ENDS if (place := text.find(mark)) >= 0]
+    return text[: min(ends) + 1] if ends else text
+
+
+class LineTokenizer(PieceTokenizer):
+    """Captions -> subword ids of a language model: begin, caption, line break. The line break ends a caption.
+
+    `decode` also cuts the caption after its first sentence.
+    """
+
+    def __init__(self, tokenizer: Any, flag: str = "--language-model") -> None:
+        """Raises InputError, naming `flag`, for a tokenizer without an end token or without a token of a line break."""
+        super().__init__(tokenizer, flag)
+        # Some tokenizers put a space in front of a text. A line break alone would then be two tokens.
+        *letter, line_break = tokenizer("a\n", add_special_tokens=False)["input_ids"]
+        if letter != tokenizer("a", add_special_tokens=False)["input_ids"] or tokenizer.decode([line_break]) != "\n":
+            name = tokenizer.name_or_path
+            raise InputError(f"tokenizer {name!r} has no token of a line break; choose another with {flag}")
+        ids = self.token_ids
+        self.own_eos_id = ids.eos_id
+        silent = tuple(sorted({*ids.silent_ids, ids.eos_id}))
+        self.token_ids = TokenIds(ids.size, ids.bos_id, line_break, silent)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return first_sentence(super().decode(ids)).strip()
+
+    def files(self) -> dict[str, bytes]:
+        return {**super().files(), _LINES_FILE: b"{}"}
+
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """The ids of `prompt` with the begin token if the tokenizer puts one there, without an end token."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        return tuple(ids[:-1] if ids[-1:] == [self.own_eos_id] else ids)
+
+    def sentence_end_ids(self) -> list[int]:
+        """The ids of all tokens with a ``.``, ``!`` or ``?`` in their text."""
+        texts = self.tokenizer.convert_ids_to_tokens(range(self.token_ids.size))
+        return [index for index, text in enumerate(texts) if text and any(mark in text for mark in SENTENCE_ENDS)]
+
+
 def read_caption_tokenizer(folder: Storage) -> CaptionTokenizer:
     """The tokenizer whose ``CaptionTokenizer.files`` are in `folder`."""
     if folder.exists(WORDS_FILE):
         return WordVocabulary.from_json(folder.read(WORDS_FILE).decode())
-    return PieceTokenizer(read_tokenizer(folder))
+    return (LineTokenizer if folder.exists(_LINES_FILE) else PieceTokenizer)(read_tokenizer(folder))

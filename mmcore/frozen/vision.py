@@ -14,22 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
-from mmcore.frozen.pretrained import load_frozen, sha256_of
+from mmcore.frozen.pretrained import effective_config, load_frozen, sha256_of
 from mmcore.images import decode_image, resize_image
 
 SCRATCH = "scratch"
 Tokens = Literal["patch", "pooled"]
 """What an image becomes: a token for each patch or place, or the model's one pooled vector."""
 PATCH: Tokens = "patch"
-# Fields of a configuration that do not affect what the model computes.
-_CONFIG_WITHOUT_EFFECT = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "_commit_hash",
-)
 # Statistics of ImageNet, for models that do not state theirs.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -94,8 +85,7 @@ class FrozenVisionEncoder:
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that determines the tokens: weights, configuration, normalisation and image size."""
-        config = self.model.config.to_dict()
-        settings = {key: value for key, value in config.items() if key not in _CONFIG_WITHOUT_EFFECT}
+        settings = effective_config(self.model.config)
         pooled = [] if self.tokens == PATCH else [self.tokens]
         return sha256_of(self.model, [self.image_size, self.mean, self.std, settings, *pooled])
 
