@@ -41,9 +41,7 @@ def quiet_load() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_frozen(
-    name: str, choose: Callable[[Any], Any], *, flag: str, what: str, needs_pooler: bool = False
-) -> Any:
+def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str, needs_pooler: bool = False) -> Any:
     """The model `name` in fp32, in evaluation mode and without gradients. `choose(config)` returns its class.
 
     Raises InputError, naming `flag`, if the model is not found or weights are missing. `what` is the kind of model for
