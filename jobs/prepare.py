@@ -101,8 +101,11 @@ class PrepareSettings:
             )
         if self.dataset == SHAPES:
             if self.source or self.skip_bad:
-                flag = "--source" if self.source else "--skip-bad"
-                raise InputError(f"{flag}: not for --dataset shapes, which is generated; name a --dataset")
+                flag = f"--source {self.source}" if self.source else "--skip-bad"
+                raise InputError(
+                    f"{flag}: give the data a name too, such as --dataset mine; {SHAPES}, which is written without one, "
+                    "is generated"
+                )
         else:
             if not self.source:
                 raise InputError(f"--dataset {self.dataset} needs --source: a folder, zip or Hugging Face name")
@@ -383,18 +386,19 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
 
 
 def next_command(settings: PrepareSettings, splits: dict[str, dict[str, int]]) -> str:
-    """The training that reads the dataset, for a shell.
+    """The training that reads the dataset, for a shell. Its run has the dataset's name.
 
     `splits`: of the summary. A dataset with a split of its own is trained by that, Flickr8k by the report's.
     """
-    flags = ["--variant", SHAPES]
+    storage = ["--storage", settings.storage]
+    flags = ["--variant", SHAPES, *storage]
     if settings.dataset != SHAPES:
-        of_report, of_source = SPLIT_COLUMNS[0], SPLIT_COLUMNS[-1]
-        trains = TRAIN in splits[of_source] and not {VALIDATION, TEST}.isdisjoint(splits[of_source])
-        split = of_source if trains and settings.dataset != "flickr8k" else of_report
-        flags = ["--variant", "best", "--encoder", _ENCODER, "--name", "best"]
-        flags += ["--dataset", settings.dataset, "--split", split]
-    flags += ["--storage", settings.storage]
+        of_source = SPLIT_COLUMNS[-1]
+        has_own = TRAIN in splits[of_source] and not {VALIDATION, TEST}.isdisjoint(splits[of_source])
+        flags = ["--variant", "best", "--encoder", _ENCODER, "--dataset", settings.dataset]
+        # Without the flag the variant takes the report's.
+        flags += ["--split", of_source] if has_own and settings.dataset != "flickr8k" else []
+        flags += [*storage, "--name", settings.dataset]
     return shlex.join(["python", "jobs/train_resnet_captioner.py", *flags])
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from jobs import prepare as prepare_module
-from jobs.prepare import PrepareSettings, main, prepare
+from jobs.prepare import PrepareSettings, main, next_command, prepare
 from jobs.runtime.job import parse_job
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.data.caption_folder import SPLIT_FILES
@@ -191,11 +193,31 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
     job = parse_job(words[1], VARIANTS, "", words[2:])
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     assert job.variant == ("shapes" if dataset == "shapes" else "best")
+    assert job.options.name == ("default" if dataset == "shapes" else "mine")
     assert job.recipe.split == ("split" if dataset == "shapes" else "split_karpathy"), "the source's own"
     assert job.recipe.encoder == ("scratch" if dataset == "shapes" else "google/mobilenet_v2_1.0_224")
     assert table.rows("train")
     assert table.validation_rows()
     assert len(table.image_ids) == (18 if dataset == "shapes" else NUM_IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "own", "flags"),
+    [
+        ("mine", ["unused"], ""),
+        ("mine", ["train", "test"], "--split split_karpathy "),
+        ("mine", ["train", "unused"], ""),
+        ("flickr8k", ["train", "validation"], ""),
+    ],
+)
+def test_the_next_command_names_a_split_only_where_the_variant_takes_another(
+    dataset: str, own: list[str], flags: str
+) -> None:
+    splits = {"split_report": {"train": 4, "validation": 1}, "split_karpathy": dict.fromkeys(own, 2)}
+    command = next_command(PrepareSettings(dataset=dataset, source="SOURCE"), splits)
+    assert command.endswith(f" --dataset {dataset} {flags}--storage out --name {dataset}")
+    if dataset == "mine" and not flags:
+        assert command in re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text()), "what the README shows"
 
 
 # --- a second run ------------------------------------------------------------------------------------------
@@ -259,8 +281,8 @@ def test_without_success_it_is_no_dataset_and_is_redone(source: Path, tmp_path: 
         ({"dataset": "flickr8k"}, "--dataset flickr8k needs --source"),
         ({"dataset": "jxie/flickr8k", "source": "x"}, "goes into --source"),
         ({"dataset": "../out", "source": "x"}, "use lower-case letters"),
-        ({"source": "x"}, "--source: not for --dataset shapes"),
-        ({"skip_bad": True}, "--skip-bad: not for --dataset shapes"),
+        ({"source": "x"}, "--source x: give the data a name too, such as --dataset mine"),
+        ({"skip_bad": True}, "--skip-bad: give the data a name too, such as --dataset mine"),
         ({"dataset": "flickr8k", "source": "x", "shapes": SHAPES}, "--num-train and --num-validation and .*only"),
         ({"dataset": "flickr8k", "source": "no-such.zip"}, "--source no-such.zip: no such folder, file or zip"),
         ({"shapes": ShapesSettings(0, 0, 0)}, "are all 0"),
