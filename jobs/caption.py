@@ -206,7 +206,8 @@ def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[str]]) -> bytes:
 
 def main() -> None:
     command = "python jobs/caption.py"
-    caption(*parse_with_options(CaptionSettings, open_captioner, SearchOptions(), __doc__ or "", command))
+    families = {"the search for captions": SearchOptions()}
+    caption(*parse_with_options(CaptionSettings, open_captioner, families, __doc__ or "", command))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import nltk
 import tyro
 
 from jobs.runtime.commandline import counted, run
-from jobs.runtime.flags import read_flags
 from jobs.runtime.source import output_storage
 from mmcore.data.manifest import read_images, read_manifest
 from mmcore.data.predictions import read_predictions
 from mmcore.data.prepared import prepared_images, read_prepared, split_image_ids
 from mmcore.data.references import References, prepared_references, read_references
 from mmcore.errors import InputError
+from mmcore.flags import read_flags
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
 from mmcore.metrics.images import score_colours, score_shapes, words_of
@@ -44,7 +44,7 @@ RUN_URI = re.compile(r"(?P<storage>s3://[^/]+.*|(?!s3://).+)/runs/(?P<recipe>[^/
 class CaptionScoreSettings:
     """BLEU-1 to BLEU-4 of predicted captions, times 100: nltk's corpus_bleu with method1 smoothing.
 
-    The images that the predictions name are scored; how many that were stands in the result.
+    Only the images that the predictions name are scored; `num_images` of the result is their number.
     """
 
     predictions: str

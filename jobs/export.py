@@ -20,20 +20,17 @@ RUN/model/model.safetensors. The Transformer's VQ-VAE is a run by itself. It can
 """
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from jobs.runtime.commandline import run as run_job
-from jobs.runtime.flags import read_flags
 from jobs.runtime.source import output_storage
 from mmcore.catalogue import names
 from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.run_files import read_fields
 from mmcore.storage import Storage, writing
 from mmcore.trained.autoencoder import open_autoencoder
@@ -127,9 +124,7 @@ def export(settings: ExportSettings) -> float:
 
 
 def main() -> None:
-    command = "python jobs/export.py"
-    parse = lambda argv: tyro.cli(ExportSettings, args=argv, description=__doc__, prog=command)
-    export(read_flags(parse, sys.argv[1:], command))
+    export(read_settings(ExportSettings, __doc__, "python jobs/export.py"))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from jobs.runtime.watchdog import Watchdog
 from mmcore.data.manifest import IMAGES, MANIFEST, read_manifest
 from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError, OptionError
+from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.recipe import Generator
 from mmcore.storage import Storage
@@ -454,7 +455,8 @@ def summarise(out: Storage) -> SweepSummary:
 
 def main() -> None:
     command = "python jobs/generate.py"
-    generate(*parse_with_options(GenerateSettings, open_generator, DiffusionOptions(), __doc__ or "", command))
+    families = {"a diffusion": DiffusionOptions(), "a Transformer over codes": AutoregressiveOptions()}
+    generate(*parse_with_options(GenerateSettings, open_generator, families, __doc__ or "", command))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import threading
 import uuid
 from collections import Counter
@@ -38,7 +37,6 @@ import tyro
 from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.cluster import connect
 from jobs.runtime.commandline import counted, one_line, run
-from jobs.runtime.flags import read_flags
 from jobs.runtime.progress import Report, progress
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import output_storage
@@ -50,6 +48,7 @@ from mmcore.data.shapes import MAX_OBJECTS, SPLITS, ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
 from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.storage import Storage, writing
 from mmcore.temporary import temporary_folder
 
@@ -79,7 +78,7 @@ class PrepareSettings:
 
     dataset: str = SHAPES
     """`shapes` is generated; `flickr8k`, or any name of yours, is read from --source."""
-    source: Annotated[str | None, tyro.conf.arg(metavar="DIR|FILE|NAME")] = None
+    source: str | None = None
     """Folder or zip with images and their captions: captions.txt (or .csv, .jsonl ...), results.csv, Karpathy's or
     COCO's JSON, metadata.jsonl, tar shards, Parquet; or one such file; or a Hugging Face dataset (jxie/flickr8k)."""
     storage: str = "out"
@@ -88,8 +87,8 @@ class PrepareSettings:
     """Go on without the rows and images that are bad, and list them. Without it the first one is an error."""
     fresh: bool = False
     """Make the dataset anew even if it is finished. The old one stays until the new one is complete."""
-    stall_timeout_s: Annotated[float | None, tyro.conf.arg(name="stall-timeout", metavar="SECONDS")] = None
-    """End the job after this time without progress. By default it waits: an autoscaler needs minutes."""
+    stall_timeout_s: Annotated[float | None, tyro.conf.arg(name="stall-timeout")] = None
+    """Seconds without progress after which the job ends; by default it waits (an autoscaler may take minutes)."""
     shapes: Annotated[ShapesSettings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ShapesSettings)
 
     def check(self) -> None:
@@ -103,8 +102,8 @@ class PrepareSettings:
             if self.source or self.skip_bad:
                 flag = f"--source {self.source}" if self.source else "--skip-bad"
                 raise InputError(
-                    f"{flag}: give the data a name too, such as --dataset mine; {SHAPES}, which is written without one, "
-                    "is generated"
+                    f"{flag}: give the data a name too, such as --dataset mine; without one it is {SHAPES}, which is "
+                    "generated"
                 )
         else:
             if not self.source:
@@ -403,9 +402,7 @@ def next_command(settings: PrepareSettings, splits: dict[str, dict[str, int]]) -
 
 
 def main() -> None:
-    command, config = "python jobs/prepare.py", (tyro.conf.FlagCreatePairsOff,)
-    parse = lambda argv: tyro.cli(PrepareSettings, args=argv, description=__doc__, prog=command, config=config)
-    settings = read_flags(parse, sys.argv[1:], command)
+    settings = read_settings(PrepareSettings, __doc__, "python jobs/prepare.py")
     summary = prepare(settings)
     # Here alone: a training that makes the Shapes data for itself is followed by no other.
     print(f"next: {next_command(settings, summary['splits'])}")

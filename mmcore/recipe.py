@@ -142,9 +142,10 @@ class TrainSettings:
     """Settings of the optimisation. Every recipe has them in its field `train`."""
 
     num_epochs: int = 50
-    """Passes over the training rows."""
+    """Passes over the training rows. The training ends earlier if `max_steps` is reached."""
     max_steps: int | None = None
-    """Stop after this many steps, even if `num_epochs` is not reached. The schedule ends there too."""
+    """Stop after this many steps, even if `num_epochs` is not reached. None trains all epochs. The schedule ends with
+    the last step."""
     batch_size: int = 24
     """Rows of one optimiser step, summed over all workers. It does not change with the number of workers."""
     gradient_accumulation: int = 1
@@ -161,7 +162,7 @@ class TrainSettings:
     """Weight decay of all trainable parameters."""
     schedule: Literal["constant", "cosine", "step", "linear_tail"] = "constant"
     """Learning-rate schedule after the warm-up. cosine falls to 0 at the last step. step multiplies by 0.1 at
-    `step_epoch`. linear_tail is constant for 60 % of the steps, then falls linearly to 2 %."""
+    the epoch `--step-epoch`. linear_tail is constant for 60 % of the steps, then falls linearly to 2 %."""
     step_epoch: int = 30
     """Epoch at which the schedule `step` multiplies by 0.1."""
     warmup_steps: int = 0

@@ -407,9 +407,10 @@ def _help() -> str:
 
 def main() -> None:
     command, *words = sys.argv[1:] or [""]
-    if command not in ("start", "stop"):
+    asks = {"-h", "--help", "help"}.intersection((command, *words))
+    if asks or command not in ("start", "stop"):
         print(_help())
-        raise SystemExit(0 if command in ("-h", "--help", "help") else 2)
+        raise SystemExit(0 if asks else 2)
     try:
         raise SystemExit(start(words) if command == "start" else stop(words))
     except KeyboardInterrupt:

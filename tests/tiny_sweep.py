@@ -137,7 +137,7 @@ def check_image(data: bytes, prompt: str, seed: int) -> None:
 def main() -> None:
     jobs.runtime.cluster.MIN_LOCAL_CPUS = 2
     ray._private.utils.get_num_cpus = lambda *_, **__: 2
-    settings, options = parse_with_options(GenerateSettings, open_tiny, DiffusionOptions(), "", "tiny_sweep")
+    settings, options = parse_with_options(GenerateSettings, open_tiny, {"any": DiffusionOptions()}, "", "tiny_sweep")
     generate(settings, options, TinyWorker)
 
 

@@ -86,7 +86,9 @@ def measure(bench: BatchSizes, options: Any) -> dict[str, Any]:
 
 def main() -> None:
     command = "python jobs/bench/batch_sizes.py"
-    bench, options = parse_with_options(BatchSizes, open_generator, DiffusionOptions(), __doc__ or "", command)
+    bench, options = parse_with_options(
+        BatchSizes, open_generator, {"a diffusion": DiffusionOptions()}, __doc__ or "", command
+    )
     if len(bench.batch_sizes) < 2 or min(bench.batch_sizes) < 1:
         raise InputError(f"--batch-sizes {' '.join(map(str, bench.batch_sizes))}: give two or more, each at least 1")
     if bench.num_threads is not None:

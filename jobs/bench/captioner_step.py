@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from jobs.bench import inputs
 from jobs.bench.report_way import MAX_LENGTH, ReportCaptioner
@@ -38,6 +37,7 @@ from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerR
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.data.prepared import read_captions
 from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.frozen.vision import FrozenVisionEncoder
 from mmcore.seeding import permutation
 from mmcore.storage import Storage
@@ -194,7 +194,7 @@ def measure(bench: TrainBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(TrainBench, description=__doc__, prog="python jobs/bench/captioner_step.py")
+    bench = read_settings(TrainBench, __doc__, "python jobs/bench/captioner_step.py")
     if bench.storage is not None and bench.encoder is None:
         raise InputError("--storage needs an encoder for its images; give --encoder FOLDER too")
     if bench.num_images < 2 * bench.our_batch:

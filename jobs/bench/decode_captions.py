@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from jobs.bench import inputs
@@ -41,6 +40,7 @@ from mmcore.captioners.cross_attention import (
 from mmcore.captioners.decoding import greedy
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.seeding import derive_seed, generator
 from mmcore.storage import Storage
 from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
@@ -228,7 +228,7 @@ def measure(bench: DecodeBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(DecodeBench, description=__doc__, prog="python jobs/bench/decode_captions.py")
+    bench = read_settings(DecodeBench, __doc__, "python jobs/bench/decode_captions.py")
     if bench.run is not None and bench.storage is None:
         raise InputError("--run needs images to caption; give --storage URI with prepared data too")
     if bench.run is None and (bench.storage or bench.encoder):

@@ -38,7 +38,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from jobs.bench import inputs
@@ -47,6 +46,7 @@ from jobs.runtime.commandline import run
 from mmcore.data.columns import Column
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.frozen.text import PromptTokenizer, TextInputs
 from mmcore.generators import vqvae
 from mmcore.generators.denoiser import Denoiser
@@ -328,7 +328,7 @@ def measure(bench: LDMBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(LDMBench, description=__doc__, prog="python jobs/bench/ldm_step.py")
+    bench = read_settings(LDMBench, __doc__, "python jobs/bench/ldm_step.py")
     largest = max(bench.batch_of(variant) for variant in bench.variants)
     if bench.num_images <= largest:
         raise InputError(f"--num-images {bench.num_images}: more than the {largest} images of a step are needed")

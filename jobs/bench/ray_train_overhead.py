@@ -32,7 +32,6 @@ from typing import Any
 
 import ray
 import torch
-import tyro
 
 from jobs.bench.inputs import synthetic_training, tiny
 from jobs.bench.timing import interleaved, publish, say, verdict
@@ -44,6 +43,7 @@ from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import run_training
 from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
 from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.recipe import recipe_to_json
 from mmcore.storage import Storage
 from mmcore.training_plan import check_batch
@@ -175,7 +175,7 @@ def measure(bench: OverheadBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(OverheadBench, description=__doc__, prog="python jobs/bench/ray_train_overhead.py")
+    bench = read_settings(OverheadBench, __doc__, "python jobs/bench/ray_train_overhead.py")
     check_batch(bench.recipe().train, bench.num_workers)
     if bench.steps < MIN_STEPS and not bench.smoke:
         raise InputError(f"--steps {bench.steps}: at least {MIN_STEPS} are needed to include occasional work of Ray")

@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import ray
 import torch
-import tyro
 
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.generate import GenerateSettings, generate
@@ -36,6 +35,7 @@ from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import source_commit
 from mmcore import checkpoint
 from mmcore.data.prompts import SHAPES_TEST, read_prompts
+from mmcore.flags import read_settings
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.facts import DiffusionFacts
@@ -175,7 +175,7 @@ def measure(bench: SweepBench) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(SweepBench, description=__doc__, prog="python jobs/bench/sweep_overhead.py")
+    bench = read_settings(SweepBench, __doc__, "python jobs/bench/sweep_overhead.py")
     publish("sweep", dataclasses.asdict(bench), lambda: measure(bench))
 
 

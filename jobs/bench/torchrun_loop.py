@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from jobs.bench.inputs import synthetic_training
 from jobs.runtime.commandline import run
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
+from mmcore.flags import read_settings
 from mmcore.recipe import recipe_from_json
 from mmcore.training import RunHooks, Training, write_history
 
@@ -36,7 +36,7 @@ class Loop:
 
 
 def main() -> None:
-    loop = tyro.cli(Loop, description=__doc__, prog="torchrun jobs/bench/torchrun_loop.py")
+    loop = read_settings(Loop, __doc__, "torchrun jobs/bench/torchrun_loop.py")
     torch.set_num_threads(loop.num_threads)
     recipe = recipe_from_json(CrossAttentionCaptionerRecipe, json.loads(loop.recipe.read_text()), str(loop.recipe))
     model, rows = synthetic_training(recipe, loop.num_train)

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 
-from jobs.runtime.flags import read_flags
 from jobs.runtime.source import output_storage
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
+from mmcore.flags import Help, read_flags
 from mmcore.recipe import Recipe, check_effect
 from mmcore.storage import Storage
 
@@ -38,8 +38,8 @@ class RunOptions:
     dry_run: bool = False
     """Print what would be read and written, sizes, steps and the resolved recipe, and stop."""
     stream: bool = False
-    """Captioners only: feed the workers through Ray Data, not a copy on their disk, where data are larger. A restart
-    then goes on at the right step but reads the interrupted epoch from its beginning."""
+    """Feed the workers through Ray Data, not from a copy on their disk, where data are larger (captioners only). A
+    restart then goes on at the right step but reads the interrupted epoch from its beginning."""
     stall_timeout: float | None = None
     """Seconds without progress after which the job ends; by default it waits (an autoscaler may take minutes)."""
     num_threads: int | None = None
@@ -113,16 +113,22 @@ def parse_job(
 
     collect.__annotations__["recipe"] = Annotated[type(variants[variant]), tyro.conf.arg(name="")]
     collect.__defaults__ = (variant, variants[variant], RunOptions())
-    variant_help = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
-    collect.__doc__ = f"{description.strip()}\n\n{variant_help}"
-    config = (tyro.conf.OmitArgPrefixes,)
-    parsed: Job[R] = read_flags(lambda argv: tyro.cli(collect, args=argv, prog=command, config=config), argv, command)
+    collect.__doc__ = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
+    config, text = (tyro.conf.OmitArgPrefixes,), description.strip()
+    left_out = [] if variants[variant].train.schedule == "step" else ["--step-epoch"]
+    left_out += [] if RECIPES[name].kind == "captioner" else ["--stream", "--no-stream"]
+    parsed: Job[R] = read_flags(
+        lambda argv: tyro.cli(collect, args=argv, description=text, prog=command, config=config),
+        argv,
+        command,
+        Help(left_out=left_out),
+    )
     check_effect(parsed.recipe, variants[variant])
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)
     job = dataclasses.replace(parsed, options=options)
     if source == "no --variant":
-        report = f"; the report's recipe is `{command} --variant report{report_needs} --storage URI`"
+        report = f"; for the report's settings give `--variant report{report_needs}`"
         print(
             f"no --variant given: running `shapes`, self-contained on built-in data{report * ('report' in variants)}",
             flush=True,

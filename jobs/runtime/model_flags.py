@@ -1,12 +1,13 @@
 """The flags of a job that works with a trained model: the job's own, and the options of the model that --run names."""
 
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from jobs.runtime.flags import read_flags
+from mmcore.flags import Help, read_flags
 
 Settings = TypeVar("Settings")
 
@@ -14,7 +15,7 @@ Settings = TypeVar("Settings")
 def parse_with_options(
     settings_type: type[Settings],
     open_model: Callable[[str], Any],
-    usual: Any,
+    families: Mapping[str, Any],
     description: str,
     command: str,
     argv: list[str] | None = None,
@@ -23,16 +24,19 @@ def parse_with_options(
 
     Args:
         open_model: run -> what has ``options``, a dataclass.
-        usual: the options that ``--help`` shows where no run is named.
+        families: the usual options by the kind of the model; ``--help`` shows the first where no run is named.
     Raises InputError where `open_model` does.
     """
     argv = sys.argv[1:] if argv is None else argv
-    options = usual
+    (kind, options), *others = families.items()
+    title, run = f"options of {kind}", None
     for index, word in enumerate(argv):
         if word == "--run" and index + 1 < len(argv):
-            options = open_model(argv[index + 1]).options
+            run = argv[index + 1]
         elif word.startswith("--run="):
-            options = open_model(word.partition("=")[2]).options
+            run = word.partition("=")[2]
+    if run is not None:
+        options, others, title = open_model(run).options, [], f"options of the model of {run}"
 
     def collect(settings: Any, options: Any) -> tuple[Any, Any]:
         return settings, options
@@ -40,6 +44,22 @@ def parse_with_options(
     flat = tyro.conf.arg(name="")
     collect.__annotations__ |= {"settings": Annotated[settings_type, flat], "options": Annotated[type(options), flat]}
     collect.__defaults__ = (options,)
-    collect.__doc__ = description
     config = (tyro.conf.OmitArgPrefixes,)
-    return read_flags(lambda argv: tyro.cli(collect, args=argv, prog=command, config=config), argv, command)
+    return read_flags(
+        lambda argv: tyro.cli(collect, args=argv, description=description, prog=command, config=config),
+        argv,
+        command,
+        Help(
+            titles={_flags(options)[0]: title},
+            ending=" ".join(f"Instead of these, {other} has {_listed(each)}: add --run RUN." for other, each in others),
+        ),
+    )
+
+
+def _flags(options: Any) -> list[str]:
+    return [f"--{each.name.replace('_', '-')}" for each in dataclasses.fields(options)]
+
+
+def _listed(options: Any) -> str:
+    *flags, last = _flags(options)
+    return f"{', '.join(flags)} and {last}"

@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.frozen.vision import pixels_from_bytes
 from mmcore.storage import Storage
 from mmcore.trained.captioner import open_captioner
-from serve.bench.measuring import ask_all, photographs, publish, request, say, service, spread, write_captioner
+from serve.bench.measuring import (
+    ask_all,
+    photographs,
+    publish,
+    read_bench,
+    request,
+    say,
+    service,
+    spread,
+    write_captioner,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def measure(bench: LatencyBench, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(LatencyBench, description=__doc__, prog="python -m serve.bench.latency")
+    bench = read_bench(LatencyBench, __doc__, "python -m serve.bench.latency")
     with tempfile.TemporaryDirectory(prefix="mmcore-bench-") as folder:
         publish("serve_latency", bench, measure(bench, Path(folder)))
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from PIL import Image
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.errors import InputError
+from mmcore.flags import read_settings
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
@@ -38,6 +40,7 @@ except ModuleNotFoundError:
     # It is among the packages of the tests.
     sys.exit("error: measurements of the service need the package httpx; `make setup` installs it")
 
+T = TypeVar("T")
 NAME = "bench"
 _START_S = 300.0
 _NUM_WORDS = 3000
@@ -46,6 +49,14 @@ _NUM_WORDS = 3000
 def say(line: str) -> None:
     """Progress, on stderr: stdout holds the result alone."""
     print(line, file=sys.stderr, flush=True)
+
+
+def read_bench(settings_type: type[T], description: str | None, command: str) -> T:
+    """The settings of a measurement by the flags; a wrong flag ends the process with one line."""
+    try:
+        return read_settings(settings_type, description, command)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

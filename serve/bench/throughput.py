@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.frozen.vision import pixels_from_bytes
@@ -29,6 +28,7 @@ from serve.bench.measuring import (
     one_at_a_time,
     photographs,
     publish,
+    read_bench,
     say,
     service,
     spread,
@@ -125,7 +125,7 @@ def measure(bench: ThroughputBench, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = tyro.cli(ThroughputBench, description=__doc__, prog="python -m serve.bench.throughput")
+    bench = read_bench(ThroughputBench, __doc__, "python -m serve.bench.throughput")
     with tempfile.TemporaryDirectory(prefix="mmcore-bench-") as folder:
         publish("serve_throughput", bench, measure(bench, Path(folder)))
 

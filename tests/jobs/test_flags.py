@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import tyro
 
-from jobs import train_autoregressive, train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
-from jobs.runtime.flags import read_flags
+from jobs import generate, train_autoregressive, train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
 from jobs.runtime.job import Job, parse_job
 from mmcore.errors import InputError
+from mmcore.flags import Help, read_flags, read_settings
 
 JOBS = {
     "autoregressive": train_autoregressive,
@@ -117,7 +117,7 @@ def test_a_job_that_the_catalogue_does_not_name_is_refused() -> None:
         (["--lr", "3", "4"], r"4: belongs to no flag; `python jobs/train_ldm\.py --help` lists all"),
         (["--batch_size", "x"], r"--batch-size 'x': give a whole number"),
         (["--lr", "x"], r"--lr 'x': give a number"),
-        (["--max-steps", "x"], r"--max-steps 'x': give \{None\}\|INT"),
+        (["--max-steps", "x"], r"--max-steps 'x': give INT or None"),
         (["--optimizer", "sgd"], r"--optimizer sgd: choose one of 'adam', 'adamw'"),
         (["--lr"], r"--lr: its value is missing"),
     ],
@@ -174,8 +174,72 @@ def test_the_help_has_no_ragged_lines(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_help_without_its_groups_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        read_flags(parse_whole, ["--help"], "job", hidden="The flags of the part begin with --part.")
+        read_flags(parse_whole, ["--help"], "job", Help(hidden="The flags of the part begin with --part."))
     text = capsys.readouterr().out
     assert "--width" in text
     assert text.count("--part.depth") == 1
     assert text.endswith("\n\nThe flags of the part begin with --part.\n")
+
+
+@dataclass(frozen=True)
+class Optional:
+    """A job."""
+
+    first: int | None = None
+    """How many."""
+    unusual: bool = False
+    """What nobody
+    needs."""
+    last: int | None = None
+    """Of another kind, which the help tells in so many words that a line of the terminal does not hold them."""
+
+
+def test_a_help_leaves_flags_out_and_names_whose_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Help(left_out=["--unusual"], titles={"--last": "of the last"}, ending="No more.")
+    monkeypatch.setattr("sys.argv", ["job", "--help"])
+    with pytest.raises(SystemExit):
+        read_settings(Optional, "A job.\n\n    job --first 3\n\nNo more of it.", "job", shown)
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert "{None}" not in text
+    assert "    job --first 3" in lines
+    at = lines.index(" of the last")
+    assert lines[at - 1] == ""
+    first, last = lines[at - 2], lines[at + 2]
+    assert first.startswith("  --first INT ")
+    assert last.startswith("  --last INT ")
+    assert first.index("How many.") == last.index("Of another kind"), "in one column"
+    assert lines[-1] == "No more."
+    assert "needs" not in " ".join(lines)
+    monkeypatch.setattr("sys.argv", ["job", "--unusual"])
+    assert read_settings(Optional, "", "job", shown).unusual, "taken nevertheless"
+
+
+def test_the_help_of_a_sweep_says_whose_options_it_lists(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["generate.py", "--help"])
+    with pytest.raises(SystemExit):
+        generate.main()
+    text = capsys.readouterr().out
+    assert "\n    python jobs/generate.py --run URI --prompts FILE --out URI --guidance 3\n" in text
+    assert text.index("--stall-timeout") < text.index(" options of a diffusion\n") < text.index("\n  --steps")
+    assert "a Transformer over codes has --guidance, --guidance-end, --temperature" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "shown"),
+    [
+        ("ldm", "--stream", False), ("resnet_captioner", "--stream", True),
+        ("ldm", "--step-epoch", False), ("resnet_captioner", "--variant report --step-epoch", True),
+    ],
+)  # fmt: skip
+def test_a_help_has_no_flag_that_cannot_matter(
+    name: str, flag: str, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *variant, flag = flag.split()
+    with pytest.raises(SystemExit):
+        parsed(name, *variant, "--help")
+    assert (f"\n  {flag}" in capsys.readouterr().out) == shown

@@ -332,7 +332,9 @@ def test_the_options_of_the_run_are_flags_with_its_defaults(run_folder, tmp_path
 
     def options(run: Path, *flags: str) -> DiffusionOptions:
         argv = ["--prompts", "p.txt", "--out", "out", "--run", str(run), *flags]
-        settings, options = parse_with_options(GenerateSettings, open_generator, DiffusionOptions(), "", "x", argv)
+        settings, options = parse_with_options(
+            GenerateSettings, open_generator, {"any": DiffusionOptions()}, "", "x", argv
+        )
         assert settings == GenerateSettings(str(run), "p.txt", "out")
         return options
 

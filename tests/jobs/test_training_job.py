@@ -243,7 +243,7 @@ def test_without_a_variant_it_says_what_it_runs_and_how_to_run_the_reports(call_
     result = call_job(main, "--dry-run", "--storage", tmp_path / "empty")
     first = result.stdout.splitlines()[0]
     assert first.startswith("no --variant given: running `shapes`, self-contained")
-    assert "python jobs/train_resnet_captioner.py --variant report" in first
+    assert first.endswith("for the report's settings give `--variant report`")
     assert "steps: 3,000 of 16 images" in result.stdout
     assert not (tmp_path / "empty").exists()
 

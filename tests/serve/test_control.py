@@ -101,7 +101,7 @@ def test_a_place_where_ray_does_not_start_is_told_in_one_line(
     assert "RAY_TMPDIR" in line
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2)])
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["start", "--help"], 0), ([], 2)])
 def test_what_it_can_do_is_told(
     arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,9 +3,12 @@
 import importlib
 import json
 import sys
+from types import ModuleType
 
 import pytest
 from conftest import RunJob
+
+from serve.bench import latency, throughput
 
 
 def test_a_missing_package_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +31,10 @@ def test_bench(bench: str, figures: set[str], run_job: RunJob) -> None:
     assert found["bench"] == f"serve_{bench}"
     assert figures <= set(found)
     assert found["device"]
+
+
+@pytest.mark.parametrize("bench", [latency, throughput])
+def test_a_wrong_flag_is_one_line(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "--smok"])
+    with pytest.raises(SystemExit, match=r"^error: --smok: no such flag; did you mean --smoke\? "):
+        bench.main()

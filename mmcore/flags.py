@@ -1,4 +1,4 @@
-"""What a job shows of its command line: a mistake in one line, and a help without ragged lines.
+"""What a program shows of its command line: a mistake in one line, and a help without ragged lines.
 
 tyro tells a mistake in a box of many lines, and breaks a help text wherever a line of the docstring begins with no
 letter.
@@ -9,10 +9,13 @@ import difflib
 import inspect
 import io
 import re
+import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import tyro
 from tyro import _strings
 
 from mmcore.errors import InputError
@@ -21,24 +24,51 @@ T = TypeVar("T")
 
 _WIDTH = 80
 _FLAG = re.compile(r"--[A-Za-z][\w.-]*")
+# How tyro writes the values of a flag: every flag without a value has the default None, which the help says too.
+_NONE = re.compile(r"\{None\}\|(\S+)( *)")
 # What tyro says of a value, and what is said here.
 _VALUES = {
     r"Error parsing (--\S+): invalid literal for int\(\) with base 10: (.*)": r"\1 \2: give a whole number",
     r"Error parsing (--\S+): could not convert string to float: (.*)": r"\1 \2: give a number",
     r"[Ii]nvalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)": r"\2 \1: choose one of \3",
     r"Missing value for argument '(\S+)'.*": r"\1: its value is missing",
+    r"Error parsing (--\S+): no type matching \{None\}\|(\S+) could be .* from \[(.*?)\].*": r"\1 \3: give \2 or None",
     r"Error parsing (--\S+): no type matching (\S+) could be instantiated from \[(.*?)\].*": r"\1 \3: give \2",
     # Of a group of settings, which says itself what is wrong.
     r"Error parsing [^-].*?: (--.*)": r"\1",
 }
 
 
-def read_flags(parse: Callable[[list[str]], T], argv: Sequence[str], command: str, hidden: str = "") -> T:
+@dataclass(frozen=True)
+class Help:
+    """What the help of a program shows beside what tyro writes."""
+
+    hidden: str = ""
+    """Said in place of the groups of flags; "" shows them."""
+    left_out: Sequence[str] = ()
+    """Flags that cannot matter here. They are taken nevertheless."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Title over a flag and those that follow."""
+    ending: str = ""
+    """Said below all flags."""
+
+
+def read_settings(
+    settings_type: type[T], description: str | None, command: str, shown: Help = Help(), config: Sequence[Any] = ()
+) -> T:
+    """The settings by the flags of this process. Raises InputError for flags that are wrong."""
+    return read_flags(
+        lambda argv: tyro.cli(settings_type, args=argv, description=description, prog=command, config=config),
+        sys.argv[1:],
+        command,
+        shown,
+    )
+
+
+def read_flags(parse: Callable[[list[str]], T], argv: Sequence[str], command: str, shown: Help = Help()) -> T:
     """``parse(argv)``, which calls tyro. Raises InputError for flags that are wrong.
 
-    Args:
-        command: what is typed before the flags.
-        hidden: what the help says in place of the groups of flags; "" shows them.
+    `command`: what is typed before the flags.
     """
     # Private to tyro; where it is no longer called the help has its ragged lines again.
     _strings.remove_single_line_breaks = _paragraphs
@@ -49,7 +79,7 @@ def read_flags(parse: Callable[[list[str]], T], argv: Sequence[str], command: st
     except SystemExit as end:
         if end.code:
             raise InputError(_mistake(err.getvalue(), parse, argv, command)) from None
-        print("\n".join(_shown(out.getvalue().splitlines(), hidden)))
+        print("\n".join(_shown(out.getvalue().splitlines(), shown)))
         raise
 
 
@@ -64,16 +94,31 @@ def _paragraphs(helptext: str) -> str:
     return "\n".join(lines)
 
 
-def _shown(lines: Sequence[str], hidden: str) -> Iterator[str]:
+def _shown(lines: Sequence[str], shown: Help) -> Iterator[str]:
     """The help; its description, which tyro does not break, in lines of `_WIDTH`."""
-    num_groups = 0
+    num_groups, is_left_out = 0, False
     for line in map(str.rstrip, lines):
         is_title = re.fullmatch(r" \S.*", line) is not None and line.strip(" -") != ""
         num_groups += is_title
-        if hidden and num_groups > 1:
-            yield textwrap.fill(hidden, _WIDTH)
+        if shown.hidden and num_groups > 1:
+            yield textwrap.fill(shown.hidden, _WIDTH)
             return
+        if (flag := re.match(r"  (--[\w.-]+)", line)) or not line.startswith("   "):
+            is_left_out = flag is not None and flag[1] in shown.left_out
+        if is_left_out:
+            continue
+        if flag and (title := shown.titles.get(flag[1])):
+            yield from ("", f" {title}", f" {'-' * (_WIDTH - 2)}")
+        # In the usage too, which has no columns.
+        line = _NONE.sub(_padded if flag else r"\1\2", line).rstrip()
         yield line if line.startswith(" ") else textwrap.fill(line, _WIDTH, break_on_hyphens=False)
+    if shown.ending:
+        yield textwrap.fill(shown.ending, _WIDTH)
+
+
+def _padded(found: re.Match[str]) -> str:
+    """The kind of value alone, as wide as it was with None, so that the help beside it stays in its column."""
+    return found[1].ljust(len(found[0]))
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------
