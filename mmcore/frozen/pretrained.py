@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mmcore.errors import InputError
 
@@ -23,6 +26,8 @@ _CONFIG_WITHOUT_EFFECT = (
     "torch_dtype",
     "_commit_hash",
 )
+# Errors of the two file formats for an invalid file of weights.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
 
 
 @contextmanager
@@ -41,29 +46,43 @@ def quiet_load() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_frozen(name: str, choose: Callable[[Any], Any], *, flag: str, what: str, needs_pooler: bool = False) -> Any:
-    """The model `name` in fp32, in evaluation mode and without gradients. `choose(config)` returns its class.
+def _not_found(name: str, flag: str, what: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0]
+    return InputError(
+        f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason})"
+    )
 
-    Raises InputError, naming `flag`, if the model is not found or weights are missing. `what` is the kind of model for
-    the message. `needs_pooler`: the pooled output is used, so weights of the pooler may not be missing either.
-    """
+
+def read_config(name: str, *, flag: str, what: str) -> Any:
+    """The configuration of the model `name`. Raises InputError, naming `flag` and the kind of model, if not found."""
     from transformers import AutoConfig
 
     try:
         # trust_remote_code is always given. Without it transformers may ask on a terminal whether to run remote code.
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, flag, what, error) from None
+
+
+def load_frozen(
+    name: str, choose: Callable[[Any], Any], *, flag: str, what: str, may_miss: tuple[str, ...] = ("pooler",)
+) -> Any:
+    """The model `name` in fp32, in evaluation mode and without gradients. `choose(config)` returns its class.
+
+    Raises InputError, naming `flag`, if the model is not found or weights are missing. `what` is the kind of model for
+    the message. `may_miss`: parts of names of weights that may be missing. They are then random. The default is the
+    pooler: it does no harm where only the last hidden state is used, as it comes after it.
+    """
+    config = read_config(name, flag=flag, what=what)
+    try:
         with quiet_load():
             model, loaded = choose(config).from_pretrained(
                 name, use_safetensors=True, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
             )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason})"
-        ) from None
-    # Missing weights would be random. Unused ones, such as a classifier's head, do no harm. A missing pooler does no
-    # harm either where only the last hidden state is used: the pooler comes after it.
-    missing = sorted(key for key in loaded["missing_keys"] if needs_pooler or "pooler" not in key)
+        raise _not_found(name, flag, what, error) from None
+    # Unused weights, such as a classifier's head, do no harm.
+    missing = sorted(key for key in loaded["missing_keys"] if not any(part in key for part in may_miss))
     if missing:
         raise InputError(f"{flag} {name!r}: {len(missing)} weights are missing there, such as {missing[0]}")
     return model.eval().requires_grad_(False)
@@ -86,3 +105,19 @@ def effective_config(config: Any) -> dict[str, Any]:
 def absolute_folder(name: str) -> str:
     """The absolute path of a local folder, as workers have another working directory. Other names are unchanged."""
     return str(Path(name).absolute()) if name not in _NO_MODELS and Path(name).is_dir() else name
+
+
+def read_weights(path: str, flag: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a .pth file, by name.
+
+    Raises InputError, naming `flag`, if there is no such file or it is none of weights. No code of a .pth file is run.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file with weights")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{flag} {path!r}: not a file of weights ({reason})") from None

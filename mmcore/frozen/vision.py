@@ -65,7 +65,8 @@ class FrozenVisionEncoder:
 
         # Of CLIP only the vision encoder is loaded. Other two-tower models are loaded whole.
         choose = lambda config: CLIPVisionModel if config.model_type == "clip" else AutoModel
-        model = load_frozen(name, choose, flag=flag, what="vision model", needs_pooler=tokens != PATCH)
+        may_miss = ("pooler",) if tokens == PATCH else ()
+        model = load_frozen(name, choose, flag=flag, what="vision model", may_miss=may_miss)
         model = getattr(model, "vision_model", model)
         if model.main_input_name != "pixel_values":
             kind, takes = model.config.model_type, model.main_input_name

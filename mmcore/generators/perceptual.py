@@ -7,16 +7,12 @@ model of Hugging Face, by name or folder.
 Shapes: B images, P pixels a side, C channels, H and W sides of a feature map.
 """
 
-import pickle
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
+from mmcore.frozen.pretrained import read_weights
 from mmcore.frozen.vision import FrozenVisionEncoder
 
 # The convolutions of torchvision's vgg16 by their index in `features`, and the layers that LPIPS compares (relu1_2 to
@@ -28,8 +24,6 @@ _VGG16_CHANNELS = {
 _LAST_OF_STAGE = (2, 7, 14, 21, 28)
 # The reference implementation's normalisation of images in [-1, 1].
 _LPIPS_SHIFT, _LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-# Errors of the two file formats for an invalid file.
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
 # Avoids a division by zero for a feature of length zero.
 _EPSILON = 1e-10
 
@@ -94,14 +88,14 @@ class LPIPS(PerceptualDistance):
         Both are safetensors or .pth files. Raises InputError for a missing weight.
         """
         super().__init__()
-        convolutions = _read_weights(vgg16, "--vgg16")
+        convolutions = read_weights(vgg16, "--vgg16")
         self.convolutions = nn.ModuleDict()
         for place, (before, after) in _VGG16_CHANNELS.items():
             layer = nn.Conv2d(before, after, 3, padding=1)
             for what, parameter in layer.named_parameters():
                 _fill(parameter, convolutions, f"features.{place}.{what}", vgg16, "--vgg16")
             self.convolutions[str(place)] = layer
-        heads_of = _read_weights(heads, "--lpips-heads")
+        heads_of = read_weights(heads, "--lpips-heads")
         self.heads = nn.ModuleList()
         for stage, place in enumerate(_LAST_OF_STAGE):
             head = nn.Conv2d(_VGG16_CHANNELS[place][1], 1, 1, bias=False)
@@ -129,18 +123,6 @@ class LPIPS(PerceptualDistance):
             weights_C = head.weight.view(1, -1, 1, 1)  # type: ignore[operator]
             distances.append((_squared_differences(a, b) * weights_C).sum(1).mean((1, 2)))
         return torch.stack(distances).sum(0)
-
-
-def _read_weights(path: str, flag: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file with weights")
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{flag} {path!r}: not a file of weights ({reason})") from None
 
 
 def _fill(parameter: nn.Parameter, weights: dict[str, Tensor], name: str, path: str, flag: str) -> None:
