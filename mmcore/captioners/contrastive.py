@@ -24,7 +24,7 @@ from mmcore.errors import InputError, check_at_least_one, check_share
 from mmcore.frozen.pretrained import sha256_of
 from mmcore.frozen.text import config_to_json, load_text_model, text_model_from_json
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
-from mmcore.frozen.vision import SCRATCH, ScratchEncoder
+from mmcore.frozen.vision import PATCH, SCRATCH, ScratchEncoder, Tokens
 from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.text import CaptionTokenizer, WordVocabulary
@@ -45,6 +45,8 @@ class ContrastiveRecipe:
     """Number of captions per image to draw from, the first ones. Each epoch trains on one of them."""
     encoder: str = "microsoft/resnet-18"
     """Frozen vision model of Hugging Face, by name or folder. `scratch` trains a small encoder instead."""
+    tokens: Tokens = PATCH
+    """Image tokens of the frozen encoder: one for each patch or place, or its pooled vector alone."""
     image_size: int = 224
     """Side in pixels that images are resized to for the encoder."""
     flip: bool = True
@@ -121,13 +123,13 @@ class ContrastiveRecipe:
 
     def without_effect(self) -> dict[str, str]:
         """Fields without effect under the other settings, for `mmcore.recipe.check_effect`."""
+        ignored = {"tokens": "a frozen --encoder"} if self.encoder == SCRATCH else {}
         if self.text_encoder != SCRATCH:
             of_scratch = ("tokenizer", "min_word_count", "lowercase", "text_layers")
-            return dict.fromkeys(of_scratch, f"--text-encoder {SCRATCH}")
-        ignored = {"train_text_encoder": "--text-encoder MODEL"}
+            return ignored | dict.fromkeys(of_scratch, f"--text-encoder {SCRATCH}")
         if self.tokenizer != WORDS:
             ignored |= dict.fromkeys(("min_word_count", "lowercase"), f"--tokenizer {WORDS}")
-        return ignored
+        return ignored | {"train_text_encoder": "--text-encoder MODEL"}
 
     def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
         """Raises InputError for a pretrained tokenizer that cannot be found."""

@@ -19,7 +19,7 @@ from mmcore.captioners.matching_rows import MatchingRows
 from mmcore.data.columns import Column
 from mmcore.errors import InputError
 from mmcore.frozen.text import PromptTokenizer, config_to_json
-from mmcore.recipe import TrainSettings
+from mmcore.recipe import TrainSettings, check_effect
 from mmcore.text import TokenIds
 from mmcore.training import RunHooks, Training
 
@@ -232,6 +232,22 @@ def test_the_configuration_says_nothing_about_the_folder(tmp_path: Path) -> None
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "needed"),
+    [
+        ({"encoder": "scratch"}, {"tokens": "pooled"}, "a frozen --encoder"),
+        ({}, {"train_text_encoder": False}, "--text-encoder MODEL"),
+        ({"text_encoder": "bert"}, {"text_layers": 3}, "--text-encoder scratch"),
+        ({"tokenizer": "bert"}, {"lowercase": False}, "--tokenizer words"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, Any], change: dict[str, Any], needed: str) -> None:
+    variant = recipe(**settings)
+    check_effect(variant, variant)
+    with pytest.raises(InputError, match=f"has no effect without {needed}"):
+        check_effect(dataclasses.replace(variant, **change), variant)
 
 
 def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -189,6 +189,13 @@ def test_negatives_are_as_frequent_as_their_similarities_say() -> None:
         assert (shares - expected).abs().max() <= 1.01 / num_draws
 
 
+def test_the_first_number_draws_the_text_and_the_second_the_image() -> None:
+    same = torch.zeros(3, 4, dtype=torch.float64)
+    index = torch.arange(4)
+    found = itm_negatives(Similarities(same, same), temperature(), index[:3], index, torch.tensor([[0.0, 0.9]] * 3))
+    assert (found.text_B.tolist(), found.image_B.tolist()) == ([1, 0, 0], [3, 3, 3])
+
+
 # -- ITM and ITG -------------------------------------------------------------------------------------------------
 
 
