@@ -1,0 +1,254 @@
+"""A captioner with a frozen image encoder, a trained bridge and a frozen language model (report, Table 1, row 4).
+
+The bridge turns image tokens into tokens that the language model reads between its prompt and the caption. Q-Former and
+frozen language model: BLIP-2 (Li et al. 2023, arXiv 2301.12597). `mmcore.captioners.bridge` has the other bridges.
+
+Shapes: B images, C captions per image, T tokens, L image tokens, E channels of the encoder, Q tokens of the bridge, W
+width of the language model, V tokens of its vocabulary, N predicted tokens of the batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmcore.captioners.bridge import BridgeSettings, Instruction, build_bridge
+from mmcore.captioners.decoding import beam_search
+from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.search_options import LanguageSearchOptions
+from mmcore.data.prepared import CaptionTable
+from mmcore.errors import InputError, check_at_least_one
+from mmcore.frozen.language import FLAG, CaptionWriter, FrozenLanguageModel, caption_tokenizer
+from mmcore.frozen.tokenizers import load_tokenizer
+from mmcore.frozen.vision import SCRATCH, ScratchEncoder
+from mmcore.losses import Loss, Mean, Outputs
+from mmcore.recipe import TrainSettings
+from mmcore.text import CaptionTokenizer
+
+# Channels of the encoder `scratch`.
+_SCRATCH_WIDTH = 32
+_OPTIONS = LanguageSearchOptions()
+
+
+@dataclass(frozen=True)
+class LanguageCaptionerFacts(CaptionerFacts):
+    """Facts of a run of this captioner that are not settings."""
+
+    language_model_fingerprint: str = ""
+    """Fingerprint of the frozen language model, whose weights are not saved. Empty before it is known."""
+
+
+@dataclass(frozen=True)
+class LanguageCaptionerRecipe:
+    """ViT-g (frozen), Q-Former, Linear, TinyLlama (frozen). The defaults are the settings of the report."""
+
+    dataset: str = "flickr8k"
+    """Name of the prepared dataset under STORAGE/data/."""
+    split: str = "split_report"
+    """Column of the dataset that assigns rows to training and validation."""
+    captions_per_image: int = 1
+    """Number of captions per image to train on, the first ones. They share the image's prefix."""
+    encoder: str = "Salesforce/blip2-itm-vit-g"
+    """Frozen vision model of Hugging Face, by name or folder. `scratch` trains a small encoder instead."""
+    image_size: int = 224
+    """Side in pixels that images are resized to for the encoder."""
+    flip: bool = False
+    """Mirror images at random with probability 1/2 (the frozen encoder runs on both views)."""
+    language_model: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    """Frozen causal language model of Hugging Face, by name or folder. `scratch` is a tiny random one."""
+    prompt: str = "Generate a simple short caption:"
+    """Text that the language model reads before the image."""
+    max_length: int = 50
+    """Longest caption in tokens, including begin and line break. Longer captions are truncated."""
+    lora: int = 0
+    """Rank of trainable adapters in the language model (LoRA); 0 has none."""
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    """The bridge."""
+    train: TrainSettings = field(
+        default_factory=lambda: TrainSettings(
+            num_epochs=50,
+            batch_size=24,
+            optimizer="adam",
+            lr=1e-4,
+            weight_decay=1e-4,
+            schedule="step",
+            step_epoch=30,
+            clip_grad_norm=None,
+            seed=2024,
+        )
+    )
+    """Optimisation."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "captions_per_image", "image_size")
+        self.bridge.check()
+        if self.max_length < 3:
+            raise InputError(
+                f"max_length {self.max_length} must be at least 3 (begin, a token, line break); change --max-length"
+            )
+        if self.lora < 0:
+            raise InputError(f"lora {self.lora} must be at least 0; change --lora")
+        if self.encoder == SCRATCH and self.image_size % 8:
+            raise InputError(
+                f"encoder {SCRATCH!r} takes an image_size divisible by 8, not {self.image_size}; change --image-size"
+            )
+
+    def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
+        """The tokenizer of the language model. Raises InputError if there is none that fits."""
+        return caption_tokenizer(self.language_model)
+
+    def build(self, facts: CaptionerFacts) -> "LanguageCaptioner":
+        """The trainable part with the frozen language model.
+
+        Raises InputError if the language model does not fit, or is not the one that `facts` tell of.
+        """
+        return LanguageCaptioner(self, facts, FrozenLanguageModel.from_name(self.language_model))
+
+
+class LanguageCaptioner(nn.Module):
+    """The bridge and the language model. The frozen image encoder is not part of it: it runs once, in advance."""
+
+    def __init__(
+        self, recipe: LanguageCaptionerRecipe, facts: CaptionerFacts, language_model: FrozenLanguageModel
+    ) -> None:
+        super().__init__()
+        expected = getattr(facts, "language_model_fingerprint", "")
+        if expected and language_model.fingerprint() != expected:
+            raise InputError(f"{FLAG} {recipe.language_model!r}: the run was trained on another one; name that one")
+        self.recipe, self.token_ids, self.language_model = recipe, facts.token_ids, language_model
+        num_tokens, encoder_width = facts.image_tokens, facts.encoder_width
+        self.encoder = None
+        if recipe.encoder == SCRATCH:
+            self.encoder = ScratchEncoder(_SCRATCH_WIDTH)
+            num_tokens, encoder_width = (recipe.image_size // 8) ** 2, _SCRATCH_WIDTH
+        self.instruct_tokenizer = None
+        if recipe.bridge.instruct:
+            self.instruct_tokenizer = load_tokenizer(recipe.bridge.instruct_tokenizer, "--instruct-tokenizer")
+        num_words = None if self.instruct_tokenizer is None else len(self.instruct_tokenizer)
+        self.bridge = build_bridge(recipe.bridge, encoder_width, language_model.width, num_words)
+        self.num_image_tokens = recipe.bridge.num_tokens(num_tokens)
+        self.prefix_ids = language_model.prefix_ids(recipe.prompt)
+        language_model.check_positions(len(self.prefix_ids), self.num_image_tokens, recipe.max_length)
+        if recipe.lora:
+            language_model.add_lora(recipe.lora)
+
+    def blocks(self) -> list[nn.Module]:
+        """Modules for activation checkpointing."""
+        return [*self.bridge.blocks(), *self.language_model.blocks()]  # type: ignore[operator]
+
+    def _instruction(self, prompt: str, num_images: int, device: torch.device) -> Instruction | None:
+        if self.instruct_tokenizer is None:
+            return None
+        ids_T = torch.tensor(self.instruct_tokenizer(prompt)["input_ids"], device=device)
+        return ids_T.expand(num_images, -1), torch.ones_like(ids_T).expand(num_images, -1)
+
+    def image_tokens(self, images: Tensor, prompt: str) -> Tensor:
+        """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> (B, Q, W).
+
+        The bridge reads `prompt` if the recipe has `instruct`.
+        """
+        tokens_BLE = images if self.encoder is None else self.encoder(images)
+        return self.bridge(tokens_BLE, self._instruction(prompt, len(images), images.device))
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Number of tokens that `forward` predicts: all of a caption but the begin token."""
+        return {"loss": batch["lengths"].sub(1).clamp_min(0).sum()}
+
+    def forward(self, batch: dict[str, Tensor]) -> Outputs:
+        """The cross-entropy of the captions' tokens and line breaks, behind prompt, begin token and image.
+
+        Args:
+            batch: `images` as in `image_tokens`; `input_ids` int64 (B, C, T) with begin and line break; `lengths` int64
+                (B, C), the number of real tokens (0 for a missing caption).
+        Returns: `loss` and the metric `correct`, both over the predicted tokens.
+        """
+        image_BQW = self.image_tokens(batch["images"], self.recipe.prompt)
+        logits_NV, labels_N = self.language_model.caption_logits(
+            self.prefix_ids, image_BQW, batch["input_ids"], batch["lengths"]
+        )
+        # fp32 or above, as the loss is a sum over thousands of tokens.
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+        correct = (logits_NV.argmax(-1) == labels_N).sum()
+        return Outputs({"loss": Loss(loss, labels_N.numel())}, {"correct": Mean(correct, labels_N.numel())})
+
+    def writer(self, prompt: str, options: LanguageSearchOptions) -> CaptionWriter:
+        """Writes captions behind `prompt`."""
+        return CaptionWriter(self.language_model, self.language_model.prefix_ids(prompt), options.repetition_penalty)
+
+    @torch.inference_mode()
+    def caption(
+        self, images: Tensor, options: LanguageSearchOptions = _OPTIONS, prompts: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """The ids of one caption per image, without begin and end tokens, up to the end of its first sentence.
+
+        Args:
+            images: as in `image_tokens`.
+            options: one beam is greedy search.
+            prompts: one per image; None is the recipe's. Images of the same prompt are computed together.
+        Raises InputError for a prompt that leaves no room for a caption.
+        """
+        texts = [self.recipe.prompt] * len(images) if prompts is None else list(prompts)
+        assert len(texts) == len(images), "one prompt per image"
+        captions: list[list[int]] = [[]] * len(images)
+        for prompt in dict.fromkeys(texts):
+            rows = [row for row, text in enumerate(texts) if text == prompt]
+            for row, ids in zip(rows, self._caption(images[rows], options, prompt), strict=True):
+                captions[row] = ids
+        return captions
+
+    def _caption(self, images: Tensor, options: LanguageSearchOptions, prompt: str) -> list[list[int]]:
+        max_length = min(options.max_length, self.recipe.max_length)  # later positions were not trained
+        writer = self.writer(prompt, options)
+        self.language_model.check_positions(len(writer.prefix_ids), self.num_image_tokens, max_length)
+        image_BQW = self.image_tokens(images, prompt)
+        if options.num_beams == 1:
+            return writer.greedy(image_BQW, max_length)
+        return beam_search(writer, image_BQW, max_length, self.token_ids, options.num_beams, options.length_penalty)
+
+
+_REPORT = LanguageCaptionerRecipe()
+_BEST = dataclasses.replace(
+    _REPORT,
+    captions_per_image=5,
+    encoder="microsoft/resnet-18",
+    flip=True,
+    language_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    max_length=40,
+    # The sizes of MiniLM, whose weights can begin the Q-Former.
+    bridge=BridgeSettings(bridge_width=384, bridge_layers=6),
+    train=TrainSettings(
+        num_epochs=5,
+        batch_size=16,
+        lr=3e-4,
+        betas=(0.9, 0.98),
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_steps=200,
+        clip_grad_norm=1.0,
+    ),
+)
+_LLAVA = dataclasses.replace(_BEST, bridge=BridgeSettings(bridge="mlp"))
+_SMOKE = dataclasses.replace(
+    _BEST,
+    dataset="shapes",
+    split="split",
+    encoder=SCRATCH,
+    image_size=64,
+    flip=False,
+    captions_per_image=2,
+    language_model=SCRATCH,
+    prompt="A picture of",
+    max_length=100,  # a token of the tiny language model is a byte
+    bridge=BridgeSettings(num_queries=4, bridge_width=32, bridge_layers=2, bridge_heads=2, bridge_dropout=0.0),
+    train=TrainSettings(num_epochs=1, max_steps=20, batch_size=8, lr=1e-2, warmup_steps=5),
+)
+VARIANTS: dict[str, LanguageCaptionerRecipe] = {
+    "report": _REPORT,
+    "best": _BEST,
+    "llava": _LLAVA,
+    "smoke": _SMOKE,
+}
