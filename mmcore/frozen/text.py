@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmcore.errors import InputError
-from mmcore.frozen.pretrained import load_frozen, sha256_of
+from mmcore.frozen.pretrained import effective_config, load_frozen, sha256_of
 from mmcore.frozen.tokenizers import TOKENIZER_FILES, load_tokenizer, read_tokenizer, special_ids, tokenizer_files
 from mmcore.storage import Storage
 from mmcore.text import BOS, EOS, PAD, SPECIAL, UNK
@@ -19,8 +19,6 @@ from mmcore.text import BOS, EOS, PAD, SPECIAL, UNK
 SCRATCH = "scratch"
 # Vocabulary built from captions: rarer words become <unk>.
 _MIN_WORD_COUNT = 2
-# Fields of a configuration that say where it came from.
-_OF_THE_FILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_commit_hash")
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,7 @@ def load_text_model(name: str) -> Any:
 
 def config_to_json(config: Any) -> str:
     """The configuration of a text encoder, for `text_model_from_json`. It does not depend on where it was read."""
-    fields = json.loads(config.to_json_string(use_diff=False))
-    return json.dumps({name: value for name, value in fields.items() if name not in _OF_THE_FILE}, sort_keys=True)
+    return json.dumps(effective_config(config), sort_keys=True)
 
 
 def text_model_from_json(config: str) -> Any:
