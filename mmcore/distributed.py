@@ -56,6 +56,22 @@ def check_frozen_alike(digests: dict[str, str], world_size: int) -> None:
             )
 
 
+def align_gradients(model: nn.Module) -> None:
+    """Give the gradients of 1 x 1 kernels the strides of their weights, with the same values.
+
+    A convolution's backward pass lays them out as channels last. The strides of axes of size 1 then differ, although
+    the memory does not, and DDP warns of it from C++.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() > 1 and 1 in parameter.shape and parameter.is_contiguous():
+            parameter.register_hook(_contiguous)
+
+
+def _contiguous(gradient: Tensor) -> Tensor:
+    # Not contiguous(), which does not look at axes of size 1.
+    return gradient.reshape(-1).view(gradient.shape)
+
+
 class Replica(nn.Module):
     """The module that DDP wraps: the model and one unused parameter.
 

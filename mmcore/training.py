@@ -34,7 +34,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from mmcore import checkpoint
-from mmcore.distributed import Replica, check_frozen_alike
+from mmcore.distributed import Replica, align_gradients, check_frozen_alike
 from mmcore.errors import InputError
 from mmcore.frozen_weights import digests, frozen_parts, hold_frozen
 from mmcore.losses import TOTAL, Denominators, Outputs, Sums
@@ -136,6 +136,8 @@ class Training:
             self._load(resume_from, resume_name or str(resume_from))
         # The last step with a stored checkpoint.
         self.committed_step = self.state.step
+        if self.world_size > 1:
+            align_gradients(self.model)
         self.wrapped = self.model if self.world_size == 1 else self.accelerator.prepare_model(Replica(self.model))
 
     # -- checkpoints -------------------------------------------------------------------------------------------

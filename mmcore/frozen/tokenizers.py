@@ -75,7 +75,8 @@ class PieceTokenizer:
         self.tokenizer, self.token_ids = tokenizer, TokenIds(len(tokenizer), bos_id, eos_id, tuple(silent))
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        pieces = self.tokenizer(caption, add_special_tokens=False)["input_ids"]
+        # verbose=False turns off a warning about captions that are too long.
+        pieces = self.tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
         return [self.token_ids.bos_id, *pieces, self.token_ids.eos_id][:max_length]
 
     def decode(self, ids: Sequence[int]) -> str:

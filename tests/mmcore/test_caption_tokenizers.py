@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, tokenization_utils_base
 
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
@@ -61,6 +61,17 @@ def test_captions_become_ids_and_come_back(kind: str, tmp_path: Path) -> None:
     again = read_caption_tokenizer(folder)
     assert (type(again), again.token_ids, again.fingerprint()) == (type(tokenizer), ids, before)
     assert [again.encode(each, 50) for each in CAPTIONS] == [tokenizer.encode(each, 50) for each in CAPTIONS]
+
+
+def test_captions_that_are_cut_are_nothing_to_be_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers warns of more tokens than the pretrained model took."""
+    tokenizer, warnings = pieces("bert"), []
+    tokenizer.model_max_length = 1
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", warnings.append)
+    assert len(PieceTokenizer(tokenizer).encode(" ".join(CAPTIONS), 50)) == 50
+    assert warnings == []
+    tokenizer(" ".join(CAPTIONS))
+    assert len(warnings) == 1, "otherwise it warns in another way"
 
 
 def test_tokenizers_that_differ_have_other_fingerprints() -> None:
