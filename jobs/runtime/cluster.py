@@ -33,6 +33,12 @@ report of a short epoch cost 2 s."""
 
 CONNECT_TIMEOUT_S = 10.0
 REMOVE_TIMEOUT_S = 3.0
+# Ray's words where its processes do not answer in time.
+_TOO_SLOW = "timed out during startup"
+# What a detached actor of Ray Train warns of when Ctrl-C has ended the training: nothing that a user could do.
+_AFTER_CTRL_C = "Detected that the Ray Train controller actor"
+# Where the dashboard of a Ray of our own is, until it is told.
+_dashboard: list[str] = []
 
 
 # --- Joining -----------------------------------------------------------------------------------------------
@@ -42,8 +48,8 @@ def connect() -> None:
     """Join the cluster this job was sent to, or start Ray on this machine; a second call does nothing.
 
     Inside `ray job submit`, and wherever RAY_ADDRESS is set, that cluster is joined. A job without a working directory
-    ships its repository root. Workers on other nodes then run the driver's code, not the code installed there. Prints
-    one line to stderr. Sets RAY_API_SERVER_ADDRESS. If it is unset, also sets RAY_TRAIN_HEALTH_CHECK_INTERVAL_S, and
+    ships its repository root. Workers on other nodes then run the driver's code, not the code installed there. Says on
+    stderr what it does. Sets RAY_API_SERVER_ADDRESS. If it is unset, also sets RAY_TRAIN_HEALTH_CHECK_INTERVAL_S, and
     for a local Ray RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH and RAY_TRAIN_ENABLE_PREEMPTION_WATCHER.
 
     Raises:
@@ -52,6 +58,8 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_INTERVAL_S))
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        ray_private.print_without_colours()
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         # Nobody takes this machine away, and one process less is to be started.
@@ -59,7 +67,14 @@ def connect() -> None:
         _start_local()
     else:
         _join(address)
+    ray_private.leave_out_worker_lines(_AFTER_CTRL_C)
     _quieten_ray_data()
+
+
+def show_dashboard() -> None:
+    """Print where the dashboard of a Ray of our own is, once, for work that is long enough to be looked at."""
+    while _dashboard:
+        say(_dashboard.pop())
 
 
 def _start_local() -> None:
@@ -84,6 +99,7 @@ def _start_local() -> None:
     # Ray starts a worker that has a runtime environment (Ray Train's all do) through a shell, and does not quote
     # this path: in a clone whose path has a space no worker would ever start.
     python = shlex.quote(sys.executable)
+    say("Ray: starting on this machine")
     try:
         context = ray.init(
             # Not None, which would join a Ray that somebody else started on this machine.
@@ -98,9 +114,13 @@ def _start_local() -> None:
         )
     except Exception as error:  # where it takes too long, Ray raises this very class
         said = " ".join(str(error).split())
-        raise InputError(f"Ray does not start on this machine, its files in {folder} (RAY_TMPDIR): {said}") from error
+        busy = "; the machine is too busy: give the same command again" if _TOO_SLOW in said else ""
+        raise InputError(
+            f"Ray does not start on this machine{busy}; its files are in {folder} (RAY_TMPDIR): {said}"
+        ) from error
     _point_to(context.dashboard_url)
-    say(f"Ray: started on this machine, {_own_totals()}, dashboard http://{context.dashboard_url}{token_note}")
+    say(f"Ray: started, {_own_totals()}")
+    _dashboard[:] = [f"Ray: dashboard http://{context.dashboard_url}{token_note}"]
 
 
 def _join(address: str) -> None:

@@ -3,9 +3,11 @@
 import errno
 import os
 import select
+import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from mmcore.errors import InputError
@@ -83,6 +85,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _resuming(argv: Sequence[str]) -> str:
+    """The command that goes on with what `argv` began."""
+    program, *flags = argv
+    # prepare.py commits all or nothing. Elsewhere the flag would remove what is committed.
+    if os.path.basename(program) != "prepare.py":
+        flags = [flag for flag in flags if flag != "--fresh"]
+    # `python` is another one where the environment is not active.
+    near = os.path.relpath(sys.executable)
+    python = sys.executable if near.startswith(os.pardir) else near
+    return shlex.join(["python" if shutil.which("python") == sys.executable else python, program, *flags])
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1.
 
@@ -97,7 +111,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on from what is committed", file=sys.stderr)
+        print(f"interrupted; to go on from what is committed: {_resuming(sys.argv)}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():

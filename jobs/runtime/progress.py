@@ -22,30 +22,48 @@ _BAR_WIDTH = 40
 
 
 class Report(Protocol):
-    """Says how far the work is; a total of 0 says only that something is being done."""
+    """Says how far the work is; a total of 0 says only that something is being done.
 
-    def __call__(self, done: int, total: int, detail: str = "") -> None: ...
+    `beside`: it is something beside the work that is counted, such as a validation between two steps.
+    """
+
+    def __call__(self, done: int, total: int, detail: str = "", beside: bool = False) -> None: ...
 
 
 class Rate:
     """How much is done a second, in the later half of the time since the first progress, five minutes at most.
 
-    So the slow first steps are soon forgotten, and a validation or a checkpoint is spread over the steps around it.
+    So the slow first steps are soon forgotten. Work beside that which is counted is left out.
     """
 
     def __init__(self) -> None:
         self.reports: deque[tuple[float, int]] = deque()
         self.first_progress: float | None = None
+        self.beside_since: tuple[float, int] | None = None
+        # What was cut out of the time and of the work: from the report before other work to the one after it.
+        self.cut_s, self.cut = 0.0, 0
+        self.cut_before_s = 0.0
+
+    def begin_beside(self) -> None:
+        """Until the next report other work is done."""
+        if self.beside_since is None and self.reports:
+            then_s, done = self.reports[-1]
+            self.beside_since = then_s + self.cut_s, done + self.cut
 
     def add(self, now_s: float, done: int) -> None:
         """`done` in all, at the time `now_s`."""
+        if self.beside_since is not None:
+            then_s, before = self.beside_since
+            self.cut_s, self.cut = self.cut_s + now_s - then_s, self.cut + done - before
+            self.beside_since = None
+        now_s, done = now_s - self.cut_s, done - self.cut
         if self.reports and done < self.reports[-1][1]:  # restarted from a checkpoint
             self.reports.clear()
             self.first_progress = None
         if self.first_progress is None and self.reports and done > self.reports[-1][1]:
             # Until then it was starting: what is measured begins here.
             self.reports.clear()
-            self.first_progress = now_s
+            self.first_progress, self.cut_before_s = now_s, self.cut_s
         self.reports.append((now_s, done))
         if self.first_progress is None:
             return
@@ -61,6 +79,14 @@ class Rate:
         if done == before or now_s - self.first_progress < _SETTLED_S:
             return None
         return (done - before) / (now_s - then_s)
+
+    def left_s(self, remaining: int) -> float | None:
+        """How long `remaining` takes, with as much other work as before. None where too little was seen yet."""
+        rate = self.per_s()
+        if rate is None or self.first_progress is None:
+            return None
+        share = (self.cut_s - self.cut_before_s) / (self.reports[-1][0] - self.first_progress)
+        return remaining / rate * (1 + share)
 
 
 def clock(seconds: float) -> str:
@@ -78,9 +104,11 @@ class Work:
         self.done, self.total, self.detail = 0, 0, ""
         self.rate = Rate()
 
-    def add(self, now_s: float, done: int, total: int, detail: str) -> None:
+    def add(self, now_s: float, done: int, total: int, detail: str, beside: bool = False) -> None:
         self.done, self.total, self.detail = done, total, detail
-        if total:
+        if beside:
+            self.rate.begin_beside()
+        elif total:
             self.rate.add(now_s, done)
 
     def numbers(self, now_s: float) -> str:
@@ -90,8 +118,9 @@ class Work:
         if rate is not None:
             parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
         parts.append(f"{clock(now_s - self.began_s)} elapsed")
-        if rate is not None and self.done < self.total:
-            parts.append(f"{clock((self.total - self.done) / rate)} left")
+        left_s = self.rate.left_s(self.total - self.done)
+        if rate is not None and left_s:
+            parts.append(f"{clock(left_s)} left")
         return ", ".join(parts)
 
 
@@ -123,8 +152,8 @@ def progress(what: str, unit: str) -> Iterator[Report]:
     work = Work(what, unit, time.monotonic())
     if console.is_terminal:
 
-        def show(done: int, total: int, detail: str = "") -> None:
-            work.add(time.monotonic(), done, total, detail)
+        def show(done: int, total: int, detail: str = "", beside: bool = False) -> None:
+            work.add(time.monotonic(), done, total, detail, beside)
 
         with Live(_Bar(work, console), console=console, refresh_per_second=4):
             yield show
@@ -132,10 +161,10 @@ def progress(what: str, unit: str) -> Iterator[Report]:
         return
     last_line, last_done = work.began_s, -1
 
-    def log(done: int, total: int, detail: str = "") -> None:
+    def log(done: int, total: int, detail: str = "", beside: bool = False) -> None:
         nonlocal last_line, last_done
         now = time.monotonic()
-        work.add(now, done, total, detail)
+        work.add(now, done, total, detail, beside)
         finished = done == total and done != last_done and total > 0
         if not finished and now - last_line < LINE_INTERVAL_S:
             return

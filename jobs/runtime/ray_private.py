@@ -1,11 +1,13 @@
 """All that the jobs need of Ray and that Ray does not promise to keep: one place to look at when Ray is updated."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import ray
+from ray._private import ray_logging
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.working_dir import _LOG_ONCE_DEFAULT_EXCLUDE_PREFIX
 from ray._private.services import canonicalize_bootstrap_address
@@ -60,6 +62,25 @@ def hand_code_over_by_value() -> None:
 
     for reference, value in (("_map_transformer_ref", "_map_transformer"), ("_data_context_ref", "data_context")):
         setattr(ActorPoolMapOperator, reference, property(attrgetter(value)))
+
+
+def print_without_colours() -> None:
+    """Have Ray print the lines of workers, and how often one was repeated, without codes of colours."""
+    os.environ["RAY_COLOR_PREFIX"] = "0"
+    ray_logging._color = lambda msg: msg
+
+
+def leave_out_worker_lines(text: str) -> None:
+    """Have this driver print no line of a worker that holds `text`. Ray's log files keep it."""
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    dispatcher.handlers = [
+        (name, functools.partial(_without, text, handle) if name == "ray_print_logs" else handle)
+        for name, handle in dispatcher.handlers
+    ]
+
+
+def _without(text: str, handle: Callable[[dict[str, Any]], None], data: dict[str, Any]) -> None:
+    handle({**data, "lines": [line for line in data.get("lines", []) if text not in line]})
 
 
 def largest_resources() -> Mapping[str, float]:

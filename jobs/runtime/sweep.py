@@ -24,7 +24,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime.blocks import Blocks, Columns, ColumnsItem, SourceItem
-from jobs.runtime.cluster import connect, max_gpus
+from jobs.runtime.cluster import connect, max_gpus, show_dashboard
 from jobs.runtime.commandline import counted, one_line
 from jobs.runtime.image_blocks import ImageRows, read_block
 from jobs.runtime.progress import progress
@@ -38,6 +38,8 @@ from mmcore.storage import Storage
 _MAX_ACTORS = 1000
 # Tasks that read ahead for each actor: one block is worked on, one waits, and as many are being read.
 READERS_PER_WORKER = 2
+# Blocks from which on somebody may want to look at the dashboard.
+_LONG_SWEEP = 100
 # Blocks whose items are one object of Ray's store: each of thousands takes it a while.
 _BLOCKS_PER_OBJECT = 16
 # The folder of the files that commit the blocks.
@@ -306,6 +308,8 @@ def run_sweep(
     if done:
         print(f"{what}: {len(done)} of {len(blocks.items)} blocks are done already, going on", flush=True)
     connect()
+    if len(todo) >= _LONG_SWEEP:
+        show_dashboard()
     possible_workers, num_gpus = num_workers_and_gpus(device)
     overlap = hasattr(worker_type, "write")
     # From one on, where nobody gave a number: an autoscaler starts machines as they are asked for.

@@ -23,7 +23,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime import ray_private
-from jobs.runtime.cluster import connect, max_gpus
+from jobs.runtime.cluster import connect, max_gpus, show_dashboard
 from jobs.runtime.commandline import one_line, say, still_ending
 from jobs.runtime.job import Job, R
 from jobs.runtime.lease import Lease
@@ -63,6 +63,9 @@ def run_training(
     ``_SUCCESS`` holds too. Raises InputError too while another driver trains the same run.
     """
     connect()
+    # That of a smoke test is over before anybody looks.
+    if job.variant != "smoke":
+        show_dashboard()
     ray_private.hand_on_to_train(["RAY_API_SERVER_ADDRESS"])
     # Beside the driver, which no reclaimed machine takes along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -127,7 +130,10 @@ def _fit(
     remove_unfinished_uploads(job.run)
     summary = {**summary, "wall_seconds": round(time.perf_counter() - start, 1), "num_workers": job.options.num_workers}
     job.run.write("_SUCCESS", json.dumps(summary, indent=1).encode())
-    print(f"finished: {job.run}/model ({summary['train_seconds']:.0f} s of training)", flush=True)
+    # Those of the whole run, where the time is that of this start.
+    steps = f"{summary['train_seconds']:.0f} s of steps"
+    took = f"{steps} in all" if follower.restarts.num_resumes else f"{summary['wall_seconds']:.0f} s, of them {steps}"
+    print(f"finished: {job.run}/model ({took})", flush=True)
     return summary
 
 
@@ -198,7 +204,8 @@ class _Follower:
                 seen = latest
                 self.watchdog.beat()
                 if "step" in latest:
-                    detail = latest["doing"] or f"epoch {latest['epoch']:.2f}, loss {latest['loss']:.4f}"
-                    report(latest["step"], latest["total"], detail)
+                    doing = latest["doing"]
+                    detail = doing or f"epoch {latest['epoch']:.2f}, loss {latest['loss']:.4f}"
+                    report(latest["step"], latest["total"], detail, beside=bool(doing))
                 elif latest.get("doing"):
                     report(0, 0, latest["doing"])

@@ -128,7 +128,7 @@ def describe_waiting() -> str:
         for name in sorted({"CPU", "GPU"} | asked)
     )
     if not demands:
-        return f"{_ALL_PLACED}, so a task is slow; the cluster has {has}"
+        return f"{_ALL_PLACED}, so the work itself takes long; the cluster has {has}"
     never = sorted({name for bundles, _ in demands for name in _lacking(bundles, totals)})
     busy = sorted({name for bundles, _ in demands for name in _lacking(bundles, frees)} - set(never))
     line = f"waiting for {'; '.join(text for _, text in demands)}: the cluster has {has}"

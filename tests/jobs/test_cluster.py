@@ -14,10 +14,11 @@ import psutil
 import pytest
 from conftest import HANG_S
 from job_output import PATIENT_WATCHDOG
+from ray._private import ray_logging
 from ray.train.v2._internal import constants
 
 from jobs import train_resnet_captioner
-from jobs.runtime import cluster, trainer, watchdog
+from jobs.runtime import cluster, ray_private, trainer, watchdog
 from jobs.runtime.job import parse_job
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
@@ -32,6 +33,7 @@ cluster.REMOVE_TIMEOUT_S = 300.0  # however long Ray's processes take to end
 if "--default-interval" in sys.argv:
     del os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 connect(); connect()
+cluster.show_dashboard(); cluster.show_dashboard()
 import ray
 token_file = os.environ.get("RAY_AUTH_TOKEN_PATH")
 mode = oct(os.stat(token_file).st_mode & 0o777) if token_file else None
@@ -70,8 +72,10 @@ def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path,
     assert result["auth"] == ("disabled" if history == "mode disabled" else "token")
     assert result["interval"] == ("0.25" if history.startswith("mode") else str(cluster.HEALTH_CHECK_INTERVAL_S))
     lines = [line for line in done.stderr.splitlines() if line.startswith("Ray:")]
-    assert len(lines) == 1, done.stderr
-    assert "dashboard http://127.0.0.1:" in lines[0]
+    starting, started, dashboard = lines
+    assert starting == "Ray: starting on this machine"
+    assert re.match(r"Ray: started, \d+ CPU cores?", started)
+    assert dashboard.startswith("Ray: dashboard http://127.0.0.1:")
     if history == "none":
         # A token file left in the home folder would block the next `ray job submit`.
         assert not (home / ".ray" / "auth_token").exists()
@@ -114,8 +118,27 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    with pytest.raises(InputError, match=r"Ray does not start .* \(RAY_TMPDIR\): The current node timed out during s"):
+    busy = (
+        r"^Ray does not start on this machine; the machine is too busy: give the same command again; .*\(RAY_TMPDIR\)"
+    )
+    with pytest.raises(InputError, match=f"{busy}: The current node timed out during s"):
         cluster.connect()
+
+
+def test_lines_of_workers_are_plain_and_without_what_nobody_can_mend(monkeypatch):
+    printed = []
+    dispatcher = ray_logging.WorkerStandardStreamDispatcher()
+    dispatcher.add_handler("ray_print_logs", printed.append)
+    monkeypatch.setattr(ray_logging, "global_worker_stdstream_dispatcher", dispatcher)
+    monkeypatch.setattr(ray_logging, "_color", ray_logging._color)
+    monkeypatch.setenv("RAY_COLOR_PREFIX", "1")
+    ray_private.leave_out_worker_lines(cluster._AFTER_CTRL_C)
+    dispatcher.emit({"pid": 7, "lines": ["an error", f"{cluster._AFTER_CTRL_C} (01) is dead. Cleaning up"]})
+    assert printed == [{"pid": 7, "lines": ["an error"]}]
+    ray_private.print_without_colours()
+    repeated = ray_logging.DedupState(0, 3, "an error", {"ip": "1", "pid": 7}, {})
+    assert "\x1b" not in repeated.formatted()
+    assert os.environ["RAY_COLOR_PREFIX"] == "0"
 
 
 def wait_until_named(text: str) -> str:
@@ -275,9 +298,9 @@ def test_a_long_wait_that_is_usual_is_reported_calmly(watched):
 
 
 def test_what_has_all_that_it_asked_for_is_slow_and_no_stall(watched, monkeypatch):
-    monkeypatch.setattr(watchdog, "describe_waiting", lambda: "nothing waits for resources, so a task is slow")
+    monkeypatch.setattr(watchdog, "describe_waiting", lambda: "nothing waits for resources, so the work is slow")
     ((_, line),) = watched("sweep", report_after_s=15, until=20)
-    assert line == "slow: sweep: no progress for 15 s: nothing waits for resources, so a task is slow"
+    assert line == "slow: sweep: no progress for 15 s: nothing waits for resources, so the work is slow"
 
 
 def test_watchdog_reports_a_head_that_does_not_answer(watched, monkeypatch):

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
 from conftest import HANG_S, ROOT
 
-from jobs.runtime.commandline import one_line
+from jobs.runtime.commandline import _resuming, one_line
 
 
 def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
@@ -23,6 +24,27 @@ def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
     assert line is not None
     assert line.startswith("S3 refused or did not answer: ")
     assert one_line(OSError("of another origin")) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["jobs/train_ldm.py", "--storage", "my out", "--fresh"], "jobs/train_ldm.py --storage 'my out'"),
+        (["jobs/prepare.py", "--fresh"], "jobs/prepare.py --fresh"),
+    ],
+)
+def test_the_command_that_goes_on_removes_nothing_that_is_committed(
+    argv: list[str], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the Python that is meant where the environment is active, else by its path."""
+    python = tmp_path / "env" / "python"
+    python.parent.mkdir()
+    python.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    for path, named in ((python.parent, "python"), ("", "env/python")):
+        monkeypatch.setenv("PATH", str(path))
+        assert _resuming(argv) == f"{named} {command}"
 
 
 @pytest.mark.process
@@ -77,7 +99,7 @@ def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
         assert job.stderr.readline().startswith("still ending: ")
         job.stdin.write("\n")
         job.stdin.flush()
-        assert job.stderr.readline().startswith("interrupted: run the same command again")
+        assert job.stderr.readline().startswith("interrupted; to go on from what is committed: ")
         assert job.stdout.readline() == "removes its folder\n"
         job.send_signal(signal.SIGINT)
         assert job.stderr.readline().startswith("still ending: ")

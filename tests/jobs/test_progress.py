@@ -48,6 +48,19 @@ def test_the_time_that_is_left_follows_the_rate_that_is_shown() -> None:
     assert line == "300 of 900 steps, 10 steps/s, 0:30 elapsed, 1:00 left"
 
 
+def test_a_validation_is_in_the_time_that_is_left_and_not_in_the_rate() -> None:
+    """Ten steps a second, and 10 s of validation after every 100 steps."""
+    work = Work("train x", "steps", 0.0)
+    for epoch in range(3):
+        for step in range(1, 101):
+            work.add(20.0 * epoch + step / 10, 100 * epoch + step, 400, "loss 1.0")
+        for second in range(10):
+            work.add(20.0 * epoch + 10 + second, 100 * epoch + 100, 400, f"validating row {second}", beside=True)
+    work.add(60.1, 301, 400, "loss 1.0")
+    # 99 steps take 10 s, and with as much validation as before twice as long.
+    assert work.numbers(60.1) == "301 of 400 steps, 10 steps/s, 1:00 elapsed, 0:20 left"
+
+
 def test_a_restart_from_a_checkpoint_measures_anew() -> None:
     line = numbers([(0.0, 0), (1.0, 10), (50.0, 500), (60.0, 400), (70.0, 401), (80.0, 411), (90.0, 421)], 521)
     assert line == "421 of 521 steps, 1 steps/s, 1:30 elapsed, 1:40 left"
