@@ -11,12 +11,11 @@ from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, vq
 from jobs.runtime.generator_training import (
     GeneratorKind,
     Text,
-    frozen_text,
-    millions,
     read_prompts,
     read_tokenizer,
     sample_grids,
     text_assets,
+    text_sizes,
     train_generator,
 )
 from jobs.runtime.job import Job
@@ -24,7 +23,7 @@ from jobs.runtime.ray_private import training_device
 from jobs.runtime.run_folder import check_begun
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded
+from jobs.runtime.training_flow import Encoded, parameters, say_sizes
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.data.shapes import ShapesSettings, make_scene
@@ -109,13 +108,12 @@ def _describe(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, text: 
     recipe = job.recipe
     with torch.device("meta"):
         model = recipe.build(facts)
-    (height, width), way_in = facts.code_shape, millions(model.text)
+    (height, width), of_text = facts.code_shape, text_sizes(model.text, text)
     steps_per_epoch, total = num_steps(recipe.train, num_train)
     num_images = total * recipe.train.batch_size
     scenes = f", each a scene of its own: {num_images:,} are rendered" if recipe.fresh_scenes else ""
+    say_sizes(job, {"the Transformer": parameters(model) - parameters(model.text), **of_text})
     print(
-        f"parameters: {millions(model) - way_in:.2f} M of the Transformer, {way_in:.2f} M of the text's way in; frozen "
-        f"text encoder: {frozen_text(text)}\n"
         f"tokens: {height * width} an image ({height} x {width}), each one of {facts.num_codes:,} codes\n"
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch\n"
         f"images: {num_images:,} are seen{scenes}",

@@ -15,7 +15,7 @@ from jobs.runtime.job import Job
 from jobs.runtime.streaming import StreamedCaptionRows, streamed_column
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
+from jobs.runtime.training_flow import Encoded, Flow, in_millions, parameters, say_what_is_cut, train_by, train_captions
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path, tokens_of
 from mmcore.catalogue import RECIPES
@@ -56,7 +56,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
         if recipe.encoder != SCRATCH:
             encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size, tokens=tokens_of(recipe))
             fingerprint, (num_tokens, width) = encoder.fingerprint(), encoder.token_shape
-            num_frozen = sum(parameter.numel() for parameter in encoder.model.parameters())
+            num_frozen = parameters(encoder.model)
         return CaptionerFacts(
             tokenizers[0].token_ids,
             num_tokens,
@@ -91,13 +91,14 @@ def _check(job: Job[Any]) -> Job[Any]:
 def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:
     """Print sizes, of its variant `report` beside those that the report tells, and steps."""
     recipe: CaptionerRecipe = job.recipe
-    trainable = sum(parameter.numel() for parameter in recipe.build(facts).parameters())
+    trainable = parameters(recipe.build(facts))
     entry = RECIPES.get(job.recipe_name)
     table_1 = entry.table_1 if entry else None
     theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 and job.variant == "report" else ""
     steps_per_epoch, total = num_steps(recipe.train, num_train)
     print(
-        f"parameters: {(trainable + num_frozen) / 1e6:.2f} M in all, {trainable / 1e6:.2f} M trainable{theirs}; "
+        f"parameters of {job.recipe_name}: {in_millions(trainable + num_frozen)} in all, {in_millions(trainable)} "
+        f"trainable{theirs}; "
         f"vocabulary {facts.token_ids.size:,} words\n"
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
         flush=True,

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.runtime.generator_training import Text, frozen_text, millions, read_prompts, sample_grids, text_assets
+from jobs.runtime.generator_training import Text, read_prompts, sample_grids, text_assets, text_sizes
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
+from jobs.runtime.training_flow import parameters, say_sizes
 from mmcore.data.columns import default_cache, open_column
 from mmcore.data.prepared import read_captions
 from mmcore.generators.denoiser import Denoiser
@@ -33,12 +34,9 @@ def describe(job: Job[Any], facts: DiffusionFacts, text: Text, num_train: int) -
     with torch.device("meta"):
         model = recipe.build(facts)
     steps_per_epoch, total = num_steps(recipe.train, num_train)
-    print(
-        f"parameters: {millions(model.unet):.2f} M of the U-Net on {' x '.join(map(str, facts.x_0_shape))}, "
-        f"{millions(model.text):.2f} M of the text's way in; frozen text encoder: {frozen_text(text)}\n"
-        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
-        flush=True,
-    )
+    unet = f"the U-Net on {' x '.join(map(str, facts.x_0_shape))}"
+    say_sizes(job, {unet: parameters(model.unet), **text_sizes(model.text, text)})
+    print(f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch", flush=True)
 
 
 def diffusion_setup(

@@ -98,12 +98,14 @@ def cached_image_column(
     """
     facts = read_dataset_facts(storage, dataset)
     encoder = absolute_folder(encoder)
-    fingerprint = PIXELS
+    view = _view(flip, num_views)
+    fingerprint, what = PIXELS, f"read the pixels of {dataset}{view.rstrip(',')}"
     if encoder != SCRATCH:
         fingerprint = FrozenVisionEncoder(encoder, image_size, tokens=tokens).fingerprint()
+        what = f"encode {dataset}{view} with {encoder}"
     return cached_column(
         storage,
-        what=f"encode {dataset}{_view(flip, num_views)} with {encoder}",
+        what=what,
         key=[fingerprint, image_size, flip, facts["fingerprint"]],
         blocks=lambda: plan_blocks(storage / "data" / dataset),
         worker_type=EncodeImages,

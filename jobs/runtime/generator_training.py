@@ -1,4 +1,4 @@
-"""What the jobs that train a generator share: their way, the text's way in, the prompts, the sample images."""
+"""What the jobs that train a generator share: their way, the text, the prompts, the sample images."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from jobs.runtime.features import cached_text_column, read_null
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, Flow, say_what_is_cut, train_by, train_captions
+from jobs.runtime.training_flow import Encoded, Flow, parameters, say_what_is_cut, train_by, train_captions
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import to_pixels
 from mmcore.data.prepared import CaptionTable
@@ -108,14 +108,11 @@ def train_generator(job: Job[Any], kind: GeneratorKind[F]) -> RunSummary:
     return train_by(Flow(check, plan, describe, encode, columns, kind.setup, kind.cached, reads), job)
 
 
-def millions(module: nn.Module) -> float:
-    """Parameters of `module`, in millions."""
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
-
-
-def frozen_text(text: Text) -> str:
-    """What is frozen of the text's way in, to be printed."""
-    return f"{millions(text.model):.2f} M of the frozen {text.name}" if isinstance(text, FrozenTextEncoder) else "none"
+def text_sizes(model: nn.Module, text: Text) -> dict[str, int]:
+    """Parameters of what reads the captions, by its name: `model`, which is trained, and what is frozen before it."""
+    if isinstance(text, FrozenTextEncoder):
+        return {"the projection of the text": parameters(model), f"the frozen {text.name}": parameters(text.model)}
+    return {"the text encoder": parameters(model)}
 
 
 def _longer(text: Text, max_tokens: int) -> str:
@@ -140,7 +137,7 @@ def open_text(recipe: Any, captions: list[str], more: list[str]) -> Text:
         return PromptTokenizer.from_name(text.tokenizer, text.max_tokens)
     words = PromptTokenizer.of_words(captions, text.max_tokens)
     unknown = words.tokenizer.unk_token_id
-    lacking = bool(more) and any(unknown in ids for ids in words.tokenizer(more)["input_ids"])
+    lacking = bool(more) and any(unknown in ids for ids in words.tokenizer(more, verbose=False)["input_ids"])
     # Otherwise every word keeps its id, which goes by how often it occurs: an unfinished run then goes on.
     return PromptTokenizer.of_words(captions + more, text.max_tokens) if lacking else words
 

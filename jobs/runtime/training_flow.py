@@ -2,13 +2,14 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ray.data import Dataset
+from torch import nn
 
-from jobs.prepare import SHAPES, PrepareSettings, prepare
+from jobs.prepare import SHAPES, SMOKE_SHAPES, PrepareSettings, holds_smoke_shapes, prepare
 from jobs.runtime.job import Job, R
 from jobs.runtime.run_folder import check_begun, check_new_run
 from jobs.runtime.train_worker import Doing, Setup
@@ -18,7 +19,6 @@ from mmcore.data.prepared import TRAIN, CaptionTable, read_captions, shapes_tabl
 from mmcore.data.shapes import ShapesSettings
 from mmcore.errors import InputError
 from mmcore.recipe import recipe_to_json
-from mmcore.storage import Storage
 
 F = TypeVar("F")
 # Of the lines in which a dry run lists the settings.
@@ -71,7 +71,7 @@ def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
     if job.options.dry_run:
         _dry_run(flow, job)
         return {}
-    ensure_dataset(job.storage, job.recipe.dataset)
+    ensure_dataset(job)
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     facts = flow.plan(job, table)
     check_begun(job, facts)
@@ -86,15 +86,42 @@ def _check_flip(recipe: Any) -> None:
         raise InputError(f"flip: the captions of --dataset {SHAPES} say left and right; give --no-flip")
 
 
-def ensure_dataset(storage: Storage, dataset: str) -> None:
-    """Make the built-in data where it is wanted and missing. Any settings will do: somebody may have made more."""
-    if dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS):
-        prepare(PrepareSettings(dataset=SHAPES, storage=storage.uri))
+def ensure_dataset(job: Job[Any]) -> None:
+    """Make the built-in data where they are wanted and missing."""
+    if (shapes := _missing_shapes(job)) is not None:
+        prepare(PrepareSettings(dataset=SHAPES, storage=job.storage.uri, shapes=shapes))
+
+
+def _missing_shapes(job: Job[Any]) -> ShapesSettings | None:
+    """What the built-in data are made with before `job`; None where they are there, or are not trained on.
+
+    Any settings will do, as somebody may have made more. Only those of a smoke test are too few for the others.
+    """
+    folder, is_smoke = job.storage / "data" / SHAPES, job.variant == "smoke"
+    if job.recipe.dataset != SHAPES or (folder.exists(SUCCESS) and (is_smoke or not holds_smoke_shapes(folder))):
+        return None
+    return SMOKE_SHAPES if is_smoke else ShapesSettings()
 
 
 def train_captions(table: CaptionTable, captions_per_image: int) -> list[str]:
     """The captions that are trained on."""
     return [caption for row in table.rows(TRAIN) for caption in table.captions[row][:captions_per_image]]
+
+
+def parameters(module: nn.Module | None) -> int:
+    """How many `module` has, frozen ones too."""
+    return sum(parameter.numel() for parameter in module.parameters()) if module else 0
+
+
+def in_millions(count: int) -> str:
+    """``2.71 M``; of a part so small that this would tell nothing, the number itself."""
+    return f"{count / 1e6:.2f} M" if count >= 10_000 else f"{count:,}"
+
+
+def say_sizes(job: Job[Any], parts: Mapping[str, int]) -> None:
+    """Print the number of parameters of each part by its name; what has none is left out."""
+    told = ", ".join(f"{in_millions(count)} of {part}" for part, count in parts.items() if count)
+    print(f"parameters of {job.recipe_name}: {told}", flush=True)
 
 
 def say_what_is_cut(lengths: Sequence[int], most: int, mend: str) -> None:
@@ -110,12 +137,12 @@ def say_what_is_cut(lengths: Sequence[int], most: int, mend: str) -> None:
 def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
     """Print what would be read and written, sizes and steps, and last the resolved recipe; nothing is written."""
     recipe, storage = job.recipe, job.storage
-    makes_shapes = recipe.dataset == SHAPES and not (storage / "data" / SHAPES).exists(SUCCESS)
-    table = shapes_table(ShapesSettings()) if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
+    shapes = _missing_shapes(job)
+    table = shapes_table(shapes) if shapes else read_captions(storage, recipe.dataset, recipe.split)
     facts = flow.plan(job, table)
     print(f"recipe: {job.recipe_name}, variant {job.variant}")
-    if makes_shapes:
-        print(f"first:  makes the Shapes data, {ShapesSettings()}")
+    if shapes:
+        print(f"first:  makes the Shapes data, {', '.join(f'{name} {value}' for name, value in vars(shapes).items())}")
     reads = [f"{storage}/data/{recipe.dataset}", flow.reads(job), f"{storage}/features (encoded first where missing)"]
     writes = [str(job.run), flow.writes and f"{storage}/{flow.writes}", f"copies of the features in {default_cache()}"]
     print(f"reads:  {', '.join(filter(None, reads))}")

@@ -13,7 +13,7 @@ from jobs.runtime.features import cached_pixels
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, Flow, train_by
+from jobs.runtime.training_flow import Encoded, Flow, parameters, say_sizes, train_by
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.data.prepared import CaptionTable, read_captions
@@ -79,13 +79,18 @@ def _plan(job: Job[VQVAERecipe], table: CaptionTable) -> VQVAEFacts:
 def describe(job: Job[VQVAERecipe], facts: VQVAEFacts, num_train: int) -> None:
     """Print sizes and steps, and where the settings depart from the report's."""
     recipe = job.recipe
-    count = lambda module: sum(parameter.numel() for parameter in module.parameters()) / 1e6 if module else 0
     model = VQVAETraining(dataclasses.replace(recipe, perceptual=None, vgg16=None, lpips_heads=None))
     channels, height, width = recipe.latent_shape
     steps_per_epoch, total = num_steps(recipe.train, num_train)
+    say_sizes(
+        job,
+        {
+            "the VQ-VAE": parameters(model.vqvae),
+            "the discriminator": parameters(model.discriminator),
+            "the frozen network of the perceptual loss": parameters(_perceptual(recipe)),
+        },
+    )
     print(
-        f"parameters: {count(model.vqvae):.2f} M, discriminator {count(model.discriminator):.2f} M, frozen for the "
-        f"perceptual loss {count(_perceptual(recipe)):.2f} M\n"
         f"images {recipe.image_size}x{recipe.image_size}x3 -> latents {height}x{width}x{channels}, "
         f"{recipe.num_codes:,} codes\n"
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
