@@ -331,9 +331,10 @@ def command_lines() -> list[str]:
 
 STALLED_JOB = """
 import ray
-from jobs.runtime.cluster import connect
+from jobs.runtime.cluster import connect, show_dashboard
 from jobs.runtime.watchdog import Watchdog
 connect()
+show_dashboard()
 
 @ray.remote(num_gpus=1)
 def never():
@@ -361,8 +362,8 @@ def test_stall_timeout_ends_a_job_that_is_blocked_in_ray(run_job, tmp_path):
         assert "waiting for {CPU: 1, GPU: 1}" in line
         assert "missing: GPU" in line
     # The reaper of that Ray ends its processes. They are recognised by the folder in their command lines.
-    (started,) = [line for line in lines if line.startswith("Ray: ")]
-    folder = started.partition("token in ")[2].rpartition("/")[0]
+    (dashboard,) = [line for line in lines if line.startswith("Ray: dashboard ")]
+    folder = dashboard.partition("token in ")[2].rpartition("/")[0]
     assert "mmcore-ray-" in folder
     deadline = time.monotonic() + HANG_S
     while left := [name for name in command_lines() if folder in name]:

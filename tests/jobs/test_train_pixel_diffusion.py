@@ -53,9 +53,8 @@ def run_folder(storage: Storage, name: str) -> Storage:
 
 
 def test_with_a_frozen_text_encoder(call_job: Callable[..., Any], storage: Storage, bert: str, tmp_path: Path) -> None:
-    first = call_job(main, *FLAGS, "--text-encoder", bert, "--storage", storage, "--name", "first")
+    call_job(main, *FLAGS, "--text-encoder", bert, "--storage", storage, "--name", "first")
     run_ = run_folder(storage, "first")
-    assert f"M of the frozen {bert}" in first.stdout
     facts: dict[str, Any] = json.loads(run_.read("recipe.json"))
     assert facts["text_inputs"]["width"] == 16
     column = json.loads((storage / "/".join(facts["text"])).read("_SUCCESS"))
