@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.captioners import qformer as module
+from mmcore.captioners import qformer_layers
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.qformer import MatchingHeads, QFormer
 from mmcore.captioners.qformer_layers import QFormerSettings, attention_after
@@ -115,7 +116,7 @@ def paths(qformer: QFormer) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tens
 
 @pytest.mark.parametrize("path", ["text", "multimodal", "causal"])
 def test_padding_changes_nothing_and_a_missing_text_gives_zeros(path: str) -> None:
-    qformer, memory_BLE = qformer_of(), memory_of(3).requires_grad_()
+    qformer, memory_BLE = qformer_of().train(), memory_of(3).requires_grad_()
     compute, lengths = paths(qformer)[path], [6, 0, 3]
     ids_RT, mask_RT = text_of(lengths, 6)
     made_RTD = compute(memory_BLE, ids_RT, mask_RT)
@@ -124,7 +125,8 @@ def test_padding_changes_nothing_and_a_missing_text_gives_zeros(path: str) -> No
         if length:
             alone = compute(memory_BLE[[row]], ids_RT[[row], :length], mask_RT[[row], :length])
             torch.testing.assert_close(made_RTD[row, :length], alone[0], rtol=0, atol=1e-5)  # measured 1.6e-6
-    made_RTD.square().sum().backward()
+    with torch.autograd.set_detect_anomaly(True):  # a NaN on the way raises, also one that is dropped later
+        made_RTD.square().sum().backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in qformer.parameters())
     assert qformer.word_embeddings is not None
     assert qformer.word_embeddings.weight.grad is not None
@@ -203,6 +205,16 @@ def test_both_kinds_of_dropout_act_in_training_only(kind: str, path: str) -> Non
     assert torch.equal(first, second)
     qformer.train()
     assert not torch.allclose(compute(memory_BLE, ids_RT, mask_RT), first, atol=1e-2)
+
+
+@pytest.mark.parametrize("path", ["queries", "text"])
+def test_dropout_acts_on_the_embeddings(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qformer_layers, "dropout", lambda x, probability, training: x)
+    qformer, memory_BLE, (ids_RT, mask_RT) = qformer_of(dropout=0.5), memory_of(2), text_of([4, 2], 4)
+    compute = {**paths(qformer), "queries": lambda memory, ids, mask: qformer.queries(memory).hidden_BQD}[path]
+    evaluated = compute(memory_BLE, ids_RT, mask_RT)
+    qformer.train()
+    assert not torch.allclose(compute(memory_BLE, ids_RT, mask_RT), evaluated, atol=1e-2)
 
 
 @pytest.mark.parametrize("path", ["text", "multimodal", "causal"])
@@ -390,3 +402,10 @@ def test_features_are_of_length_one_and_text_s_of_the_first_token() -> None:
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:-1]))
     changed_RTD = torch.cat([hidden_RTD[:, :1], torch.randn(3, 3, 32)], dim=1)
     assert torch.equal(heads.text_features(changed_RTD), texts_RF)
+
+
+def test_the_first_stage_of_blip_2_has_its_published_size() -> None:
+    """186.7 M trainable weights in LAVIS: the Q-Former with its text half, the heads and a temperature."""
+    with torch.device("meta"):
+        modules = [QFormer(QFormerSettings()), MatchingHeads(768)]
+    assert 1 + sum(weight.numel() for module in modules for weight in module.parameters()) == 186_702_654
