@@ -109,6 +109,22 @@ def test_two_rows_of_one_image_are_no_negatives_of_each_other() -> None:
     assert model(twice).metrics["correct"].sum == 4
 
 
+def test_the_losses_of_two_workers_add_up_to_that_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = model_of(), batch()
+    whole = [*features(model, rows), rows["image_index"]]
+    expected = model(rows).losses["loss"].sum
+    halves = [{name: value[part] for name, value in rows.items()} for part in (slice(0, 2), slice(2, 6))]
+    alone = sum(model(half).losses["loss"].sum for half in halves)
+    assert abs(alone - expected) > 0.1
+    # What `gathered` returns on both workers: images, texts and indices of all rows, in the order of its calls.
+    answers = iter(2 * whole)
+    monkeypatch.setattr("mmcore.captioners.contrastive.gathered", lambda each: next(answers))
+    model.train()
+    both = sum(model(half).losses["loss"].sum for half in halves)
+    torch.testing.assert_close(both, expected, rtol=0, atol=1e-12)
+    assert next(answers, None) is None
+
+
 def test_the_temperature_stays_at_or_above_a_hundredth_and_can_rise_again() -> None:
     model = model_of().train()
     with torch.no_grad():
