@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jobs.prepare import SHAPES
-from jobs.runtime.features import cached_code_column
+from jobs.runtime.features import cached_vqvae_column
 from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, vqvae_recipe
 from jobs.runtime.generator_training import (
     GeneratorKind,
@@ -130,10 +130,12 @@ def _encode(
     check_begun(job, facts)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
-        cached_code_column(
+        cached_vqvae_column(
             job.storage,
             recipe.dataset,
+            output="codes",
             vqvae=run,
+            fingerprint=fingerprint,
             flip=flip,
             num_views=1 + recipe.flip,
             # Fresh scenes stand for those that train.

@@ -1,6 +1,7 @@
 """What encodes on the workers of Ray Data: images and captions into tensors of a column, one an image."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from mmcore.trained.autoencoder import open_autoencoder
 
 # Rows that an encoder takes at once.
 _ENCODE_BATCH = 32
+VQVAEOutput = Literal["latents", "codes"]
 
 
 def _device() -> str:
@@ -50,34 +52,23 @@ class EncodeImages:
         return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 
-class EncodeLatents:
-    """Images -> latents (C, h, w) of a trained VQ-VAE before they are quantised, in fp16."""
+class EncodeByVQVAE:
+    """Images -> `output` of a trained VQ-VAE.
 
-    def __init__(self, vqvae: Storage, flip: bool) -> None:
-        self.autoencoder: Autoencoder = open_autoencoder(vqvae.uri).load(_device())
-        self.flip = flip
+    Latents are fp16 (C, h, w), before quantisation. Codes (h, w) are the smallest integers that hold them.
+    """
 
-    @torch.inference_mode()
-    def __call__(self, rows: ImageRows) -> pa.Table:
-        values = []
-        for pixels in _pixel_batches(rows, self.autoencoder.image_size, self.flip):
-            values.append(self.autoencoder.encode(pixels).half().cpu().numpy())
-        return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
-
-
-class EncodeCodes:
-    """Images -> the codes (h, w) of a trained VQ-VAE, in the smallest integers that hold them."""
-
-    def __init__(self, vqvae: Storage, flip: bool) -> None:
-        self.autoencoder: Autoencoder = open_autoencoder(vqvae.uri).load(_device())
-        self.flip = flip
+    def __init__(self, vqvae: Storage, fingerprint: str, output: VQVAEOutput, flip: bool) -> None:
+        self.autoencoder: Autoencoder = open_autoencoder(vqvae.uri, fingerprint=fingerprint).load(_device())
+        self.output, self.flip = output, flip
 
     def __call__(self, rows: ImageRows) -> pa.Table:
-        dtype = code_dtype(self.autoencoder.num_codes)
-        values = [
-            self.autoencoder.codes(pixels).cpu().numpy().astype(dtype)
-            for pixels in _pixel_batches(rows, self.autoencoder.image_size, self.flip)
-        ]
+        batches = _pixel_batches(rows, self.autoencoder.image_size, self.flip)
+        if self.output == "latents":
+            values = [self.autoencoder.encode(pixels).half().cpu().numpy() for pixels in batches]
+        else:
+            dtype = code_dtype(self.autoencoder.num_codes)
+            values = [self.autoencoder.codes(pixels).cpu().numpy().astype(dtype) for pixels in batches]
         return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
-from jobs.runtime.encoders import EncodeCodes, EncodeImages, EncodeLatents, EncodeText
+from jobs.runtime.encoders import EncodeByVQVAE, EncodeImages, EncodeText, VQVAEOutput
 from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.job import Job
 from jobs.runtime.sweep import run_sweep
@@ -24,7 +24,6 @@ from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import NO_TEXT, FrozenTextEncoder
 from mmcore.frozen.vision import PATCH, SCRATCH, FrozenVisionEncoder, Tokens
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import open_autoencoder
 
 # Stands for an encoder's fingerprint where the recipe trains its own.
 PIXELS = "pixels"
@@ -129,55 +128,33 @@ def cached_pixels(job: Job[Any]) -> CachedColumn:
     )
 
 
-def cached_latent_column(
+def cached_vqvae_column(
     storage: Storage,
     dataset: str,
     *,
+    output: VQVAEOutput,
     vqvae: Storage,
-    flip: bool = False,
-    num_views: int = 1,
-    stall_timeout_s: float | None = None,
-) -> CachedColumn:
-    """The images of a prepared dataset as latents (C, h, w) of the trained `vqvae`, a finished run."""
-    return _cached_vqvae_column("latents", EncodeLatents, storage, dataset, vqvae, flip, num_views, stall_timeout_s)
-
-
-def cached_code_column(
-    storage: Storage,
-    dataset: str,
-    *,
-    vqvae: Storage,
+    fingerprint: str,
     flip: bool = False,
     num_views: int = 1,
     split: str | None = None,
     stall_timeout_s: float | None = None,
 ) -> CachedColumn:
-    """The images of a prepared dataset as codes (h, w) of the trained `vqvae`, a finished run.
+    """The images of a prepared dataset as latents (C, h, w) or codes (h, w) of the trained `vqvae`, a finished run.
 
-    `split`: ``COLUMN:NAME`` takes the images of one split alone.
+    Args:
+        fingerprint: of the VQ-VAE. Its weights are read only where something is encoded, and are checked by it there.
+        num_views: how many columns of views the caller asks for, the mirrored one last.
+        split: ``COLUMN:NAME`` takes the images of one split alone.
     """
-    return _cached_vqvae_column("codes", EncodeCodes, storage, dataset, vqvae, flip, num_views, stall_timeout_s, split)
-
-
-def _cached_vqvae_column(
-    kind: str,
-    worker_type: type,
-    storage: Storage,
-    dataset: str,
-    vqvae: Storage,
-    flip: bool,
-    num_views: int,
-    stall_timeout_s: float | None,
-    split: str | None = None,
-) -> CachedColumn:
-    facts, fingerprint = read_dataset_facts(storage, dataset), open_autoencoder(vqvae.uri).load().fingerprint()
+    facts = read_dataset_facts(storage, dataset)
     return cached_column(
         storage,
         what=f"encode {dataset}{_view(flip, num_views)} with {vqvae}",
-        key=[kind, fingerprint, flip, facts["fingerprint"], *([split] if split else [])],
+        key=[output, fingerprint, flip, facts["fingerprint"], *([split] if split else [])],
         blocks=lambda: plan_blocks(storage / "data" / dataset, split),
-        worker_type=worker_type,
-        worker_kwargs={"vqvae": vqvae, "flip": flip},
+        worker_type=EncodeByVQVAE,
+        worker_kwargs={"vqvae": vqvae, "fingerprint": fingerprint, "output": output, "flip": flip},
         stall_timeout_s=stall_timeout_s,
     )
 

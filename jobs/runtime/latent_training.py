@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor
 
 from jobs.runtime.diffusion_training import check_sampling, describe, diffusion_setup
-from jobs.runtime.features import cached_latent_column
+from jobs.runtime.features import cached_vqvae_column
 from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, vqvae_recipe
 from jobs.runtime.generator_training import GeneratorKind, train_generator
 from jobs.runtime.job import Job
@@ -51,14 +51,17 @@ def _encode(
     job: Job[LatentDiffusionRecipe], table: CaptionTable, facts: DiffusionFacts
 ) -> Encoded[LatentDiffusionRecipe, DiffusionFacts]:
     run = ensure_vqvae(job)
-    facts = dataclasses.replace(facts, vqvae_fingerprint=open_autoencoder(run.uri).load().fingerprint())
+    fingerprint = open_autoencoder(run.uri).load().fingerprint()
+    facts = dataclasses.replace(facts, vqvae_fingerprint=fingerprint)
     check_begun(job, facts)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
-        cached_latent_column(
+        cached_vqvae_column(
             job.storage,
             recipe.dataset,
+            output="latents",
             vqvae=run,
+            fingerprint=fingerprint,
             flip=flip,
             num_views=1 + recipe.flip,
             stall_timeout_s=job.options.stall_timeout,

@@ -15,13 +15,13 @@ from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Mo
 
 from jobs.prepare import PrepareSettings, prepare
 from jobs.runtime.blocks import blocks_of_rows
-from jobs.runtime.encoders import EncodeImages
+from jobs.runtime.encoders import EncodeImages, VQVAEOutput
 from jobs.runtime.features import (
-    cached_code_column,
+    CachedColumn,
     cached_column,
     cached_image_column,
-    cached_latent_column,
     cached_text_column,
+    cached_vqvae_column,
     read_null,
 )
 from mmcore.data.columns import VALUE, TensorSpec, column_table, open_column
@@ -32,7 +32,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
 pytest_plugins = ("sweep_fixtures",)
 
@@ -160,14 +160,23 @@ def test_a_key_is_of_content(storage: Storage, encoder_folder: str) -> None:
     assert len(facts["fingerprint"]) == len(hashlib.sha256().hexdigest())
 
 
-def test_latents_and_codes_are_made_once_and_of_both_views(storage: Storage, tmp_path: Path) -> None:
+def test_latents_and_codes_are_made_once_and_of_both_views(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vqvae, copy = Storage(str(tmp_path / "vqvae")), Storage(str(tmp_path / "copy"))
     for run in (vqvae, copy):
         tiny_diffusion.write_vqvae_run(run)
-    columns = [cached_latent_column(storage, "shapes", vqvae=vqvae, flip=flip) for flip in (False, True)]
+    fingerprint = open_autoencoder(vqvae.uri).load().fingerprint()
+
+    def column_of(output: VQVAEOutput, run: Storage, flip: bool) -> CachedColumn:
+        return cached_vqvae_column(storage, "shapes", output=output, vqvae=run, fingerprint=fingerprint, flip=flip)
+
+    columns = [column_of("latents", vqvae, flip) for flip in (False, True)]
     assert [column.encoded_now for column in columns] == [NUM_IMAGES, NUM_IMAGES]
     assert columns[0].folder != columns[1].folder
-    assert cached_latent_column(storage, "shapes", vqvae=copy).encoded_now == 0, "the same weights elsewhere"
+    monkeypatch.setattr(TrainedVQVAE, "load", lambda *_: pytest.fail("read to find what is cached"))
+    assert column_of("latents", copy, False).encoded_now == 0, "the same weights elsewhere"
+    monkeypatch.undo()
 
     autoencoder = open_autoencoder(vqvae.uri).load()
     rows = list(shapes_rows(SHAPES))[:5]
@@ -178,7 +187,7 @@ def test_latents_and_codes_are_made_once_and_of_both_views(storage: Storage, tmp
         assert (values.dtype, values.shape) == (np.float16, (NUM_IMAGES, 4, 8, 8))
         np.testing.assert_allclose(values[:5].astype(np.float32), expected, atol=0.004)
 
-    column = cached_code_column(storage, "shapes", vqvae=vqvae, flip=True)
+    column = column_of("codes", vqvae, True)
     assert (column.encoded_now, column.tensors) == (NUM_IMAGES, {VALUE: TensorSpec("uint8", (8, 8))})
     codes = open_column(column.folder, tmp_path).values[:5]
     # With another batch size, rounding may choose another code.
