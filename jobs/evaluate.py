@@ -5,6 +5,7 @@
     python jobs/evaluate.py shapes --sweep URI
     python jobs/evaluate.py colours --sweep URI --colours pink black green
     python jobs/evaluate.py photos --storage URI --colours pink black green --word girl
+    python jobs/evaluate.py retrieval --run URI --storage URI
 
 BLEU on Flickr8k has many dialects that differ by points, so the protocol stands in the JSON beside the
 numbers: scorer, smoothing, weights, tokens, case, references per image, which images, which files.
@@ -115,6 +116,30 @@ class PhotoScoreSettings:
     """Only photos with a caption that holds this word beside the colour, such as girl."""
     image_size: int = 64
     """Pixels a side to which photos are squashed first, as in training."""
+
+
+@dataclass(frozen=True)
+class RetrievalScoreSettings:
+    """How high the right text stands among all texts of a split, and the right image among all images.
+
+    Recall at 1, 5 and 10 in percent, and the median rank, in both directions.
+    """
+
+    run: str
+    """The finished run of a retriever, STORAGE/runs/clip/NAME. The result is also written to STORAGE/scores/clip/, in a
+    file that names the run, the dataset and the split."""
+    storage: str
+    """Folder or s3://bucket/prefix that holds data/{dataset}."""
+    dataset: str = DEFAULT_DATASET
+    """Prepared dataset in --storage."""
+    split: str = "split_karpathy:test"
+    """COLUMN:NAME, the images and their captions."""
+    captions_per_image: int = 5
+    """Captions of each image, the first ones."""
+    encoder: str | None = None
+    """Folder or name of the frozen image encoder, if it is not where the run had it."""
+    batch_size: int = 64
+    """Images or texts that are computed at once."""
 
 
 def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
@@ -246,6 +271,29 @@ def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
     return score_colours(images, prompts, settings.colours) | dataclasses.asdict(settings)
 
 
+def evaluate_retrieval(settings: RetrievalScoreSettings) -> dict[str, Any]:
+    """Score the retriever on one split, and write the result beside the run. Returns plain JSON values.
+
+    Raises InputError for a run of another kind, a dataset that is not prepared, or a split without images.
+    """
+    # torch is imported here, as it takes seconds and the scores of captions need none of it.
+    from jobs.runtime.retrieval import score_retrieval
+    from mmcore.trained.retriever import open_retriever
+
+    retriever = open_retriever(settings.run, encoder=settings.encoder)
+    place, file_name = find_scores_place(settings.run)
+    column, name, image_ids = read_split(settings.split, settings.storage, settings.dataset)
+    references = prepared_references(settings.storage, settings.dataset).captions
+    captions = {image_id: references[image_id][: settings.captions_per_image] for image_id in image_ids}
+    scores = score_retrieval(retriever, settings.storage, settings.dataset, captions, settings.batch_size)
+    result = {**scores, **retriever.identity()}
+    result |= {"settings": dataclasses.asdict(settings)}
+    scores_name = f"{file_name.removesuffix('.json')}-{settings.dataset}-{column}-{name}.json"
+    place.write(scores_name, (json.dumps(result, indent=2) + "\n").encode())
+    print(f"scores written to {place.uri}/{scores_name}", file=sys.stderr)
+    return result
+
+
 def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> None:
     """Raise InputError if the images of `sweep` are not from this run.
 
@@ -299,15 +347,20 @@ def load_references(settings: CaptionScoreSettings, dataset: str) -> References:
     return prepared_references(settings.storage, dataset)
 
 
+def read_split(split: str, storage: str, dataset: str) -> tuple[str, str, list[str]]:
+    """COLUMN:NAME -> column, name and the image_ids there. Raises InputError where no image is."""
+    column, colon, name = split.partition(":")
+    if not (column and colon and name):
+        raise InputError(f"--split {split}: expected COLUMN:NAME, such as split_report:validation")
+    return column, name, split_image_ids(storage, dataset, column, name)
+
+
 def load_split(settings: CaptionScoreSettings, dataset: str, references: References) -> Collection[str] | None:
     """The image_ids of --split, each with references; None without --split."""
     if settings.split is None:
         return None
     assert settings.storage is not None
-    column, colon, name = settings.split.partition(":")
-    if not (column and colon and name):
-        raise InputError(f"--split {settings.split}: expected COLUMN:NAME, such as split_report:validation")
-    images = split_image_ids(settings.storage, dataset, column, name)
+    _, _, images = read_split(settings.split, settings.storage, dataset)
     without = [image_id for image_id in images if image_id not in references.captions]
     if without:
         raise InputError(
@@ -335,6 +388,7 @@ def main() -> None:
         "shapes": ShapesScoreSettings,
         "colours": ColourScoreSettings,
         "photos": PhotoScoreSettings,
+        "retrieval": RetrievalScoreSettings,
     }
     command = "python jobs/evaluate.py"
     kind, *flags = sys.argv[1:] or [""]
@@ -351,6 +405,8 @@ def main() -> None:
         result = evaluate_captions(settings)
     elif isinstance(settings, PhotoScoreSettings):
         result = evaluate_photos(settings)
+    elif isinstance(settings, RetrievalScoreSettings):
+        result = evaluate_retrieval(settings)
     else:
         result = evaluate_images(settings)
     print(json.dumps(result, indent=2))

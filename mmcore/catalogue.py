@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcore.captioners import clip_captioner, cross_attention
-from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners import clip_captioner, contrastive, cross_attention
+from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
 from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, VQVAEFacts
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
 from mmcore.storage import Storage
 
-Kind = Literal["captioner", "generator", "autoencoder"]
+Kind = Literal["captioner", "generator", "autoencoder", "retriever"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ RECIPES: dict[str, Entry] = {
         clip_captioner.VARIANTS,
         table_1=(108.0, 21.5),
     ),
+    "clip": Entry("retriever", contrastive.ContrastiveRecipe, ContrastiveFacts, contrastive.VARIANTS),
     "pixel_diffusion": Entry(
         "generator",
         pixel_diffusion.PixelDiffusionRecipe,

@@ -1,8 +1,9 @@
-"""The protocols that jobs and the service use: recipe, captioner, generator and autoencoder.
+"""The protocols that jobs and the service use: recipe, captioner, retriever, generator and autoencoder.
 
-A recipe holds the settings of a training. ``open_captioner``, ``open_generator`` and ``open_autoencoder`` of
-``mmcore.trained`` open a finished run. They read recipe.json and no weights. A driver or a service can then check a
-request, or send the object to another machine. There ``load`` reads the weights onto the device that computes.
+A recipe holds the settings of a training. ``open_captioner``, ``open_retriever``, ``open_generator`` and
+``open_autoencoder`` of ``mmcore.trained`` open a finished run. They read recipe.json and no weights. A driver or a
+service can then check a request, or send the object to another machine. There ``load`` reads the weights onto the
+device that computes.
 
 Shapes: B images, H rows, W columns, C channels of a latent with h rows and w columns.
 """
@@ -59,6 +60,29 @@ class Captioner(Protocol):
 
     def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
         """uint8 (B, P, P, 3) with P = `image_size` -> B captions."""
+
+
+class Retriever(Protocol):
+    """Images and texts to features of one space, in which they are compared.
+
+    Features are normalised. An image may have several, Q; the similarity of a text is that of the most similar one.
+    """
+
+    image_size: int
+    """Side in pixels that images are resized to."""
+    max_length: int
+    """Longest text in tokens, with begin and end. Longer texts are truncated."""
+
+    def identity(self) -> Identity: ...
+
+    def load(self, device: str = "cpu") -> Self:
+        """Read the weights and return self. Raises InputError if their digests differ from those in recipe.json."""
+
+    def image_features(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (B, P, P, 3) with P = `image_size` -> fp32 (B, Q, F) on the CPU."""
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> fp32 (B, F) on the CPU."""
 
 
 class Generator(Protocol):

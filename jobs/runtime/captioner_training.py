@@ -1,6 +1,10 @@
-"""How a captioner is trained: its tokenizer, the frozen tokens of images, sample captions, what is printed."""
+"""How a captioner is trained: its tokenizer, the frozen tokens of images, sample captions, what is printed.
+
+A model that matches images and captions is trained in the same way, on other rows.
+"""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,16 +35,25 @@ from mmcore.text import CaptionTokenizer
 from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
-_FOLDERS = ("encoder", "tokenizer")
+_FOLDERS = ("encoder", "tokenizer", "text_encoder")
 
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
+Complete = Callable[[Job[Any], CaptionerFacts], CaptionerFacts]
 
 
-def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_frozen: None) -> RunSummary:
+def train_captioner(
+    job: Job[Any],
+    remark: Remark = lambda job, facts, num_frozen: None,
+    *,
+    rows_type: type[CaptionRows] = CaptionRows,
+    complete: Complete = lambda job, facts: facts,
+) -> RunSummary:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary.
 
-    `remark(job, facts, num_frozen)`: prints what is to be said of the recipe's own sizes; `num_frozen` counts the
-    parameters of the frozen encoder.
+    Args:
+        remark: prints, from job, facts and the number of frozen parameters, what is to be said of the sizes.
+        rows_type: the rows that the model trains on.
+        complete: adds the facts that only this recipe has.
     """
     tokenizers: list[CaptionTokenizer] = []
     num_frozen = 0
@@ -57,7 +70,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
             encoder = FrozenVisionEncoder(recipe.encoder, recipe.image_size, tokens=tokens_of(recipe))
             fingerprint, (num_tokens, width) = encoder.fingerprint(), encoder.token_shape
             num_frozen = parameters(encoder.model)
-        return CaptionerFacts(
+        facts = CaptionerFacts(
             tokenizers[0].token_ids,
             num_tokens,
             width,
@@ -66,6 +79,7 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
             text_fingerprint=tokenizers[0].fingerprint(),
             text=tokenizer_path(tokenizers[0]),
         )
+        return complete(job, facts)
 
     def describe(job: Job[Any], facts: CaptionerFacts, num_train: int) -> None:
         _describe(job, facts, num_frozen, num_train)
@@ -77,7 +91,13 @@ def train_captioner(job: Job[Any], remark: Remark = lambda job, facts, num_froze
             (job.storage / "/".join(facts.text)).create(name, data)
         return _encode(job, table, facts)
 
-    return train_by(Flow(_check, plan, describe, encode, _columns, setup), job)
+    def check(job: Job[Any]) -> Job[Any]:
+        if job.options.stream and rows_type is not CaptionRows:
+            raise InputError(f"--stream: {job.recipe_name} looks its rows up; leave the flag out")
+        return _check(job)
+
+    setup_rows = functools.partial(setup, rows_type=rows_type)
+    return train_by(Flow(check, plan, describe, encode, _columns, setup_rows), job)
 
 
 def _check(job: Job[Any]) -> Job[Any]:
@@ -91,15 +111,15 @@ def _check(job: Job[Any]) -> Job[Any]:
 def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:
     """Print sizes, of its variant `report` beside those that the report tells, and steps."""
     recipe: CaptionerRecipe = job.recipe
-    trainable = parameters(recipe.build(facts))
+    model = recipe.build(facts)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     entry = RECIPES.get(job.recipe_name)
     table_1 = entry.table_1 if entry else None
     theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 and job.variant == "report" else ""
     steps_per_epoch, total = num_steps(recipe.train, num_train)
+    sizes = f"{in_millions(parameters(model) + num_frozen)} in all, {in_millions(trainable)} trainable{theirs}"
     print(
-        f"parameters of {job.recipe_name}: {in_millions(trainable + num_frozen)} in all, {in_millions(trainable)} "
-        f"trainable{theirs}; "
-        f"vocabulary {facts.token_ids.size:,} words\n"
+        f"parameters of {job.recipe_name}: {sizes}; vocabulary {facts.token_ids.size:,} words\n"
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
         flush=True,
     )
@@ -138,7 +158,7 @@ def _columns(job: Job[Any], facts: CaptionerFacts) -> dict[str, TensorSpec]:
     return {what: spec, f"mirrored_{what}": spec} if recipe.flip else {what: spec}
 
 
-def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing) -> Setup:
+def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing, *, rows_type: type[CaptionRows] = CaptionRows) -> Setup:
     """Model and rows, on a worker."""
     recipe: CaptionerRecipe = job.recipe
     text = job.storage / "/".join(facts.text)
@@ -159,11 +179,15 @@ def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing) -> Setup:
         rows = StreamedCaptionRows(table, views, tokenizer, shard=shard, shape=shape, dtype=dtype, **keywords)
     else:
         views = [open_column(folder, default_cache(), doing=doing) for folder in folders]
-        rows = CaptionRows(table, views, tokenizer, **keywords)
+        rows = rows_type(table, views, tokenizer, **keywords)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = recipe.build(facts)
+    if hasattr(model, "load_pretrained"):
+        model.load_pretrained()
 
     def samples(model: nn.Module, step: int) -> dict[str, Any]:
+        if not hasattr(model, "caption"):
+            return {}
         chosen = rows.validation[: recipe.train.num_samples]
         parameter = next(model.parameters())
         images = rows.images(chosen, None).to(parameter.device)

@@ -163,7 +163,7 @@ class ContrastiveRecipe:
         return config_to_json(model.config), _fingerprint(model)
 
     def build(self, facts: ContrastiveFacts) -> "ContrastivePair":
-        """The model with random weights. `ContrastivePair.load_text_encoder` then loads those of a named encoder."""
+        """The model with random weights. `ContrastivePair.load_pretrained` then loads those of a named encoder."""
         return ContrastivePair(self, facts)
 
 
@@ -218,12 +218,14 @@ class ContrastivePair(nn.Module):
         self.text_tower = tower(text_width, recipe.max_length, text_layers, 0.0)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(_FIRST_TEMPERATURE)))
 
-    def load_text_encoder(self) -> None:
+    def load_pretrained(self) -> None:
         """Load the weights of the named text encoder: the first weights of a trained one, or those of a frozen one.
 
-        Raises InputError if it cannot be found, or is not the one of the facts.
+        It does nothing for `scratch`. Raises InputError if the encoder cannot be found, or is not the one of the facts.
         """
         name = self.recipe.text_encoder
+        if name == SCRATCH:
+            return
         loaded = _without_pooler(load_text_model(name))
         if _fingerprint(loaded) != self.facts.text_encoder_fingerprint:
             raise InputError(f"--text-encoder {name!r}: this run was begun with another text encoder; name that one")
@@ -246,7 +248,7 @@ class ContrastivePair(nn.Module):
             input_ids_BT: int64, at most `max_length` tokens with begin and end.
             mask_BT: bool, the real tokens: the first ones of a row, and at least one.
         """
-        assert self.has_text_weights, "load_text_encoder was not called"
+        assert self.has_text_weights, "load_pretrained was not called"
         num_positions = int(mask_BT.sum(dim=1).max())
         ids_BT, mask_BT = input_ids_BT[:, :num_positions], mask_BT[:, :num_positions]
         if self.words is not None:

@@ -45,27 +45,13 @@ class CaptionerFacts:
 
 
 @dataclass(frozen=True)
-class ContrastiveFacts:
+class ContrastiveFacts(CaptionerFacts):
     """Facts of a run of a contrastive pair that are not settings."""
 
-    token_ids: TokenIds
-    """Special ids of the tokenizer."""
-    image_tokens: int
-    """Tokens per image from the frozen encoder (L); the number of pixels if the recipe trains its own encoder."""
-    encoder_width: int
-    """Channels of an image token (E)."""
     text_config: str = ""
     """Configuration of the named text encoder, as JSON; empty for `scratch`."""
     text_encoder_fingerprint: str = ""
     """Fingerprint of the weights that the named text encoder begins with; empty for `scratch`."""
-    encoder_fingerprint: str = ""
-    dataset_fingerprint: str = ""
-    columns: tuple[str, ...] = ()
-    """Folders under STORAGE/features: the images and, with `flip`, the mirrored images."""
-    text_fingerprint: str = ""
-    """Fingerprint of the tokenizer."""
-    text: tuple[str, ...] = ()
-    """Path under STORAGE of the tokenizer's files. A finished run has a copy of them."""
 
 
 def tokenizer_path(tokenizer: CaptionTokenizer) -> tuple[str, str]:
@@ -105,4 +91,7 @@ class CaptionerRecipe(Recipe, Protocol):
 
         ``caption(images, options)`` returns the ids of one caption per image, without begin and end tokens. `options`
         are ``SearchOptions`` unless the class that opens the run has others. The default is greedy search.
+        A model that writes no captions has no ``caption``.
+
+        ``load_pretrained()``, which a model may have, loads weights of named models before the training begins.
         """

@@ -193,7 +193,7 @@ def test_a_named_text_encoder_is_trained_or_frozen(tmp_path: Path, trains: bool)
     settings, facts, tokenizer = named(write_bert(tmp_path / "bert"), trains)
     train = TrainSettings(max_steps=3, batch_size=10, lr=1e-2, precision="fp32")
     model = settings.build(facts)
-    model.load_text_encoder()
+    model.load_pretrained()
     reference = BertModel.from_pretrained(tmp_path / "bert", trust_remote_code=False).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for name, value in model.text_encoder.state_dict().items():
@@ -216,11 +216,11 @@ def test_a_frozen_text_encoder_must_be_the_one_of_the_facts(tmp_path: Path) -> N
     folder = write_bert(tmp_path / "bert")
     settings, facts, _ = named(folder, False)
     model = settings.build(facts)
-    with pytest.raises(AssertionError, match="load_text_encoder was not called"):
+    with pytest.raises(AssertionError, match="load_pretrained was not called"):
         model.text_features(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
     write_bert(tmp_path / "bert", seed=1)
     with pytest.raises(InputError, match="begun with another text encoder"):
-        model.load_text_encoder()
+        model.load_pretrained()
 
 
 def test_the_configuration_says_nothing_about_the_folder(tmp_path: Path) -> None:
