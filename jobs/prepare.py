@@ -53,8 +53,6 @@ from mmcore.storage import Storage, writing
 from mmcore.temporary import temporary_folder
 
 SHAPES = "shapes"
-# What a training of the variant `smoke` makes: three times the images that it sees.
-SMOKE_SHAPES = ShapesSettings(num_train=480, num_validation=24, num_test=24)
 SUCCESS = "_SUCCESS"
 SKIPPED_FILE = "skipped.txt"
 # Of what was left out, so many lines are printed; the file has all.
@@ -160,9 +158,7 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
     settings.check()
     target = output_storage(settings.storage, "--storage") / "data" / settings.dataset
     finished = json.loads(target.read(SUCCESS)) if target.exists(SUCCESS) else None
-    if finished is not None and holds_smoke_shapes(target) and finished["settings"] != settings.identity():
-        print(f"{target} holds the few scenes of a smoke test: made anew")
-    elif finished is not None and not settings.fresh:
+    if finished is not None and not settings.fresh:
         if finished["settings"] != settings.identity():
             raise InputError(
                 f"{target}: was made with {_listed(finished['settings'])}, not with "
@@ -177,12 +173,6 @@ def prepare(settings: PrepareSettings) -> dict[str, Any]:
         summary = _write(settings, plan, target)
     _print_summary(summary, settings)
     return summary
-
-
-def holds_smoke_shapes(folder: Storage) -> bool:
-    """Whether a smoke test made the data there, which are too few for anything else."""
-    made = json.loads(folder.read(SUCCESS))["settings"] if folder.exists(SUCCESS) else None
-    return bool(made == PrepareSettings(shapes=SMOKE_SHAPES).identity())
 
 
 def _plan_shapes(settings: PrepareSettings) -> _Plan:

@@ -1,5 +1,6 @@
 """Communication between the workers of one training, beside DDP's averaging of gradients."""
 
+import functools
 from typing import Any
 
 import torch
@@ -57,19 +58,21 @@ def check_frozen_alike(digests: dict[str, str], world_size: int) -> None:
 
 
 def align_gradients(model: nn.Module) -> None:
-    """Give the gradients of 1 x 1 kernels the strides of their weights, with the same values.
+    """Give the gradients of kernels the strides of their weights, with the same values.
 
-    A convolution's backward pass lays them out as channels last. The strides of axes of size 1 then differ, although
-    the memory does not, and DDP warns of it from C++.
+    A convolution's backward pass may lay out the gradient of a 1 x 1 kernel unlike its weights. DDP then warns from
+    C++, even where only strides of axes of size 1 differ.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dim() > 1 and 1 in parameter.shape and parameter.is_contiguous():
-            parameter.register_hook(_contiguous)
+        if parameter.requires_grad and parameter.dim() > 1 and 1 in parameter.shape:
+            parameter.register_hook(functools.partial(_in_strides, parameter.stride()))
 
 
-def _contiguous(gradient: Tensor) -> Tensor:
+def _in_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    if gradient.stride() == strides:
+        return gradient
     # Not contiguous(), which does not look at axes of size 1.
-    return gradient.reshape(-1).view(gradient.shape)
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
 class Replica(nn.Module):

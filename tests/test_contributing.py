@@ -94,5 +94,5 @@ def test_a_recipe_is_added_by_what_contributing_says(
     run = root / "out" / "runs" / "recurrent_captioner" / "default"
     assert f"finished: {run}/model" in done.stdout
     assert "next: " not in done.stdout, "a training that makes its data names no other training"
-    assert "caption: 24 images" in run_job(*caption, "--dry-run", cwd=root, env=joined).stdout
+    assert "caption: 300 images" in run_job(*caption, "--dry-run", cwd=root, env=joined).stdout
     assert run_job("-c", CAPTION, run, cwd=root, env=here).stdout.split() == ["2", "True"]

@@ -74,6 +74,10 @@ def _nobody_reads_stdout() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+# Jobs that commit parts of their work, beside the trainings.
+_GO_ON = ("caption.py", "generate.py", "demo.py")
+
+
 def still_ending(number: int, frame: FrameType | None) -> None:
     """What Ctrl-C does from the second one on: the job lets go of its Ray, its folder and its lease meanwhile."""
     # Not print(), which Ctrl-C may have interrupted.
@@ -85,16 +89,22 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _resuming(argv: Sequence[str]) -> str:
-    """The command that goes on with what `argv` began."""
+def _how_to_go_on(argv: Sequence[str]) -> str:
+    """What is said after `interrupted`: the command that goes on with what `argv` began, if anything is committed."""
     program, *flags = argv
-    # prepare.py commits all or nothing. Elsewhere the flag would remove what is committed.
-    if os.path.basename(program) != "prepare.py":
-        flags = [flag for flag in flags if flag != "--fresh"]
+    name = os.path.basename(program)
+    if not name.startswith("train_") and name not in _GO_ON:
+        return ""
+    if "--fresh" in flags:
+        # Whether the earlier run was removed already is not known here.
+        return "; give the same command again: without --fresh it goes on, with it everything begins anew"
     # `python` is another one where the environment is not active.
     near = os.path.relpath(sys.executable)
     python = sys.executable if near.startswith(os.pardir) else near
-    return shlex.join(["python" if shutil.which("python") == sys.executable else python, program, *flags])
+    python = "python" if shutil.which("python") == sys.executable else python
+    address = os.environ.get("RAY_ADDRESS")
+    joined = [f"RAY_ADDRESS={shlex.quote(address)}"] if address else []
+    return f"; to go on from what is committed: {' '.join([*joined, shlex.join([python, program, *flags])])}"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -111,7 +121,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print(f"interrupted; to go on from what is committed: {_resuming(sys.argv)}", file=sys.stderr)
+        print(f"interrupted{_how_to_go_on(sys.argv)}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():

@@ -33,60 +33,56 @@ class Report(Protocol):
 class Rate:
     """How much is done a second, in the later half of the time since the first progress, five minutes at most.
 
-    So the slow first steps are soon forgotten. Work beside that which is counted is left out.
+    So the slow first steps are soon forgotten. The time between two reports of other work, such as a validation, is
+    left out of the rate, and added to the time that is left.
     """
 
     def __init__(self) -> None:
         self.reports: deque[tuple[float, int]] = deque()
-        self.first_progress: float | None = None
-        self.beside_since: tuple[float, int] | None = None
-        # What was cut out of the time and of the work: from the report before other work to the one after it.
-        self.cut_s, self.cut = 0.0, 0
-        self.cut_before_s = 0.0
+        """Times without other work, and what was done."""
+        self.first_s: float | None = None
+        """Time of the first progress."""
+        self.other_s = 0.0
+        """Seconds of other work since then."""
+        self.last_other_s: float | None = None
 
-    def begin_beside(self) -> None:
-        """Until the next report other work is done."""
-        if self.beside_since is None and self.reports:
-            then_s, done = self.reports[-1]
-            self.beside_since = then_s + self.cut_s, done + self.cut
-
-    def add(self, now_s: float, done: int) -> None:
-        """`done` in all, at the time `now_s`."""
-        if self.beside_since is not None:
-            then_s, before = self.beside_since
-            self.cut_s, self.cut = self.cut_s + now_s - then_s, self.cut + done - before
-            self.beside_since = None
-        now_s, done = now_s - self.cut_s, done - self.cut
+    def add(self, now_s: float, done: int, beside: bool = False) -> None:
+        """`done` in all, at the time `now_s`. `beside`: other work is being done."""
+        if beside:
+            self.other_s += 0.0 if self.last_other_s is None else now_s - self.last_other_s
+            self.last_other_s = now_s
+            return
+        self.last_other_s = None
         if self.reports and done < self.reports[-1][1]:  # restarted from a checkpoint
             self.reports.clear()
-            self.first_progress = None
-        if self.first_progress is None and self.reports and done > self.reports[-1][1]:
+            self.first_s = None
+        if self.first_s is None and self.reports and done > self.reports[-1][1]:
             # Until then it was starting: what is measured begins here.
             self.reports.clear()
-            self.first_progress, self.cut_before_s = now_s, self.cut_s
-        self.reports.append((now_s, done))
-        if self.first_progress is None:
+            self.first_s, self.other_s = now_s, 0.0
+        working_s = now_s - self.other_s
+        self.reports.append((working_s, done))
+        if self.first_s is None:
             return
-        since_s = now_s - min(_WINDOW_S, (now_s - self.first_progress) / 2)
+        since_s = working_s - min(_WINDOW_S, (working_s - self.first_s) / 2)
         while len(self.reports) > 2 and self.reports[1][0] <= since_s:
             self.reports.popleft()
 
     def per_s(self) -> float | None:
         """None where too little was seen yet."""
-        if self.first_progress is None:
+        if self.first_s is None:
             return None
         (then_s, before), (now_s, done) = self.reports[0], self.reports[-1]
-        if done == before or now_s - self.first_progress < _SETTLED_S:
+        if done == before or now_s - self.first_s < _SETTLED_S:
             return None
         return (done - before) / (now_s - then_s)
 
     def left_s(self, remaining: int) -> float | None:
-        """How long `remaining` takes, with as much other work as before. None where too little was seen yet."""
+        """Seconds that `remaining` takes, with as much other work as before. None where too little was seen yet."""
         rate = self.per_s()
-        if rate is None or self.first_progress is None:
+        if rate is None or self.first_s is None:
             return None
-        share = (self.cut_s - self.cut_before_s) / (self.reports[-1][0] - self.first_progress)
-        return remaining / rate * (1 + share)
+        return remaining / rate * (1 + self.other_s / (self.reports[-1][0] - self.first_s))
 
 
 def clock(seconds: float) -> str:
@@ -106,10 +102,8 @@ class Work:
 
     def add(self, now_s: float, done: int, total: int, detail: str, beside: bool = False) -> None:
         self.done, self.total, self.detail = done, total, detail
-        if beside:
-            self.rate.begin_beside()
-        elif total:
-            self.rate.add(now_s, done)
+        if total:
+            self.rate.add(now_s, done, beside)
 
     def numbers(self, now_s: float) -> str:
         """How much of it is done, how fast, for how long, and how long it takes yet at that rate."""

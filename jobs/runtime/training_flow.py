@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from ray.data import Dataset
 from torch import nn
 
-from jobs.prepare import SHAPES, SMOKE_SHAPES, PrepareSettings, holds_smoke_shapes, prepare
+from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime.job import Job, R
 from jobs.runtime.run_folder import check_begun, check_new_run
 from jobs.runtime.train_worker import Doing, Setup
@@ -87,20 +87,13 @@ def _check_flip(recipe: Any) -> None:
 
 
 def ensure_dataset(job: Job[Any]) -> None:
-    """Make the built-in data where they are wanted and missing."""
-    if (shapes := _missing_shapes(job)) is not None:
-        prepare(PrepareSettings(dataset=SHAPES, storage=job.storage.uri, shapes=shapes))
+    """Make the built-in data where they are wanted and missing. Any will do, as somebody may have made more."""
+    if _lacks_shapes(job):
+        prepare(PrepareSettings(dataset=SHAPES, storage=job.storage.uri))
 
 
-def _missing_shapes(job: Job[Any]) -> ShapesSettings | None:
-    """What the built-in data are made with before `job`; None where they are there, or are not trained on.
-
-    Any settings will do, as somebody may have made more. Only those of a smoke test are too few for the others.
-    """
-    folder, is_smoke = job.storage / "data" / SHAPES, job.variant == "smoke"
-    if job.recipe.dataset != SHAPES or (folder.exists(SUCCESS) and (is_smoke or not holds_smoke_shapes(folder))):
-        return None
-    return SMOKE_SHAPES if is_smoke else ShapesSettings()
+def _lacks_shapes(job: Job[Any]) -> bool:
+    return job.recipe.dataset == SHAPES and not (job.storage / "data" / SHAPES).exists(SUCCESS)
 
 
 def train_captions(table: CaptionTable, captions_per_image: int) -> list[str]:
@@ -137,11 +130,11 @@ def say_what_is_cut(lengths: Sequence[int], most: int, mend: str) -> None:
 def _dry_run(flow: Flow[R, F], job: Job[R]) -> None:
     """Print what would be read and written, sizes and steps, and last the resolved recipe; nothing is written."""
     recipe, storage = job.recipe, job.storage
-    shapes = _missing_shapes(job)
-    table = shapes_table(shapes) if shapes else read_captions(storage, recipe.dataset, recipe.split)
+    makes_shapes, shapes = _lacks_shapes(job), ShapesSettings()
+    table = shapes_table(shapes) if makes_shapes else read_captions(storage, recipe.dataset, recipe.split)
     facts = flow.plan(job, table)
     print(f"recipe: {job.recipe_name}, variant {job.variant}")
-    if shapes:
+    if makes_shapes:
         print(f"first:  makes the Shapes data, {', '.join(f'{name} {value}' for name, value in vars(shapes).items())}")
     reads = [f"{storage}/data/{recipe.dataset}", flow.reads(job), f"{storage}/features (encoded first where missing)"]
     writes = [str(job.run), flow.writes and f"{storage}/{flow.writes}", f"copies of the features in {default_cache()}"]

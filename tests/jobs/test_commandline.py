@@ -10,7 +10,7 @@ import pyarrow.fs
 import pytest
 from conftest import HANG_S, ROOT
 
-from jobs.runtime.commandline import _resuming, one_line
+from jobs.runtime.commandline import _how_to_go_on, one_line
 
 
 def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
@@ -26,25 +26,24 @@ def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
     assert one_line(OSError("of another origin")) is None
 
 
-@pytest.mark.parametrize(
-    ("argv", "command"),
-    [
-        (["jobs/train_ldm.py", "--storage", "my out", "--fresh"], "jobs/train_ldm.py --storage 'my out'"),
-        (["jobs/prepare.py", "--fresh"], "jobs/prepare.py --fresh"),
-    ],
-)
-def test_the_command_that_goes_on_removes_nothing_that_is_committed(
-    argv: list[str], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the Python that is meant where the environment is active, else by its path."""
+def test_an_interrupted_job_tells_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Python that is meant where the environment is active, else by its path; and in the same Ray."""
     python = tmp_path / "env" / "python"
     python.parent.mkdir()
     python.touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    argv = ["jobs/train_ldm.py", "--storage", "my out"]
     for path, named in ((python.parent, "python"), ("", "env/python")):
         monkeypatch.setenv("PATH", str(path))
-        assert _resuming(argv) == f"{named} {command}"
+        expected = f"; to go on from what is committed: {named} jobs/train_ldm.py --storage 'my out'"
+        assert _how_to_go_on(argv) == expected
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert _how_to_go_on(argv).endswith(": RAY_ADDRESS=head:6379 env/python jobs/train_ldm.py --storage 'my out'")
+    assert "without --fresh it goes on, with it everything begins anew" in _how_to_go_on([*argv, "--fresh"])
+    for program in ("jobs/evaluate.py", "jobs/prepare.py", "jobs/bench/torchrun_loop.py"):
+        assert _how_to_go_on([program]) == "", "nothing is committed"
 
 
 @pytest.mark.process
@@ -99,7 +98,7 @@ def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
         assert job.stderr.readline().startswith("still ending: ")
         job.stdin.write("\n")
         job.stdin.flush()
-        assert job.stderr.readline().startswith("interrupted; to go on from what is committed: ")
+        assert job.stderr.readline().startswith("interrupted")
         assert job.stdout.readline() == "removes its folder\n"
         job.send_signal(signal.SIGINT)
         assert job.stderr.readline().startswith("still ending: ")

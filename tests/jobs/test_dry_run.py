@@ -1,8 +1,6 @@
 """The output of a dry run for each recipe: sizes, paths and bytes cached per image. It writes nothing."""
 
-import dataclasses
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,8 @@ import pytest
 import tiny
 import tiny_runs
 
-from jobs import prepare
-from jobs.prepare import SMOKE_SHAPES, PrepareSettings
 from jobs.runtime.job import Job, RunOptions
-from jobs.runtime.training_flow import _missing_shapes, say_sizes
-from mmcore.data.shapes import ShapesSettings
-from mmcore.errors import InputError
+from jobs.runtime.training_flow import say_sizes
 from mmcore.generators.vqvae import VARIANTS
 from mmcore.storage import Storage
 
@@ -113,58 +107,14 @@ def test_no_flag_is_named_where_the_frozen_encoder_reads_no_more(
 def test_on_an_empty_storage_it_says_what_is_made_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A smoke test makes a few scenes. test_training_job.py does the same for a captioner and all 8,500."""
+    """It generates the captions of 8,500 scenes. test_training_job.py does the same for a captioner."""
     monkeypatch.setattr(sys, "argv", [])
     dry_run("ldm", "--storage", str(tmp_path / "empty"))
     out = capsys.readouterr().out
     assert f"{tmp_path}/empty/runs/vqvae/default (trained first where missing)" in out
-    assert "first:  makes the Shapes data, num_train 480, num_validation 24, num_test 24, " in out
-    assert "steps: 20 of 8 images, 60 an epoch" in out
+    assert "first:  makes the Shapes data, num_train 8000, num_validation 200, num_test 300, " in out
+    assert "steps: 20 of 8 images, 1,000 an epoch" in out
     assert not (tmp_path / "empty").exists()
-
-
-@pytest.mark.parametrize(
-    ("variant", "there", "made"),
-    [
-        ("smoke", None, SMOKE_SHAPES),
-        ("smoke", SMOKE_SHAPES, None),
-        ("smoke", ShapesSettings(), None),
-        ("shapes", None, ShapesSettings()),
-        ("shapes", SMOKE_SHAPES, ShapesSettings()),
-        ("shapes", ShapesSettings(num_train=16000), None),
-    ],
-)
-def test_a_smoke_test_makes_few_scenes_which_no_other_training_takes(
-    variant: str, there: ShapesSettings | None, made: ShapesSettings | None, tmp_path: Path
-) -> None:
-    if there is not None:
-        settings = PrepareSettings(shapes=there).identity()
-        (Storage(str(tmp_path)) / "data" / "shapes").write("_SUCCESS", json.dumps({"settings": settings}).encode())
-    job: Any = Job("vqvae", variant, VARIANTS[variant], RunOptions(storage=str(tmp_path)))
-    assert _missing_shapes(job) == made
-    other = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, dataset="mine"))
-    assert _missing_shapes(other) is None
-
-
-def test_the_scenes_of_a_smoke_test_are_replaced_and_others_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`prepare.py` after a smoke test needs no --fresh."""
-    written: list[int] = []
-    monkeypatch.setattr(prepare, "connect", lambda: None)
-    monkeypatch.setattr(prepare, "_print_summary", lambda summary, settings: None)
-
-    def write(settings: PrepareSettings, plan: Any, target: Storage) -> dict[str, Any]:
-        written.append(plan.num_rows)
-        target.write("_SUCCESS", json.dumps({"settings": settings.identity()}).encode())
-        return {}
-
-    monkeypatch.setattr(prepare, "_write", write)
-    for shapes in (SMOKE_SHAPES, SMOKE_SHAPES, ShapesSettings(9, 3, 6)):
-        prepare.prepare(PrepareSettings(storage=str(tmp_path), shapes=shapes))
-    assert written == [528, 18]
-    with pytest.raises(InputError, match="--fresh"):
-        prepare.prepare(PrepareSettings(storage=str(tmp_path), shapes=SMOKE_SHAPES))
 
 
 def test_the_sizes_name_the_model_and_no_part_without_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,17 +48,37 @@ def test_the_time_that_is_left_follows_the_rate_that_is_shown() -> None:
     assert line == "300 of 900 steps, 10 steps/s, 0:30 elapsed, 1:00 left"
 
 
-def test_a_validation_is_in_the_time_that_is_left_and_not_in_the_rate() -> None:
-    """Ten steps a second, and 10 s of validation after every 100 steps."""
+@pytest.mark.parametrize(("step_s", "steps_per_epoch", "validation_s"), [(0.1, 100, 10.0), (10.0, 2, 5.0)])
+def test_a_validation_is_in_the_time_that_is_left_and_not_in_the_rate(
+    step_s: float, steps_per_epoch: int, validation_s: float
+) -> None:
+    """Reports come every half second, as from a training. The first step is where the measuring begins."""
+    work, now, done, total = Work("train x", "steps", 0.0), 0.0, 0, 4 * steps_per_epoch + 1
+    work.add(now, done, total, "")
+    for _ in range(3):
+        for _ in range(steps_per_epoch):
+            now, done = now + step_s, done + 1
+            work.add(now, done, total, "loss 1.0")
+        for tick in range(round(validation_s * 2) + 1):
+            work.add(now + tick / 2, done, total, "validating", beside=True)
+        now += validation_s
+        assert work.rate.per_s() == pytest.approx(1 / step_s, rel=0.1)
+    now, done = now + step_s, done + 1
+    work.add(now, done, total, "loss 1.0")
+    assert work.rate.per_s() == pytest.approx(1 / step_s, rel=0.1)
+    epoch_s = steps_per_epoch * step_s + validation_s
+    assert work.rate.left_s(steps_per_epoch) == pytest.approx(epoch_s, rel=0.1)
+
+
+def test_a_restart_during_other_work_begins_the_rate_anew() -> None:
     work = Work("train x", "steps", 0.0)
-    for epoch in range(3):
-        for step in range(1, 101):
-            work.add(20.0 * epoch + step / 10, 100 * epoch + step, 400, "loss 1.0")
-        for second in range(10):
-            work.add(20.0 * epoch + 10 + second, 100 * epoch + 100, 400, f"validating row {second}", beside=True)
-    work.add(60.1, 301, 400, "loss 1.0")
-    # 99 steps take 10 s, and with as much validation as before twice as long.
-    assert work.numbers(60.1) == "301 of 400 steps, 10 steps/s, 1:00 elapsed, 0:20 left"
+    for step in range(1, 101):
+        work.add(step / 10, step, 400, "")
+    for second in range(60):
+        work.add(10.0 + second, 100, 400, "copying features", beside=True)
+    for step in range(51, 102):
+        work.add(70 + (step - 50) / 10, step, 400, "")
+    assert work.numbers(75.1).startswith("101 of 400 steps, 10 steps/s")
 
 
 def test_a_restart_from_a_checkpoint_measures_anew() -> None:
