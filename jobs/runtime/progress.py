@@ -33,8 +33,8 @@ class Report(Protocol):
 class Rate:
     """How much is done a second, in the later half of the time since the first progress, five minutes at most.
 
-    So the slow first steps are soon forgotten. The time between two reports of other work, such as a validation, is
-    left out of the rate, and added to the time that is left.
+    So the slow first steps are soon forgotten. The rate leaves out the time between two reports of other work, such as
+    a validation. The time that is left has its share of it.
     """
 
     def __init__(self) -> None:
