@@ -183,7 +183,7 @@ def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing, *, rows_type: type
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = recipe.build(facts)
     if hasattr(model, "load_pretrained"):
-        model.load_pretrained()
+        model.load_pretrained()  # type: ignore[operator]
 
     def samples(model: nn.Module, step: int) -> dict[str, Any]:
         if not hasattr(model, "caption"):
