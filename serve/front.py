@@ -75,7 +75,8 @@ class Front:
             payer = request.client.host if request.client else caller
         self.rate_limit.take(payer)
         if self.draining:
-            raise ApiError(503, "the service is ending; try again", code="draining", retry_after_s=5.0)
+            message = "the service is ending; try again once it was started anew"
+            raise ApiError(503, message, code="draining", retry_after_s=5.0)
         request.scope["state"]["caller"] = caller
         CALLER.set(caller if self.keys.several else "")
         return caller

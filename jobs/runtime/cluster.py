@@ -147,7 +147,9 @@ def _join(address: str) -> None:
         # Ray itself goes on trying a dead address for several minutes.
         socket.create_connection(ray_private.host_and_port(address), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
-        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({in_one_line(error)})") from error
+        raise InputError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({in_one_line(error)}); name one, or unset it"
+        ) from error
     # .rayignore leaves them out anyway.
     ray_private.spend_warnings_of_excludes()
     try:

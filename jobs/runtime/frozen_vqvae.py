@@ -62,6 +62,8 @@ def ensure_vqvae(job: Job[Any]) -> Storage:
         try:
             train_vqvae(own)
         except InputError as error:
+            if "--" not in str(error):
+                raise
             # The flags that would mend it are those of the other job.
             raise InputError(
                 f"the VQ-VAE {own.run}: {error} (train it with jobs/train_vqvae.py, then name it with --vqvae)"

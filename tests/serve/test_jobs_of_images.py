@@ -312,6 +312,25 @@ def test_old_jobs_are_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == sorted([new, "not-ours"])
 
 
+def test_the_end_names_jobs_that_no_storage_keeps(caplog: pytest.LogCaptureFixture) -> None:
+    served = Served(limits=Limits.from_environment({"SERVE_JOB_CONCURRENCY": "1"}))
+
+    async def main() -> list[str]:
+        served.fake_generator.gate.clear()
+        ids = [new_id() for _ in range(3)]
+        for job_id in ids:
+            await served.jobs.submit(job_id, "me", "shapes", "b64_json", WORK)
+        await until(lambda: served.fake_generator.num_steps > 0)
+        for _ in range(2):
+            assert await served.jobs.drain() == 0, "nobody could fetch the images"
+        served.fake_generator.gate.set()
+        return sorted(ids)
+
+    ids = run(main())
+    lost = [record for record in caplog.records if "are lost" in record.message]
+    assert [record.fields for record in lost] == [{"lost": 3, "jobs": ids}]  # type: ignore[attr-defined]
+
+
 def test_the_end_waits_for_jobs_at_work_and_keeps_the_rest(tmp_path: Path) -> None:
     limits = Limits.from_environment({"SERVE_JOB_CONCURRENCY": "1"})
     served = Served(limits=limits, jobs_storage=Storage(str(tmp_path)))
