@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from tyro import _strings
@@ -46,19 +46,17 @@ class Help:
     hidden: str = ""
     """Said in place of the groups of flags; "" shows them."""
     left_out: Sequence[str] = ()
-    """Flags that cannot matter here. They are taken nevertheless."""
+    """Flags that cannot matter here. No mistyped flag is taken for one of them; given, they are read nevertheless."""
     titles: Mapping[str, str] = field(default_factory=dict)
     """Title over a flag and those that follow."""
     ending: str = ""
     """Said below all flags."""
 
 
-def read_settings(
-    settings_type: type[T], description: str | None, command: str, shown: Help = Help(), config: Sequence[Any] = ()
-) -> T:
+def read_settings(settings_type: type[T], description: str | None, command: str, shown: Help = Help()) -> T:
     """The settings by the flags of this process. Raises InputError for flags that are wrong."""
     return read_flags(
-        lambda argv: tyro.cli(settings_type, args=argv, description=description, prog=command, config=config),
+        lambda argv: tyro.cli(settings_type, args=argv, description=description, prog=command),
         sys.argv[1:],
         command,
         shown,
@@ -78,9 +76,20 @@ def read_flags(parse: Callable[[list[str]], T], argv: Sequence[str], command: st
             return parse(list(argv))
     except SystemExit as end:
         if end.code:
-            raise InputError(_mistake(err.getvalue(), parse, argv, command)) from None
+            raise InputError(_mistake(err.getvalue(), parse, argv, command, shown)) from None
         print("\n".join(_shown(out.getvalue().splitlines(), shown)))
         raise
+
+
+def value_given(argv: Sequence[str], flag: str) -> str | None:
+    """The value of `flag` in `argv`, before tyro reads it; of several the last, which tyro takes. None without one."""
+    value = None
+    for index, word in enumerate(argv):
+        if word == flag and index + 1 < len(argv):
+            value = argv[index + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def _paragraphs(helptext: str) -> str:
@@ -124,18 +133,18 @@ def _padded(found: re.Match[str]) -> str:
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
 
-def _mistake(told: str, parse: Callable[[list[str]], object], argv: Sequence[str], command: str) -> str:
+def _mistake(told: str, parse: Callable[[list[str]], object], argv: Sequence[str], command: str, shown: Help) -> str:
     """What tyro tells in a title and sections with rules between them, in one line."""
     title, section = [*re.split(r"^ +-{3,} *$", told.strip("\n"), flags=re.MULTILINE), ""][:2]
     show, flags = f"`{command} --help`", _flags(parse)
     named = [word.partition("=")[0].replace("_", "-") for word in argv if _FLAG.match(word)]
     # A mistyped one may be what tyro misses.
     if unknown := [flag for flag in named if flag not in flags]:
-        near = _nearest(unknown[0], flags)
-        return f"{unknown[0]}: no such flag; {f'did you mean {near}? ' * bool(near)}{show} lists all"
+        near = _nearest(unknown[0], [flag for flag in flags if flag not in shown.left_out])
+        return f"{unknown[0]}: no such flag; {f'did you mean {near}? ' * bool(near)}{show} shows the flags"
     said = " ".join((section or title).split())
     if title.strip() == "Unrecognized options":
-        return f"{said.rpartition(': ')[2]}: belongs to no flag; {show} lists all"
+        return f"{said.rpartition(': ')[2]}: belongs to no flag; {show} shows the flags"
     if title.strip() == "Required options":
         missing = re.findall(r"^ +(--\S+)", section, flags=re.MULTILINE)
         return f"{' and '.join(missing)}: needed; {show} says what for"

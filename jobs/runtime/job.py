@@ -12,7 +12,7 @@ import tyro
 from jobs.runtime.source import output_storage
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
-from mmcore.flags import Help, read_flags
+from mmcore.flags import Help, read_flags, value_given
 from mmcore.recipe import Recipe, check_effect
 from mmcore.storage import Storage
 
@@ -87,12 +87,8 @@ def parse_job(
     `report_needs`: the flags without which `report` does not run.
     """
     argv = sys.argv[1:] if argv is None else argv
-    variant, source = "shapes", "no --variant"
-    for index, word in enumerate(argv):
-        if word == "--variant" and index + 1 < len(argv):
-            variant, source = argv[index + 1], "--variant"
-        elif word.startswith("--variant="):
-            variant, source = word.partition("=")[2], "--variant"
+    given = value_given(argv, "--variant")
+    variant = "shapes" if given is None else given
     if variant not in variants:
         raise InputError(f"--variant {variant!r}: choose one of {', '.join(variants)}")
     name = recipe_name(job_file)
@@ -115,7 +111,8 @@ def parse_job(
     collect.__defaults__ = (variant, variants[variant], RunOptions())
     collect.__doc__ = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
     config, text = (tyro.conf.OmitArgPrefixes,), description.strip()
-    left_out = [] if variants[variant].train.schedule == "step" else ["--step-epoch"]
+    schedule = value_given(argv, "--schedule") or variants[variant].train.schedule
+    left_out = [] if schedule == "step" else ["--step-epoch"]
     left_out += [] if RECIPES[name].kind == "captioner" else ["--stream", "--no-stream"]
     parsed: Job[R] = read_flags(
         lambda argv: tyro.cli(collect, args=argv, description=text, prog=command, config=config),
@@ -127,7 +124,7 @@ def parse_job(
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)
     job = dataclasses.replace(parsed, options=options)
-    if source == "no --variant":
+    if given is None:
         report = f"; for the report's settings give `--variant report{report_needs}`"
         print(
             f"no --variant given: running `shapes`, self-contained on built-in data{report * ('report' in variants)}",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from mmcore.flags import Help, read_flags
+from mmcore.flags import Help, read_flags, value_given
 
 Settings = TypeVar("Settings")
 
@@ -29,12 +29,7 @@ def parse_with_options(
     """
     argv = sys.argv[1:] if argv is None else argv
     (kind, options), *others = families.items()
-    title, run = f"options of {kind}", None
-    for index, word in enumerate(argv):
-        if word == "--run" and index + 1 < len(argv):
-            run = argv[index + 1]
-        elif word.startswith("--run="):
-            run = word.partition("=")[2]
+    title, run = f"options of {kind}", value_given(argv, "--run")
     if run is not None:
         options, others, title = open_model(run).options, [], f"options of the model of {run}"
 

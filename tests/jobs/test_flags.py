@@ -111,10 +111,14 @@ def test_a_job_that_the_catalogue_does_not_name_is_refused() -> None:
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--batch-sise", "4"], r"--batch-sise: no such flag; did you mean --batch-size\? `.* --help` lists all"),
+        (["--batch-sise", "4"], r"--batch-sise: no such flag; did you mean --batch-size\? `.* --help` shows the flags"),
         (["--train.lr=3"], r"--train\.lr: no such flag; did you mean --lr\? .*"),
-        (["--zzz"], r"--zzz: no such flag; `python jobs/train_ldm\.py --help` lists all"),
-        (["--lr", "3", "4"], r"4: belongs to no flag; `python jobs/train_ldm\.py --help` lists all"),
+        (["--zzz"], r"--zzz: no such flag; `python jobs/train_ldm\.py --help` shows the flags"),
+        # Nobody is sent to a flag that is refused afterwards.
+        (["--strea"], r"--strea: no such flag; did you mean --storage\? `python .*"),
+        (["--step-epoc", "3"], r"--step-epoc: no such flag; (did you mean --(?!step-epoch)\S+\? )?`python .*"),
+        (["--schedule=step", "--step-epoc", "3"], r"--step-epoc: no such flag; did you mean --step-epoch\? .*"),
+        (["--lr", "3", "4"], r"4: belongs to no flag; `python jobs/train_ldm\.py --help` shows the flags"),
         (["--batch_size", "x"], r"--batch-size 'x': give a whole number"),
         (["--lr", "x"], r"--lr 'x': give a number"),
         (["--max-steps", "x"], r"--max-steps 'x': give INT or None"),
@@ -234,6 +238,8 @@ def test_the_help_of_a_sweep_says_whose_options_it_lists(
     [
         ("ldm", "--stream", False), ("resnet_captioner", "--stream", True),
         ("ldm", "--step-epoch", False), ("resnet_captioner", "--variant report --step-epoch", True),
+        ("ldm", "--schedule step --step-epoch", True), ("ldm", "--schedule=step --step-epoch", True),
+        ("resnet_captioner", "--variant report --schedule cosine --step-epoch", False),
     ],
 )  # fmt: skip
 def test_a_help_has_no_flag_that_cannot_matter(
