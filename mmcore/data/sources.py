@@ -65,7 +65,7 @@ def read_source(
         elif path.is_file() and _is_zip(path):
             unpacked.mkdir()
             problems.skipped += unpack_zip(path, unpacked, skip_bad=skip_bad)
-            read = _reader(unpacked, images, progress)
+            read = _reader(unpacked, images, progress, is_unpacked=True)
         elif path.is_file():
             read = _reader_of_file(path, images, progress)
         elif path.is_dir():
@@ -111,8 +111,11 @@ def _reader_of_file(path: Path, scratch: Path, progress: Progress | None) -> Rea
     return partial(read_captions_folder, [path], near)
 
 
-def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
-    """How `folder` is read: by the format that lies nearest to its top. Raises InputError for none or several."""
+def _reader(folder: Path, scratch: Path, progress: Progress | None, *, is_unpacked: bool = False) -> Reader:
+    """How `folder` is read: by the format that lies nearest to its top. Raises InputError for none or several.
+
+    `is_unpacked`: from a zip, so that no file of it can be given.
+    """
     folders = [folder]
     for _ in range(_MAX_DEPTH + 1):
         found: list[tuple[Path, Reader]] = []
@@ -145,10 +148,12 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None) -> Reader:
             )
             # The images are found beside a file of captions that is named alone.
             first = next((path for path, _ in found if path in karpathy), found[0][0])
-            raise InputError(
-                f"{folder}: may be read by any of {names}; give the right one, such as --source {first} (unpack a zip "
-                "first), or take the others away"
+            give = (
+                f"unpack it and give the right one, such as {first.relative_to(folder)}"
+                if is_unpacked
+                else f"give the right one, such as --source {first}"
             )
+            raise InputError(f"{folder}: may be read by any of {names}; {give}, or take the others away")
         if found:
             return found[0][1]
         folders = sorted(path for each in folders for path in each.iterdir() if path.is_dir() and path.name[0] != ".")

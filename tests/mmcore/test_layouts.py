@@ -1,6 +1,7 @@
 """What people's folders look like when nobody told them how: read as it is meant, or refused by a line that helps."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,16 @@ def test_a_file_of_another_kind_is_sent_to_its_folder(tmp_path: Path, name: str)
     write(tmp_path / name, b"<html>not found</html>")
     with pytest.raises(InputError, match=rf"^--source {tmp_path / name}: no zip, tar or file of captions .* folder"):
         read(tmp_path / name)
+
+
+def test_of_several_files_of_captions_in_a_zip_one_can_be_given_only_outside_of_it(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / "data" / name / "captions.csv", CSV)
+    shutil.make_archive(str(tmp_path / "d"), "zip", tmp_path / "data")
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/d\.zip: .*; unpack it and give the right one, such as one/captions\.csv, or "
+    ):
+        read_source(str(tmp_path / "d.zip"), tmp_path)
 
 
 BAD: dict[str, tuple[dict[str, str | bytes], str]] = {
