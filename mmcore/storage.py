@@ -141,13 +141,16 @@ class Storage:
 
     def __post_init__(self) -> None:
         uri = str(self.uri)
-        # Without a key and a secret in it.
-        shown = repr(uri.split("@")[-1])
+        # Without a key and a secret, which may stand before an @ or after a ?.
+        place, query, _ = uri.partition("?")
+        shown = repr(place.split("@")[-1] + f"{query}..." * bool(query))
         if uri.startswith(S3):
             parts = urlsplit(uri)
             if not parts.netloc or "@" in parts.netloc or parts.query:
                 raise InputError(f"storage {shown}: write s3://bucket/prefix; keys come from AWS_* variables")
             uri = uri.rstrip("/")
+        elif uri.lower().startswith("file:"):
+            raise InputError(f"storage {shown}: write the path alone, without file:")
         elif "://" in uri:
             raise InputError(f"storage {shown}: only a local path or s3://bucket/prefix is supported")
         elif _SCHEME.match(uri):

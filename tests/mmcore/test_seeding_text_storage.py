@@ -235,14 +235,26 @@ def test_a_killed_write_leaves_what_was_there(tmp_path: Path) -> None:
     [
         *("", "gs://bucket/x", "S3://bucket/x", "http://key:secret@host/x"),
         *("s3://", "s3:///x", "s3://key:secret@bucket/x", "s3://bucket/x?a=b"),
-        *("s3:/bucket", "s3:bucket", "S3:/bucket", "gs:/bucket", "hf:/name/data", "file:/tmp/x"),
-        "s3:/key:secret@bucket",
+        *("s3:/bucket", "s3:bucket", "S3:/bucket", "gs:/bucket", "hf:/name/data"),
+        *("s3:/key:secret@bucket", "s3://bucket/x?aws_secret_access_key=secret", "gs://bucket/x?id=me@host&key=secret"),
+        "gs:/bucket?key=secret",
     ],
 )
 def test_other_uris_are_refused(uri: str) -> None:
     with pytest.raises(InputError, match=r"^storage '.*s3://bucket/prefix") as caught:
         Storage(uri)
     assert "secret" not in str(caught.value)
+
+
+def test_a_refusal_shows_the_place_and_that_more_was_given() -> None:
+    with pytest.raises(InputError, match=r"^storage 's3://bucket/x\?\.\.\.': write s3://bucket/prefix; keys come from"):
+        Storage("s3://bucket/x?aws_secret_access_key=secret")
+
+
+@pytest.mark.parametrize("uri", ["file:/tmp/x", "file:///tmp/x", "FILE:/tmp/x"])
+def test_a_path_needs_no_scheme(uri: str) -> None:
+    with pytest.raises(InputError, match=f"^storage '{uri}': write the path alone, without file:$"):
+        Storage(uri)
 
 
 def test_a_folder_may_be_called_like_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
