@@ -35,8 +35,6 @@ CONNECT_TIMEOUT_S = 10.0
 REMOVE_TIMEOUT_S = 3.0
 # Ray's words where its processes do not answer in time.
 _TOO_SLOW = "timed out during startup"
-# What a detached actor of Ray Train warns of when Ctrl-C has ended the training: nothing that a user could do.
-_AFTER_CTRL_C = "Detected that the Ray Train controller actor"
 # Where the dashboard of a Ray of our own is, until it is told.
 _dashboard: list[str] = []
 
@@ -67,7 +65,6 @@ def connect() -> None:
         _start_local()
     else:
         _join(address)
-    ray_private.leave_out_worker_lines(_AFTER_CTRL_C)
     _quieten_ray_data()
 
 
@@ -114,7 +111,7 @@ def _start_local() -> None:
         )
     except Exception as error:  # where it takes too long, Ray raises this very class
         said = " ".join(str(error).split())
-        busy = "; the machine is too busy: give the same command again" if _TOO_SLOW in said else ""
+        busy = "; the machine is too busy, or short of memory: give the same command again" if _TOO_SLOW in said else ""
         raise InputError(
             f"Ray does not start on this machine{busy}; its files are in {folder} (RAY_TMPDIR): {said}"
         ) from error

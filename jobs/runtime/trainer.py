@@ -40,6 +40,8 @@ _POLL_S = 0.5
 # For what the monitor knows at the end, which may have come after the follower's last look.
 _LAST_LOOK_S = 10.0
 _NODES_S = 2.0
+# What a detached actor of Ray Train warns of, also when Ctrl-C has ended the training.
+_CONTROLLER_IS_DEAD = "Detected that the Ray Train controller actor"
 F = TypeVar("F")
 
 
@@ -146,8 +148,10 @@ def _ctrl_c_interrupts() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except (SystemExit, KeyboardInterrupt):
         before = still_ending
+        # Without Ctrl-C the same line is the only trace of a controller that crashed.
+        ray_private.leave_out_worker_lines(_CONTROLLER_IS_DEAD)
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)

@@ -4,10 +4,12 @@ import ast
 import contextlib
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,6 +17,7 @@ import pytest
 from conftest import HANG_S
 from job_output import PATIENT_WATCHDOG
 from ray._private import ray_logging
+from ray.core.generated.autoscaler_pb2 import NodeStatus
 from ray.train.v2._internal import constants
 
 from jobs import train_resnet_captioner
@@ -24,6 +27,8 @@ from mmcore.captioners.facts import CaptionerFacts
 from mmcore.errors import InputError
 from mmcore.text import TokenIds
 
+# Unlike that of the tests with `watched`.
+DESCRIBE_WAITING = watchdog.describe_waiting
 STATUS_JOB = """
 import os, sys
 from pathlib import Path
@@ -118,23 +123,35 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    busy = (
-        r"^Ray does not start on this machine; the machine is too busy: give the same command again; .*\(RAY_TMPDIR\)"
-    )
-    with pytest.raises(InputError, match=f"{busy}: The current node timed out during s"):
+    busy = "the machine is too busy, or short of memory: give the same command again"
+    began = rf"^Ray does not start on this machine; {busy}; .*\(RAY_TMPDIR\)"
+    with pytest.raises(InputError, match=f"{began}: The current node timed out during s"):
         cluster.connect()
 
 
-def test_lines_of_workers_are_plain_and_without_what_nobody_can_mend(monkeypatch):
+@pytest.mark.parametrize("ended_by", [SystemExit, KeyboardInterrupt])
+def test_a_dead_controller_is_told_of_unless_ctrl_c_ended_it(ended_by, monkeypatch):
+    """Ray Train's own handler of Ctrl-C ends the process; before it is in place, the job's handler interrupts."""
     printed = []
     dispatcher = ray_logging.WorkerStandardStreamDispatcher()
     dispatcher.add_handler("ray_print_logs", printed.append)
     monkeypatch.setattr(ray_logging, "global_worker_stdstream_dispatcher", dispatcher)
+    lines = ["an error", f"{trainer._CONTROLLER_IS_DEAD} (01) is dead. Cleaning up"]
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with trainer._ctrl_c_interrupts():
+            dispatcher.emit({"pid": 7, "lines": lines})
+        with pytest.raises(KeyboardInterrupt), trainer._ctrl_c_interrupts():
+            raise ended_by
+    finally:
+        signal.signal(signal.SIGINT, before)
+    dispatcher.emit({"pid": 7, "lines": lines})
+    assert printed == [{"pid": 7, "lines": lines}, {"pid": 7, "lines": ["an error"]}]
+
+
+def test_lines_of_workers_are_plain(monkeypatch):
     monkeypatch.setattr(ray_logging, "_color", ray_logging._color)
     monkeypatch.setenv("RAY_COLOR_PREFIX", "1")
-    ray_private.leave_out_worker_lines(cluster._AFTER_CTRL_C)
-    dispatcher.emit({"pid": 7, "lines": ["an error", f"{cluster._AFTER_CTRL_C} (01) is dead. Cleaning up"]})
-    assert printed == [{"pid": 7, "lines": ["an error"]}]
     ray_private.print_without_colours()
     repeated = ray_logging.DedupState(0, 3, "an error", {"ip": "1", "pid": 7}, {})
     assert "\x1b" not in repeated.formatted()
@@ -232,6 +249,9 @@ class FakeTime(threading.Event):
     def monotonic(self):
         return self.now
 
+    def sleep(self, seconds):
+        """Of the thread that asks the head."""
+
     def wait(self, timeout):
         until = self.now + timeout
         for moment in sorted(moment for moment in self.moments if moment <= until):
@@ -298,9 +318,18 @@ def test_a_long_wait_that_is_usual_is_reported_calmly(watched):
 
 
 def test_what_has_all_that_it_asked_for_is_slow_and_no_stall(watched, monkeypatch):
-    monkeypatch.setattr(watchdog, "describe_waiting", lambda: "nothing waits for resources, so the work is slow")
+    node = SimpleNamespace(total_resources={"CPU": 4.0}, available_resources={"CPU": 1.0}, status=NodeStatus.RUNNING)
+    state = SimpleNamespace(node_states=[node], pending_gang_resource_requests=[], pending_resource_requests=[])
+    monkeypatch.setattr(watchdog, "describe_waiting", DESCRIBE_WAITING)
+    monkeypatch.setattr(watchdog.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(watchdog, "placement_group_table", dict)
+    monkeypatch.setattr(watchdog.ray_private, "scheduling_state", lambda: state)
+    monkeypatch.setattr(watchdog.ray_private, "actor_states", list)
     ((_, line),) = watched("sweep", report_after_s=15, until=20)
-    assert line == "slow: sweep: no progress for 15 s: nothing waits for resources, so the work is slow"
+    assert line == (
+        "slow: sweep: no progress for 15 s: nothing waits for resources, so the work itself takes long; the cluster "
+        "has CPU 4 (1 free), GPU 0 (0 free)"
+    )
 
 
 def test_watchdog_reports_a_head_that_does_not_answer(watched, monkeypatch):
