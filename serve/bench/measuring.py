@@ -18,7 +18,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,11 +35,8 @@ from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.text import WordVocabulary
 
-try:
+if TYPE_CHECKING:
     import httpx
-except ModuleNotFoundError:
-    # It is among the packages of the tests.
-    sys.exit("error: measurements of the service need the package httpx; `make setup` installs it")
 
 T = TypeVar("T")
 NAME = "bench"
@@ -57,6 +55,19 @@ def read_bench(settings_type: type[T], description: str | None, command: str) ->
         return read_settings(settings_type, description, command)
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def _httpx() -> ModuleType:
+    """The client, which is among the packages of the tests. Where it is missing, ends the process with one line."""
+    try:
+        import httpx
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise SystemExit(
+            "error: measurements of the service need the package httpx; `make setup` installs it"
+        ) from None
+    return httpx
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -126,10 +137,11 @@ class Endpoint:
     url: str
     headers: dict[str, str]
 
-    def client(self) -> httpx.Client:
+    def client(self) -> "httpx.Client":
         """One connection that is kept."""
         headers = {**self.headers, "content-type": "application/json"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=600)
+        client: httpx.Client = _httpx().Client(base_url=self.url, headers=headers, timeout=600)
+        return client
 
 
 def _free_port() -> int:
@@ -140,6 +152,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _process(command: list[str], url: str, environment: dict[str, str]) -> Iterator[None]:
+    http = _httpx()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -152,8 +165,8 @@ def _process(command: list[str], url: str, environment: dict[str, str]) -> Itera
         try:
             deadline = time.monotonic() + _START_S
             while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/ready", timeout=10).status_code == 200:
+                with contextlib.suppress(http.HTTPError):
+                    if http.get(f"{url}/ready", timeout=10).status_code == 200:
                         break
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -198,20 +211,21 @@ def request(image: bytes) -> dict[str, Any]:
 
 def ask_all(endpoint: Endpoint, images: Sequence[bytes], concurrency: int) -> tuple[float, list[str]]:
     """Seconds until every image has its caption, with so many requests in flight at all times; and the captions."""
+    http = _httpx()
     bodies = [json.dumps(request(image)).encode() for image in images]
     captions = [""] * len(images)
     numbers = iter(range(len(images)))
 
-    async def work(client: httpx.AsyncClient) -> None:
+    async def work(client: "httpx.AsyncClient") -> None:
         for number in numbers:
             response = await client.post("/v1/chat/completions", content=bodies[number])
             response.raise_for_status()
             captions[number] = response.json()["choices"][0]["message"]["content"]
 
     async def main() -> float:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = http.Limits(max_connections=None, max_keepalive_connections=None)
         headers = {**endpoint.headers, "content-type": "application/json"}
-        async with httpx.AsyncClient(base_url=endpoint.url, headers=headers, limits=limits, timeout=600) as client:
+        async with http.AsyncClient(base_url=endpoint.url, headers=headers, limits=limits, timeout=600) as client:
             began = time.perf_counter()
             await asyncio.gather(*(work(client) for _ in range(concurrency)))
             return time.perf_counter() - began

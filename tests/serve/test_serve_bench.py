@@ -1,21 +1,29 @@
 """The benchmarks run, and compare equal things."""
 
-import importlib
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import RunJob
 
 from serve.bench import latency, throughput
+from serve.bench.measuring import Endpoint
 
 
 def test_a_missing_package_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "serve.bench.measuring", raising=False)
     with pytest.raises(SystemExit, match=r"^error: .* package httpx; `make setup` installs it$"):
-        importlib.import_module("serve.bench.measuring")
+        Endpoint("http://127.0.0.1:1", {}).client()
+
+
+def test_a_package_that_httpx_lacks_is_not_taken_for_httpx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "httpx.py").write_text("import of_httpx\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "httpx", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="of_httpx"):
+        Endpoint("http://127.0.0.1:1", {}).client()
 
 
 @pytest.mark.parametrize(
