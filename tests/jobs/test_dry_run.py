@@ -1,6 +1,7 @@
 """The output of a dry run for each recipe: sizes, paths and bytes cached per image. It writes nothing."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,13 @@ def test_no_flag_is_named_where_the_frozen_encoder_reads_no_more(
 ) -> None:
     monkeypatch.setattr(tiny, "captions_of", lambda row: ["a red square", "red " * 76])
     tiny.write_dataset(Storage(str(folder / "long")))
-    dry_run("pixel_diffusion", "--dataset", "tiny", "--split", "split", "--storage", str(folder / "long"), *TEXT)
-    assert f"captions: 40 of 80 have more than 77 tokens, with begin and end, and lose their tail; {folder}/clip" in (
-        capsys.readouterr().out
-    )
+    flags = ["--dataset", "tiny", "--split", "split", "--storage", str(folder / "long"), "--projection-width", "16"]
+    dry_run("pixel_diffusion", *flags, *TEXT)
+    out = capsys.readouterr().out
+    assert f"captions: 40 of 80 have more than 77 tokens, with begin and end, and lose their tail; {folder}/clip" in out
+    number = r"[\d.,]+( M)?"
+    text = rf"{number} of the projection of the text, {number} of the frozen {folder}/clip"
+    assert re.search(rf"parameters of pixel_diffusion: {number} of the U-Net on 3 x 32 x 32, {text}\n", out), out
 
 
 def test_on_an_empty_storage_it_says_what_is_made_first(
