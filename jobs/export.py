@@ -31,6 +31,7 @@ from jobs.runtime.source import output_storage
 from mmcore.catalogue import names
 from mmcore.errors import InputError
 from mmcore.flags import read_settings
+from mmcore.frozen.pretrained import quiet_load
 from mmcore.run_files import read_fields
 from mmcore.storage import Storage, writing
 from mmcore.trained.autoencoder import open_autoencoder
@@ -95,17 +96,21 @@ def _exported(settings: ExportSettings) -> _Exported:
 
 def export(settings: ExportSettings) -> float:
     """Write the folder; returns the largest difference. Raises InputError where it is there already."""
+    import diffusers
+
     if "://" in settings.out:
         raise InputError(f"--out {settings.out}: diffusers reads folders; name one on this machine")
     out = Path(output_storage(settings.out, "--out").uri)
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a new folder")
+    diffusers.utils.logging.disable_progress_bar()
     exported = _exported(settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        with writing(out):
-            exported.model.save_pretrained(folder)
-        found = exported.difference(exported.load(folder))
+        with quiet_load():
+            with writing(out):
+                exported.model.save_pretrained(folder)
+            found = exported.difference(exported.load(folder))
         if not found <= TOLERANCE:
             raise RuntimeError(
                 f"latents or images of the exported model differ by {found:.2g} of 1, more than {TOLERANCE:g}"

@@ -223,10 +223,9 @@ def _totals() -> str:
 
 
 def _own_totals() -> str:
-    """What this machine has, and where Ray was told of another number."""
-    total, cores = ray.cluster_resources(), ray_private.cpus()
-    told = f" ({total['CPU']:g} in Ray's count)" if total["CPU"] != cores else ""
-    return f"{counted(cores, 'CPU core')}{told}, {counted(int(total.get('GPU', 0)), 'GPU')}"
+    """What this machine has."""
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    return f"{counted(ray_private.cpus(), 'CPU core')}, {counted(num_gpus, 'GPU')}"
 
 
 def max_gpus() -> int:

@@ -83,7 +83,7 @@ def read_captions(storage: Storage, dataset: str, split: str) -> CaptionTable:
         with folder.open(names[0]) as file, pq.ParquetFile(file) as part:
             columns = [name for name in part.schema_arrow.names if name.startswith("split")]
         if split not in columns:
-            raise InputError(f"--split {split!r}: {folder} has {', '.join(columns)}")
+            raise InputError(f"--split {split!r}: {folder} has no such column; give --split {' or '.join(columns)}")
     table = read_prepared(storage.uri, dataset, ["image_id", "file_name", "captions", split])
     captions = CaptionTable(
         table["image_id"].to_pylist(),

@@ -32,16 +32,20 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingErr
 
 @contextmanager
 def quiet_load() -> Iterator[None]:
-    """Within the block, transformers prints no progress bar and no report on weights."""
+    """Within the block, transformers prints no progress bar, no report on weights and no attempts to reach the hub."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             logging.enable_progress_bar()
 
@@ -49,7 +53,8 @@ def quiet_load() -> Iterator[None]:
 def _not_found(name: str, flag: str, what: str, error: Exception) -> InputError:
     reason = str(error).strip().splitlines()[0]
     return InputError(
-        f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason})"
+        f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason}); without a "
+        "network, name a local folder"
     )
 
 
@@ -59,7 +64,8 @@ def read_config(name: str, *, flag: str, what: str) -> Any:
 
     try:
         # trust_remote_code is always given. Without it transformers may ask on a terminal whether to run remote code.
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with quiet_load():
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_found(name, flag, what, error) from None
 

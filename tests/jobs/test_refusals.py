@@ -35,7 +35,7 @@ REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
     (train_resnet_captioner, ["--gradient-accumulation", "3"], ["batch_size 8", "3 micro-batches", "--batch-size"]),
     (train_resnet_captioner, ["--max-steps", "0"], ["max_steps 0", "--max-steps"]),
     (train_resnet_captioner, ["--dataset", "nothing"], ["data/nothing", "jobs/prepare.py --dataset nothing"]),
-    (train_resnet_captioner, ["--split", "split_x"], ["--split 'split_x'", "has split"]),
+    (train_resnet_captioner, ["--split", "split_x"], ["--split 'split_x'", "has no such column; give --split split"]),
     (train_resnet_captioner, ["--encoder", "no/such/folder"], ["--encoder 'no/such/folder'"]),
     (train_resnet_captioner, ["--storage", "gs://bucket"], ["'gs://bucket'", "s3://bucket/prefix"]),
     (train_resnet_captioner, ["--num-heads", "3"], ["num_heads 3", "width 32", "--num-heads"]),
