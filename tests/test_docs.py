@@ -1,6 +1,8 @@
 """The documents: the program that a command starts parses it, quick ones run, names and links lead somewhere."""
 
+import base64
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -57,12 +59,16 @@ def without_environment(words: list[str]) -> list[str]:
     return words
 
 
+def without_redirection(words: list[str]) -> list[str]:
+    return words[: words.index(">")] if ">" in words else words
+
+
 def commands(name: str) -> Iterator[list[str]]:
     """The words of each command of a text, in blocks and in sentences."""
     for _fence, _language, block in FENCE.findall(TEXTS[name]):
         if _language == "bash":
             for line in block.replace("\\\n", " ").splitlines():
-                yield without_environment(shlex.split(line, comments=True))
+                yield without_redirection(without_environment(shlex.split(line, comments=True)))
     for command in INLINE.findall(FENCE.sub("", TEXTS[name])):
         yield shlex.split(" ".join(command.split()))
 
@@ -151,6 +157,8 @@ def check(words: list[str]) -> None:
             assert all(re.fullmatch(r"port=\d+", word) for word in rest)
         case ["python", "-m", "serve.control", *rest] | ["serve", "run", *rest]:
             parse_service(rest)
+        case ["python", "-c", code]:
+            compile(code, "-c", "exec")
         case ["python", "-m", module, *argv]:
             parse(f"{module.replace('.', '/')}.py", argv)
         case ["python", _, *flags] if "--help" in flags:
@@ -170,6 +178,7 @@ def check(words: list[str]) -> None:
             parse_click(cli, rest)
         case ["curl", *rest]:
             (path,) = [word.removeprefix(SERVED_AT) for word in rest if word.startswith(SERVED_AT)]
+            path = path.replace("/ID", "/{job_id}")
             assert f'"{path}"' in (ROOT / "serve/routes.py").read_text(), f"no route {path}"
         case []:
             pass
@@ -213,7 +222,7 @@ def test_dry_run(
 ) -> None:
     """On 48 images of the dataset that it reads."""
     _python, file, *argv = words
-    argv = [word.replace("$PWD/", "") for word in argv]
+    argv = [word.replace("$HOME/", "") for word in argv]
     monkeypatch.chdir(tmp_path)
     job: Job[Any] = parse(file, argv)
     tiny.write_dataset(job.storage, job.recipe.dataset)
@@ -243,6 +252,15 @@ def test_scores_of_captions(
     monkeypatch.setattr(sys, "argv", [file, *argv])
     module_of(file).main()
     assert '"bleu4": 100.0' in capsys.readouterr().out
+
+
+def test_images_of_a_job_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [words[2] for _, words in ALL if words[:2] == ["python", "-c"]]
+    data = [{"b64_json": base64.b64encode(image).decode()} for image in (b"first", b"second")]
+    monkeypatch.chdir(tmp_path)
+    Path("job.json").write_text(json.dumps({"status": "done", "result": {"data": data}}))
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    assert [Path(name).read_bytes() for name in ("0.png", "1.png")] == [b"first", b"second"]
 
 
 def test_runs_that_are_read_are_trained() -> None:
