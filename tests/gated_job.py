@@ -51,7 +51,10 @@ def gated(setup: Callable[..., Setup]) -> Callable[..., Setup]:
 
 
 def main() -> None:
-    module: Any = importlib.import_module(f"jobs.{sys.argv.pop(1)}")
+    name = sys.argv.pop(1)
+    # The command that an interrupted job names.
+    sys.argv[0] = f"jobs/{name}.py"
+    module: Any = importlib.import_module(f"jobs.{name}")
     if module is jobs.caption:
         module.CaptionImages = GatedCaptions
     else:

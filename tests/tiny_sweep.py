@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -135,6 +136,8 @@ def check_image(data: bytes, prompt: str, seed: int) -> None:
 
 
 def main() -> None:
+    # An interrupted job names its command, where it is a job that goes on.
+    sys.argv[0] = "jobs/generate.py"
     jobs.runtime.cluster.MIN_LOCAL_CPUS = 2
     ray._private.utils.get_num_cpus = lambda *_, **__: 2
     settings, options = parse_with_options(GenerateSettings, open_tiny, {"any": DiffusionOptions()}, "", "tiny_sweep")
