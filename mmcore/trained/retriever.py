@@ -3,7 +3,7 @@
 Shapes: B images or texts, Q features of an image, F features, T tokens, P pixels a side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -32,7 +32,8 @@ def open_retriever(source: str, *, encoder: str | None = None) -> Retriever:
     Raises InputError if `source` is not a finished run of a retriever.
     """
     run = Storage(source)
-    return TrainedPair(run, read_model_file(run, "retriever"), encoder)
+    file = read_model_file(run, "retriever")
+    return BY_FACTS[type(file.facts)](run, file, encoder)
 
 
 class TrainedPair:
@@ -84,3 +85,9 @@ class TrainedPair:
             ids_BT[row, : len(ids)] = torch.tensor(ids)
         mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
         return self.model.text_features(ids_BT.to(self.device), mask_BT.to(self.device)).float().cpu()
+
+
+BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Retriever]] = {
+    ContrastiveFacts: TrainedPair,
+}
+"""The class that opens a run, by the type of its facts."""

@@ -23,7 +23,7 @@ from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
-from mmcore.trained import autoencoder, captioner, generator
+from mmcore.trained import autoencoder, captioner, generator, retriever
 from mmcore.trained.autoencoder import open_autoencoder
 from mmcore.trained.generator import open_generator
 
@@ -255,7 +255,7 @@ def test_words_that_no_caption_held_are_told(pixel_run: Storage) -> None:
 def test_the_facts_type_of_a_recipe_says_what_opens_its_runs(
     pixel_run: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doors = {"captioner": captioner, "generator": generator, "autoencoder": autoencoder}
+    doors = {"captioner": captioner, "generator": generator, "autoencoder": autoencoder, "retriever": retriever}
     for name, entry in RECIPES.items():
         assert entry.facts_type in doors[entry.kind].BY_FACTS, name
     monkeypatch.setitem(generator.BY_FACTS, DiffusionFacts, lambda run, file, text_encoder: (run.uri, text_encoder))
