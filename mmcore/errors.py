@@ -1,6 +1,7 @@
 """The exceptions for bad input, which the user can correct, and checks that many settings share."""
 
 import shlex
+from typing import Any
 
 
 class InputError(ValueError):
@@ -38,6 +39,14 @@ def check_share(settings: object, *names: str) -> None:
         if not 0 <= getattr(settings, name) < 1:
             flag = name.replace("_", "-")
             raise InputError(f"{name} {getattr(settings, name)} must be from 0 to below 1; change --{flag}")
+
+
+def check_heads(settings: Any) -> None:
+    """Raise InputError, naming both flags, for a `num_heads` of `settings` that does not divide its `width`."""
+    if settings.width % settings.num_heads:
+        raise InputError(
+            f"num_heads {settings.num_heads} does not divide width {settings.width}; change --num-heads or --width"
+        )
 
 
 def not_prepared(folder: object, dataset: str, storage: object) -> InputError:

@@ -20,7 +20,7 @@ from mmcore.captioners.qformer_losses import itc_loss, similarities
 from mmcore.captioners.token_tower import TokenTower
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.distributed import gathered
-from mmcore.errors import InputError, check_at_least_one, check_share
+from mmcore.errors import InputError, check_at_least_one, check_heads, check_share
 from mmcore.frozen.pretrained import sha256_of
 from mmcore.frozen.text import config_to_json, load_text_model, text_model_from_json
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
@@ -106,10 +106,7 @@ class ContrastiveRecipe:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 0; change --{flag}")
         if self.max_length < 2:
             raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); change --max-length")
-        if self.width % self.num_heads:
-            raise InputError(
-                f"num_heads {self.num_heads} does not divide width {self.width}; change --num-heads or --width"
-            )
+        check_heads(self)
         if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
             raise InputError(
                 f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "

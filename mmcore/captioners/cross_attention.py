@@ -17,7 +17,7 @@ from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import GREEDY, SearchOptions
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.decoder import Packing, dropout
-from mmcore.errors import InputError, check_at_least_one, check_share
+from mmcore.errors import InputError, check_at_least_one, check_heads, check_share
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
 from mmcore.frozen.vision import PATCH, SCRATCH, ScratchEncoder, Tokens
 from mmcore.losses import Loss, Mean, Outputs
@@ -96,10 +96,7 @@ class CrossAttentionCaptionerRecipe:
         check_share(self, "dropout", "attention_dropout", "image_dropout", "label_smoothing")
         if self.max_length < 2:
             raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); change --max-length")
-        if self.width % self.num_heads:
-            raise InputError(
-                f"num_heads {self.num_heads} does not divide width {self.width}; change --num-heads or --width"
-            )
+        check_heads(self)
         if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
             raise InputError(
                 f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "

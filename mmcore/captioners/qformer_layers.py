@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.decoder import Cache, Packing, attention, dropout, merge_heads, split_heads
-from mmcore.errors import InputError, check_at_least_one, check_share
+from mmcore.errors import check_at_least_one, check_heads, check_share
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of an attention, split into heads."""
@@ -45,10 +45,7 @@ class QFormerSettings:
         sizes = ("width", "num_layers", "num_heads", "ffn_width", "num_queries", "memory_width", "cross_every")
         check_at_least_one(self, *sizes, "max_positions")
         check_share(self, "dropout", "attention_dropout")
-        if self.width % self.num_heads:
-            raise InputError(
-                f"num_heads {self.num_heads} does not divide width {self.width}; change --num-heads or --width"
-            )
+        check_heads(self)
 
 
 @dataclass

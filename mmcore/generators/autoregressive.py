@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.decoder import DecoderLayers, LayerSettings, Packing, dropout, mask_to_bias
-from mmcore.errors import InputError, OptionError, check_at_least_one, check_share
+from mmcore.errors import InputError, OptionError, check_at_least_one, check_heads, check_share
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.code_sampling import draw_codes, guidance_at, uniforms
 from mmcore.generators.facts import AutoregressiveFacts
@@ -50,10 +50,7 @@ class TransformerSettings:
         """Raise InputError for invalid settings. The recipe calls this: tyro would reformat an error of a nested
         field."""
         check_at_least_one(self, "width", "num_layers", "num_heads", "ffn_width")
-        if self.width % self.num_heads:
-            raise InputError(
-                f"num_heads {self.num_heads} does not divide width {self.width}; change --num-heads or --width"
-            )
+        check_heads(self)
         check_share(self, "dropout")
 
 
