@@ -6,17 +6,16 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokens_of
+from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import read_model_file
-from mmcore.errors import InputError
-from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.tokenizers import read_caption_tokenizer
-from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
+from mmcore.frozen.vision import FrozenVisionEncoder
 from mmcore.recipe import Captioner, Identity
 from mmcore.run_files import TOKENIZER_ASSET, RunFile
 from mmcore.storage import Storage
 from mmcore.text import CaptionTokenizer, WordVocabulary
+from mmcore.trained.image_encoder import encoder_name, load_encoder
 from mmcore.trained.network import load_network
 
 
@@ -46,11 +45,7 @@ class TrainedCaptioner:
 
     def __init__(self, run: Storage, file: RunFile[CaptionerRecipe, CaptionerFacts], encoder: str | None) -> None:
         self.run, self.file, self.recipe = run, file, file.recipe
-        is_scratch = self.recipe.encoder == SCRATCH
-        if is_scratch and encoder is not None:
-            raise InputError(f"--encoder {encoder!r}: this run trained its own encoder; leave the flag out")
-        # Absolute, as `load` may run in another working directory.
-        self.encoder_name = None if is_scratch else absolute_folder(encoder or self.recipe.encoder)
+        self.encoder_name = encoder_name(self.recipe, encoder)
         self.image_size: int = self.recipe.image_size
         self.max_length: int = self.recipe.max_length
 
@@ -62,18 +57,10 @@ class TrainedCaptioner:
 
     def load(self, device: str = "cpu") -> Self:
         """Read the weights and return self. Raises InputError if they or the encoder differ from recipe.json."""
-        facts = self.file.facts
         self.device = torch.device(device)
         self.tokenizer = self._tokenizer()
         self.model = load_network(self.run, self.file, self.device)
-        self.encoder = None
-        if self.encoder_name is not None:
-            tokens = tokens_of(self.recipe)
-            self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device, tokens=tokens)
-            if self.encoder.fingerprint() != facts.encoder_fingerprint:
-                raise InputError(
-                    f"--encoder {self.encoder_name!r}: {self.run} was trained on another encoder; name that one"
-                )
+        self.encoder = load_encoder(self.encoder_name, self.run, self.file, device)
         return self
 
     def _tokenizer(self) -> CaptionTokenizer:

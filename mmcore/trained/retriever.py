@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from mmcore.captioners.contrastive import ContrastiveRecipe
-from mmcore.captioners.facts import ContrastiveFacts, tokens_of
+from mmcore.captioners.facts import ContrastiveFacts
 from mmcore.catalogue import read_model_file
-from mmcore.errors import InputError
-from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.tokenizers import read_caption_tokenizer
-from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
+from mmcore.frozen.vision import FrozenVisionEncoder
 from mmcore.recipe import Identity, Retriever
 from mmcore.run_files import TOKENIZER_ASSET, RunFile
 from mmcore.storage import Storage
+from mmcore.trained.image_encoder import encoder_name, load_encoder
 from mmcore.trained.network import load_network
 
 
@@ -44,11 +43,7 @@ class TrainedPair:
 
     def __init__(self, run: Storage, file: RunFile[ContrastiveRecipe, ContrastiveFacts], encoder: str | None) -> None:
         self.run, self.file, self.recipe = run, file, file.recipe
-        is_scratch = self.recipe.encoder == SCRATCH
-        if is_scratch and encoder is not None:
-            raise InputError(f"--encoder {encoder!r}: this run trained its own encoder; leave the flag out")
-        # Absolute, as `load` may run in another working directory.
-        self.encoder_name = None if is_scratch else absolute_folder(encoder or self.recipe.encoder)
+        self.encoder_name = encoder_name(self.recipe, encoder)
         self.image_size, self.max_length = self.recipe.image_size, self.recipe.max_length
 
     def identity(self) -> Identity:
@@ -61,14 +56,7 @@ class TrainedPair:
         if not self.recipe.train_text_encoder:
             # The run saves what it trained, so a frozen text encoder is read again.
             self.model.load_pretrained()
-        self.encoder = None
-        if self.encoder_name is not None:
-            tokens = tokens_of(self.recipe)
-            self.encoder = FrozenVisionEncoder(self.encoder_name, self.image_size, device, tokens=tokens)
-            if self.encoder.fingerprint() != self.file.facts.encoder_fingerprint:
-                raise InputError(
-                    f"--encoder {self.encoder_name!r}: {self.run} was trained on another encoder; name that one"
-                )
+        self.encoder = load_encoder(self.encoder_name, self.run, self.file, device)
         return self
 
     @torch.inference_mode()
