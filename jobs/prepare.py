@@ -13,7 +13,6 @@ command starts over. Hardware: any; Flickr8k takes well under a minute on 2 core
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import math
@@ -22,7 +21,6 @@ import re
 import shlex
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +41,7 @@ from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.huggingface import looks_like_hub_name
 from mmcore.data.photos import SPLIT_COLUMNS, photo_row
-from mmcore.data.prepared import TEST, TRAIN, VALIDATION
+from mmcore.data.prepared import TEST, TRAIN, VALIDATION, DatasetSummary
 from mmcore.data.shapes import MAX_OBJECTS, SPLITS, ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
@@ -63,7 +61,7 @@ MAX_BYTES_PER_FILE = 256 * 2**20
 POLL_INTERVAL_S = 0.5
 # That of the published captioner; the default of `best` is the report's.
 _ENCODER = "google/mobilenet_v2_1.0_224"
-_DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _COMMON_FIELDS = [
     pa.field("image_id", pa.string()),
     pa.field("file_name", pa.string()),
@@ -93,7 +91,7 @@ class PrepareSettings:
 
     def check(self) -> None:
         """Raise InputError where the fields do not go together."""
-        if not _DATASET_NAME.fullmatch(self.dataset):
+        if not DATASET_NAME.fullmatch(self.dataset):
             raise InputError(
                 f"--dataset {self.dataset!r}: use lower-case letters, digits, - and _; "
                 "the name of a Hugging Face dataset goes into --source"
@@ -316,33 +314,20 @@ def _inspect(plan: _Plan, attempt: Storage, report: Report, watchdog: Watchdog) 
         )
     filesystem, path = attempt.arrow()
     image_ids: list[str] = []
-    num_captions = 0
-    splits: dict[str, Counter[str]] = {column: Counter() for column in plan.split_columns}
-    fingerprint = hashlib.sha256()
+    counted_rows = DatasetSummary(plan.split_columns)
     for name, part in zip(names, plan.parts, strict=True):
         num_expected = len(image_ids) + len(part)
         with filesystem.open_input_file(f"{path}/{name}") as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     image_ids.append(row["image_id"])
-                    num_captions += len(row["captions"])
-                    for column in plan.split_columns:
-                        splits[column][row[column]] += 1
-                    text = json.dumps([row["image_id"], row["captions"]], ensure_ascii=False).encode()
-                    for data in (text, row["image"]):
-                        # The length first, so that no two datasets spell the same bytes.
-                        fingerprint.update(len(data).to_bytes(8, "little") + data)
+                    counted_rows.add(row)
                 report(len(image_ids), plan.num_rows)
                 watchdog.beat()
         assert len(image_ids) == num_expected, f"{name}: {len(image_ids)} rows up to here, not {num_expected}"
     assert len(set(image_ids)) == plan.num_rows, "an image landed twice"
     assert plan.image_ids is None or image_ids == plan.image_ids, "the rows landed out of order"
-    return {
-        "num_images": len(image_ids),
-        "num_captions": num_captions,
-        "splits": {column: dict(counts) for column, counts in splits.items()},
-        "fingerprint": fingerprint.hexdigest(),
-    }
+    return counted_rows.facts()
 
 
 @contextmanager

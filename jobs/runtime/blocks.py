@@ -72,6 +72,8 @@ class Blocks:
     ids_sha256: str
     left_out: tuple[str, ...] = ()
     """The places of rows of the source that have no image_id, and are in no block."""
+    columns: tuple[str, ...] = ()
+    """Columns of the shards that a worker is given beside the images."""
 
     def num_rows_of(self, block: int) -> int:
         if isinstance(self.items, _SlicedColumns):

@@ -75,7 +75,7 @@ def _nobody_reads_stdout() -> bool:
 
 
 # Jobs that commit parts of their work, beside the trainings.
-_GO_ON = ("caption.py", "generate.py", "demo.py")
+_GO_ON = ("caption.py", "capfilt.py", "generate.py", "demo.py")
 
 
 def still_ending(number: int, frame: FrameType | None) -> None:

@@ -225,9 +225,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
-def read_block(source: Storage, item: SourceItem) -> ImageRows:
+def read_block(source: Storage, item: SourceItem, columns: Sequence[str] = ()) -> ImageRows:
     """The rows of one block: lists under ``image_id``, ``file_name`` and ``image`` (encoded bytes, or None for a null).
 
+    Of shards, also under the names of `columns`, as they are there.
     ``gone`` lists the files of the block that are no longer there; their image is None.
     """
     if "files" in item:
@@ -239,7 +240,7 @@ def read_block(source: Storage, item: SourceItem) -> ImageRows:
         return {"image_id": ids, "file_name": list(item["files"]), "image": images, "gone": item["gone"]}
     with _opened(source, item["shard"]) as file:
         schema = file.schema_arrow
-        names = ["image_id", "image"]
+        names = ["image_id", "image", *columns]
         if "file_name" in schema.names and _is_text(_plain(schema.field("file_name").type)):
             names.append("file_name")
         table = file.read_row_group(item["row_group"], columns=names)
@@ -248,10 +249,11 @@ def read_block(source: Storage, item: SourceItem) -> ImageRows:
     part = table.slice(first, last - first + 1).to_pydict()
     rows = {name: [values[row - first] for row in item["rows"]] for name, values in part.items()}
     ids = [str(image_id) for image_id in rows["image_id"]]
-    return {
+    read: ImageRows = {
         "image_id": ids,
         "file_name": [name or image_id for name, image_id in zip(rows.get("file_name", ids), ids, strict=True)],
         # Hugging Face writes a struct of bytes and path.
         "image": [image["bytes"] if isinstance(image, dict) else image for image in rows["image"]],
         "gone": [],
     }
+    return cast(ImageRows, {**read, **{name: rows[name] for name in columns}})

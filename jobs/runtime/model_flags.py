@@ -19,17 +19,19 @@ def parse_with_options(
     description: str,
     command: str,
     argv: list[str] | None = None,
+    flag: str = "--run",
 ) -> tuple[Settings, Any]:
-    """Read ``--run`` first; the options of that model are then flags, with its defaults, and what ``--help`` shows.
+    """Read `flag`, which names a run, first. The options of its model are then flags, with its defaults.
 
     Args:
         open_model: run -> what has ``options``, a dataclass.
+        flag: the flag that names the run.
         families: the usual options by the kind of the model; ``--help`` shows the first where no run is named.
     Raises InputError where `open_model` does.
     """
     argv = sys.argv[1:] if argv is None else argv
     (kind, options), *others = families.items()
-    title, run = f"options of {kind}", value_given(argv, "--run")
+    title, run = f"options of {kind}", value_given(argv, flag)
     if run is not None:
         options, others, title = open_model(run).options, [], f"options of the model of {run}"
 
@@ -46,7 +48,9 @@ def parse_with_options(
         command,
         Help(
             titles={_flags(options)[0]: title},
-            ending=" ".join(f"Instead of these, {other} has {_listed(each)}: add --run RUN." for other, each in others),
+            ending=" ".join(
+                f"Instead of these, {other} has {_listed(each)}: add {flag} RUN." for other, each in others
+            ),
         ),
     )
 

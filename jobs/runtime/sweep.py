@@ -390,11 +390,11 @@ class _ItemHolder:
 
 def _results(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_workers: int) -> Iterator[BlockResult]:
     """Read (tasks) -> work and commit (actors), streamed by Ray Data; one row is one block."""
-    source, items = blocks.source, _StoredItems(blocks, todo)
+    source, columns, items = blocks.source, blocks.columns, _StoredItems(blocks, todo)
 
     def read(row: BlockRow) -> BlockRow:
         assert source is not None
-        return {"block": row["block"], "rows": read_block(source, cast(SourceItem, items[int(row["block"])]))}
+        return {"block": row["block"], "rows": read_block(source, cast(SourceItem, items[int(row["block"])]), columns)}
 
     dataset: ray.data.Dataset = ray.data.from_items([{"block": block} for block in todo], override_num_blocks=len(todo))
     if source is None:

@@ -1,9 +1,11 @@
 """What jobs/prepare.py left under STORAGE/data/DATASET: its facts, its columns, and its captions as training rows."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +39,34 @@ class CaptionTable:
     def validation_rows(self) -> list[int]:
         """The rows of `validation_split`."""
         return self.rows(self.validation_split)
+
+
+class DatasetSummary:
+    """Counts and fingerprint of the rows of a prepared dataset, which are added in order."""
+
+    def __init__(self, split_columns: Sequence[str]) -> None:
+        self.num_images = self.num_captions = 0
+        self._splits: dict[str, Counter[str]] = {column: Counter() for column in split_columns}
+        self._sha256 = hashlib.sha256()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.num_images += 1
+        self.num_captions += len(row["captions"])
+        for column, counts in self._splits.items():
+            counts[row[column]] += 1
+        text = json.dumps([row["image_id"], row["captions"]], ensure_ascii=False).encode()
+        for data in (text, row["image"]):
+            # The length first, so that no two datasets spell the same bytes.
+            self._sha256.update(len(data).to_bytes(8, "little") + data)
+
+    def facts(self) -> dict[str, Any]:
+        """num_images, num_captions, splits ({column: {value: count}}) and fingerprint, as ``_SUCCESS`` has them."""
+        return {
+            "num_images": self.num_images,
+            "num_captions": self.num_captions,
+            "splits": {column: dict(counts) for column, counts in self._splits.items()},
+            "fingerprint": self._sha256.hexdigest(),
+        }
 
 
 def read_dataset_facts(storage: Storage, dataset: str) -> dict:
