@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from serve import images, schemas
 from serve.clients import Model, model_unavailable
 from serve.errors import ApiError, ErrorObject, bad_value, fault, quoted
+from serve.event_stream import DONE, KEEP_ALIVE, KEEP_ALIVE_S, EventStream, broken_off, event
 from serve.front import Front, facts_of_request
 from serve.metrics import logger, note_slowest
 from serve.parsing import parse
@@ -67,10 +68,58 @@ class CaptionRoutes:
         facts = facts_of_request(request)
         facts.update(model=model.name, n=1)
         words = [front.limits.caption_words, asked.max_tokens, asked.max_completion_tokens]
-        with front.admission.enter({model.name: 1}):
-            image, max_words = _Image(data, param), min(each for each in words if each)
-            caption = await self._caption(model, image, max_words, facts)
-        return JSONResponse(schemas.chat_answer(facts["request_id"], model.name, caption, max_words, ignored))
+        image, max_words = _Image(data, param), min(each for each in words if each)
+        with contextlib.ExitStack() as held:
+            held.enter_context(front.admission.enter({model.name: 1}))
+            info, prompt = cast("CaptionerInfo", await model.info()), None
+            if info["takes_prompt"]:
+                prompt, ignored = schemas.prompt_of_chat(asked, front.limits, ignored)
+            if not asked.stream:
+                caption = await self._caption(model, image, max_words, facts, prompt)
+                return JSONResponse(schemas.chat_answer(facts["request_id"], model.name, caption, max_words, ignored))
+            # A broken image is refused before the stream begins.
+            await self._decode(image, {info["resolution"]})
+            include_usage = (asked.stream_options or {}).get("include_usage") is True
+            ignored = [place for place in ignored if place != "stream_options"]
+
+            async def answer() -> dict[str, Any]:
+                caption = await self._caption(model, image, max_words, facts, prompt)
+                return schemas.chat_answer(facts["request_id"], model.name, caption, max_words, ignored)
+
+            return EventStream(self._chunks(answer, model, facts, include_usage=include_usage), held.pop_all())
+
+    async def _chunks(
+        self,
+        answer: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
+        model: Model,
+        line: dict[str, Any],
+        *,
+        include_usage: bool,
+    ) -> AsyncGenerator[bytes, None]:
+        """The chunks of a chat as server-sent events, or an error at their end. `line`: what is logged."""
+        timeout_s = self._front.limits.request_timeout_s
+        deadline = time.monotonic() + timeout_s
+        waiting = asyncio.ensure_future(answer())
+        try:
+            while not waiting.done():
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise ApiError(503, f"no answer within {timeout_s:g} s", code="timeout")
+                await asyncio.wait([waiting], timeout=min(left_s, KEEP_ALIVE_S))
+                if not waiting.done():
+                    yield KEEP_ALIVE
+            for chunk in schemas.chat_chunks(waiting.result(), include_usage=include_usage):
+                yield event(chunk)
+            yield DONE
+        except ApiError as error:
+            yield broken_off(self._front, error, line)
+        except Exception:
+            # The status was sent before. Without an event the client would take this for a good end.
+            logger.exception("stream failed", extra={"fields": {"request_id": line["request_id"], "model": model.name}})
+            yield broken_off(self._front, fault(line["request_id"]), line)
+        finally:
+            waiting.cancel()
+            await asyncio.wait([waiting])
 
     async def captions(self, request: Request) -> Response:
         front = self._front
@@ -192,14 +241,18 @@ class CaptionRoutes:
             logger.exception("captioner failed", extra={"fields": about})
             return fault(line["request_id"])
 
-    async def _caption(self, model: Model, image: "_Image", max_words: int, line: dict[str, Any]) -> str:
+    async def _caption(
+        self, model: Model, image: "_Image", max_words: int, line: dict[str, Any], prompt: str | None = None
+    ) -> str:
         """`line`: what is logged of the request."""
         sizes = {cast("CaptionerInfo", await model.info())["resolution"]}
         for _ in range(_MAX_VERSIONS):
             if missing := sizes - set(image.pixels):
                 await self._decode(image, missing)
             pixels = {size: image.pixels[size] for size in sizes}
-            done: Captioned | OtherResolution = await model.replica.call("caption", pixels, max_words)
+            done: Captioned | OtherResolution = await model.replica.call(
+                "caption", pixels, max_words, *([] if prompt is None else [prompt])
+            )
             if "caption" in done:
                 self._front.metrics.observe(model.name, done["facts"])
                 note_slowest(line, done["facts"])

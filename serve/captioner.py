@@ -15,6 +15,11 @@ from serve.metrics import ImageFacts, configure_logging, facts_of
 
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 16, 64
 
+# What the images of a batch share: the search options, and whether they have prompts.
+Group = tuple[Any, bool]
+# Pixels and prompt of an image.
+Sample = tuple[np.ndarray, str | None]
+
 
 class CaptionerLimits(TypedDict):
     """The most that a request may send to a captioner."""
@@ -33,6 +38,8 @@ class CaptionerInfo(TypedDict):
     owned_by: str
     kind: Literal["captioner"]
     resolution: int
+    takes_prompt: bool
+    """Whether the words of a chat are its prompt."""
     options: None
     defaults: None
     limits: CaptionerLimits
@@ -63,7 +70,7 @@ class Captioner:
         device, thread = hardware.device(), compute_thread(hardware.num_threads(limits))
         self.model = thread.submit(load, device).result()
         default = _CPU_BATCH_SIZE if device == "cpu" else _GPU_BATCH_SIZE
-        self.batcher: Batcher[np.ndarray, str] = Batcher(
+        self.batcher: Batcher[Sample, str] = Batcher(
             self._run,
             batch_size=limits.captioner_batch_size or default,
             wait_s=limits.batch_wait_s,
@@ -83,6 +90,7 @@ class Captioner:
             "owned_by": "mmcore",
             "kind": "captioner",
             "resolution": self.model.image_size,
+            "takes_prompt": self.model.takes_prompt,
             "options": None,
             "defaults": None,
             "limits": {
@@ -93,8 +101,12 @@ class Captioner:
             },
         }
 
-    async def caption(self, pixels: Mapping[int, np.ndarray], max_words: int) -> Captioned | OtherResolution:
+    async def caption(
+        self, pixels: Mapping[int, np.ndarray], max_words: int, prompt: str | None = None
+    ) -> Captioned | OtherResolution:
         """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by size P.
+
+        `prompt`: only for a model that takes one. Images with prompts share their batches.
 
         If none has this model's size, the caller knew another version of the model. The answer is then the
         `resolution` of this one.
@@ -105,8 +117,12 @@ class Captioner:
         caps = {"words": max_words, "beams": self.limits.caption_beams}
         own = {name: caps[what] for what, name in recipe.capped_fields(self.model.options).items()}
         options = dataclasses.replace(self.model.options, **own)
-        result = await self.batcher.submit(options, pixels[resolution])
+        result = await self.batcher.submit((options, prompt is not None), (pixels[resolution], prompt))
         return {"caption": result.value, "facts": facts_of(result)}
 
-    def _run(self, options: Any, pixels: list[np.ndarray], on_step: Callable[[int, int], None]) -> Sequence[str]:
-        return self.model.caption(np.stack(pixels), options)
+    def _run(self, group: Group, samples: list[Sample], on_step: Callable[[int, int], None]) -> Sequence[str]:
+        options, with_prompts = group
+        pixels = np.stack([each for each, _ in samples])
+        if not with_prompts:
+            return self.model.caption(pixels, options)
+        return self.model.caption(pixels, options, [str(prompt) for _, prompt in samples])

@@ -122,6 +122,8 @@ class Model:
         info = await self.told()
         known = {"id": self.name, "object": "model", "created": self._created, "owned_by": "mmcore", "kind": self.kind}
         unknown = {"resolution": None, "options": None, "defaults": None, "limits": None}
+        if self.kind == "captioner":
+            unknown["takes_prompt"] = None
         return {**known, **unknown, **(self._info[1] if info is None else info), "ready": info is not None}
 
     async def refusal(self, work: GenerateWork) -> ApiError | None:

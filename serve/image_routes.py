@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
-import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from mmcore.storage import Storage
 from serve import schemas
 from serve.clients import Model, Replica
 from serve.errors import ApiError, bad_value, fault, quoted
+from serve.event_stream import KEEP_ALIVE, KEEP_ALIVE_S, EventStream, broken_off, event
 from serve.front import Front, facts_of_request
 from serve.image_jobs import FinishedJob, RefusedJob, SubmittedJob, UnfinishedJob, new_id
 from serve.images import to_base64
@@ -22,28 +22,9 @@ from serve.metrics import logger, note_slowest
 from serve.options import with_options
 from serve.parsing import parse
 from serve.schemas import GenerateWork
-from serve.security import Receive, Scope, Send
 
 if TYPE_CHECKING:
     from serve.generator import GeneratorInfo, LastEvent
-
-# Sent while a stream has nothing to say, so that nothing between here and the client closes it.
-_KEEP_ALIVE_S = 15.0
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events. When they end, in whatever way, the request's places in the queue are freed."""
-
-    def __init__(self, events: AsyncGenerator[bytes, None], held: contextlib.ExitStack) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-        self._events, self._held = events, held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._held.close()
-            await self._events.aclose()
 
 
 class ImageRoutes:
@@ -60,7 +41,7 @@ class ImageRoutes:
         with contextlib.ExitStack() as held:
             held.enter_context(front.admission.enter({model.name: len(work.seeds)}))
             if asked.stream:
-                return _EventStream(self._events(model, work, links, line), held.pop_all())
+                return EventStream(self._events(model, work, links, line), held.pop_all())
             done: LastEvent = await model.replica.call("generate", work)
             return JSONResponse(await self._answer(model, work, done, links, line))
 
@@ -137,36 +118,31 @@ class ImageRoutes:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise ApiError(503, f"no answer within {timeout_s:g} s", code="timeout")
-                await asyncio.wait([waiting], timeout=min(left_s, _KEEP_ALIVE_S))
+                await asyncio.wait([waiting], timeout=min(left_s, KEEP_ALIVE_S))
                 if not waiting.done():
-                    yield b": alive\n\n"
+                    yield KEEP_ALIVE
                     continue
-                event, waiting = waiting.result(), None
-                name = event.pop("event")
+                told, waiting = waiting.result(), None
+                name = told.pop("event")
                 if name in ("done", "refused"):
-                    last = cast("LastEvent", {"event": name, **event})
+                    last = cast("LastEvent", {"event": name, **told})
                     answer = await self._answer(model, work, last, links, line)
                     for completed in schemas.completed_events(answer):
-                        yield _sse(completed["type"], completed)
-                    yield _sse("done", {"type": "image_generation.done", **answer})
+                        yield event(completed, completed["type"])
+                    yield event({"type": "image_generation.done", **answer}, "done")
                     return
-                yield _sse(name, {"type": f"image_generation.{name}", **event})
+                yield event({"type": f"image_generation.{name}", **told}, name)
         except ApiError as error:
-            yield self._broken_off(error, line)
+            yield broken_off(self._front, error, line)
         except Exception:
             # The status was sent before. Without an event the client would take this for a good end.
             logger.exception("stream failed", extra={"fields": {"request_id": work.request_id, "model": model.name}})
-            yield self._broken_off(fault(work.request_id), line)
+            yield broken_off(self._front, fault(work.request_id), line)
         finally:
             if waiting is not None:
                 waiting.cancel()
                 await asyncio.wait([waiting])
             await source.aclose()
-
-    def _broken_off(self, error: ApiError, line: dict[str, Any]) -> bytes:
-        line["error"] = error.code
-        self._front.metrics.refused.labels(error.code or "other").inc()
-        return _sse("error", error.body())
 
     # --- Jobs ------------------------------------------------------------------------------------------------
 
@@ -213,7 +189,3 @@ class ImageRoutes:
             result = schemas.generation_answer(GenerateWork.from_json(job["work"]), job["model"], job["created"], data)
         names: tuple[Literal["id", "status", "progress", "error"], ...] = ("id", "status", "progress", "error")
         return JSONResponse({**{name: job[name] for name in names}, "result": result})
-
-
-def _sse(event: str, data: Mapping[str, Any]) -> bytes:
-    return f"event: {event}\ndata: {json.dumps(data)}\n\n".encode()

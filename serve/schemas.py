@@ -86,6 +86,7 @@ class ImagePart(Strict):
 class TextPart(Strict):
     type: Literal["text"]
     text: Annotated[str, UNREAD]
+    """Words of the prompt, where the captioner takes one; else not read."""
     prompt_cache_breakpoint: _UnreadObject = None
 
 
@@ -101,7 +102,7 @@ _Part = Annotated[ImagePart | TextPart, Field(discriminator="type"), BeforeValid
 
 class Message(Strict):
     role: Literal["user", "system", "developer"]
-    """One message is the user's; the others are not read."""
+    """One message is the user's."""
     content: str | list[_Part]
     """Parts, one of them an image: {"type": "image_url", "image_url": {"url": "data:..."}}."""
     name: _UnreadText = None
@@ -110,8 +111,8 @@ class Message(Strict):
 class ChatRequest(Strict):
     """POST /v1/chat/completions: a message of the user with one image.
 
-    Text may stand beside the image, and messages of the system before it. Captioners do not read them, and the caption
-    is the same without them.
+    Text may stand beside the image, and messages of the system before it. All words together are the prompt of a
+    captioner that takes one (`takes_prompt` of GET /v1/models). Other captioners do not read them.
     """
 
     messages: list[Message]
@@ -122,8 +123,10 @@ class ChatRequest(Strict):
     """Longest caption, in words."""
     max_completion_tokens: int | None = Field(None, ge=1)
     """The same as `max_tokens`."""
-    stream: Annotated[bool | None, only(False, why="a caption comes at once; leave it out")] = None
-    stream_options: _UnreadObject = None
+    stream: bool | None = None
+    """Server-sent events: chunks of the caption, and [DONE] at the end."""
+    stream_options: Annotated[dict[str, Any] | None, UNREAD] = None
+    """{"include_usage": true} sends the number of words before the end; read with `stream` alone."""
     n: Annotated[int | None, only(1, why="an image has one caption; give 1")] = None
     temperature: _UnreadNumber = None
     top_p: _UnreadNumber = None
@@ -261,6 +264,37 @@ def image_of_chat(request: ChatRequest) -> tuple[str, str, list[str]]:
     if len(images) != 1:
         raise bad_value(param, f"{len(images)} images; give one, or send several to POST /v1/captions")
     return *images[0], ignored
+
+
+def prompt_of_chat(request: ChatRequest, limits: Limits, ignored: list[str]) -> tuple[str | None, list[str]]:
+    """The words of all messages, a line each text, and `ignored` without their places; None for a chat without words.
+
+    Raises ApiError for words that are too long, or that no tokenizer takes.
+    """
+    texts: list[str] = []
+    read = set()
+    for number, message in enumerate(request.messages):
+        if isinstance(message.content, str):
+            texts.append(message.content)
+        else:
+            texts += [part.text for part in message.content if isinstance(part, TextPart)]
+        read.add(f"messages.{number}")
+        read |= {f"messages.{number}.content.{index}.text" for index in range(len(message.content))}
+    prompt = "\n".join(text for text in texts if text.strip())
+    check_text(prompt, limits.max_prompt_chars, "messages")
+    return (prompt or None), [place for place in ignored if place not in read]
+
+
+def chat_chunks(answer: dict[str, Any], *, include_usage: bool) -> list[dict[str, Any]]:
+    """The chunks of a chat that is streamed: the caption, why it ended and, if wanted, the number of words."""
+    about = {name: answer[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
+    ((choice,), ignored) = answer["choices"], answer.get("ignored")
+    told = {"ignored": ignored} if ignored else {}
+    delta = {"role": "assistant", "content": choice["message"]["content"]}
+    open_choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+    ended = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+    usage = [{**about, "choices": [], "usage": answer["usage"]}] if include_usage else []
+    return [{**about, **told, "choices": [open_choice]}, {**about, "choices": [ended]}, *usage]
 
 
 def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignored: list[str]) -> dict[str, Any]:

@@ -143,6 +143,7 @@ class FakeCaptioner:
     """Names the colour of an image. A batch does not finish while `gate` is closed."""
 
     options: Any = FakeSearch()
+    takes_prompt = False
 
     def __init__(self, prefix: str = "a", batch_s: float = 0.0, resolution: int = SIZE) -> None:
         self.image_size, self.prefix, self.batch_s = resolution, prefix, batch_s
@@ -151,8 +152,11 @@ class FakeCaptioner:
         self.num_beams: set[int] = set()
         self.num_threads: set[int] = set()
 
-    def caption(self, pixels: np.ndarray, options: FakeSearch) -> list[str]:
+    def caption(self, pixels: np.ndarray, options: FakeSearch, prompts: Sequence[str] | None = None) -> list[str]:
+        """A prompt is said again before the picture."""
         assert pixels.shape[1:] == (self.image_size, self.image_size, 3)
+        assert prompts is None or self.takes_prompt
+        said = [""] * len(pixels) if prompts is None else [f"{prompt}: " for prompt in prompts]
         self.batches.append(len(pixels))
         self.num_beams.add(options.num_beams)
         self.num_threads.add(torch.get_num_threads())
@@ -160,7 +164,8 @@ class FakeCaptioner:
         wait_at(self.gate, lambda: None)
         means = pixels.reshape(len(pixels), -1, 3).mean(axis=1)
         names = [min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], mean)).sum()) for mean in means]
-        return [" ".join(f"{self.prefix} {name} picture".split()[: options.max_length]) for name in names]
+        captions = [f"{text}{self.prefix} {name} picture" for text, name in zip(said, names, strict=True)]
+        return [" ".join(caption.split()[: options.max_length]) for caption in captions]
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any) -> bytes:

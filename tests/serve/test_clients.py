@@ -195,7 +195,7 @@ def test_a_model_that_never_agrees_with_itself_is_not_asked_for_ever() -> None:
 
         async def call(self, method: str, *args: Any) -> Any:
             self.resolution += 1
-            return {"resolution": self.resolution}
+            return {"resolution": self.resolution, "takes_prompt": False}
 
     served.service.front.models["words"].replica = Moody()  # type: ignore[assignment]
 

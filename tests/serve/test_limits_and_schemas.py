@@ -254,7 +254,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     *(
         (chat(URI, **{name: value}), name, words)
         for name, value, words in (
-            ("stream", True, "at once"), ("n", 2, "one caption"), ("n", True, "whole"), ("n", "1", "whole number"),
+            ("stream", "yes", "true or false"), ("n", 2, "one caption"), ("n", True, "whole"),
+            ("n", "1", "whole number"),
             ("temperature", -1, "at least 0"), ("temperature", "hot", "number"), ("top_p", True, "number"),
             ("presence_penalty", 0.5, "no penalties"), ("frequency_penalty", -1, "no penalties"),
             ("repetition_penalty", 1.2, "no penalties"),

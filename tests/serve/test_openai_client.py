@@ -206,3 +206,57 @@ def test_a_client_that_hangs_up_early_does_no_harm() -> None:
         while served.service.front.in_flight and time.monotonic() < deadline:
             time.sleep(0.02)
         assert served.service.front.in_flight == 0
+
+
+def test_chat_as_a_stream(client: openai.OpenAI) -> None:
+    message: Any = {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": data_uri(picture("green"))}}],
+    }
+    stream = client.chat.completions.create(
+        model="words", messages=[message], stream=True, stream_options={"include_usage": True}, temperature=0.2
+    )
+    first, last, usage = list(stream)
+    assert {each.object for each in (first, last, usage)} == {"chat.completion.chunk"}
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "a green picture")
+    assert first.ignored == ["temperature"]  # type: ignore[attr-defined]
+    assert (last.choices[0].delta.content, last.choices[0].finish_reason) == (None, "stop")
+    assert usage.usage is not None
+    assert usage.usage.completion_tokens == 3
+    broken: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(b"no image")}}]}
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="words", messages=[broken], stream=True)
+
+
+def test_a_failing_captioner_ends_a_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served()
+
+    def fail(*arguments: Any) -> list[str]:
+        raise RuntimeError("broken on purpose")
+
+    served.fake_captioner.caption = fail  # type: ignore[method-assign]
+    message: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(picture())}}]}
+    with listening(served) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+        with pytest.raises(openai.APIError) as caught:
+            list(client.chat.completions.create(model="words", messages=[message], stream=True))
+    assert "broken on purpose" not in str(caught.value)
+
+
+def test_words_are_the_prompt_of_a_captioner_that_takes_one() -> None:
+    served = Served()
+    served.fake_captioner.takes_prompt = True  # type: ignore[misc]
+    image: Any = {"type": "image_url", "image_url": {"url": data_uri(picture("blue"))}}
+    words: Any = {"type": "text", "text": "Question: which colour?"}
+    messages: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": [words, image]}]
+    with listening(served) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+        asked = client.chat.completions.create(model="words", messages=messages, user="me")
+        assert asked.choices[0].message.content == "Be short. Question: which colour?: a blue picture"
+        assert asked.ignored == ["user"]  # type: ignore[attr-defined]
+        alone = client.chat.completions.create(model="words", messages=[{"role": "user", "content": [image]}])
+        assert alone.choices[0].message.content == "a blue picture"
+        words["text"] = "x" * (Limits().max_prompt_chars + 1)
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="words", messages=messages)
+        assert caught.value.param == "messages"

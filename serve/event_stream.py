@@ -1,0 +1,46 @@
+"""Server-sent events: the answer that holds a request's places until its end, and the form of an event."""
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from serve.errors import ApiError
+from serve.front import Front
+from serve.security import Receive, Scope, Send
+
+KEEP_ALIVE_S = 15.0
+"""Seconds after which `KEEP_ALIVE` is sent while a stream has nothing to say."""
+KEEP_ALIVE = b": alive\n\n"
+"""A comment, so that nothing between here and the client closes the stream."""
+DONE = b"data: [DONE]\n\n"
+"""The end of a chat, as OpenAI's clients expect it."""
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. When they end, in whatever way, the request's places in the queue are freed."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], held: contextlib.ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self._events, self._held = events, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()
+            await self._events.aclose()
+
+
+def event(data: Mapping[str, Any], name: str = "") -> bytes:
+    """One event; without a name, as the chunks of a chat are."""
+    return f"{f'event: {name}{chr(10)}' if name else ''}data: {json.dumps(data)}\n\n".encode()
+
+
+def broken_off(front: Front, error: ApiError, line: dict[str, Any]) -> bytes:
+    """The event that ends a stream with an error, which is counted and logged in `line`."""
+    line["error"] = error.code
+    front.metrics.refused.labels(error.code or "other").inc()
+    return event(error.body(), "error")
