@@ -24,7 +24,7 @@ from serve.metrics import logger, note_slowest
 from serve.parsing import parse
 
 if TYPE_CHECKING:
-    from serve.captioner import Captioned, CaptionerInfo, OtherResolution
+    from serve.captioner import Captioned, CaptionerInfo, OtherResolution, RefusedPrompt
 
 # An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
 _DECODE_THREADS = 2
@@ -250,9 +250,11 @@ class CaptionRoutes:
             if missing := sizes - set(image.pixels):
                 await self._decode(image, missing)
             pixels = {size: image.pixels[size] for size in sizes}
-            done: Captioned | OtherResolution = await model.replica.call(
+            done: Captioned | OtherResolution | RefusedPrompt = await model.replica.call(
                 "caption", pixels, max_words, *([] if prompt is None else [prompt])
             )
+            if "refused" in done:
+                raise ApiError.from_dict(done["refused"])
             if "caption" in done:
                 self._front.metrics.observe(model.name, done["facts"])
                 note_slowest(line, done["facts"])

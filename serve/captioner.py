@@ -8,17 +8,17 @@ import numpy as np
 
 from mmcore import recipe
 from mmcore.device import compute_thread
+from mmcore.errors import InputError
 from serve import hardware
 from serve.batching import Batcher
+from serve.errors import ErrorFields, bad_value
 from serve.limits import Limits
 from serve.metrics import ImageFacts, configure_logging, facts_of
 
 _CPU_BATCH_SIZE, _GPU_BATCH_SIZE = 16, 64
 
-# What the images of a batch share: the search options, and whether they have prompts.
-Group = tuple[Any, bool]
-# Pixels and prompt of an image.
-Sample = tuple[np.ndarray, str | None]
+# What the images of a batch share: the search options and the prompt. A prompt that the model refuses fails no other.
+Group = tuple[Any, str | None]
 
 
 class CaptionerLimits(TypedDict):
@@ -60,6 +60,13 @@ class OtherResolution(TypedDict):
     resolution: int
 
 
+@final
+class RefusedPrompt(TypedDict):
+    """Why the model refuses the prompt."""
+
+    refused: ErrorFields
+
+
 class Captioner:
     """The replica."""
 
@@ -70,7 +77,7 @@ class Captioner:
         device, thread = hardware.device(), compute_thread(hardware.num_threads(limits))
         self.model = thread.submit(load, device).result()
         default = _CPU_BATCH_SIZE if device == "cpu" else _GPU_BATCH_SIZE
-        self.batcher: Batcher[Sample, str] = Batcher(
+        self.batcher: Batcher[np.ndarray, str] = Batcher(
             self._run,
             batch_size=limits.captioner_batch_size or default,
             wait_s=limits.batch_wait_s,
@@ -103,10 +110,10 @@ class Captioner:
 
     async def caption(
         self, pixels: Mapping[int, np.ndarray], max_words: int, prompt: str | None = None
-    ) -> Captioned | OtherResolution:
+    ) -> Captioned | OtherResolution | RefusedPrompt:
         """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by size P.
 
-        `prompt`: only for a model that takes one. Images with prompts share their batches.
+        `prompt`: only for a model that takes one. Images of the same prompt share their batches.
 
         If none has this model's size, the caller knew another version of the model. The answer is then the
         `resolution` of this one.
@@ -117,12 +124,16 @@ class Captioner:
         caps = {"words": max_words, "beams": self.limits.caption_beams}
         own = {name: caps[what] for what, name in recipe.capped_fields(self.model.options).items()}
         options = dataclasses.replace(self.model.options, **own)
-        result = await self.batcher.submit((options, prompt is not None), (pixels[resolution], prompt))
+        try:
+            result = await self.batcher.submit((options, prompt), pixels[resolution])
+        except InputError as error:
+            if prompt is None:
+                raise
+            return {"refused": bad_value("messages", str(error)).as_dict()}
         return {"caption": result.value, "facts": facts_of(result)}
 
-    def _run(self, group: Group, samples: list[Sample], on_step: Callable[[int, int], None]) -> Sequence[str]:
-        options, with_prompts = group
-        pixels = np.stack([each for each, _ in samples])
-        if not with_prompts:
-            return self.model.caption(pixels, options)
-        return self.model.caption(pixels, options, [str(prompt) for _, prompt in samples])
+    def _run(self, group: Group, pixels: list[np.ndarray], on_step: Callable[[int, int], None]) -> Sequence[str]:
+        options, prompt = group
+        if prompt is None:
+            return self.model.caption(np.stack(pixels), options)
+        return self.model.caption(np.stack(pixels), options, [prompt] * len(pixels))

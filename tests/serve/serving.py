@@ -27,7 +27,7 @@ import torch
 import uvicorn
 from PIL import Image
 
-from mmcore.errors import OptionError
+from mmcore.errors import InputError, OptionError
 from mmcore.storage import Storage
 from serve.captioner import Captioner
 from serve.clients import Model
@@ -156,6 +156,8 @@ class FakeCaptioner:
         """A prompt is said again before the picture."""
         assert pixels.shape[1:] == (self.image_size, self.image_size, 3)
         assert prompts is None or self.takes_prompt
+        if prompts is not None and "refuse" in prompts:
+            raise InputError("the prompt leaves no room for a caption; give a shorter one")
         said = [""] * len(pixels) if prompts is None else [f"{prompt}: " for prompt in prompts]
         self.batches.append(len(pixels))
         self.num_beams.add(options.num_beams)

@@ -260,3 +260,10 @@ def test_words_are_the_prompt_of_a_captioner_that_takes_one() -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="words", messages=messages)
         assert caught.value.param == "messages"
+        words["text"] = "refuse"
+        refused: Any = [{"role": "user", "content": [words, image]}]
+        with pytest.raises(openai.BadRequestError, match="leaves no room for a caption") as caught:
+            client.chat.completions.create(model="words", messages=refused)
+        assert caught.value.param == "messages"
+        with pytest.raises(openai.APIError, match="leaves no room for a caption"):
+            list(client.chat.completions.create(model="words", messages=refused, stream=True))
