@@ -71,19 +71,32 @@ def read_config(name: str, *, flag: str, what: str) -> Any:
 
 
 def load_frozen(
-    name: str, choose: Callable[[Any], Any], *, flag: str, what: str, may_miss: tuple[str, ...] = ("pooler",)
+    name: str,
+    choose: Callable[[Any], Any],
+    *,
+    flag: str,
+    what: str,
+    may_miss: tuple[str, ...] = ("pooler",),
+    part_of: Callable[[Any], str | None] = lambda config: None,
 ) -> Any:
     """The model `name` in fp32, in evaluation mode and without gradients. `choose(config)` returns its class.
 
     Raises InputError, naming `flag`, if the model is not found or weights are missing. `what` is the kind of model for
     the message. `may_miss`: parts of names of weights that may be missing. They are then random. The default is the
-    pooler: it does no harm where only the last hidden state is used, as it comes after it.
+    pooler: it does no harm where only the last hidden state is used, as it comes after it. `part_of(config)` returns
+    the part of a larger model that the class is, as weights name it, for a class of which transformers does not know.
     """
     config = read_config(name, flag=flag, what=what)
+    part = part_of(config)
     try:
         with quiet_load():
             model, loaded = choose(config).from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+                name,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                key_mapping=None if part is None else {rf"^{part}\.": ""},
             )
     except (OSError, ValueError) as error:
         raise _not_found(name, flag, what, error) from None

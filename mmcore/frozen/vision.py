@@ -21,6 +21,7 @@ SCRATCH = "scratch"
 Tokens = Literal["patch", "pooled"]
 """What an image becomes: a token for each patch or place, or the model's one pooled vector."""
 PATCH: Tokens = "patch"
+_BLIP2 = "blip-2"
 # Statistics of ImageNet, for models that do not state theirs.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -61,12 +62,18 @@ class FrozenVisionEncoder:
 
         Raises InputError, naming ``--tokens``, for `pooled` tokens of a model without a pooler.
         """
-        from transformers import AutoModel, CLIPVisionModel
+        from transformers import AutoModel, Blip2VisionModel, CLIPVisionModel
 
-        # Of CLIP only the vision encoder is loaded. Other two-tower models are loaded whole.
-        choose = lambda config: CLIPVisionModel if config.model_type == "clip" else AutoModel
-        may_miss = ("pooler",) if tokens == PATCH else ()
-        model = load_frozen(name, choose, flag=flag, what="vision model", may_miss=may_miss)
+        # Of CLIP and BLIP-2 only the vision encoder is loaded. Other models with several parts are loaded whole.
+        alone = {"clip": CLIPVisionModel, _BLIP2: Blip2VisionModel}
+        model = load_frozen(
+            name,
+            lambda config: alone.get(config.model_type, AutoModel),
+            flag=flag,
+            what="vision model",
+            may_miss=("pooler",) if tokens == PATCH else (),
+            part_of=lambda config: "vision_model" if config.model_type == _BLIP2 else None,
+        )
         model = getattr(model, "vision_model", model)
         if model.main_input_name != "pixel_values":
             kind, takes = model.config.model_type, model.main_input_name

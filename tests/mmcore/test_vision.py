@@ -11,6 +11,11 @@ from tiny_runs import write_resnet
 from transformers import (
     BertConfig,
     BertModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Model,
+    Blip2VisionModel,
     CLIPConfig,
     CLIPModel,
     ResNetForImageClassification,
@@ -103,6 +108,42 @@ def test_transformers_of_other_families(kind: str, tmp_path: Path) -> None:
     if kind == "clip":
         class_token = encoder.model.post_layernorm(encoder(PIXELS)[:, 0])
         torch.testing.assert_close(pooled(PIXELS)[:, 0], class_token, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Blip2Model, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval])
+def test_of_a_blip2_only_the_vision_model_is_read(kind: type, tmp_path: Path) -> None:
+    small = {name: value for name, value in VIT.items() if name != "patch_size"}
+    text = {"model_type": "opt", "vocab_size": 64, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "word_embed_proj_dim": 16}  # fmt: skip
+    config = Blip2Config(
+        # Its own initial weights are nearly zero, so all tokens would be alike.
+        vision_config=VIT | {"image_size": 32, "initializer_range": 0.3},
+        qformer_config=small | {"encoder_hidden_size": 16, "vocab_size": 64, "use_qformer_text_input": True},
+        text_config=text,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    whole = kind(config).eval()
+    whole.save_pretrained(tmp_path)
+    encoder, pooled = (FrozenVisionEncoder(str(tmp_path), 32, tokens=each) for each in ("patch", "pooled"))
+    assert type(encoder.model) is Blip2VisionModel
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (encoder.mean, encoder.std))
+    images = (torch.from_numpy(PIXELS).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        theirs = whole.vision_model(images)
+    assert theirs.last_hidden_state.std(dim=1).min() > 0.1
+    # The largest difference is 2e-6: channels-last convolutions round differently.
+    torch.testing.assert_close(encoder(PIXELS), theirs.last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pooled(PIXELS)[:, 0], theirs.pooler_output, rtol=0, atol=1e-5)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "vision_model.post_layernorm.weight"
+    save_file(
+        {key: value for key, value in weights.items() if key != name},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(InputError, match=r"1 weights are missing there, such as post_layernorm\.weight$"):
+        FrozenVisionEncoder(str(tmp_path), 32)
 
 
 def test_a_pooled_feature_map_is_its_mean(folder: Path) -> None:
