@@ -1,12 +1,22 @@
-"""All recipes by name. A run is stored under the name of its recipe: ``runs/{recipe}/{name}``."""
+"""All recipes by name. A run is stored under the name of its recipe: ``runs/{recipe}/{name}``.
 
+    python -m mmcore.catalogue sizes
+
+prints a JSON line for each recipe: its parameters at full size, and those that Table 1 of the report states. It reads
+no data and no weights.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcore.captioners import clip_captioner, contrastive, cross_attention
+from mmcore.captioners import clip_captioner, contrastive, cross_attention, full_size, table_1
 from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators import full_size as generators_full_size
 from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, VQVAEFacts
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
 from mmcore.storage import Storage
@@ -24,6 +34,8 @@ class Entry:
     variants: dict[str, Any]
     table_1: tuple[float, float] | None = None
     """Total and trainable parameters in millions, from Table 1 of the report."""
+    remark: str = ""
+    """Why the sizes of the variant `report` differ from those."""
 
 
 RECIPES: dict[str, Entry] = {
@@ -33,6 +45,7 @@ RECIPES: dict[str, Entry] = {
         CaptionerFacts,
         cross_attention.VARIANTS,
         table_1=(34.2, 21.5),
+        remark=table_1.RESNET,
     ),
     "clip_captioner": Entry(
         "captioner",
@@ -40,6 +53,7 @@ RECIPES: dict[str, Entry] = {
         CaptionerFacts,
         clip_captioner.VARIANTS,
         table_1=(108.0, 21.5),
+        remark=table_1.CLIP,
     ),
     "clip": Entry("retriever", contrastive.ContrastiveRecipe, ContrastiveFacts, contrastive.VARIANTS),
     "pixel_diffusion": Entry(
@@ -79,3 +93,30 @@ def read_model_file(run: Storage, kind: Kind) -> RunFile[Any, Any]:
             f"{where}: recipe {recipe_name!r} is not of kind {kind}; name a run of {', '.join(names(kind))}"
         )
     return run_file_from_json(fields, entry.recipe_type, entry.facts_type, where)
+
+
+def sizes() -> Iterator[dict[str, Any]]:
+    """Parameters of each recipe at full size: of its variant `report`, or of `best` where the report has none."""
+    for name, entry in RECIPES.items():
+        variant = "report" if "report" in entry.variants else "best"
+        recipe = entry.variants[variant]
+        if entry.kind in ("captioner", "retriever"):
+            total, trainable = full_size.sizes(recipe)
+        else:
+            total, trainable = generators_full_size.sizes(recipe, vqvae.VARIANTS[variant])
+        of_report = [round(millions * 1e6) for millions in entry.table_1] if entry.table_1 else [None, None]
+        line = {"name": name, "variant": variant, "total": total, "trainable": trainable}
+        line |= dict(zip(("report_total", "report_trainable"), of_report, strict=True))
+        yield line | ({"remark": entry.remark} if entry.remark else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mmcore.catalogue", description=__doc__)
+    parser.add_argument("what", choices=["sizes"], help="a JSON line for each recipe")
+    parser.parse_args()
+    for line in sizes():
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -157,6 +157,8 @@ def check(words: list[str]) -> None:
             assert all(re.fullmatch(r"port=\d+", word) for word in rest)
         case ["python", "-m", "serve.control", *rest] | ["serve", "run", *rest]:
             parse_service(rest)
+        case ["python", "-m", "mmcore.catalogue", "sizes"]:
+            pass  # tests/mmcore/test_full_size.py
         case ["python", "-c", code]:
             compile(code, "-c", "exec")
         case ["python", "-m", module, *argv]:

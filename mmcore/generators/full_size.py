@@ -1,0 +1,53 @@
+"""Numbers of parameters of generators and of the VQ-VAE at full size, without data and without a download."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmcore.frozen import published
+from mmcore.frozen.published import num_parameters
+from mmcore.frozen.text import TextInputs
+from mmcore.generators.autoregressive import AutoregressiveRecipe
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts
+from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
+from mmcore.generators.text_context import TextSettings
+from mmcore.generators.vqvae import VQVAE, VQVAERecipe, VQVAETraining
+
+# Words of the captions of the report's 7,000 training images that occur at least twice, with the special tokens.
+_WORDS = 4_878
+
+
+def sizes(recipe: Any, vqvae: VQVAERecipe) -> tuple[int, int]:
+    """Total and trainable parameters. The total includes the frozen text encoder and the frozen VQ-VAE.
+
+    `vqvae`: the recipe of the VQ-VAE whose latents or codes `recipe` generates. That of a VQ-VAE itself counts with
+    its discriminator, without the frozen network of the perceptual loss.
+    Raises InputError for a frozen model that `mmcore.frozen.published` does not have.
+    """
+    if isinstance(recipe, VQVAERecipe):
+        with torch.device("meta"):
+            trained = num_parameters(VQVAETraining(dataclasses.replace(recipe, perceptual=None)))
+        return trained, trained
+    text_inputs, num_frozen = _text(recipe.text)
+    model: nn.Module
+    with torch.device("meta"):
+        if isinstance(recipe, PixelDiffusionRecipe):
+            model = recipe.build(DiffusionFacts(text_inputs, (3, recipe.image_size, recipe.image_size)))
+        else:
+            num_frozen += num_parameters(VQVAE(vqvae))
+            if isinstance(recipe, AutoregressiveRecipe):
+                model = recipe.build(AutoregressiveFacts(text_inputs, vqvae.latent_shape[1:], vqvae.num_codes))
+            else:
+                model = recipe.build(DiffusionFacts(text_inputs, vqvae.latent_shape))
+    trainable = num_parameters(model)
+    return num_frozen + trainable, trainable
+
+
+def _text(settings: TextSettings) -> tuple[TextInputs, int]:
+    """The text inputs of the network, and the parameters of the frozen text encoder."""
+    if settings.is_scratch:
+        return TextInputs(vocabulary_size=_WORDS, pad_id=0, bos_id=1, eos_id=2), 0
+    model = published.text_model(settings.text_encoder)
+    return TextInputs(width=model.config.hidden_size), num_parameters(model)
