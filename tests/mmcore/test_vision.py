@@ -132,9 +132,9 @@ def test_of_a_blip2_only_the_vision_model_is_read(kind: type, tmp_path: Path) ->
     with torch.no_grad():
         theirs = whole.vision_model(images)
     assert theirs.last_hidden_state.std(dim=1).min() > 0.1
-    # The largest difference is 2e-6: channels-last convolutions round differently.
-    torch.testing.assert_close(encoder(PIXELS), theirs.last_hidden_state, rtol=0, atol=1e-5)
-    torch.testing.assert_close(pooled(PIXELS)[:, 0], theirs.pooler_output, rtol=0, atol=1e-5)
+    # They were equal on a CPU. Elsewhere a channels-last convolution may round differently.
+    torch.testing.assert_close(encoder(PIXELS), theirs.last_hidden_state, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pooled(PIXELS)[:, 0], theirs.pooler_output, rtol=0, atol=1e-6)
     weights = load_file(tmp_path / "model.safetensors")
     name = "vision_model.post_layernorm.weight"
     save_file(
