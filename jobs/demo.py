@@ -390,7 +390,10 @@ def write_page(demo: Demo, seconds: list[tuple[str, str, float]]) -> None:
             paragraph(
                 f"In the folder of the repository; then open {SERVED_AT} and enter the key. Ctrl\u2011C ends it."
             ),
-            command(f"export KEY=$(openssl rand -hex 32); echo $KEY\n{serve_command(demo, '$KEY')}"),
+            command(
+                "[ -s ~/.mmcore-key ] || (umask 077; openssl rand -hex 32 > ~/.mmcore-key)\n"
+                f"export KEY=$(cat ~/.mmcore-key); echo $KEY\n{serve_command(demo, '$KEY')}"
+            ),
         ),
         section(
             "How it was made",

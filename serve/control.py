@@ -37,6 +37,8 @@ from serve import proxy
 from serve.limits import Limits
 
 APP = "mmcore"
+# The exit code of a program that Ctrl-C ended.
+_INTERRUPTED = 130
 _HOST, _PORT = "127.0.0.1", 8000
 # Ray's CPUs are a number for its scheduler: enough for several models, and for a new version beside the old one.
 _MIN_LOCAL_CPUS = 8
@@ -97,13 +99,8 @@ def _open_lock(port: int, flags: int = 0) -> int | None:
 
 @contextlib.contextmanager
 def _locked(host: str, port: int) -> Iterator[None]:
-    descriptor = _open_lock(port, os.O_CREAT)
-    assert descriptor is not None
+    descriptor = _lock(port)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"port={port}: a service runs there; `python -m serve.control stop port={port}`") from None
         # First of all: the number of a service that was killed may belong to another program by now.
         os.truncate(descriptor, 0)
         _check_free(host, port)
@@ -111,6 +108,23 @@ def _locked(host: str, port: int) -> Iterator[None]:
         # Ray's processes do not inherit the file, as Python's files are not inherited. They would hold the lock.
         yield
     finally:
+        # While it is locked. Who has opened it before finds that it is gone.
+        lock_file(port).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(port: int) -> int:
+    """The locked file. Raises InputError where a service holds the lock."""
+    while True:
+        descriptor = _open_lock(port, os.O_CREAT)
+        assert descriptor is not None
+        if not _try_lock(descriptor):
+            os.close(descriptor)
+            raise InputError(f"port={port}: a service runs there; `python -m serve.control stop port={port}`")
+        # A service that ended since the file was opened has removed it, and another may have made a new one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(lock_file(port))):
+                return descriptor
         os.close(descriptor)
 
 
@@ -186,6 +200,8 @@ def _ray() -> Iterator[None]:
 def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Returns the exit code: 1 if requests were not finished in time.
 
+    A second SIGINT ends the wait for them; the exit code is then 130.
+
     `make_app` gives the application of Ray Serve; it is called before anything is started. Raises InputError for a
     taken port, for a cluster that serves this application already, and for models that do not start.
     """
@@ -197,8 +213,9 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
     ready, ending = threading.Event(), threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
+        again = ending.is_set() and number == signal.SIGINT
         ending.set()
-        if not ready.is_set():
+        if again or not ready.is_set():
             raise KeyboardInterrupt
 
     with _locked(host, port), _ray():
@@ -231,11 +248,18 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
             place = place if joined else f"http://{host}:{port}/"
             _say(f"serve: {place} is ready; end it with `python -m serve.control stop port={port}`")
             ending.wait()
-            _say("serve: ending; no new requests")
-            left = drain(handle, limits.drain_timeout_s)
-            # Ray Serve would wait for what is still at work, which ends with Ray anyway.
-            if not joined and _delete():
-                serve.shutdown()
+            _say(
+                f"serve: ending; no new requests, and {limits.drain_timeout_s:g} s at most for those in flight; "
+                "Ctrl-C again ends at once"
+            )
+            try:
+                left = drain(handle, limits.drain_timeout_s)
+                # Ray Serve would wait for what is still at work, which ends with Ray anyway.
+                if not joined and _delete():
+                    serve.shutdown()
+            except KeyboardInterrupt:
+                _say("serve: ending at once; nothing is waited for any longer")
+                return _INTERRUPTED
         finally:
             # A Ray of our own ends with this process. A joined cluster goes on, with what else it serves.
             if joined and deployed:
@@ -298,7 +322,7 @@ def drain(handle: Any, timeout_s: float) -> int | None:
     """
     deadline = time.monotonic() + timeout_s
     left: int | None = None
-    told = ""
+    told, waited_for = "", 0
     while time.monotonic() < deadline:
         try:
             counts = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
@@ -310,6 +334,9 @@ def drain(handle: Any, timeout_s: float) -> int | None:
             told = reason
         else:
             left = sum(counts) if counts else None
+            if left and left != waited_for:
+                _say(f"serve: requests and jobs that are waited for: {left}")
+                waited_for = left
         if left == 0:
             break
         time.sleep(_POLL_S)
@@ -330,8 +357,11 @@ def start(words: list[str]) -> int:
             return built
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]
-            name = ".".join(map(str, detail["loc"]))
-            raise InputError(f"{name}: {detail['msg']}; the arguments are {', '.join(Args.model_fields)}") from None
+            name = str(detail["loc"][0])
+            if wanted := {"bool_parsing": "true or false", "float_parsing": "a number"}.get(detail["type"]):
+                raise InputError(f"{name}={arguments[name]}: give {wanted}") from None
+            known = ", ".join(("host", "port", *Args.model_fields))
+            raise InputError(f"{name}={arguments[name]}: no such argument; the arguments are {known}") from None
 
     return run(make_app, host=host, port=port)
 
@@ -360,6 +390,7 @@ def stop(words: list[str]) -> int:
         message = f"port={port}: {lock_file(port)} holds {number!r}, which is no process; remove it once that has ended"
         raise InputError(message)
     process_id = int(number)
+    _say(f"serve: asked process {process_id} to end; requests in flight have {drain_timeout_s:g} s at most")
     with contextlib.suppress(ProcessLookupError):
         os.kill(process_id, signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
@@ -369,6 +400,7 @@ def stop(words: list[str]) -> int:
             _say(f"serve: process {process_id} has not ended within {timeout_s:g} s")
             return 1
         time.sleep(_POLL_S)
+    _say(f"serve: process {process_id} has ended")
     return 0
 
 
@@ -408,14 +440,17 @@ def _help() -> str:
 def main() -> None:
     command, *words = sys.argv[1:] or [""]
     asks = {"-h", "--help", "help"}.intersection((command, *words))
-    if asks or command not in ("start", "stop"):
+    if command and not asks and command not in ("start", "stop"):
+        _say(f"error: {command!r}: no such command; give start or stop, or --help")
+        raise SystemExit(2)
+    if asks or not command:
         print(_help())
         raise SystemExit(0 if asks else 2)
     try:
         raise SystemExit(start(words) if command == "start" else stop(words))
     except KeyboardInterrupt:
         _say("serve: ended before it was ready")
-        raise SystemExit(130) from None
+        raise SystemExit(_INTERRUPTED) from None
     except InputError as error:
         _say(f"error: {' '.join(str(error).split())}")
         raise SystemExit(1) from None

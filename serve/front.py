@@ -118,12 +118,17 @@ class Front:
         except ClientDisconnect:
             raise ApiError(400, "the body ended too early", code="body_incomplete") from None
 
-    def no_route(self, request: Request, error: HTTPException) -> ApiError:
-        """The refusal of an unknown route. Raises ApiError 401 first: who has no key does not learn which there are."""
+    def no_route(self, request: Request, error: HTTPException, methods: Collection[str]) -> ApiError:
+        """The refusal of an unknown route, or of one that has only other `methods`. Raises ApiError 401 first.
+
+        Who has no key does not learn which routes there are.
+        """
         self.admit(request)
         where = f"{request.method} {quoted(request.url.path)}"
         if error.status_code == _METHOD_NOT_ALLOWED:
-            return ApiError(_METHOD_NOT_ALLOWED, f"{where}: no such method", code="method_not_allowed")
+            allow = ", ".join(sorted(methods))
+            message = f"{where}: no such method; this route has {allow}"
+            return ApiError(_METHOD_NOT_ALLOWED, message, code="method_not_allowed", allow=allow)
         return ApiError(404, f"{where}: no such route", code="not_found")
 
     async def json(self, request: Request, max_bytes: int) -> Any:

@@ -20,6 +20,8 @@ from serve.errors import SECURITY_HEADERS, ApiError, fault
 from serve.security import REQUEST_ID, App, Message, Receive, Scope, Send, logger
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# Probes and browsers ask for these again and again. Only a refusal or a failure has a line.
+_QUIET_ROUTES = ("/health", "/ready", "/", "/static/{name}")
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -172,7 +174,8 @@ class Observe:
             status = status or 499
             self._metrics.requests.labels(facts["route"], method, str(status)).inc()
             self._metrics.seconds.labels(facts["route"]).observe(seconds)
-            logger.info("request", extra={"fields": {**facts, "status": status, "seconds": round(seconds, 4)}})
+            if facts["route"] not in _QUIET_ROUTES or status >= 400:
+                logger.info("request", extra={"fields": {**facts, "status": status, "seconds": round(seconds, 4)}})
 
     def _refuse(self, facts: dict[str, Any], error: ApiError) -> None:
         facts["error"] = error.code

@@ -9,7 +9,7 @@ from pathlib import Path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route, Router
 
 from mmcore.storage import Storage
 from serve.caption_routes import CaptionRoutes
@@ -69,10 +69,10 @@ class Service:
             ("GET", "/", self.page),
             ("GET", "/static/{name}", self.page),
         ]
-        self._router = Router(
-            [Route(path, partial(self._endpoint, path, handler), methods=[method]) for method, path, handler in routes],
-            redirect_slashes=False,
-        )
+        self._routes = [
+            Route(path, partial(self._endpoint, path, handler), methods=[method]) for method, path, handler in routes
+        ]
+        self._router = Router(self._routes, redirect_slashes=False)
 
     def app(self) -> App:
         return self.front.counting(Observe(BodyLimit(self._route, self.front.limits), self.front.metrics))
@@ -83,7 +83,10 @@ class Service:
         try:
             await self._router(scope, receive, send)
         except HTTPException as error:
-            raise self.front.no_route(Request(scope), error) from None
+            # A path may have a route for each of its methods.
+            there = [route for route in self._routes if route.matches(scope)[0] is not Match.NONE]
+            methods = {method for route in there for method in route.methods or ()}
+            raise self.front.no_route(Request(scope), error, methods) from None
 
     async def _endpoint(self, path: str, handler: Handler, request: Request) -> Response:
         facts_of_request(request)["route"] = path

@@ -40,7 +40,7 @@ INLINE = re.compile(r"`((?:python|make|pytest) [^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = re.compile(r"runs/(\w+)/([\w.-]+)$")
 # Lines of a shell that start nothing of ours.
-SHELL = {"export", "for", "(umask", "source"}
+SHELL = {"[", "export", "for", "(umask", "source"}
 # Its commands are of a recipe that is not here: tests/test_contributing.py follows them.
 WORKED_EXAMPLE = "CONTRIBUTING.md"
 NEW_FILES = {"jobs/train_recurrent_captioner.py", "mmcore/captioners/recurrent.py", "tests/mmcore/test_recurrent.py"}

@@ -27,11 +27,15 @@ CLOSED = {"SERVE_API_KEYS": "", "SERVE_API_KEYS_FILE": ""}
         (("start", "captioner=a:/x"), {"SERVE_API_KEYS_FILE": "/nowhere/keys"}, "cannot be read"),
         (("start", "captioner=a:/x"), {"SERVE_API_KEYS": KEY, "SERVE_MAX_QUEUE": "many"}, "SERVE_MAX_QUEUE='many'"),
         (("start",), {"SERVE_API_KEYS": KEY}, "nothing to serve"),
-        (("start", "captioners=a:/x"), {"SERVE_API_KEYS": KEY}, "captioners"),
+        (
+            ("start", "captioners=a:/x"),
+            {"SERVE_API_KEYS": KEY},
+            "captioners=a:/x: no such argument; the arguments are host, port, cap",
+        ),
         (("start", "captioner"), {"SERVE_API_KEYS": KEY}, "key=value"),
         (("start", "captioner=a:/x", "captioner=b:/x"), {"SERVE_API_KEYS": KEY}, "given twice"),
         (("start", "captioner=a:/x", "port=http"), {"SERVE_API_KEYS": KEY}, "port=http"),
-        (("start", "captioner=a:/x", "open=perhaps"), {"SERVE_API_KEYS": KEY}, "open"),
+        (("start", "captioner=a:/x", "open=perhaps"), {"SERVE_API_KEYS": KEY}, "open=perhaps: give true or false"),
         (("start", "captioner=a:/nowhere/at/all"), {"SERVE_API_KEYS": KEY}, "/nowhere/at/all"),
         (("stop", "port=1"), {}, "no service"),
         (("stop", "captioner=a:/x"), {}, "stop takes port=NUMBER"),
@@ -115,6 +119,14 @@ def test_what_it_can_do_is_told(
     assert "A sweep of jobs/generate.py" in told
 
 
+def test_an_unknown_command_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["control", "frob"])
+    with pytest.raises(SystemExit) as ended:
+        control.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: 'frob': no such command; give start or stop, or --help\n"
+
+
 @pytest.mark.soak
 def test_a_model_that_does_not_load_is_told_in_one_line(tmp_path: Path, run_job: RunJob) -> None:
     """Its encoder is gone, which only the process that loads it notices. Ray's report of that has a traceback."""
@@ -157,6 +169,9 @@ def test_start_and_stop(tmp_path: Path, start_job: StartJob, run_job: RunJob) ->
 
     done = run_job(*CONTROL, "stop", f"port={port}", env=CLOSED)
     assert done.returncode == 0
+    assert "to end; requests in flight have " in done.stderr
+    assert "has ended" in done.stderr
+    assert not control.lock_file(port).exists()
     # `stop` returns when everything has ended.
     assert process.wait(HANG_S) == 0, log.read_text()[-3000:]
     with pytest.raises(httpx.ConnectError):

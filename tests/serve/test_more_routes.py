@@ -311,6 +311,8 @@ def test_one_line_of_json_a_request(capsys: pytest.CaptureFixture[str]) -> None:
         request("GET", "/nothing", headers=hostile)
         request("POST", "/v1/chat/completions", json=chat(data_uri(picture())), headers=headers)
         asyncio.run(one_job(headers))
+        for path in ("/health", "/ready", "/", "/static/app.js"):
+            request("GET", path, headers=headers)
     finally:
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
@@ -337,6 +339,7 @@ def test_one_line_of_json_a_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert (job["status"], job["n"]) == ("done", 3)
     assert job["job"].startswith("job-")
     assert {line["message"] for line in mine} == {"request", "job"}
+    assert not {"/health", "/ready", "/", "/static/{name}"} & {line.get("route") for line in mine}
     once = [line["route"] for line in mine if line["message"] == "request" and line["method"] == "POST"]
     assert sorted(once) == sorted([GENERATIONS, "/v1/chat/completions", "/v1/jobs"])
 

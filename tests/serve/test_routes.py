@@ -128,6 +128,9 @@ def test_routes_that_are_none() -> None:
     assert error(request("GET", "/nothing"))["code"] == "not_found"
     wrong = request("GET", GENERATIONS)
     assert (wrong.status_code, error(wrong)["code"]) == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
+    # Of a path with a route for each method.
+    assert request("PUT", "/v1/jobs/x").headers["allow"] == "DELETE, GET, HEAD"
 
 
 def test_a_rate_too_high_is_429() -> None:
