@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcore.captioners import clip_captioner, contrastive, cross_attention, full_size, table_1
+from mmcore.captioners import clip_captioner, contrastive, cross_attention, full_size, qformer_llm, table_1
 from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
@@ -54,6 +54,14 @@ RECIPES: dict[str, Entry] = {
         clip_captioner.VARIANTS,
         table_1=(108.0, 21.5),
         remark=table_1.CLIP,
+    ),
+    "qformer_llm": Entry(
+        "captioner",
+        qformer_llm.LanguageCaptionerRecipe,
+        qformer_llm.LanguageCaptionerFacts,
+        qformer_llm.VARIANTS,
+        table_1=(2274.0, 188.3),
+        remark=table_1.LANGUAGE_MODEL,
     ),
     "clip": Entry("retriever", contrastive.ContrastiveRecipe, ContrastiveFacts, contrastive.VARIANTS),
     "pixel_diffusion": Entry(

@@ -35,7 +35,7 @@ from mmcore.text import CaptionTokenizer
 from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
-_FOLDERS = ("encoder", "tokenizer", "text_encoder")
+_FOLDERS = ("encoder", "tokenizer", "text_encoder", "language_model")
 
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
 Complete = Callable[[Job[Any], CaptionerFacts], CaptionerFacts]
@@ -105,7 +105,11 @@ def _check(job: Job[Any]) -> Job[Any]:
         raise InputError("--stream reads one view of each image; add --no-flip")
     # As whoever reads the finished run from elsewhere finds them.
     folders = {name: absolute_folder(getattr(job.recipe, name)) for name in _FOLDERS if hasattr(job.recipe, name)}
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **folders))
+    recipe = dataclasses.replace(job.recipe, **folders)
+    if hasattr(recipe, "bridge"):
+        tokenizer = absolute_folder(recipe.bridge.instruct_tokenizer)
+        recipe = dataclasses.replace(recipe, bridge=dataclasses.replace(recipe.bridge, instruct_tokenizer=tokenizer))
+    return dataclasses.replace(job, recipe=recipe)
 
 
 def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:
@@ -192,7 +196,10 @@ def setup(job: Job[Any], facts: CaptionerFacts, doing: Doing, *, rows_type: type
         parameter = next(model.parameters())
         images = rows.images(chosen, None).to(parameter.device)
         images = images.to(parameter.dtype) if images.is_floating_point() else images
-        captions = [tokenizer.decode(ids) for ids in model.caption(images)]  # type: ignore[operator]
+        # In bf16 training, frozen layers have bf16 weights, which take fp32 inputs only under autocast.
+        has_bf16 = any(each.dtype == torch.bfloat16 for each in model.parameters())
+        with torch.autocast(parameter.device.type, torch.bfloat16, enabled=has_bf16):
+            captions = [tokenizer.decode(ids) for ids in model.caption(images)]  # type: ignore[operator]
         return dict(zip([rows.image_ids[row] for row in chosen], captions, strict=True))
 
     return Setup(model, rows, samples, {TOKENIZER_ASSET: text})

@@ -94,4 +94,5 @@ class CaptionerRecipe(Recipe, Protocol):
         A model that writes no captions has no ``caption``.
 
         ``load_pretrained()``, which a model may have, loads weights of named models before the training begins.
+        ``load_frozen()``, which a model may have, loads those that a finished run does not save.
         """

@@ -39,6 +39,8 @@ class LanguageCaptionerFacts(CaptionerFacts):
 
     language_model_fingerprint: str = ""
     """Fingerprint of the frozen language model, whose weights are not saved. Empty before it is known."""
+    language_model_config: str = ""
+    """Configuration of the language model, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,35 @@ class LanguageCaptionerRecipe:
         """The tokenizer of the language model. Raises InputError if there is none that fits."""
         return caption_tokenizer(self.language_model)
 
-    def build(self, facts: CaptionerFacts) -> "LanguageCaptioner":
-        """The trainable part with the frozen language model.
+    def complete(self, facts: CaptionerFacts) -> LanguageCaptionerFacts:
+        """`facts` and those of the language model.
 
-        Raises InputError if the language model does not fit, or is not the one that `facts` tell of.
+        Raises InputError if the language model cannot be found or does not fit.
         """
-        return LanguageCaptioner(self, facts, FrozenLanguageModel.from_name(self.language_model))
+        language_model = FrozenLanguageModel.from_name(self.language_model)
+        own = {
+            "language_model_fingerprint": language_model.fingerprint(),
+            "language_model_config": language_model.config_json(),
+        }
+        return LanguageCaptionerFacts(**{**vars(facts), **own})
+
+    def build(self, facts: LanguageCaptionerFacts) -> "LanguageCaptioner":
+        """The trainable part, and the language model without weights. `LanguageCaptioner.load_frozen` loads those.
+
+        Raises InputError if the language model does not fit.
+        """
+        sizes = FrozenLanguageModel.without_weights(facts.language_model_config, self.language_model)
+        return LanguageCaptioner(self, facts, sizes)
 
 
 class LanguageCaptioner(nn.Module):
     """The bridge and the language model. The frozen image encoder is not part of it: it runs once, in advance."""
 
     def __init__(
-        self, recipe: LanguageCaptionerRecipe, facts: CaptionerFacts, language_model: FrozenLanguageModel
+        self, recipe: LanguageCaptionerRecipe, facts: LanguageCaptionerFacts, language_model: FrozenLanguageModel
     ) -> None:
         super().__init__()
-        expected = getattr(facts, "language_model_fingerprint", "")
-        if expected and language_model.fingerprint() != expected:
-            raise InputError(f"{FLAG} {recipe.language_model!r}: the run was trained on another one; name that one")
-        self.recipe, self.token_ids, self.language_model = recipe, facts.token_ids, language_model
+        self.recipe, self.token_ids, self.facts = recipe, facts.token_ids, facts
         num_tokens, encoder_width = facts.image_tokens, facts.encoder_width
         self.encoder = None
         if recipe.encoder == SCRATCH:
@@ -132,8 +144,29 @@ class LanguageCaptioner(nn.Module):
         self.num_image_tokens = recipe.bridge.num_tokens(num_tokens)
         self.prefix_ids = language_model.prefix_ids(recipe.prompt)
         language_model.check_positions(len(self.prefix_ids), self.num_image_tokens, recipe.max_length)
-        if recipe.lora:
-            language_model.add_lora(recipe.lora)
+        # After the bridge: the first parameter of a model tells the dtype of its inputs.
+        self.language_model = language_model
+        self._add_lora()
+
+    def _add_lora(self) -> None:
+        if self.recipe.lora:
+            self.language_model.add_lora(self.recipe.lora)
+
+    def load_frozen(self) -> None:
+        """Load the weights of the language model. Adapters begin anew.
+
+        Raises InputError if it cannot be found, or is not the one of the facts.
+        """
+        language_model = FrozenLanguageModel.from_name(self.recipe.language_model)
+        if language_model.fingerprint() != self.facts.language_model_fingerprint:
+            name = self.recipe.language_model
+            raise InputError(f"{FLAG} {name!r}: the run was trained on another one; name that one")
+        self.language_model = language_model
+        self._add_lora()
+
+    def load_pretrained(self) -> None:
+        """Load what the training begins with: the weights of the language model, as `load_frozen`."""
+        self.load_frozen()
 
     def blocks(self) -> list[nn.Module]:
         """Modules for activation checkpointing."""
@@ -246,9 +279,14 @@ _SMOKE = dataclasses.replace(
     bridge=BridgeSettings(num_queries=4, bridge_width=32, bridge_layers=2, bridge_heads=2, bridge_dropout=0.0),
     train=TrainSettings(num_epochs=1, max_steps=20, batch_size=8, lr=1e-2, warmup_steps=5),
 )
+# Without a network there is no language model: this and `smoke` read a tiny random one.
+_SHAPES = dataclasses.replace(
+    _SMOKE, train=dataclasses.replace(_SMOKE.train, num_epochs=6, max_steps=None, batch_size=16)
+)
 VARIANTS: dict[str, LanguageCaptionerRecipe] = {
     "report": _REPORT,
     "best": _BEST,
     "llava": _LLAVA,
+    "shapes": _SHAPES,
     "smoke": _SMOKE,
 }

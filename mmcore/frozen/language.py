@@ -10,6 +10,7 @@ tokens, X packed tokens of an image's captions, N predicted tokens of the batch,
 """
 
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -114,6 +115,24 @@ class FrozenLanguageModel(nn.Module):
             kind = model.config.model_type
             raise InputError(f"{FLAG} {name!r}: a {kind} model is no causal language model; name one such as a Llama")
         return cls(model, caption_tokenizer(name), name)
+
+    @classmethod
+    def without_weights(cls, config: str, name: str) -> Self:
+        """The model of `config` (as `config_json` writes it) on the meta device: its sizes, without memory for weights.
+
+        `name` is the model whose tokenizer it has. Raises InputError if there is none that fits.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        fields = json.loads(config)
+        with torch.device("meta"):
+            settings = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False, dtype=torch.float32)
+        return cls(model, caption_tokenizer(name), name)
+
+    def config_json(self) -> str:
+        """The configuration of the model, for `without_weights`."""
+        return json.dumps({**effective_config(self.model.config), "model_type": self.model.config.model_type})
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that determines the logits: weights, configuration and tokenizer."""

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
-from mmcore.captioners.search_options import SearchOptions
+from mmcore.captioners.qformer_llm import LanguageCaptionerFacts
+from mmcore.captioners.search_options import LanguageSearchOptions, SearchOptions
 from mmcore.catalogue import read_model_file
 from mmcore.frozen.tokenizers import read_caption_tokenizer
 from mmcore.frozen.vision import FrozenVisionEncoder
@@ -77,7 +78,21 @@ class TrainedCaptioner:
         return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options)]
 
 
+class TrainedLanguageCaptioner(TrainedCaptioner):
+    """A trained bridge with its frozen image encoder and its frozen language model, which are read by name."""
+
+    options: Any = LanguageSearchOptions()
+    takes_prompt = True
+
+    @torch.inference_mode()
+    def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
+        """`prompts`: one per image; None is that of the recipe."""
+        inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
+        return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options, prompts)]
+
+
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Captioner]] = {
     CaptionerFacts: TrainedCaptioner,
+    LanguageCaptionerFacts: TrainedLanguageCaptioner,
 }
 """The class that opens a run, by the type of its facts."""

@@ -15,5 +15,7 @@ def load_network(run: Storage, file: RunFile[Any, Any], device: torch.device) ->
     Raises InputError where the weights are others than `file` names, or not of that recipe.
     """
     model = file.recipe.build(file.facts)
+    if hasattr(model, "load_frozen"):
+        model.load_frozen()
     checkpoint.load_trainable(model, read_weights(run, file.weights_sha256), str(run))
     return model.eval().requires_grad_(False).to(device)

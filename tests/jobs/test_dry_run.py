@@ -49,6 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             f"{2 * 8 * 8 * 16 * 2:,} bytes an image (tokens and mirrored_tokens)",
         ),
         ("clip_captioner", ["--encoder", "resnet", "--tokens", "pooled"], f"{16 * 2:,} bytes an image (tokens)"),
+        ("qformer_llm", [], f"{64 * 64 * 3:,} bytes an image (pixels)"),
         ("clip", [], f"{64 * 64 * 3:,} bytes an image (pixels)"),
         ("pixel_diffusion", [], f"{32 * 32 * 3:,} bytes an image (pixels)"),
         ("pixel_diffusion", TEXT, f"{32 * 32 * 3 + 2 * 77 * 32 * 2:,} bytes an image (pixels and text)"),

@@ -16,6 +16,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 from mmcore import checkpoint
 from mmcore.captioners.bridge import BridgeSettings, QFormerBridge
 from mmcore.captioners.caption_rows import CaptionRows
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.qformer_llm import (
     VARIANTS,
     LanguageCaptioner,
@@ -180,16 +181,18 @@ def test_an_instruction_reaches_the_q_former(tmp_path: Path) -> None:
 def test_smoke_needs_no_network_and_builds_from_its_facts() -> None:
     smoke = VARIANTS["smoke"]
     tokenizer = smoke.build_tokenizer(tiny.table(4, 0))
-    fingerprint = FrozenLanguageModel.from_name("scratch").fingerprint()
-    facts = LanguageCaptionerFacts(tokenizer.token_ids, 64 * 64, 3, language_model_fingerprint=fingerprint)
+    facts = smoke.complete(CaptionerFacts(tokenizer.token_ids, 64 * 64, 3))
     model = smoke.build(facts)
+    assert all(each.is_meta for each in model.language_model.parameters()), "weights are read once, later"
+    model.load_pretrained()
+    assert model.language_model.fingerprint() == facts.language_model_fingerprint
     images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
     assert len(model.caption(images)) == 2
     ids = [tokenizer.encode(text, smoke.max_length) for text in tiny.captions_of(0)]
     assert all(len(each) < smoke.max_length for each in ids)
     other = dataclasses.replace(facts, language_model_fingerprint="of another")
     with pytest.raises(InputError, match="--language-model 'scratch': the run was trained on another one; name that"):
-        smoke.build(other)
+        smoke.build(other).load_frozen()
 
 
 def test_what_does_not_fit_is_refused() -> None:
