@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmcore.captioners import clip_captioner, contrastive, cross_attention, full_size, qformer_llm, table_1
+from mmcore.captioners import (
+    clip_captioner,
+    contrastive,
+    cross_attention,
+    full_size,
+    qformer_captioner,
+    qformer_llm,
+    table_1,
+)
 from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.errors import InputError
 from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
@@ -54,6 +62,14 @@ RECIPES: dict[str, Entry] = {
         clip_captioner.VARIANTS,
         table_1=(108.0, 21.5),
         remark=table_1.CLIP,
+    ),
+    "qformer": Entry(
+        "captioner",
+        qformer_captioner.QFormerRecipe,
+        qformer_captioner.QFormerFacts,
+        qformer_captioner.VARIANTS,
+        table_1=(1121.0, 110.0),
+        remark=table_1.QFORMER,
     ),
     "qformer_llm": Entry(
         "captioner",

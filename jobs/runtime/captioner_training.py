@@ -35,7 +35,7 @@ from mmcore.text import CaptionTokenizer
 from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
-_FOLDERS = ("encoder", "tokenizer", "text_encoder", "language_model")
+_FOLDERS = ("encoder", "tokenizer", "text_encoder", "text_model", "language_model")
 
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
 Complete = Callable[[Job[Any], CaptionerFacts], CaptionerFacts]

@@ -8,6 +8,7 @@ from mmcore.captioners.bridge import build_bridge
 from mmcore.captioners.contrastive import ContrastiveRecipe
 from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts, tokens_of
 from mmcore.captioners.qformer import MatchingHeads, QFormer
+from mmcore.captioners.qformer_captioner import QFormerFacts, QFormerRecipe
 from mmcore.captioners.qformer_layers import QFormerSettings
 from mmcore.captioners.qformer_llm import LanguageCaptionerRecipe
 from mmcore.frozen import published
@@ -29,8 +30,12 @@ def sizes(recipe: Any) -> tuple[int, int]:
     if isinstance(recipe, LanguageCaptionerRecipe):
         return _with_language_model(recipe, num_parameters(encoder), width)
     words = _WORDS_OF_FIRST_CAPTIONS if recipe.captions_per_image == 1 else _WORDS_OF_ALL_CAPTIONS
-    facts_type = ContrastiveFacts if isinstance(recipe, ContrastiveRecipe) else CaptionerFacts
-    facts = facts_type(TokenIds(words, 1, 2, (0,)), image_tokens, width)
+    facts = CaptionerFacts(TokenIds(words, 1, 2, (0,)), image_tokens, width)
+    if isinstance(recipe, ContrastiveRecipe):
+        facts = ContrastiveFacts(**vars(facts))
+    if isinstance(recipe, QFormerRecipe):
+        # The sizes of BERT, which the recipe's text model would tell.
+        facts = QFormerFacts(**vars(facts), qformer=QFormerSettings(memory_width=width))
     with torch.device("meta"):
         trainable = num_parameters(recipe.build(facts))
     return num_parameters(encoder) + trainable, trainable

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
+from mmcore.captioners.qformer_captioner import QFormerFacts
 from mmcore.captioners.qformer_llm import LanguageCaptionerFacts
 from mmcore.captioners.search_options import LanguageSearchOptions, SearchOptions
 from mmcore.catalogue import read_model_file
@@ -94,5 +95,6 @@ class TrainedLanguageCaptioner(TrainedCaptioner):
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Captioner]] = {
     CaptionerFacts: TrainedCaptioner,
     LanguageCaptionerFacts: TrainedLanguageCaptioner,
+    QFormerFacts: TrainedCaptioner,
 }
 """The class that opens a run, by the type of its facts."""

@@ -26,13 +26,20 @@ def test_each_recipe_has_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_rows_that_miss_table_1_say_why() -> None:
-    for name in ("resnet_captioner", "clip_captioner"):
+    for name in ("resnet_captioner", "clip_captioner", "qformer"):
         assert catalogue.RECIPES[name].remark.startswith("Table 1")
 
 
 def test_row_1_is_what_its_training_builds() -> None:
     # Layers 25.22 M, projection 0.26 M, embeddings and output layer 2,366 * (512 + 513); ResNet-18 11.18 M.
     assert full_size.sizes(catalogue.RECIPES["resnet_captioner"].variants["report"]) == (39_088_510, 27_911_998)
+
+
+def test_row_3_is_the_q_former_of_blip_2() -> None:
+    total, trainable = full_size.sizes(catalogue.RECIPES["qformer"].variants["report"])
+    # LAVIS prints 186.7 M for its first stage. The frozen ViT-g has 985.95 M.
+    assert trainable == pytest.approx(186.7e6, rel=1e-3)
+    assert total - trainable == pytest.approx(985.95e6, rel=1e-5)
 
 
 def test_row_4_has_the_total_of_the_report() -> None:

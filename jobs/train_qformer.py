@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Train a Q-Former on a frozen image encoder: by contrast, matching and generation.
+
+Paper: row 3 of the report's Table 1; BLIP-2's first stage, Li et al. 2023, https://arxiv.org/abs/2301.12597
+
+    python jobs/train_qformer.py --variant best --storage URI --encoder NAME_OR_FOLDER --text-model NAME_OR_FOLDER
+
+Hardware: any. The text model is a BERT, which gives tokenizer, sizes and first weights; `scratch` has its own.
+"""
+
+from jobs.runtime.captioner_training import train_captioner
+from jobs.runtime.commandline import run
+from jobs.runtime.job import Job, parse_job
+from jobs.runtime.trainer import RunSummary
+from mmcore.captioners import table_1
+from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.matching_rows import MatchingRows
+from mmcore.captioners.qformer_captioner import VARIANTS, QFormerFacts, QFormerRecipe
+
+
+def complete(job: Job[QFormerRecipe], facts: CaptionerFacts) -> QFormerFacts:
+    """The sizes of the Q-Former beside the facts of every captioner."""
+    return job.recipe.complete(facts)
+
+
+def remark(job: Job[QFormerRecipe], facts: CaptionerFacts, num_frozen: int) -> None:
+    """Print why the published sizes are not met."""
+    if job.variant == "report":
+        print(table_1.QFORMER, flush=True)
+
+
+def train(job: Job[QFormerRecipe]) -> RunSummary:
+    """Returns the run's summary."""
+    return train_captioner(job, remark, rows_type=MatchingRows, complete=complete)
+
+
+def main() -> None:
+    train(parse_job(__file__, VARIANTS, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    run(main)
