@@ -15,7 +15,7 @@ BLOCK = re.compile(r"^`([\w/]+\.\w+)`:\n\n(`{3,4})\w+\n(.*?)^\2$", re.MULTILINE 
 RECIPES = "RECIPES: dict[str, Entry] = {\n"
 # The files of the checkout, including new ones: a recipe is checked before it is committed.
 LIST = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-IMPORT = re.compile(r"^from mmcore\.captioners import (.*)$", re.MULTILINE)
+IMPORT = re.compile(r"^from mmcore\.captioners import (\([^)]*\)|.*)$", re.MULTILINE)
 # Tests that check every recipe.
 OF_ALL = (
     "tests/test_docs.py::test_its_program_parses_a_command",
@@ -62,8 +62,9 @@ def add_recipe(root: Path) -> dict[str, str]:
         there = path.read_text()
         assert len(IMPORT.findall(there)) == there.count(RECIPES) == 1
         # Next to recipes that others have added.
-        modules = sorted({name for line in (imports, there) for name in IMPORT.findall(line)[0].split(", ")})
-        there = IMPORT.sub(f"from mmcore.captioners import {', '.join(modules)}", there)
+        modules = sorted({name for line in (imports, there) for name in re.findall(r"\w+", IMPORT.findall(line)[0])})
+        listed = "".join(f"    {name},\n" for name in modules)
+        there = IMPORT.sub(f"from mmcore.captioners import (\n{listed})", there)
         path.write_text(there.replace(RECIPES, RECIPES + entry))
     return blocks
 

@@ -25,9 +25,7 @@ FLAGS = ["--variant", "smoke", "--dataset", "tiny", "--split", "split", "--num-t
         (train_qformer_llm, {"encoder", "bridge"}),
     ],
 )
-def test_it_trains_and_captions(
-    call_job: Callable[..., Any], tmp_path: Path, job: ModuleType, saved: set[str]
-) -> None:
+def test_it_trains_and_captions(call_job: Callable[..., Any], tmp_path: Path, job: ModuleType, saved: set[str]) -> None:
     storage = Storage(str(tmp_path / "out"))
     tiny.write_dataset(storage)
     call_job(job.main, *FLAGS, "--storage", storage)
