@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmcore.captioners.checks import check_batch_of_pairs, check_max_length, check_scratch_encoder
 from mmcore.captioners.facts import ContrastiveFacts
 from mmcore.captioners.qformer_losses import itc_loss, similarities
 from mmcore.captioners.token_tower import TokenTower
@@ -104,19 +105,10 @@ class ContrastiveRecipe:
             if getattr(self, name) < 0:
                 flag = name.replace("_", "-")
                 raise InputError(f"{name} {getattr(self, name)} must be at least 0; change --{flag}")
-        if self.max_length < 2:
-            raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); change --max-length")
+        check_max_length(self)
         check_heads(self)
-        if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
-            raise InputError(
-                f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "
-                f"{self.width} and image_size {self.image_size}; change --width and --image-size"
-            )
-        if self.train.batch_size < 2:
-            raise InputError(
-                f"batch_size {self.train.batch_size} must be at least 2: a row is compared with the others of its "
-                "batch; change --batch-size"
-            )
+        check_scratch_encoder(self)
+        check_batch_of_pairs(self)
 
     def without_effect(self) -> dict[str, str]:
         """Fields without effect under the other settings, for `mmcore.recipe.check_effect`."""

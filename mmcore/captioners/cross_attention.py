@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.captioners.caption_decoder import CaptionDecoder
+from mmcore.captioners.checks import check_max_length, check_scratch_encoder
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import GREEDY, SearchOptions
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.decoder import Packing, dropout
-from mmcore.errors import InputError, check_at_least_one, check_heads, check_share
+from mmcore.errors import check_at_least_one, check_heads, check_share
 from mmcore.frozen.tokenizers import WORDS, PieceTokenizer, load_tokenizer
 from mmcore.frozen.vision import PATCH, SCRATCH, ScratchEncoder, Tokens
 from mmcore.losses import Loss, Mean, Outputs
@@ -94,14 +95,9 @@ class CrossAttentionCaptionerRecipe:
         sizes = ("width", "num_layers", "num_heads", "ffn_width", "image_size", "captions_per_image", "min_word_count")
         check_at_least_one(self, *sizes)
         check_share(self, "dropout", "attention_dropout", "image_dropout", "label_smoothing")
-        if self.max_length < 2:
-            raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); change --max-length")
+        check_max_length(self)
         check_heads(self)
-        if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
-            raise InputError(
-                f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "
-                f"{self.width} and image_size {self.image_size}; change --width and --image-size"
-            )
+        check_scratch_encoder(self)
 
     def without_effect(self) -> dict[str, str]:
         """Fields without effect under the other settings, for `mmcore.recipe.check_effect`."""

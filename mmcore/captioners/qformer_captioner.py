@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mmcore.captioners.checks import check_batch_of_pairs, check_max_length, check_scratch_encoder
 from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.qformer import MatchingHeads, MemoryKeys, QFormer
@@ -120,20 +121,11 @@ class QFormerRecipe:
         sizes = ("num_queries", "cross_every", "width", "num_layers", "num_heads", "ffn_width", "feature_width")
         check_at_least_one(self, *sizes, "image_size", "captions_per_image", "min_word_count")
         check_share(self, "dropout", "label_smoothing")
-        if self.max_length < 2:
-            raise InputError(f"max_length {self.max_length} must be at least 2 (begin, end); change --max-length")
-        if self.train.batch_size < 2:
-            raise InputError(
-                f"batch_size {self.train.batch_size} must be at least 2: a row is compared with the others of its "
-                "batch; change --batch-size"
-            )
+        check_max_length(self)
+        check_batch_of_pairs(self)
         if self.text_model == SCRATCH:
             check_heads(self)
-        if self.encoder == SCRATCH and (self.width % 32 or self.image_size % 8):
-            raise InputError(
-                f"encoder {SCRATCH!r} takes a width divisible by 32 and an image_size divisible by 8, not width "
-                f"{self.width} and image_size {self.image_size}; change --width and --image-size"
-            )
+        check_scratch_encoder(self)
 
     def without_effect(self) -> dict[str, str]:
         """Fields without effect under the other settings, for `mmcore.recipe.check_effect`."""
