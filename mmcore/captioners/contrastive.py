@@ -7,7 +7,6 @@ width of a tower, F features, P pixels a side.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from mmcore.captioners.checks import check_batch_of_pairs, check_max_length, check_scratch_encoder
 from mmcore.captioners.facts import ContrastiveFacts
 from mmcore.captioners.qformer_losses import itc_loss, similarities
+from mmcore.captioners.temperature import first_log_scale, limit_, temperature_of
 from mmcore.captioners.token_tower import TokenTower
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.distributed import gathered
@@ -29,9 +29,6 @@ from mmcore.frozen.vision import PATCH, SCRATCH, ScratchEncoder, Tokens
 from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.text import CaptionTokenizer, WordVocabulary
-
-# CLIP, section 2.5: the first temperature, and the largest factor by which similarities are multiplied.
-_FIRST_TEMPERATURE, _LARGEST_SCALE = 0.07, 100.0
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,7 @@ class ContrastivePair(nn.Module):
 
         self.image_tower = tower(encoder_width, num_tokens, recipe.image_layers, recipe.image_dropout)
         self.text_tower = tower(text_width, recipe.max_length, text_layers, 0.0)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(_FIRST_TEMPERATURE)))
+        self.log_scale = first_log_scale()
 
     def load_pretrained(self) -> None:
         """Load the weights of the named text encoder: the first weights of a trained one, or those of a frozen one.
@@ -220,10 +217,6 @@ class ContrastivePair(nn.Module):
             raise InputError(f"--text-encoder {name!r}: this run was begun with another text encoder; name that one")
         self.text_encoder.load_state_dict(loaded.state_dict())
         self.has_text_weights = True
-
-    def temperature(self) -> Tensor:
-        """What divides the similarities: a scalar of at least 0.01."""
-        return torch.exp(-self.log_scale.clamp(max=math.log(_LARGEST_SCALE)))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> (B, F), normalised, fp32 or above."""
@@ -259,9 +252,7 @@ class ContrastivePair(nn.Module):
         Returns: `loss` over the rows, and the metric `correct`: how often the most similar one of the batch is right.
         """
         if self.training:
-            # As in CLIP. A clamp in `temperature` alone would give no gradient, so the scale could not fall again.
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(_LARGEST_SCALE))
+            limit_(self.log_scale)
         ids_BT, lengths_B = batch["input_ids"][:, 0], batch["lengths"][:, 0]
         mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
         images_BF, texts_BF = self.image_features(batch["images"]), self.text_features(ids_BT, mask_BT)
@@ -272,7 +263,7 @@ class ContrastivePair(nn.Module):
         )
         cosines = similarities(images_BF[:, None], texts_BF, all_images_MF[:, None], all_texts_MF)
         smoothing = self.recipe.label_smoothing if self.training else 0.0
-        loss = itc_loss(cosines, self.temperature(), index_B, all_index_M, smoothing)
+        loss = itc_loss(cosines, temperature_of(self.log_scale), index_B, all_index_M, smoothing)
         right_2B = all_index_M[torch.stack([each.argmax(dim=1) for each in cosines])] == index_B
         return Outputs({"loss": Loss(loss, len(index_B))}, {"correct": Mean(right_2B.sum(), right_2B.numel())})
 

@@ -9,7 +9,6 @@ token, Q queries, F features, D width, T positions, X pairs, N predicted words, 
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +30,7 @@ from mmcore.captioners.qformer_losses import (
 )
 from mmcore.captioners.qformer_weights import bert_settings, start_from_bert
 from mmcore.captioners.search_options import GREEDY, SearchOptions
+from mmcore.captioners.temperature import first_log_scale, limit_, temperature_of
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.distributed import gathered
 from mmcore.errors import InputError, check_at_least_one, check_heads, check_share
@@ -40,10 +40,8 @@ from mmcore.losses import Loss, Mean, Outputs
 from mmcore.recipe import TrainSettings
 from mmcore.text import PAD_ID, CaptionTokenizer, WordVocabulary
 
-# LAVIS: the first temperature of ITC, and the token that begins a caption in ITG.
-_FIRST_TEMPERATURE, _DECODE = 0.07, "[DEC]"
-# CLIP, section 2.5: the largest factor by which similarities are multiplied.
-_LARGEST_SCALE = 100.0
+# LAVIS: the token that begins a caption in ITG.
+_DECODE = "[DEC]"
 
 
 @dataclass(frozen=True)
@@ -167,6 +165,9 @@ class QFormerRecipe:
                 num_heads=self.num_heads,
                 ffn_width=self.ffn_width,
                 max_positions=self.max_length,
+                memory_width=memory_width,
+                num_queries=self.num_queries,
+                cross_every=self.cross_every,
             )
         else:
             first_id = load_tokenizer(self.text_model, "--text-model").cls_token_id
@@ -179,14 +180,7 @@ class QFormerRecipe:
             )
             if first_id is None:
                 raise InputError(f"--text-model {self.text_model!r}: its tokenizer has no token [CLS]; name another")
-        settings = dataclasses.replace(
-            settings,
-            memory_width=memory_width,
-            num_queries=self.num_queries,
-            cross_every=self.cross_every,
-            dropout=self.dropout,
-            attention_dropout=self.dropout,
-        )
+        settings = dataclasses.replace(settings, dropout=self.dropout, attention_dropout=self.dropout)
         num_words = settings.vocabulary_size
         assert num_words is not None, "a text half has words"
         if facts.token_ids.size > num_words:
@@ -219,17 +213,12 @@ class QFormerCaptioner(nn.Module):
         self.image_norm = nn.LayerNorm(width) if recipe.image_norm else nn.Identity()
         self.qformer = QFormer(facts.qformer)
         self.heads = MatchingHeads(facts.qformer.width, recipe.feature_width)
-        # A learned temperature itself, as in LAVIS, fell below 0 in a trial. Its gradient of 1,000 hid all others.
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(_FIRST_TEMPERATURE)))
+        self.log_scale = first_log_scale()
 
     def load_pretrained(self) -> None:
         """Load the first weights of a named text model. It does nothing for `scratch`."""
         if self.recipe.text_model != SCRATCH:
             start_from_bert(self.qformer, self.recipe.text_model, flag="--text-model")
-
-    def temperature(self) -> Tensor:
-        """What divides the similarities of ITC: a scalar of at least 0.01."""
-        return torch.exp(-self.log_scale.clamp(max=math.log(_LARGEST_SCALE)))
 
     def memory(self, images: Tensor) -> Tensor:
         """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> image tokens (B, L, E)."""
@@ -267,9 +256,7 @@ class QFormerCaptioner(nn.Module):
             belongs to the row, ITM in the class of a pair, ITG in the next word.
         """
         if self.training:
-            # As in CLIP. A clamp in `temperature` alone would give no gradient, so the scale could not fall again.
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(_LARGEST_SCALE))
+            limit_(self.log_scale)
         index_B, lengths_B = batch["image_index"], batch["lengths"][:, 0]
         ids_BT = batch["input_ids"][:, 0]
         mask_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
@@ -284,10 +271,11 @@ class QFormerCaptioner(nn.Module):
         all_index_M = share(index_B)
         cosines = similarities(images_BQF, texts_BF, share(images_BQF), share(texts_BF))
         smoothing = self.recipe.label_smoothing if self.training else 0.0
-        itc = itc_loss(cosines, self.temperature(), index_B, all_index_M, smoothing)
+        temperature = temperature_of(self.log_scale)
+        itc = itc_loss(cosines, temperature, index_B, all_index_M, smoothing)
         right_2B = all_index_M[torch.stack([each.argmax(dim=1) for each in cosines])] == index_B
 
-        negatives = itm_negatives(cosines, self.temperature(), index_B, all_index_M, batch["uniforms"])
+        negatives = itm_negatives(cosines, temperature, index_B, all_index_M, batch["uniforms"])
         exist_B = negatives.exist_B
         all_memory, all_text, all_mask = share(memory_BLE), share(text_BT), share(mask_BT.long())
         other_texts = all_text[negatives.text_B], all_mask[negatives.text_B].bool()
