@@ -14,19 +14,12 @@ from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.trainer import RunSummary
 from mmcore.captioners.contrastive import VARIANTS, ContrastiveRecipe
-from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.captioners.matching_rows import MatchingRows
-
-
-def complete(job: Job[ContrastiveRecipe], facts: CaptionerFacts) -> ContrastiveFacts:
-    """The facts of the text encoder beside those of every captioner."""
-    config, fingerprint = job.recipe.text_facts(facts.token_ids.size)
-    return ContrastiveFacts(**vars(facts), text_config=config, text_encoder_fingerprint=fingerprint)
 
 
 def train(job: Job[ContrastiveRecipe]) -> RunSummary:
     """Returns the run's summary."""
-    return train_captioner(job, rows_type=MatchingRows, complete=complete)
+    return train_captioner(job, rows_type=MatchingRows)
 
 
 def main() -> None:

@@ -15,12 +15,7 @@ from jobs.runtime.trainer import RunSummary
 from mmcore.captioners import table_1
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.matching_rows import MatchingRows
-from mmcore.captioners.qformer_captioner import VARIANTS, QFormerFacts, QFormerRecipe
-
-
-def complete(job: Job[QFormerRecipe], facts: CaptionerFacts) -> QFormerFacts:
-    """The sizes of the Q-Former beside the facts of every captioner."""
-    return job.recipe.complete(facts)
+from mmcore.captioners.qformer_captioner import VARIANTS, QFormerRecipe
 
 
 def remark(job: Job[QFormerRecipe], facts: CaptionerFacts, num_frozen: int) -> None:
@@ -31,7 +26,7 @@ def remark(job: Job[QFormerRecipe], facts: CaptionerFacts, num_frozen: int) -> N
 
 def train(job: Job[QFormerRecipe]) -> RunSummary:
     """Returns the run's summary."""
-    return train_captioner(job, remark, rows_type=MatchingRows, complete=complete)
+    return train_captioner(job, remark, rows_type=MatchingRows)
 
 
 def main() -> None:

@@ -12,18 +12,12 @@ from jobs.runtime.captioner_training import train_captioner
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.trainer import RunSummary
-from mmcore.captioners.facts import CaptionerFacts
-from mmcore.captioners.qformer_llm import VARIANTS, LanguageCaptionerFacts, LanguageCaptionerRecipe
-
-
-def complete(job: Job[LanguageCaptionerRecipe], facts: CaptionerFacts) -> LanguageCaptionerFacts:
-    """The facts of the language model beside those of every captioner."""
-    return job.recipe.complete(facts)
+from mmcore.captioners.qformer_llm import VARIANTS, LanguageCaptionerRecipe
 
 
 def train(job: Job[LanguageCaptionerRecipe]) -> RunSummary:
     """Returns the run's summary."""
-    return train_captioner(job, complete=complete)
+    return train_captioner(job)
 
 
 def main() -> None:

@@ -38,7 +38,6 @@ from mmcore.training_plan import num_steps
 _FOLDERS = ("encoder", "tokenizer", "text_encoder", "text_model", "language_model")
 
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
-Complete = Callable[[Job[Any], CaptionerFacts], CaptionerFacts]
 
 
 def train_captioner(
@@ -46,14 +45,12 @@ def train_captioner(
     remark: Remark = lambda job, facts, num_frozen: None,
     *,
     rows_type: type[CaptionRows] = CaptionRows,
-    complete: Complete = lambda job, facts: facts,
 ) -> RunSummary:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary.
 
     Args:
         remark: prints, from job, facts and the number of frozen parameters, what is to be said of the sizes.
         rows_type: the rows that the model trains on.
-        complete: adds the facts that only this recipe has.
     """
     tokenizers: list[CaptionTokenizer] = []
     num_frozen = 0
@@ -79,7 +76,7 @@ def train_captioner(
             text_fingerprint=tokenizers[0].fingerprint(),
             text=tokenizer_path(tokenizers[0]),
         )
-        return complete(job, facts)
+        return recipe.complete(facts) if hasattr(recipe, "complete") else facts
 
     def describe(job: Job[Any], facts: CaptionerFacts, num_train: int) -> None:
         _describe(job, facts, num_frozen, num_train)

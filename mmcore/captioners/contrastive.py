@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.captioners.checks import check_batch_of_pairs, check_max_length, check_scratch_encoder
-from mmcore.captioners.facts import ContrastiveFacts
+from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.captioners.qformer_losses import itc_loss, similarities
 from mmcore.captioners.temperature import first_log_scale, limit_, temperature_of
 from mmcore.captioners.token_tower import TokenTower
@@ -147,6 +147,11 @@ class ContrastiveRecipe:
                 f"{model.config.vocab_size}; name another"
             )
         return config_to_json(model.config), _fingerprint(model)
+
+    def complete(self, facts: CaptionerFacts) -> ContrastiveFacts:
+        """`facts` and those of the text encoder. Raises InputError as `text_facts` does."""
+        config, fingerprint = self.text_facts(facts.token_ids.size)
+        return ContrastiveFacts(**vars(facts), text_config=config, text_encoder_fingerprint=fingerprint)
 
     def build(self, facts: ContrastiveFacts) -> "ContrastivePair":
         """The model with random weights. `ContrastivePair.load_pretrained` then loads those of a named encoder."""

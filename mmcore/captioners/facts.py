@@ -93,6 +93,7 @@ class CaptionerRecipe(Recipe, Protocol):
         are ``SearchOptions`` unless the class that opens the run has others. The default is greedy search.
         A model that writes no captions has no ``caption``.
 
+        ``complete(facts)``, which a recipe may have, adds the facts of that recipe alone before anything is built.
         ``load_pretrained()``, which a model may have, loads weights of named models before the training begins.
         ``load_frozen()``, which a model may have, loads those that a finished run does not save.
         """
