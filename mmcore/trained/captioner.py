@@ -65,6 +65,10 @@ class TrainedCaptioner:
         self.encoder = load_encoder(self.encoder_name, self.run, self.file, device)
         return self
 
+    def _inputs(self, pixels: np.ndarray) -> torch.Tensor:
+        """What the model takes of each image: the tokens of the frozen encoder, or the pixels."""
+        return torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
+
     def _tokenizer(self) -> CaptionTokenizer:
         """The tokenizer stored with the run. Up to commit 34e6a7a the words were stored in recipe.json."""
         if "vocabulary" in self.file.written:
@@ -75,8 +79,7 @@ class TrainedCaptioner:
     def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
         if prompts is not None:
             raise ValueError("this captioner takes no text prompts")
-        inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-        return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options)]
+        return [self.tokenizer.decode(ids) for ids in self.model.caption(self._inputs(pixels), options)]
 
 
 class TrainedLanguageCaptioner(TrainedCaptioner):
@@ -88,8 +91,7 @@ class TrainedLanguageCaptioner(TrainedCaptioner):
     @torch.inference_mode()
     def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
         """`prompts`: one per image; None is that of the recipe."""
-        inputs = torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-        return [self.tokenizer.decode(ids) for ids in self.model.caption(inputs, options, prompts)]
+        return [self.tokenizer.decode(ids) for ids in self.model.caption(self._inputs(pixels), options, prompts)]
 
 
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Captioner]] = {
