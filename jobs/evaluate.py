@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import nltk
-import tyro
 
 from jobs.runtime.commandline import counted, run
 from jobs.runtime.source import output_storage
@@ -29,7 +28,7 @@ from mmcore.data.predictions import read_predictions
 from mmcore.data.prepared import prepared_images, read_prepared, split_image_ids
 from mmcore.data.references import References, prepared_references, read_references
 from mmcore.errors import InputError
-from mmcore.flags import read_flags
+from mmcore.flags import read_subcommand
 from mmcore.images import decode_image, resize_image
 from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
 from mmcore.metrics.images import score_colours, score_shapes, words_of
@@ -383,24 +382,14 @@ def find_scores_place(run_uri: str) -> tuple[Storage, str]:
 
 
 def main() -> None:
-    kinds: dict[str, Any] = {
+    kinds = {
         "captions": CaptionScoreSettings,
         "shapes": ShapesScoreSettings,
         "colours": ColourScoreSettings,
         "photos": PhotoScoreSettings,
         "retrieval": RetrievalScoreSettings,
     }
-    command = "python jobs/evaluate.py"
-    kind, *flags = sys.argv[1:] or [""]
-    if kind not in (*kinds, "-h", "--help"):
-        raise InputError(f"{kind or 'which scores'}: choose one of {', '.join(kinds)}")
-    settings: Any = read_flags(
-        lambda flags: tyro.extras.subcommand_cli_from_dict(
-            kinds, args=[kind, *flags], description=__doc__, prog=command
-        ),
-        flags,
-        f"{command} {kind}",
-    )
+    settings = read_subcommand(kinds, __doc__, "python jobs/evaluate.py", "which scores")
     if isinstance(settings, CaptionScoreSettings):
         result = evaluate_captions(settings)
     elif isinstance(settings, PhotoScoreSettings):

@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tyro import _strings
@@ -79,6 +79,23 @@ def read_flags(parse: Callable[[list[str]], T], argv: Sequence[str], command: st
             raise InputError(_mistake(err.getvalue(), parse, argv, command, shown)) from None
         print("\n".join(_shown(out.getvalue().splitlines(), shown)))
         raise
+
+
+def read_subcommand(kinds: Mapping[str, type], description: str | None, command: str, missing: str) -> Any:
+    """The settings of one of `kinds`, which the first word of this process names.
+
+    `missing`: what the line of an absent word says. Raises InputError for another word, or flags that are wrong.
+    """
+    kind, *flags = sys.argv[1:] or [""]
+    if kind not in (*kinds, "-h", "--help"):
+        raise InputError(f"{kind or missing}: choose one of {', '.join(kinds)}")
+    return read_flags(
+        lambda flags: tyro.extras.subcommand_cli_from_dict(
+            dict(kinds), args=[kind, *flags], description=description, prog=command
+        ),
+        flags,
+        f"{command} {kind}",
+    )
 
 
 def value_given(argv: Sequence[str], flag: str) -> str | None:

@@ -13,13 +13,11 @@ precision and recall at the threshold, and the area under the ROC curve, which n
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tyro
 
 from jobs.capfilt import SUMMARY, scored_rows
 from jobs.runtime.commandline import run
@@ -27,7 +25,7 @@ from jobs.runtime.derived_dataset import check_derived, write_derived
 from jobs.runtime.source import source_commit
 from mmcore.data.prepared import TRAIN, read_captions, read_prepared
 from mmcore.errors import InputError
-from mmcore.flags import read_flags
+from mmcore.flags import read_subcommand
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 
@@ -161,18 +159,8 @@ def score(settings: ScoreSettings) -> dict[str, Any]:
 
 
 def main() -> None:
-    kinds: dict[str, Any] = {"write": WriteSettings, "score": ScoreSettings}
-    command = "python jobs/bench/shuffled_captions.py"
-    kind, *flags = sys.argv[1:] or [""]
-    if kind not in (*kinds, "-h", "--help"):
-        raise InputError(f"{kind or 'what to do'}: choose one of {', '.join(kinds)}")
-    settings: Any = read_flags(
-        lambda flags: tyro.extras.subcommand_cli_from_dict(
-            kinds, args=[kind, *flags], description=__doc__, prog=command
-        ),
-        flags,
-        f"{command} {kind}",
-    )
+    kinds = {"write": WriteSettings, "score": ScoreSettings}
+    settings = read_subcommand(kinds, __doc__, "python jobs/bench/shuffled_captions.py", "what to do")
     result = write(settings) if isinstance(settings, WriteSettings) else score(settings)
     print(json.dumps(result, indent=1))
 
