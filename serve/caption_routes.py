@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from serve import images, schemas
 from serve.clients import Model, model_unavailable
 from serve.errors import ApiError, ErrorObject, bad_value, fault, quoted
-from serve.event_stream import DONE, KEEP_ALIVE, KEEP_ALIVE_S, EventStream, broken_off, event
+from serve.event_stream import DONE, EventStream, broken_off, event, until_done
 from serve.front import Front, facts_of_request
 from serve.metrics import logger, note_slowest
 from serve.parsing import parse
@@ -101,22 +101,13 @@ class CaptionRoutes:
         deadline = time.monotonic() + timeout_s
         waiting = asyncio.ensure_future(answer())
         try:
-            while not waiting.done():
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise ApiError(503, f"no answer within {timeout_s:g} s", code="timeout")
-                await asyncio.wait([waiting], timeout=min(left_s, KEEP_ALIVE_S))
-                if not waiting.done():
-                    yield KEEP_ALIVE
+            async for alive in until_done(waiting, timeout_s, deadline):
+                yield alive
             for chunk in schemas.chat_chunks(waiting.result(), include_usage=include_usage):
                 yield event(chunk)
             yield DONE
-        except ApiError as error:
-            yield broken_off(self._front, error, line)
-        except Exception:
-            # The status was sent before. Without an event the client would take this for a good end.
-            logger.exception("stream failed", extra={"fields": {"request_id": line["request_id"], "model": model.name}})
-            yield broken_off(self._front, fault(line["request_id"]), line)
+        except Exception as error:
+            yield broken_off(self._front, error, line, model.name)
         finally:
             waiting.cancel()
             await asyncio.wait([waiting])

@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, Response
 from mmcore.storage import Storage
 from serve import schemas
 from serve.clients import Model, Replica
-from serve.errors import ApiError, bad_value, fault, quoted
-from serve.event_stream import KEEP_ALIVE, KEEP_ALIVE_S, EventStream, broken_off, event
+from serve.errors import ApiError, bad_value, quoted
+from serve.event_stream import EventStream, broken_off, event, until_done
 from serve.front import Front, facts_of_request
 from serve.image_jobs import FinishedJob, RefusedJob, SubmittedJob, UnfinishedJob, new_id
 from serve.images import to_base64
-from serve.metrics import logger, note_slowest
+from serve.metrics import note_slowest
 from serve.options import with_options
 from serve.parsing import parse
 from serve.schemas import GenerateWork
@@ -115,13 +115,8 @@ class ImageRoutes:
         try:
             while True:
                 waiting = waiting or asyncio.ensure_future(anext(source, None))
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise ApiError(503, f"no answer within {timeout_s:g} s", code="timeout")
-                await asyncio.wait([waiting], timeout=min(left_s, KEEP_ALIVE_S))
-                if not waiting.done():
-                    yield KEEP_ALIVE
-                    continue
+                async for alive in until_done(waiting, timeout_s, deadline):
+                    yield alive
                 told, waiting = waiting.result(), None
                 name = told.pop("event")
                 if name in ("done", "refused"):
@@ -132,12 +127,8 @@ class ImageRoutes:
                     yield event({"type": "image_generation.done", **answer}, "done")
                     return
                 yield event({"type": f"image_generation.{name}", **told}, name)
-        except ApiError as error:
-            yield broken_off(self._front, error, line)
-        except Exception:
-            # The status was sent before. Without an event the client would take this for a good end.
-            logger.exception("stream failed", extra={"fields": {"request_id": work.request_id, "model": model.name}})
-            yield broken_off(self._front, fault(work.request_id), line)
+        except Exception as error:
+            yield broken_off(self._front, error, line, model.name)
         finally:
             if waiting is not None:
                 waiting.cancel()
