@@ -21,7 +21,11 @@ FIRST_REPORT_S = 45.0
 """A stall is named after this time without progress; with `QUERY_TIMEOUT_S` on top it stays below 60 s."""
 REPORT_INTERVAL_S = 60.0
 QUERY_TIMEOUT_S = 10.0
-_ALL_PLACED = "nothing waits for resources"
+ALL_PLACED = (
+    "the workers have the CPUs and GPUs that they asked for, so the work itself takes long, or the machine is busy "
+    "with other programs"
+)
+"""What `describe_waiting` says where nothing waits for a place to run."""
 _T = TypeVar("_T")
 
 
@@ -36,6 +40,7 @@ class Watchdog:
 
     Without a beat for `report_after_s` a thread prints one line to stderr, and again every minute until the next beat.
     The line names the pending placement groups, actors and tasks, their requests, and the resources of the cluster.
+    Where nothing is pending it says `ALL_PLACED`.
 
     After `stall_timeout_s` without a beat it prints the line a last time and ends the process with exit code 1. It does
     so even if the main thread is blocked inside Ray. None (the default) waits for ever, as an autoscaler may take
@@ -86,12 +91,12 @@ class Watchdog:
                 continue
             idle_s = time.monotonic() - watched_beat
             is_usual = idle_s < 3 * self.usual_s
-            before = f" (up to {self.usual_s:.0f} s went well before)" if is_usual else ""
+            before = f" (earlier waits took up to {self.usual_s:.0f} s)" if is_usual else ""
             line = f"{self.what}: no progress for {idle_s:.0f} s{before}: {waiting}"
             if self.stall_timeout_s is not None and idle_s >= self.stall_timeout_s:
                 end_process(f"error: {line} (--stall-timeout {self.stall_timeout_s:g})")
             # What is placed and runs is slow at worst.
-            unusual = "slow" if waiting.startswith(_ALL_PLACED) else "stalled"
+            unusual = "slow" if waiting == ALL_PLACED else "stalled"
             say(f"{'waiting' if is_usual else unusual}: {line}")
             next_report_s = idle_s + REPORT_INTERVAL_S
 
@@ -115,6 +120,8 @@ def describe_waiting() -> str:
         demands = _pending_demands(state)
         if demands:
             break
+    else:
+        return ALL_PLACED
     nodes = [
         (_real_resources(node.total_resources), _real_resources(node.available_resources))
         for node in state.node_states
@@ -127,8 +134,6 @@ def describe_waiting() -> str:
         f"{name} {_quantity(name, total[name])} ({_quantity(name, free[name])} free)"
         for name in sorted({"CPU", "GPU"} | asked)
     )
-    if not demands:
-        return f"{_ALL_PLACED}, so the work itself takes long; the cluster has {has}"
     never = sorted({name for bundles, _ in demands for name in _lacking(bundles, totals)})
     busy = sorted({name for bundles, _ in demands for name in _lacking(bundles, frees)} - set(never))
     line = f"waiting for {'; '.join(text for _, text in demands)}: the cluster has {has}"

@@ -26,6 +26,7 @@ import jobs.runtime.sweep
 from jobs.generate import GenerateSettings, auto_batch_size, generate, summarise
 from jobs.runtime.lease import Lease
 from jobs.runtime.model_flags import parse_with_options
+from jobs.runtime.watchdog import ALL_PLACED
 from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError
 from mmcore.generators import pixel_diffusion
@@ -472,7 +473,7 @@ def test_what_a_sweep_waits_for_is_named(tmp_path, run_job):
     for stall_timeout in ("3", "120"):
         flags = ["--device", "cuda", "--batch-size", "4", "--stall-timeout", stall_timeout]
         result = run_job(*command, *flags, check=False)
-        if "nothing waits for resources" not in result.stderr:
+        if ALL_PLACED not in result.stderr:
             break
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]

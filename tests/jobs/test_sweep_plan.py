@@ -154,12 +154,13 @@ def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
     for module in (jobs.runtime.watchdog, jobs.runtime.sweep):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(jobs.runtime.watchdog, "QUERY_TIMEOUT_S", TIMEOUT_S)
-    monkeypatch.setattr(jobs.runtime.watchdog, "describe_waiting", lambda: "nothing is asked for")
+    monkeypatch.setattr(jobs.runtime.watchdog, "describe_waiting", lambda: jobs.runtime.watchdog.ALL_PLACED)
     monkeypatch.setattr(jobs.runtime.sweep, "Watchdog", OnThatClock)
     monkeypatch.setattr(jobs.runtime.sweep, "_results", slow)
     sweep()
     told = [line for line in capsys.readouterr().err.splitlines() if "no progress" in line]
-    assert told == ["waiting: generate: no progress for 4 s (up to 3 s went well before): nothing is asked for"]
+    waited = "waiting: generate: no progress for 4 s (earlier waits took up to 3 s): "
+    assert told == [waited + jobs.runtime.watchdog.ALL_PLACED]
 
 
 def test_a_cluster_without_workers_yet_has_room_for_one(monkeypatch):
