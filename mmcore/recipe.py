@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar, get_type_hints
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -269,7 +269,10 @@ def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
-            values[name] = recipe_from_json(types[name], value, f"{where}: {name}")
+            # The type itself, or a union of one dataclass and None.
+            kinds = (types[name], *get_args(types[name]))
+            (kind,) = (each for each in kinds if dataclasses.is_dataclass(each) and isinstance(each, type))
+            values[name] = recipe_from_json(kind, value, f"{where}: {name}")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
     return recipe_type(**values)

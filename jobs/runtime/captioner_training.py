@@ -36,6 +36,8 @@ from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
 _FOLDERS = ("encoder", "tokenizer", "text_encoder", "text_model", "language_model")
+# Those of its bridge.
+_BRIDGE_FOLDERS = ("instruct_tokenizer", "bridge_weights")
 
 Remark = Callable[[Job[Any], CaptionerFacts, int], None]
 
@@ -104,8 +106,8 @@ def _check(job: Job[Any]) -> Job[Any]:
     folders = {name: absolute_folder(getattr(job.recipe, name)) for name in _FOLDERS if hasattr(job.recipe, name)}
     recipe = dataclasses.replace(job.recipe, **folders)
     if hasattr(recipe, "bridge"):
-        tokenizer = absolute_folder(recipe.bridge.instruct_tokenizer)
-        recipe = dataclasses.replace(recipe, bridge=dataclasses.replace(recipe.bridge, instruct_tokenizer=tokenizer))
+        named = {name: absolute_folder(getattr(recipe.bridge, name)) for name in _BRIDGE_FOLDERS}
+        recipe = dataclasses.replace(recipe, bridge=dataclasses.replace(recipe.bridge, **named))
     return dataclasses.replace(job, recipe=recipe)
 
 

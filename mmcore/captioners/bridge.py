@@ -24,6 +24,7 @@ from mmcore.captioners.qformer import QFormer
 from mmcore.captioners.qformer_layers import QFormerSettings
 from mmcore.decoder import attention, merge_heads, split_heads
 from mmcore.errors import InputError, check_at_least_one, check_share
+from mmcore.frozen.vision import SCRATCH
 
 # An instruction as token ids and a mask, both (B, T).
 Instruction = tuple[Tensor, Tensor]
@@ -49,6 +50,9 @@ class BridgeSettings:
     """Attention heads of the Q-Former or the resampler."""
     bridge_dropout: float = 0.1
     """Dropout of the Q-Former."""
+    bridge_weights: str = SCRATCH
+    """First weights: a finished run of train_qformer.py or train_qformer_llm.py, a BLIP-2 or a BERT. They decide the
+    sizes of a Q-Former. `scratch` begins at random."""
     instruct: bool = False
     """Give the prompt to the Q-Former too (InstructBLIP)."""
     instruct_tokenizer: str = "bert-base-uncased"
@@ -72,9 +76,11 @@ class BridgeSettings:
         ignored = {} if self.instruct else {"instruct_tokenizer": "--instruct"}
         if self.bridge != "qformer":
             ignored["bridge_dropout"] = "--bridge qformer"
+        sizes = ("bridge_width", "bridge_layers", "bridge_heads")
         if self.bridge in ("linear", "mlp"):
-            sizes = ("num_queries", "bridge_width", "bridge_layers", "bridge_heads")
-            ignored |= dict.fromkeys(sizes, "--bridge qformer")
+            ignored |= dict.fromkeys(("num_queries", *sizes), "--bridge qformer")
+        elif self.bridge == "qformer" and self.bridge_weights != SCRATCH:
+            ignored |= dict.fromkeys(sizes, f"--bridge-weights {SCRATCH}")
         return ignored
 
     def num_tokens(self, image_tokens: int) -> int:
@@ -82,13 +88,38 @@ class BridgeSettings:
         return image_tokens if self.bridge in ("linear", "mlp") else self.num_queries
 
 
+def qformer_sizes(settings: BridgeSettings, image_width: int, vocabulary_size: int | None = None) -> QFormerSettings:
+    """The sizes of a Q-Former that begins at random. `vocabulary_size`: tokens of the instruction's tokenizer."""
+    return QFormerSettings(
+        vocabulary_size=vocabulary_size,
+        width=settings.bridge_width,
+        num_layers=settings.bridge_layers,
+        num_heads=settings.bridge_heads,
+        ffn_width=4 * settings.bridge_width,
+        num_queries=settings.num_queries,
+        memory_width=image_width,
+        dropout=settings.bridge_dropout,
+        attention_dropout=settings.bridge_dropout,
+    )
+
+
 def build_bridge(
-    settings: BridgeSettings, image_width: int, width: int, vocabulary_size: int | None = None
+    settings: BridgeSettings,
+    image_width: int,
+    width: int,
+    vocabulary_size: int | None = None,
+    *,
+    sizes: QFormerSettings | None = None,
+    image_norm: bool = False,
 ) -> nn.Module:
     """The bridge from image tokens (B, L, `image_width`) to (B, Q, `width`).
 
-    ``bridge(image_BLE, instruction)`` takes an instruction only if `settings.instruct`. `vocabulary_size`: tokens of
-    the instruction's tokenizer.
+    ``bridge(image_BLE, instruction)`` takes an instruction only if `settings.instruct`.
+
+    Args:
+        vocabulary_size: tokens of the instruction's tokenizer.
+        sizes: of a pretrained Q-Former, instead of those of `settings`.
+        image_norm: whether a LayerNorm is before the Q-Former.
     """
     match settings.bridge:
         case "linear":
@@ -96,7 +127,9 @@ def build_bridge(
         case "mlp":
             return PerToken(nn.Sequential(nn.Linear(image_width, width), nn.GELU(), nn.Linear(width, width)))
         case "qformer":
-            return QFormerBridge(settings, image_width, width, vocabulary_size)
+            assert settings.instruct == (vocabulary_size is not None), "an instruction needs a vocabulary"
+            sizes = sizes or qformer_sizes(settings, image_width, vocabulary_size)
+            return QFormerBridge(sizes, width, image_norm=image_norm)
         case "resampler":
             return Resampler(settings, image_width, width)
 
@@ -121,28 +154,16 @@ class PerToken(nn.Module):
 class QFormerBridge(nn.Module):
     """A Q-Former and one Linear."""
 
-    def __init__(
-        self, settings: BridgeSettings, image_width: int, width: int, vocabulary_size: int | None = None
-    ) -> None:
+    def __init__(self, sizes: QFormerSettings, width: int, *, image_norm: bool = False) -> None:
         super().__init__()
-        assert settings.instruct == (vocabulary_size is not None), "an instruction needs a vocabulary"
-        sizes = QFormerSettings(
-            vocabulary_size=vocabulary_size,
-            width=settings.bridge_width,
-            num_layers=settings.bridge_layers,
-            num_heads=settings.bridge_heads,
-            ffn_width=4 * settings.bridge_width,
-            num_queries=settings.num_queries,
-            memory_width=image_width,
-            dropout=settings.bridge_dropout,
-            attention_dropout=settings.bridge_dropout,
-        )
+        self.image_norm = nn.LayerNorm(sizes.memory_width) if image_norm else nn.Identity()
         self.qformer = QFormer(sizes)
         self.qformer.lm_head = None  # it writes nothing here
-        self.projection = nn.Linear(settings.bridge_width, width)
+        self.projection = nn.Linear(sizes.width, width)
 
     def forward(self, image_BLE: Tensor, instruction: Instruction | None = None) -> Tensor:
         """(B, L, E) -> (B, Q, W)"""
+        image_BLE = self.image_norm(image_BLE)
         if instruction is None:
             return self.projection(self.qformer.queries(image_BLE).hidden_BQD)
         return self.projection(self.qformer.multimodal(image_BLE, *instruction)[0])

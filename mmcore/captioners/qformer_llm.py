@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcore.captioners.bridge import BridgeSettings, Instruction, build_bridge
+from mmcore.captioners.bridge_weights import FirstWeights, check_instruction, first_weights
 from mmcore.captioners.decoding import beam_search
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.qformer_captioner import QFormerFacts, QFormerRecipe
+from mmcore.captioners.qformer_layers import QFormerSettings
 from mmcore.captioners.search_options import LanguageSearchOptions
 from mmcore.data.prepared import CaptionTable
 from mmcore.errors import InputError, check_at_least_one
@@ -41,6 +44,10 @@ class LanguageCaptionerFacts(CaptionerFacts):
     """Fingerprint of the frozen language model, whose weights are not saved. Empty before it is known."""
     language_model_config: str = ""
     """Configuration of the language model, as JSON."""
+    qformer: QFormerSettings | None = None
+    """Sizes of a Q-Former with first weights; None for those of the recipe."""
+    image_norm: bool = False
+    """Whether a LayerNorm is before the Q-Former, as in the run that gave its first weights."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +110,26 @@ class LanguageCaptionerRecipe:
         return caption_tokenizer(self.language_model)
 
     def complete(self, facts: CaptionerFacts) -> LanguageCaptionerFacts:
-        """`facts` and those of the language model.
+        """`facts` and those of the language model and of the first weights of the bridge.
 
-        Raises InputError if the language model cannot be found or does not fit.
+        Raises InputError if one of them cannot be found or does not fit.
         """
         language_model = FrozenLanguageModel.from_name(self.language_model)
         own = {
             "language_model_fingerprint": language_model.fingerprint(),
             "language_model_config": language_model.config_json(),
         }
-        return LanguageCaptionerFacts(**{**vars(facts), **own})
+        complete = LanguageCaptionerFacts(**{**vars(facts), **own})
+        if (weights := self.first_weights()) is None:
+            return complete
+        width = _SCRATCH_WIDTH if self.encoder == SCRATCH else facts.encoder_width
+        qformer, image_norm = weights.sizes(self, complete, width)
+        return dataclasses.replace(complete, qformer=qformer, image_norm=image_norm)
+
+    def first_weights(self) -> FirstWeights | None:
+        """The first weights of the bridge; None if it begins at random. Raises InputError if there are none."""
+        name = self.bridge.bridge_weights
+        return None if name == SCRATCH else first_weights(name, _RUN_TYPES)
 
     def build(self, facts: LanguageCaptionerFacts) -> "LanguageCaptioner":
         """The trainable part, and the language model without weights. `LanguageCaptioner.load_frozen` loads those.
@@ -134,13 +151,22 @@ class LanguageCaptioner(nn.Module):
         num_tokens, encoder_width = facts.image_tokens, facts.encoder_width
         self.encoder = None
         if recipe.encoder == SCRATCH:
-            self.encoder = ScratchEncoder(_SCRATCH_WIDTH)
-            num_tokens, encoder_width = (recipe.image_size // 8) ** 2, _SCRATCH_WIDTH
+            encoder_width = _SCRATCH_WIDTH if facts.qformer is None else facts.qformer.memory_width
+            num_tokens, self.encoder = (recipe.image_size // 8) ** 2, ScratchEncoder(encoder_width)
         self.instruct_tokenizer = None
         if recipe.bridge.instruct:
             self.instruct_tokenizer = load_tokenizer(recipe.bridge.instruct_tokenizer, "--instruct-tokenizer")
         num_words = None if self.instruct_tokenizer is None else len(self.instruct_tokenizer)
-        self.bridge = build_bridge(recipe.bridge, encoder_width, language_model.width, num_words)
+        if facts.qformer is not None and num_words is not None:
+            check_instruction(facts.qformer, num_words, recipe.bridge.instruct_tokenizer)
+        self.bridge = build_bridge(
+            recipe.bridge,
+            encoder_width,
+            language_model.width,
+            num_words,
+            sizes=facts.qformer,
+            image_norm=facts.image_norm,
+        )
         self.num_image_tokens = recipe.bridge.num_tokens(num_tokens)
         self.prefix_ids = language_model.prefix_ids(recipe.prompt)
         language_model.check_positions(len(self.prefix_ids), self.num_image_tokens, recipe.max_length)
@@ -165,8 +191,10 @@ class LanguageCaptioner(nn.Module):
         self._add_lora()
 
     def load_pretrained(self) -> None:
-        """Load what the training begins with: the weights of the language model, as `load_frozen`."""
+        """Load what the training begins with: the language model, as `load_frozen`, and first weights of the bridge."""
         self.load_frozen()
+        if (weights := self.recipe.first_weights()) is not None:
+            weights.load(self.bridge, self.encoder)
 
     def blocks(self) -> list[nn.Module]:
         """Modules for activation checkpointing."""
@@ -242,6 +270,12 @@ class LanguageCaptioner(nn.Module):
             return writer.greedy(image_BQW, max_length)
         return beam_search(writer, image_BQW, max_length, self.token_ids, options.num_beams, options.length_penalty)
 
+
+# Recipes whose runs can give the first weights of a bridge.
+_RUN_TYPES: dict[str, tuple[type, type]] = {
+    "qformer": (QFormerRecipe, QFormerFacts),
+    "qformer_llm": (LanguageCaptionerRecipe, LanguageCaptionerFacts),
+}
 
 _REPORT = LanguageCaptionerRecipe()
 _BEST = dataclasses.replace(
