@@ -127,10 +127,21 @@ def absolute_folder(name: str) -> str:
 
 
 def read_weights(path: str, flag: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pth file, by name.
+    """The tensors of a .safetensors or .pth file, or of a folder of such files with an index of Hugging Face, by name.
 
     Raises InputError, naming `flag`, if there is no such file or it is none of weights. No code of a .pth file is run.
     """
+    indexes = sorted(Path(path).glob("*.index.json"))
+    if indexes:
+        try:
+            files = set(json.loads(indexes[0].read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise InputError(f"{flag} {path!r}: {indexes[0].name} is no index of weights; fetch it again") from None
+        return {name: value for file in sorted(files) for name, value in _read_file(f"{path}/{file}", flag).items()}
+    return _read_file(path, flag)
+
+
+def _read_file(path: str, flag: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file with weights")
     try:

@@ -1,0 +1,167 @@
+"""The convolutional encoder and decoder of Infinity's tokenizer, between an image and its latent image.
+
+Sizes and names are those of the official checkpoints (Han et al. 2024, https://arxiv.org/abs/2412.04431).
+`mmcore.generators.bsq` turns the latent image into bits.
+
+Shapes: B images, P and Q sides of an image, d bits of a position, H = P / stride and W = Q / stride.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_NORM_GROUPS = 32
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class InfinityVaeSettings:
+    """Sizes of the encoder and the decoder."""
+
+    num_bits: int = 32
+    """Channels of the latent image, which are the bits of a position."""
+    width: int = 128
+    """Channels at the full side."""
+    factors: tuple[int, ...] = (1, 2, 4, 4, 4)
+    """Width of each level over `width`. Each level but the last halves the side."""
+    num_blocks: int = 2
+    """Residual blocks of a level of the encoder. The decoder has one more."""
+
+    @property
+    def stride(self) -> int:
+        """Side of an image over the side of its latent image."""
+        return int(2 ** (len(self.factors) - 1))
+
+
+class _Norm(nn.Module):
+    """Group normalisation, one level deeper than usual, as in the official names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(_NORM_GROUPS, width, eps=_NORM_EPS)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden)
+
+
+class _Conv(nn.Module):
+    """A convolution, one level deeper than usual, as in the official names."""
+
+    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        # A convolution that halves the side pads right and below only.
+        self.pad = (0, 1, 0, 1) if stride == 2 else None
+        self.conv = nn.Conv2d(width_in, width_out, kernel, stride, padding=0 if self.pad else kernel // 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(hidden if self.pad is None else F.pad(hidden, self.pad))
+
+
+class _Block(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _Norm(width_in), _Conv(width_in, width_out, 3)
+        self.norm2, self.conv2 = _Norm(width_out), _Conv(width_out, width_out, 3)
+        self.nin_shortcut = _Conv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        change = self.conv1(F.silu(self.norm1(hidden)))
+        return self.nin_shortcut(hidden) + self.conv2(F.silu(self.norm2(change)))
+
+
+class _Upsample(nn.Module):
+    """Twice the side."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = _Conv(width, width, 3)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(F.interpolate(hidden, scale_factor=2, mode="nearest"))
+
+
+class _Downsample(nn.Module):
+    """Half the side."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = _Conv(width, width, 3, stride=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(hidden)
+
+
+def _level(widths: Sequence[int], **resize: nn.Module) -> nn.ModuleDict:
+    """Blocks between consecutive widths, and what resizes after them."""
+    blocks = [_Block(before, after) for before, after in pairwise(widths)]
+    return nn.ModuleDict({"block": nn.ModuleList(blocks), **resize})
+
+
+def _middle(width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"block_1": _Block(width, width), "block_2": _Block(width, width)})
+
+
+def _run(level: nn.Module, hidden: Tensor) -> Tensor:
+    for module in level.children():
+        for each in module if isinstance(module, nn.ModuleList) else [module]:
+            hidden = each(hidden)
+    return hidden
+
+
+class Encoder(nn.Module):
+    """An image -> its latent image, before quantisation."""
+
+    def __init__(self, settings: InfinityVaeSettings) -> None:
+        super().__init__()
+        widths = [settings.width * factor for factor in settings.factors]
+        self.conv_in = _Conv(3, settings.width, 3)
+        self.down = nn.ModuleList()
+        for number, (before, after) in enumerate(zip([settings.width, *widths], widths, strict=False)):
+            resize = {} if number == len(widths) - 1 else {"downsample": _Downsample(after)}
+            self.down.append(_level([before] + [after] * settings.num_blocks, **resize))
+        self.mid = _middle(widths[-1])
+        self.norm_out, self.conv_out = _Norm(widths[-1]), _Conv(widths[-1], settings.num_bits, 3)
+
+    def forward(self, images_B3PQ: Tensor) -> Tensor:
+        """Images from -1 to 1 -> (B, d, H, W)."""
+        hidden = self.conv_in(images_B3PQ)
+        for level in [*self.down, self.mid]:
+            hidden = _run(level, hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class Decoder(nn.Module):
+    """A quantised latent image -> an image."""
+
+    def __init__(self, settings: InfinityVaeSettings) -> None:
+        super().__init__()
+        widths = [settings.width * factor for factor in settings.factors]
+        self.conv_in = _Conv(settings.num_bits, widths[-1], 3)
+        self.mid = _middle(widths[-1])
+        # As in the official names, level 0 has the full side. The last level runs first.
+        self.up = nn.ModuleList()
+        for number, (after, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+            resize = {"upsample": _Upsample(after)} if number else {}
+            self.up.append(_level([before] + [after] * (settings.num_blocks + 1), **resize))
+        self.norm_out, self.conv_out = _Norm(widths[0]), _Conv(widths[0], 3, 3)
+
+    def forward(self, latents_BdHW: Tensor) -> Tensor:
+        """(B, d, H, W) -> images (B, 3, P, Q), about -1 to 1 and not clamped."""
+        hidden = self.conv_in(latents_BdHW)
+        for level in [self.mid, *reversed(self.up)]:
+            hidden = _run(level, hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class InfinityVae(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, settings: InfinityVaeSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder, self.decoder = Encoder(settings), Decoder(settings)
