@@ -47,6 +47,10 @@ _POLL_S = 0.1
 _DRAIN_ANSWER_S = 5.0
 # The line of a traceback that says what was raised.
 _RAISED = re.compile(r"(?m)^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$")
+# Ray Serve kills its controller at the end. Ray reports the calls that were on their way there as failed and repeated.
+_CALL_OF_CONTROLLER = re.compile(
+    r"Task ServeController\.(listen_for_change|graceful_shutdown) failed\. There are infinite retries remaining"
+)
 # The wait for a service that has locked its port to write down its process.
 _NUMBER_S = 10.0
 # The wait for the application to be gone after the drain. If requests are left, its processes wait for them as long
@@ -223,6 +227,7 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
         from ray.serve.exceptions import RayServeException
 
         from serve.app import QUIET
+        from serve.ray_private import leave_out_errors
 
         # Of this process: what Ray Serve says of its own start.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -248,6 +253,8 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
             place = place if joined else f"http://{host}:{port}/"
             _say(f"serve: {place} is ready; end it with `python -m serve.control stop port={port}`")
             ending.wait()
+            # Only now: before the end the same line is the trace of a controller that crashed.
+            leave_out_errors(_CALL_OF_CONTROLLER)
             _say(
                 f"serve: ending; no new requests, and {limits.drain_timeout_s:g} s at most for those in flight; "
                 "Ctrl-C again ends at once"

@@ -1,5 +1,11 @@
 """Everything that the service uses of Ray's private interface, which may change."""
 
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ray._private import worker
 from ray._private.utils import get_num_cpus
 from ray._raylet import Config  # type: ignore[attr-defined]
 
@@ -12,3 +18,15 @@ def cpus() -> int:
 def reload_auth_mode() -> None:
     """Have Ray read RAY_AUTH_MODE again, as `ray.init` does. Otherwise Ray reads it once, at its import."""
     Config.initialize("")
+
+
+def leave_out_errors(wanted: re.Pattern[str]) -> None:
+    """Have this driver print no error of Ray in which `wanted` is found. Lines of workers are printed as before."""
+    worker.print_to_stdstream = functools.partial(_without, wanted, worker.print_to_stdstream)
+
+
+def _without(wanted: re.Pattern[str], handle: Callable[..., None], data: dict[str, Any], ignore_prefix: bool) -> None:
+    # Ray gives its errors to this function as lines of the raylet. Its dispatcher of workers' lines never has them.
+    if data.get("pid") == "raylet":
+        data = {**data, "lines": [line for line in data["lines"] if not wanted.search(line)]}
+    handle(data, ignore_prefix)

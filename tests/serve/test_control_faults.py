@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from ray._private import worker
 from ray.exceptions import RayActorError
 from serving import HANG_S
 
@@ -173,6 +174,29 @@ def test_ray_of_our_own_ends_as_a_whole(no_cluster: None, monkeypatch: pytest.Mo
     assert fake.said[0].startswith("serve: starting; the models load")
     assert f"http://127.0.0.1:{port}/ is ready" in fake.said[1]
     assert fake.said[-1] == "serve: ended, every request answered"
+
+
+def test_only_the_calls_of_the_ended_controller_are_left_out(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+
+    def report(method: str, why: str) -> None:
+        error = f"Task {method} failed. There are infinite retries remaining. Error: {why}"
+        worker.print_to_stdstream({"lines": [error], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+
+    class Reporting(FakeServe):
+        def run(self, application: Any, **options: Any) -> Any:
+            report("ServeController.listen_for_change", "it crashed")
+            return super().run(application, **options)
+
+        def shutdown(self) -> None:
+            report("ServeController.listen_for_change", "ended")
+            report("ServeController.graceful_shutdown", "ended")
+            report("Jobs.submit", "disk full")
+
+    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, ignore_prefix: printed.extend(data["lines"]))
+    Reporting(monkeypatch, FakeHandle([0]))
+    assert control.run(lambda: None, port=free_port()) == 0
+    assert [line.rpartition(": ")[2] for line in printed] == ["it crashed", "disk full"]
 
 
 def test_on_a_cluster_nothing_of_others_is_ended(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
