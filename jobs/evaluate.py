@@ -30,7 +30,7 @@ from mmcore.data.references import References, prepared_references, read_referen
 from mmcore.errors import InputError
 from mmcore.flags import read_subcommand
 from mmcore.images import decode_image, resize_image
-from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, tokenize
+from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, Tokens, tokenize
 from mmcore.metrics.images import score_colours, score_shapes, words_of
 from mmcore.metrics.matching import match_predictions
 from mmcore.storage import Storage
@@ -59,6 +59,9 @@ class CaptionScoreSettings:
     """References an image is scored against: its first one, or its first five."""
     lowercase: bool = False
     """Lower the case of predictions and references before scoring; the report keeps it."""
+    tokens: Tokens = "spaces"
+    """Tokens of predictions and references alike. `spaces`: split at white space, as the report does. `marks`: every
+    mark of punctuation is a token by itself, however a captioner spaces it."""
     split: str | None = None
     """COLUMN:NAME, such as split_report:validation: the predictions must be for exactly these images.
     Needs --storage."""
@@ -169,8 +172,8 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
         chosen = references.captions[image_id][: settings.references_per_image]
         num_references.append(len(chosen))
         counts += BleuCounts.of(
-            tokenize(caption, lowercase=settings.lowercase),
-            [tokenize(reference, lowercase=settings.lowercase) for reference in chosen],
+            tokenize(caption, lowercase=settings.lowercase, tokens=settings.tokens),
+            [tokenize(reference, lowercase=settings.lowercase, tokens=settings.tokens) for reference in chosen],
         )
 
     result: dict[str, Any] = {
@@ -185,7 +188,7 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
             "scorer": f"nltk {nltk.__version__} corpus_bleu",
             "smoothing": "method1",
             "weights": {name: list(weights) for name, weights in BLEU_WEIGHTS.items()},
-            "tokenization": "str.split()",
+            "tokenization": "str.split()" if settings.tokens == "spaces" else "words and marks of punctuation",
             "case": "lowered" if settings.lowercase else "kept",
             "references_per_image": {
                 "asked": settings.references_per_image,
@@ -334,6 +337,8 @@ def check_settings(settings: CaptionScoreSettings) -> None:
         )
     if settings.protocol == "report" and settings.lowercase:
         raise InputError("--protocol report: keeps the case; leave --lowercase out, or --protocol")
+    if settings.protocol == "report" and settings.tokens != "spaces":
+        raise InputError("--protocol report: splits at spaces; leave --tokens out, or --protocol")
     if settings.dataset is not None and settings.storage is None:
         raise InputError(f"--dataset {settings.dataset}: needs --storage, which holds the dataset")
 

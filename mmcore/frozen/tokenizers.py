@@ -1,8 +1,11 @@
 """Loads fast tokenizers of Hugging Face, by name or from files, and uses them for captions."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
+
+from tokenizers.decoders import WordPiece
 
 from mmcore.errors import InputError
 from mmcore.storage import Storage
@@ -15,6 +18,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Beside the files of a LineTokenizer, to tell it from a PieceTokenizer.
 _LINES_FILE = "lines.json"
 SENTENCE_ENDS = (".", "!", "?")
+# Tokenizers such as BERT's and CLIP's put every mark apart and forget the spaces around it. In the captions of
+# Flickr8k, hyphens have no spaces (1,081 of 1,083), `'s` is a word (400 of 434 apostrophes), and so is any other mark.
+# By these rules 40,430 of the 40,455 captions come back, in lower case. Without them 39,071 do, and 9 % by
+# transformers' `decode`.
+_JOINED_MARKS = (
+    (re.compile(r"(?<=\w) - (?=\w)"), "-"),
+    (re.compile(r"n ' t\b"), "n't"),
+    (re.compile(r"(?<!\S)' (?=(?:s|t|m|d|re|ve|ll)\b)"), "'"),
+)
 
 
 def load_tokenizer(name: str, flag: str) -> Any:
@@ -64,7 +76,10 @@ def special_ids(tokenizer: Any, flag: str = "--tokenizer") -> tuple[int | None, 
 
 
 class PieceTokenizer:
-    """Captions -> subword ids of a pretrained tokenizer, such as BERT's or a language model's."""
+    """Captions -> subword ids of a pretrained tokenizer, such as BERT's or a language model's.
+
+    `decode` gives the captions' own form, in which marks of punctuation are words: ``the dog 's ball .``
+    """
 
     def __init__(self, tokenizer: Any, flag: str = "--tokenizer") -> None:
         """Raises InputError, naming `flag`, for a tokenizer without an end token."""
@@ -73,18 +88,30 @@ class PieceTokenizer:
         bos_id = eos_id if bos_id is None else bos_id
         silent = sorted({*tokenizer.all_special_ids, bos_id} - {eos_id})
         self.tokenizer, self.token_ids = tokenizer, TokenIds(len(tokenizer), bos_id, eos_id, tuple(silent))
+        self._forgets_spaces = self._pieces("a - b") == self._pieces("a-b")
+
+    def _pieces(self, text: str) -> list[int]:
+        # verbose=False turns off a warning about texts that are too long.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        # verbose=False turns off a warning about captions that are too long.
-        pieces = self.tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.token_ids.bos_id, *pieces, self.token_ids.eos_id][:max_length]
+        return [self.token_ids.bos_id, *self._pieces(caption), self.token_ids.eos_id][:max_length]
 
     def decode(self, ids: Sequence[int]) -> str:
         ended = list(ids)
         start = 1 if ended[:1] == [self.token_ids.bos_id] else 0  # begin and end may be the same token
         if self.token_ids.eos_id in ended[start:]:
             ended = ended[: ended.index(self.token_ids.eos_id, start)]
-        return self.tokenizer.decode(ended, skip_special_tokens=True).strip()
+        # The clean-up of both libraries would join all marks to their words.
+        if isinstance(self.tokenizer.backend_tokenizer.decoder, WordPiece):
+            pieces = self.tokenizer.convert_ids_to_tokens(ended, skip_special_tokens=True)
+            text = WordPiece(cleanup=False).decode(pieces)
+        else:
+            text = self.tokenizer.decode(ended, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self._forgets_spaces:
+            for apart, joined in _JOINED_MARKS:
+                text = apart.sub(joined, text)
+        return text.strip()
 
     def fingerprint(self) -> str:
         return hashlib.sha256(str(self.token_ids).encode() + self.files()[TOKENIZER_FILES[0]]).hexdigest()

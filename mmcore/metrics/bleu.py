@@ -9,8 +9,10 @@ smoothing 1). nltk counts each sentence, so its conventions apply:
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from nltk.translate.bleu_score import (
     Fraction,
@@ -30,9 +32,18 @@ BLEU_WEIGHTS: dict[str, tuple[float, ...]] = {
 NUM_ORDERS = 4
 
 
-def tokenize(caption: str, *, lowercase: bool = False) -> list[str]:
-    """Split a caption at white space, as in the report."""
-    return (caption.lower() if lowercase else caption).split()
+Tokens = Literal["spaces", "marks"]
+_WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
+
+
+def tokenize(caption: str, *, lowercase: bool = False, tokens: Tokens = "spaces") -> list[str]:
+    """The tokens of a caption.
+
+    `spaces`: split at white space, as in the report. `marks`: every mark of punctuation is a token by itself. Then
+    ``dog's ball.`` and ``dog 's ball .`` are equal.
+    """
+    text = caption.lower() if lowercase else caption
+    return text.split() if tokens == "spaces" else _WORD_OR_MARK.findall(text)
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,18 @@ def test_one_reference_and_lower_case(predictions: str, references: str) -> None
     assert result["protocol"]["case"] == "lowered"
 
 
+def test_marks_of_punctuation_are_tokens_on_both_sides(tmp_path: Path) -> None:
+    references = write_csv(tmp_path / "r.csv", [("a.jpg", "The dog 's two-tone ball , and a girl .")])
+    path = write_csv(tmp_path / "p.csv", [("a.jpg", "The dog's two - tone ball, and a girl.")])
+    result = scored("--predictions", path, "--references", references, "--tokens", "marks")
+    assert bleu(result) == dict.fromkeys(("bleu1", "bleu2", "bleu3", "bleu4"), 100.0)
+    assert result["hypothesis_length"] == result["reference_length"] == 13
+    assert result["protocol"]["tokenization"] == "words and marks of punctuation"
+    assert bleu(scored("--predictions", path, "--references", references))["bleu1"] < 60
+    flags = ["--references", references, "--tokens", "marks", "--protocol", "report"]
+    assert "--protocol report: splits at spaces; leave --tokens out" in refused("--predictions", path, *flags)
+
+
 def test_all_forms_of_predictions_score_the_same(tmp_path: Path, predictions: str, references: str) -> None:
     jsonl = tmp_path / "p.jsonl"
     jsonl.write_text("".join(json.dumps({"image": name, "caption": text}) + "\n" for name, text in PREDICTIONS.items()))

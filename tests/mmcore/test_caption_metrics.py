@@ -113,6 +113,9 @@ def test_nothing_counted_is_an_error() -> None:
 def test_tokens_are_split_at_white_space_with_case_kept() -> None:
     assert tokenize(" A  dog,\truns .\n") == ["A", "dog,", "runs", "."]
     assert tokenize("A Dog", lowercase=True) == ["a", "dog"]
+    spaced = ["A", "dog", "'", "s", "two", "-", "tone", "ball", "."]
+    for text in ("A dog's two-tone ball.", "A dog 's two-tone ball .", "A dog ' s two - tone ball ."):
+        assert tokenize(text, tokens="marks") == spaced
 
 
 def real_corpus(num_images: int) -> Corpus:

@@ -17,6 +17,7 @@ from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.errors import InputError
+from mmcore.frozen.language import caption_tokenizer
 from mmcore.frozen.tokenizers import PieceTokenizer, read_caption_tokenizer
 from mmcore.recipe import check_effect, recipe_to_json
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
@@ -61,6 +62,43 @@ def test_captions_become_ids_and_come_back(kind: str, tmp_path: Path) -> None:
     again = read_caption_tokenizer(folder)
     assert (type(again), again.token_ids, again.fingerprint()) == (type(tokenizer), ids, before)
     assert [again.encode(each, 50) for each in CAPTIONS] == [tokenizer.encode(each, 50) for each in CAPTIONS]
+
+
+STYLES = [
+    "the dog 's ball is two-thirds red , isn't it ?",
+    "a man in a t-shirt with the number 3 runs , and two girls watch .",
+    'three boys hold a " free hugs " sign ; they do n\'t smile !',
+    "the girls ' black-and-white dogs ( 2 of them ) won 10 & more .",
+]
+
+
+def forgetful(kind: str) -> Any:
+    """A tokenizer that puts every mark apart, as BERT's and CLIP's do."""
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=90, special_tokens=list(MARKS["bert"].values()))
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", end_of_word_suffix="</w>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.BPEDecoder()
+        special = list(MARKS["bert"].values())
+        trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=special, end_of_word_suffix="</w>")
+    tokenizer.train_from_iterator(STYLES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True, **MARKS["bert"])
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "suffix"])
+def test_captions_keep_the_spacing_of_the_references(kind: str) -> None:
+    tokenizer = PieceTokenizer(forgetful(kind))
+    assert [tokenizer.decode(tokenizer.encode(text, 99)) for text in STYLES] == STYLES
+    assert tokenizer.decode(tokenizer.encode("two - thirds, the dog's", 99)) == "two-thirds , the dog 's"
+
+
+def test_tokenizers_that_keep_spaces_give_every_text_back() -> None:
+    tokenizer = caption_tokenizer("scratch")
+    tokenizer.tokenizer.clean_up_tokenization_spaces = True  # as tokenizers of GPT-2 were stored once
+    for text in ("the dog 's ball", "the dog's ball", "two - thirds", "two-thirds", "a ball , a dog ."):
+        assert tokenizer.decode(tokenizer.encode(text, 99)) == text
 
 
 def test_captions_that_are_cut_are_nothing_to_be_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
