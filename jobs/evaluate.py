@@ -13,7 +13,6 @@ numbers: scorer, smoothing, weights, tokens, case, references per image, which i
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from typing import Any, Literal
 import nltk
 
 from jobs.runtime.commandline import counted, run
-from jobs.runtime.source import output_storage
+from jobs.runtime.retriever_scores import RetrievalScoreSettings, evaluate_retrieval
+from jobs.runtime.scores_place import DEFAULT_DATASET, find_scores_place
 from mmcore.data.manifest import read_images, read_manifest
 from mmcore.data.predictions import read_predictions
-from mmcore.data.prepared import prepared_images, read_prepared, split_image_ids
+from mmcore.data.prepared import prepared_images, read_prepared, read_split
 from mmcore.data.references import References, prepared_references, read_references
 from mmcore.errors import InputError
 from mmcore.flags import read_subcommand
@@ -34,10 +34,6 @@ from mmcore.metrics.bleu import BLEU_WEIGHTS, BleuCounts, Tokens, tokenize
 from mmcore.metrics.images import score_colours, score_shapes, words_of
 from mmcore.metrics.matching import match_predictions
 from mmcore.storage import Storage
-
-DEFAULT_DATASET = "flickr8k"
-# A bucket cannot be the `runs` itself: s3://runs/recipe/name names no storage.
-RUN_URI = re.compile(r"(?P<storage>s3://[^/]+.*|(?!s3://).+)/runs/(?P<recipe>[^/]+)/(?P<name>[^/]+)")
 
 
 @dataclass(frozen=True)
@@ -118,30 +114,6 @@ class PhotoScoreSettings:
     """Only photos with a caption that holds this word beside the colour, such as girl."""
     image_size: int = 64
     """Pixels a side to which photos are squashed first, as in training."""
-
-
-@dataclass(frozen=True)
-class RetrievalScoreSettings:
-    """How high the right text stands among all texts of a split, and the right image among all images.
-
-    Recall at 1, 5 and 10 in percent, and the median rank, in both directions.
-    """
-
-    run: str
-    """The finished run of a retriever, STORAGE/runs/clip/NAME. The result is also written to STORAGE/scores/clip/, in a
-    file that names the run, the dataset and the split."""
-    storage: str
-    """Folder or s3://bucket/prefix that holds data/{dataset}."""
-    dataset: str = DEFAULT_DATASET
-    """Prepared dataset in --storage."""
-    split: str = "split_karpathy:test"
-    """COLUMN:NAME, the images and their captions."""
-    captions_per_image: int = 5
-    """Captions of each image, the first ones."""
-    encoder: str | None = None
-    """Folder or name of the frozen image encoder, if it is not where the run had it."""
-    batch_size: int = 64
-    """Images or texts that are computed at once."""
 
 
 def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
@@ -273,29 +245,6 @@ def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
     return score_colours(images, prompts, settings.colours) | dataclasses.asdict(settings)
 
 
-def evaluate_retrieval(settings: RetrievalScoreSettings) -> dict[str, Any]:
-    """Score the retriever on one split, and write the result beside the run. Returns plain JSON values.
-
-    Raises InputError for a run of another kind, a dataset that is not prepared, or a split without images.
-    """
-    # torch is imported here, as it takes seconds and the scores of captions need none of it.
-    from jobs.runtime.retrieval import score_retrieval
-    from mmcore.trained.retriever import open_retriever
-
-    retriever = open_retriever(settings.run, encoder=settings.encoder)
-    place, file_name = find_scores_place(settings.run)
-    column, name, image_ids = read_split(settings.split, settings.storage, settings.dataset)
-    references = prepared_references(settings.storage, settings.dataset).captions
-    captions = {image_id: references[image_id][: settings.captions_per_image] for image_id in image_ids}
-    scores = score_retrieval(retriever, settings.storage, settings.dataset, captions, settings.batch_size)
-    result = {**scores, **retriever.identity()}
-    result |= {"settings": dataclasses.asdict(settings)}
-    scores_name = f"{file_name.removesuffix('.json')}-{settings.dataset}-{column}-{name}.json"
-    place.write(scores_name, (json.dumps(result, indent=2) + "\n").encode())
-    print(f"scores written to {place.uri}/{scores_name}", file=sys.stderr)
-    return result
-
-
 def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> None:
     """Raise InputError if the images of `sweep` are not from this run.
 
@@ -351,14 +300,6 @@ def load_references(settings: CaptionScoreSettings, dataset: str) -> References:
     return prepared_references(settings.storage, dataset)
 
 
-def read_split(split: str, storage: str, dataset: str) -> tuple[str, str, list[str]]:
-    """COLUMN:NAME -> column, name and the image_ids there. Raises InputError where no image is."""
-    column, colon, name = split.partition(":")
-    if not (column and colon and name):
-        raise InputError(f"--split {split}: expected COLUMN:NAME, such as split_report:validation")
-    return column, name, split_image_ids(storage, dataset, column, name)
-
-
 def load_split(settings: CaptionScoreSettings, dataset: str, references: References) -> Collection[str] | None:
     """The image_ids of --split, each with references; None without --split."""
     if settings.split is None:
@@ -372,18 +313,6 @@ def load_split(settings: CaptionScoreSettings, dataset: str, references: Referen
             f"references there, such as {without[0]!r}"
         )
     return images
-
-
-def find_scores_place(run_uri: str) -> tuple[Storage, str]:
-    """STORAGE/runs/RECIPE/NAME -> (STORAGE/scores/RECIPE, NAME.json); InputError where that is no run."""
-    # Storage makes a relative path absolute, so `runs/recipe/name` has a storage before it as well.
-    run_storage = output_storage(run_uri.rstrip("/"), "--run")
-    match = RUN_URI.fullmatch(run_storage.uri)
-    if match is None:
-        raise InputError(f"--run {run_uri}: expected STORAGE/runs/RECIPE/NAME")
-    if not (run_storage.exists("recipe.json") or (run_storage / "model").exists("recipe.json")):
-        raise InputError(f"--run {run_uri}: no run there (no recipe.json)")
-    return Storage(match["storage"]) / "scores" / match["recipe"], f"{match['name']}.json"
 
 
 def main() -> None:

@@ -44,6 +44,12 @@ class Entry:
     """Total and trainable parameters in millions, from Table 1 of the report."""
     remark: str = ""
     """Why the sizes of the variant `report` differ from those."""
+    also: tuple[Kind, ...] = ()
+    """Other kinds that a finished run can be opened as."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.kind, *self.also)
 
 
 RECIPES: dict[str, Entry] = {
@@ -70,6 +76,7 @@ RECIPES: dict[str, Entry] = {
         qformer_captioner.VARIANTS,
         table_1=(1121.0, 110.0),
         remark=table_1.QFORMER,
+        also=("retriever",),
     ),
     "qformer_llm": Entry(
         "captioner",
@@ -103,8 +110,8 @@ RECIPES: dict[str, Entry] = {
 
 
 def names(kind: Kind) -> list[str]:
-    """The names of the recipes of one kind."""
-    return [name for name, entry in RECIPES.items() if entry.kind == kind]
+    """The names of the recipes that can be opened as one kind."""
+    return [name for name, entry in RECIPES.items() if kind in entry.kinds]
 
 
 def read_model_file(run: Storage, kind: Kind) -> RunFile[Any, Any]:
@@ -112,7 +119,7 @@ def read_model_file(run: Storage, kind: Kind) -> RunFile[Any, Any]:
     fields, where = read_fields(run)
     recipe_name = fields["recipe"]
     entry = RECIPES.get(recipe_name)
-    if entry is None or entry.kind != kind:
+    if entry is None or kind not in entry.kinds:
         raise InputError(
             f"{where}: recipe {recipe_name!r} is not of kind {kind}; name a run of {', '.join(names(kind))}"
         )

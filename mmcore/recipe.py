@@ -68,6 +68,9 @@ class Retriever(Protocol):
     Features are normalised. An image may have several, Q; the similarity of a text is that of the most similar one.
     """
 
+    reads_pairs: bool
+    """Whether `match` reads an image and a text together, as a Q-Former's ITM does."""
+
     image_size: int
     """Side in pixels that images are resized to."""
     max_length: int
@@ -83,6 +86,12 @@ class Retriever(Protocol):
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """B texts -> fp32 (B, F) on the CPU."""
+
+    def match(self, pixels: np.ndarray, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+        """How well each image and each of its own texts belong together: fp32 on the CPU, a tensor per image.
+
+        These are log-odds if `reads_pairs`. Otherwise they are the similarities of the features.
+        """
 
 
 class Generator(Protocol):

@@ -64,6 +64,11 @@ class MemoryKeys:
         """Those of the images with the indices `images_R`, int64 (R,). An image may occur more than once."""
         return MemoryKeys([None if kv is None else (kv[0][images_R], kv[1][images_R]) for kv in self.kv])
 
+    def repeated(self, num_rows: int) -> "MemoryKeys":
+        """Those of one image for `num_rows` texts, without a copy."""
+        rows = (num_rows, -1, -1, -1)
+        return MemoryKeys([None if kv is None else (kv[0].expand(rows), kv[1].expand(rows)) for kv in self.kv])
+
 
 class _LanguageHead(nn.Module):
     """The hidden layer and the bias of BERT's output layer, whose weights are the word embeddings."""

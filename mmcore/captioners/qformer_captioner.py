@@ -232,9 +232,9 @@ class QFormerCaptioner(nn.Module):
         """Captions with begin and end -> (B, F), normalised."""
         return self.heads.text_features(self.qformer.text(self._as_text(input_ids_BT), mask_BT))
 
-    def match(self, memory_BLE: Tensor, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Log-odds that each image and its caption belong together: (B,)."""
-        return itm_scores(self._pair_logits(memory_BLE, self._as_text(input_ids_BT), mask_BT))
+    def match(self, memory: Tensor | MemoryKeys, input_ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Log-odds that each image and its caption belong together: (B,), of `memory` or its `memory_keys`."""
+        return itm_scores(self._pair_logits(memory, self._as_text(input_ids_BT), mask_BT))
 
     def blocks(self) -> list[nn.Module]:
         """Modules for activation checkpointing."""

@@ -143,6 +143,14 @@ def split_image_ids(storage_uri: str, dataset: str, column: str, name: str) -> l
     return chosen
 
 
+def read_split(split: str, storage_uri: str, dataset: str) -> tuple[str, str, list[str]]:
+    """COLUMN:NAME -> column, name and the image_ids there. Raises InputError where no image is."""
+    column, colon, name = split.partition(":")
+    if not (column and colon and name):
+        raise InputError(f"--split {split}: expected COLUMN:NAME, such as split_report:validation")
+    return column, name, split_image_ids(storage_uri, dataset, column, name)
+
+
 def prepared_images(storage_uri: str, dataset: str) -> Iterator[tuple[str, bytes]]:
     """image_id and encoded image of every row in order; one file at a time, as all of them would fill the memory."""
     folder = Storage(storage_uri) / "data" / dataset

@@ -66,6 +66,24 @@ class RetrievalCounts:
             RankCounts.of(image_ranks(similarity_NM.T, image_of_text_M)),
         )
 
+    @classmethod
+    def reranked(
+        cls, similarity_NM: Floats, scores_NM: Floats, num_best: int, image_of_text_M: Integers
+    ) -> "RetrievalCounts":
+        """The ranks after a second score has ordered the `num_best` answers of each query, in either direction.
+
+        `scores_NM`: of all pairs, or at least of those that `pairs_to_rerank` names.
+        """
+        both = []
+        for first, second in ((similarity_NM, scores_NM), (similarity_NM.T, scores_NM.T)):
+            answers = best_answers(first, num_best)
+            both.append(rerank(first, answers, np.take_along_axis(second, answers, axis=1)))
+        own_images = np.arange(len(similarity_NM))
+        return cls(
+            RankCounts.of(text_ranks(both[0], own_images, image_of_text_M)),
+            RankCounts.of(image_ranks(both[1], image_of_text_M)),
+        )
+
     def __add__(self, other: "RetrievalCounts") -> "RetrievalCounts":
         return RetrievalCounts(
             self.image_to_text + other.image_to_text,
@@ -124,15 +142,23 @@ def best_answers(similarity_BM: Floats, num_best: int) -> npt.NDArray[np.int64]:
     return np.argsort(-similarity_BM, axis=1, kind="stable")[:, :num_best]
 
 
+def pairs_to_rerank(similarity_NM: Floats, num_best: int) -> npt.NDArray[np.bool_]:
+    """Which pairs are among the `num_best` answers of the image or of the text: bool (N, M)."""
+    wanted_NM = np.zeros(similarity_NM.shape, bool)
+    np.put_along_axis(wanted_NM, best_answers(similarity_NM, num_best), True, axis=1)
+    np.put_along_axis(wanted_NM.T, best_answers(similarity_NM.T, num_best), True, axis=1)
+    return wanted_NM
+
+
 def rerank(similarity_BM: Floats, answers_BK: Integers, scores_BK: Floats) -> npt.NDArray[np.float64]:
-    """Similarities in which a second score orders the best answers, as BLIP-2's ITM does (arXiv 2301.12597, 4.4).
+    """Similarities in which a second score orders the best answers, as ITM does in ALBEF (arXiv 2107.07651, 4).
 
     The best answers of a query stay before all others, whose order does not change. Equal scores stay equal.
 
     Args:
         similarity_BM: of some queries with all answers, in either direction.
         answers_BK: of `best_answers`.
-        scores_BK: their second scores. BLIP-2 adds the first similarity to the score of ITM.
+        scores_BK: their second scores. BLIP-2 adds the first similarity to the score of ITM. ALBEF does not.
     Returns: float64 (B, M) for `text_ranks` or `image_ranks`. Only the order of the values has a meaning.
     """
     _check(scores_BK)

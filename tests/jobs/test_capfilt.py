@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import torch
+import tiny_matcher
 from test_caption_job import write_run
 
 from jobs.bench import shuffled_captions
@@ -25,31 +25,12 @@ from jobs.capfilt import (
     scored_rows,
     threshold_of_share,
 )
-from mmcore import checkpoint
-from mmcore.captioners.contrastive import VARIANTS
-from mmcore.captioners.facts import ContrastiveFacts
 from mmcore.captioners.search_options import GREEDY
 from mmcore.data.prepared import read_captions, read_prepared
 from mmcore.errors import InputError
-from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
-from mmcore.text import WordVocabulary
 from mmcore.trained.captioner import open_captioner
 from mmcore.trained.retriever import open_retriever
-
-
-def write_matcher(folder: Path) -> str:
-    """A finished run of an untrained pair."""
-    recipe = dataclasses.replace(VARIANTS["smoke"], image_size=32, max_length=16)
-    captions = [text for row in range(40) for text in tiny.captions_of(row)]
-    words = WordVocabulary.build(captions, min_count=1, lowercase=False)
-    torch.manual_seed(0)
-    facts = ContrastiveFacts(words.token_ids, 4, 8)
-    run = Storage(str(folder / "runs" / "clip" / "tiny"))
-    for name, data in words.files().items():
-        (run / "model" / TOKENIZER_ASSET).write(name, data)
-    write_model(run, checkpoint.trainable_state(recipe.build(facts)), RunFile("clip", "smoke", recipe, facts, ""))
-    return run.uri
 
 
 def test_what_becomes_of_captions() -> None:
@@ -68,7 +49,7 @@ def test_what_becomes_of_captions() -> None:
 
 def test_scores_are_those_of_the_image(tmp_path: Path) -> None:
     """Texts of several images are scored at once; each image may have another number of them."""
-    matcher = open_retriever(write_matcher(tmp_path)).load()
+    matcher = open_retriever(tiny_matcher.write_pair(tmp_path)).load()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     texts = [tiny.captions_of(0), [], tiny.captions_of(1)[:1]]
     scores = match_scores(matcher, pixels, texts)
@@ -89,7 +70,7 @@ def test_it_writes_a_dataset(call_job: Callable[..., Any], tmp_path: Path) -> No
     noisy = shuffled_captions.WriteSettings(storage.uri, "noisy", "tiny", "split", share=0.25)
     facts = shuffled_captions.write(noisy)
     assert facts["num_captions"] == 96
-    matcher = write_matcher(tmp_path)
+    matcher = tiny_matcher.write_pair(tmp_path)
     flags = ["--matcher", matcher, "--storage", storage, "--dataset", "noisy", "--split", "split", "--name", "clean"]
     flags += ["--rows-per-block", "7"]
     refused = call_job(main, *flags, check=False)
@@ -152,7 +133,7 @@ def test_bad_names(tmp_path: Path) -> None:
     tiny.write_dataset(storage)
     for name, message in (("A b", "use lower-case letters"), ("tiny", "give the new dataset a name of its own")):
         with pytest.raises(InputError, match=message):
-            capfilt(CapfiltSettings(write_matcher(tmp_path), storage.uri, name, "tiny", "split", share=0.5))
+            capfilt(CapfiltSettings(tiny_matcher.write_pair(tmp_path), storage.uri, name, "tiny", "split", share=0.5))
 
 
 def test_moved_captions_go_to_other_images() -> None:

@@ -8,6 +8,7 @@ from mmcore.metrics.retrieval import (
     RetrievalCounts,
     best_answers,
     image_ranks,
+    pairs_to_rerank,
     rerank,
     text_ranks,
 )
@@ -95,6 +96,30 @@ def test_the_first_similarity_as_second_score_changes_no_rank(num_best: int) -> 
     answers = best_answers(values, num_best)
     again = rerank(values, answers, np.take_along_axis(values, answers, axis=1))
     assert (np.argsort(again, axis=1) == np.argsort(values, axis=1)).all()
+
+
+def searched_again(first: np.ndarray, second: np.ndarray, right: np.ndarray, num_best: int) -> int:
+    """The rank of one query by sorting: the best by the first score, ordered by the second, before all others."""
+    order = sorted(range(len(first)), key=lambda answer: -first[answer])
+    best = sorted(order[:num_best], key=lambda answer: -second[answer])
+    return 1 + [bool(right[answer]) for answer in best + order[num_best:]].index(True)
+
+
+@pytest.mark.parametrize("num_best", [1, 5, 1000])
+def test_both_directions_are_ordered_again(num_best: int) -> None:
+    random = np.random.default_rng(2)
+    first, second = (random.random((NUM_IMAGES, len(IMAGE_OF_TEXT))) for _ in range(2))
+    right = np.arange(NUM_IMAGES)[:, None] == IMAGE_OF_TEXT
+    wanted = pairs_to_rerank(first, num_best)
+    assert wanted.all() == (num_best == 1000)
+    # No score but those that are wanted is read.
+    found = RetrievalCounts.reranked(first, np.where(wanted, second, np.nan), num_best, IMAGE_OF_TEXT)
+    of_images = [searched_again(*each, num_best) for each in zip(first, second, right, strict=True)]
+    of_texts = [searched_again(*each, num_best) for each in zip(first.T, second.T, right.T, strict=True)]
+    assert found.image_to_text == RankCounts.of(np.array(of_images))
+    assert found.text_to_image == RankCounts.of(np.array(of_texts))
+    if num_best == 1000:
+        assert found == RetrievalCounts.of(second, IMAGE_OF_TEXT)
 
 
 @pytest.mark.parametrize("measure", [text_ranks, lambda values, images, _: image_ranks(values, images)])
