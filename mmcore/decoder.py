@@ -87,6 +87,7 @@ def attention(
     is_causal: bool = False,
     dropout_probability: float = 0.0,
     fused: bool,
+    softmax_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of queries (R, H, T, K) to keys and values (R, H, S, K).
 
@@ -94,6 +95,7 @@ def attention(
         bias: added to the scores; broadcastable to (R, H, T, S); 0 for a visible key, minus infinity for a hidden one.
         is_causal: position t attends to positions 0 to t. Needs T = S and no bias.
         fused: use PyTorch's fused kernel; else two matrix products and a softmax.
+        softmax_dtype: type of the softmax without the fused kernel. None is that of the products.
     """
     assert bias is None or not is_causal, "is_causal cannot be combined with a bias"
     bias = None if bias is None else bias.to(q.dtype)
@@ -105,7 +107,7 @@ def attention(
         scores_RHTS = scores_RHTS + torch.full((num_positions, num_positions), -torch.inf, dtype=q.dtype).triu_(1)
     if bias is not None:
         scores_RHTS = scores_RHTS + bias
-    weights_RHTS = dropout(scores_RHTS.softmax(dim=-1), dropout_probability, training=True)
+    weights_RHTS = dropout(scores_RHTS.softmax(dim=-1, dtype=softmax_dtype), dropout_probability, training=True)
     return weights_RHTS.to(v.dtype) @ v
 
 

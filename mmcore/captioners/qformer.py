@@ -18,7 +18,10 @@ values are computed once for all captions of an image, in training and in decodi
 
 The queries start as N(0, 0.02). Equal queries would stay equal, as nothing else tells one query from another.
 
-The precision is that of the weights, fp32, also under autocast. In fp16 the loss became infinite (LAVIS issue 267).
+The precision is that of the weights, fp32. Under autocast to bf16, linear layers and the products of attention are in
+bf16. Hidden states, LayerNorm, softmax, and the features and logits of `MatchingHeads` stay in fp32. Under autocast to
+fp16 all is fp32: there the loss became infinite (LAVIS issue 267). The largest number of fp16 is 65,504; that of bf16
+is as large as that of fp32.
 
 Shapes: B images, C captions (or beams) per image, R = B·C rows, Q queries, T positions of text, S key positions, N real
 tokens of the batch, L image tokens, E channels of an image token, D width, H heads, K = D / H width of a head, V words,
@@ -81,7 +84,9 @@ class _LanguageHead(nn.Module):
 
     def forward(self, hidden: Tensor, words_VD: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), words_VD, self.bias)
+        # Under autocast the layer gives bf16, and LayerNorm would compute in the type of its input.
+        inner = self.dense(hidden).to(self.norm.weight.dtype)
+        return F.linear(self.norm(F.gelu(inner)), words_VD, self.bias)
 
 
 def _initialize(module: nn.Module) -> None:
@@ -92,10 +97,14 @@ def _initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _without_autocast(method: Callable[Concatenate[Module, P], Result]) -> Callable[Concatenate[Module, P], Result]:
+def _without_fp16(method: Callable[Concatenate[Module, P], Result]) -> Callable[Concatenate[Module, P], Result]:
+    """`method` under the autocast of its caller, unless that is to fp16."""
+
     @functools.wraps(method)
     def computed(self: Module, /, *arguments: P.args, **keywords: P.kwargs) -> Result:
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+        device = next(self.parameters()).device.type
+        in_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        with torch.autocast(device, torch.bfloat16, enabled=in_bf16):
             return method(self, *arguments, **keywords)
 
     return computed
@@ -103,9 +112,6 @@ def _without_autocast(method: Callable[Concatenate[Module, P], Result]) -> Calla
 
 class QFormer(nn.Module):
     """Learned queries and text over image features. `mmcore.captioners.decoding` searches with `start` and `step`."""
-
-    # For `mmcore.frozen_weights`: the weights stay in fp32 if the training is in bf16.
-    own_precision = True
 
     def __init__(self, settings: QFormerSettings) -> None:
         super().__init__()
@@ -124,7 +130,7 @@ class QFormer(nn.Module):
         """Modules for activation checkpointing."""
         return list(self.layers)
 
-    @_without_autocast
+    @_without_fp16
     def memory_keys(self, memory_BLE: Tensor) -> MemoryKeys:
         """Keys and values of image features (B, L, E).
 
@@ -134,7 +140,7 @@ class QFormer(nn.Module):
         attentions = [layer.cross_attention for layer in self._layers()]
         return MemoryKeys([None if each is None else each.memory_kv(memory_BLE) for each in attentions])
 
-    @_without_autocast
+    @_without_fp16
     def queries(self, memory: Tensor | MemoryKeys) -> QueryState:
         """The queries of each image. They attend to each other and to the image.
 
@@ -148,7 +154,7 @@ class QFormer(nn.Module):
             keys_and_values.append(kv)
         return QueryState(queries.padded(), keys_and_values)
 
-    @_without_autocast
+    @_without_fp16
     def text(self, input_ids_RT: Tensor, mask_RT: Tensor) -> Tensor:
         """Text alone, attending in both directions.
 
@@ -164,7 +170,7 @@ class QFormer(nn.Module):
             _, text, _ = layer(None, text, bias=bias)
         return text.padded()
 
-    @_without_autocast
+    @_without_fp16
     def multimodal(self, memory: Tensor | MemoryKeys, input_ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and text, all attending to all; the queries attend to the image too.
 
@@ -182,7 +188,7 @@ class QFormer(nn.Module):
             queries, text, _ = layer(queries, text, memory=memory_of_layer, bias=bias)
         return queries.padded(), text.padded()
 
-    @_without_autocast
+    @_without_fp16
     def causal(self, input_ids_RT: Tensor, mask_RT: Tensor, state: QueryState) -> Tensor:
         """Causal text after the queries. The C rows of an image are adjacent and share its queries.
 
@@ -199,7 +205,7 @@ class QFormer(nn.Module):
             _, text, _ = layer(None, text, bias=bias, past=past)
         return text.padded()
 
-    @_without_autocast
+    @_without_fp16
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) of the next word."""
         assert self.lm_head is not None, "this Q-Former has no text half"
@@ -214,10 +220,11 @@ class QFormer(nn.Module):
         """As `start`, from the result of `queries`."""
         num_images, num_heads, _, head_width = state.kv[0][0].shape
         shape = (num_images * rows_per_image, num_heads, num_positions, head_width)
-        empty = [(state.hidden_BQD.new_zeros(shape), state.hidden_BQD.new_zeros(shape)) for _ in state.kv]
+        # Of the keys' type. A cache of another type would be cast as a whole in every step.
+        empty = [(key_BHQK.new_zeros(shape), value_BHQK.new_zeros(shape)) for key_BHQK, value_BHQK in state.kv]
         return DecodingState([Cache(key, value) for key, value in empty], list(state.kv))
 
-    @_without_autocast
+    @_without_fp16
     def step(self, ids_R: Tensor, state: DecodingState) -> Tensor:
         """Logits (R, V) of the word after `ids_R`, int64 (R,). Adds the word to `state`."""
         text = self._text_tokens(ids_R[:, None], Packing.full(len(ids_R), 1), state.position)
@@ -267,9 +274,10 @@ def _num_images(memory: Tensor | KeyValue | None) -> int:
 class MatchingHeads(nn.Module):
     """The layers with which BLIP-2 compares an image and a text: two projections, and a classifier of pairs.
 
-    `itm_head` makes two logits of each query of `QFormer.multimodal`; their mean says whether a pair matches.
+    They are computed in the precision of the weights, also under autocast.
     """
 
+    # For `mmcore.frozen_weights`: frozen weights stay in fp32 if the training is in bf16.
     own_precision = True
 
     def __init__(self, width: int, feature_width: int = 256) -> None:
@@ -277,15 +285,22 @@ class MatchingHeads(nn.Module):
         self.vision_projection, self.text_projection = nn.Linear(width, feature_width), nn.Linear(width, feature_width)
         self.itm_head = nn.Linear(width, 2)
 
-    @_without_autocast
     def image_features(self, queries_BQD: Tensor) -> Tensor:
         """Queries of `QFormer.queries` -> normalised features (B, Q, F).
 
         The similarity of an image and a text is the largest product over the queries.
         """
-        return F.normalize(self.vision_projection(queries_BQD), dim=-1)
+        return F.normalize(_outside_autocast(self.vision_projection, queries_BQD), dim=-1)
 
-    @_without_autocast
     def text_features(self, text_RTD: Tensor) -> Tensor:
         """Words of `QFormer.text` -> normalised features (R, F), of the first token."""
-        return F.normalize(self.text_projection(text_RTD[:, 0]), dim=-1)
+        return F.normalize(_outside_autocast(self.text_projection, text_RTD[:, 0]), dim=-1)
+
+    def pair_logits(self, queries_BQD: Tensor) -> Tensor:
+        """Queries of `QFormer.multimodal` -> logits of "no match" and "match" at each query, (B, Q, 2)."""
+        return _outside_autocast(self.itm_head, queries_BQD)
+
+
+def _outside_autocast(layer: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x)

@@ -323,10 +323,8 @@ class QFormerCaptioner(nn.Module):
         return torch.cat([torch.full_like(input_ids_BT[:, :1], self.facts.first_id), input_ids_BT[:, 1:]], dim=1)
 
     def _pair_logits(self, memory: Tensor | MemoryKeys, text_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The two logits of each query, (B, Q, 2), in fp32 also under autocast."""
-        queries_BQD, _ = self.qformer.multimodal(memory, text_BT, mask_BT)
-        with torch.autocast(queries_BQD.device.type, enabled=False):
-            return self.heads.itm_head(queries_BQD)
+        """The two logits of each query: (B, Q, 2)."""
+        return self.heads.pair_logits(self.qformer.multimodal(memory, text_BT, mask_BT)[0])
 
 
 _REPORT = QFormerRecipe()

@@ -91,8 +91,15 @@ def attention_after(
     if bias is not None:
         to_own_RHTS = to_own_RHTS + bias.to(q_RHTK.dtype)
     to_past_RHTQ = by_row(by_image(q_RHTK) @ past[0].transpose(-2, -1))
-    weights = dropout(torch.cat([to_past_RHTQ, to_own_RHTS], -1).softmax(-1), dropout_probability, training=True)
+    scores = torch.cat([to_past_RHTQ, to_own_RHTS], -1)
+    weights = dropout(scores.softmax(-1, dtype=_softmax_dtype(scores)), dropout_probability, training=True)
+    weights = weights.to(own[1].dtype)
     return by_row(by_image(weights[..., :num_past]) @ past[1]) + weights[..., num_past:] @ own[1]
+
+
+def _softmax_dtype(scores: Tensor) -> torch.dtype:
+    """fp32 or above. The weights of a softmax in bf16 would add up to 1 within 1 % only."""
+    return torch.promote_types(scores.dtype, torch.float32)
 
 
 class _Attention(nn.Module):
@@ -124,7 +131,7 @@ class _Attention(nn.Module):
             return attention_after(q, kv, past, bias, dropout_probability=probability)
         # On a CPU two products are faster in training, as in `mmcore.decoder.DecoderLayer`.
         fused = q.device.type != "cpu" or not self.training
-        return attention(q, *kv, bias, dropout_probability=probability, fused=fused)
+        return attention(q, *kv, bias, dropout_probability=probability, fused=fused, softmax_dtype=_softmax_dtype(q))
 
     def add(self, tokens: Tokens, mixed_RHTK: Tensor) -> Tokens:
         """The tokens after the attention whose result is `mixed_RHTK`."""

@@ -173,7 +173,7 @@ def test_features_and_scores_equal_those_of_transformers(retrieval: Any, folder:
     images_BQF = heads.image_features(qformer.queries(memory_BLE).hidden_BQD)
     texts_RF = heads.text_features(qformer.text(ids_RT, mask_RT))
     cosines = similarities(images_BQF, texts_RF, images_BQF, texts_RF)
-    matching = itm_logits(heads.itm_head(qformer.multimodal(memory_BLE, ids_RT, mask_RT)[0]))
+    matching = itm_logits(heads.pair_logits(qformer.multimodal(memory_BLE, ids_RT, mask_RT)[0]))
     found = [images_BQF, texts_RF, cosines.image_to_text_BM, matching]
     for mine, other in zip(found, scores_of(retrieval, lengths), strict=True):
         torch.testing.assert_close(mine, other, **CLOSE)
@@ -189,7 +189,7 @@ def test_exported_weights_give_the_same_scores(retrieval: Any, folder: str) -> N
     assert all(name.startswith("vision_model.") for name in loaded.missing_keys)
     (ids_RT, mask_RT), memory_BLE = text_of([6, 2]), theirs.vision_model(pixels_of(2)).last_hidden_state
     images_BQF = heads.image_features(qformer.queries(memory_BLE).hidden_BQD)
-    matching = itm_logits(heads.itm_head(qformer.multimodal(memory_BLE, ids_RT, mask_RT)[0]))
+    matching = itm_logits(heads.pair_logits(qformer.multimodal(memory_BLE, ids_RT, mask_RT)[0]))
     their_images, _, _, their_matching = scores_of(theirs, [6, 2])
     torch.testing.assert_close(images_BQF, their_images, **CLOSE)
     torch.testing.assert_close(matching, their_matching, **CLOSE)
