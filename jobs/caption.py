@@ -56,6 +56,8 @@ class CaptionSettings:
     """COLUMN:NAME captions one split of a prepared dataset, such as split_karpathy:test."""
     encoder: str | None = None
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
+    prompt: str | None = None
+    """Text that a captioner with a language model reads before each image; by default the run's own."""
     rows_per_block: int = ROWS_PER_BLOCK
     """Images that are captioned and committed together."""
     skip_bad: bool = False
@@ -82,9 +84,9 @@ class CaptionSummary(TypedDict):
 class CaptionImages:
     """Holds the captioner on a worker."""
 
-    def __init__(self, captioner: Captioner, options: Any, images: Storage, skip_bad: bool) -> None:
+    def __init__(self, captioner: Captioner, options: Any, images: Storage, skip_bad: bool, prompt: str | None) -> None:
         self.captioner = captioner.load("cuda" if torch.cuda.is_available() else "cpu")
-        self.options, self.images, self.skip_bad = options, images, skip_bad
+        self.options, self.images, self.skip_bad, self.prompt = options, images, skip_bad, prompt
 
     def __call__(self, rows: ImageRows) -> pa.Table:
         gone = set(rows["gone"])
@@ -111,7 +113,8 @@ class CaptionImages:
         captions = []
         if good:
             pixels = pixels_from_bytes(images, self.captioner.image_size, names)
-            captions = self.captioner.caption(pixels, self.options)
+            prompts = None if self.prompt is None else [self.prompt] * len(good)
+            captions = self.captioner.caption(pixels, self.options, prompts)
         table = pa.table([image_ids, names, captions], schema=_SCHEMA)
         listed = [(rows["file_name"][row], skipped[row]) for row in sorted(skipped)]
         return table.replace_schema_metadata({_SKIPPED: json.dumps(listed)}) if listed else table
@@ -140,6 +143,8 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
     captioner = open_captioner(settings.run, encoder=settings.encoder)
     options = captioner.options if options is None else options
     captioner.check(options)
+    if settings.prompt is not None and not captioner.takes_prompt:
+        raise InputError(f"--prompt: {settings.run} reads images alone; leave it out, or name a run that takes one")
     words = capped_fields(options).get("words")
     if words is not None and (wanted := getattr(options, words)) > captioner.max_length:
         flag = "--" + words.replace("_", "-")
@@ -167,6 +172,8 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
             "split": settings.split,
             **dataclasses.asdict(options),
             "rows_per_block": settings.rows_per_block,
+            # Sweeps of earlier versions have no such field.
+            **({} if settings.prompt is None else {"prompt": settings.prompt}),
         },
         blocks=blocks,
         worker_type=CaptionImages,
@@ -175,6 +182,7 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
             "options": options,
             "images": images,
             "skip_bad": settings.skip_bad,
+            "prompt": settings.prompt,
         },
         # By them a sweep is planned again as it was, whichever of them are gone.
         plan_facts={"files": image_files(blocks)},

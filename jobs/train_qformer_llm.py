@@ -5,7 +5,8 @@ Paper: row 4 of the report's Table 1; BLIP-2 of Li et al. 2023, https://arxiv.or
 
     python jobs/train_qformer_llm.py --variant best --storage URI --encoder NAME --language-model NAME
 
-Hardware: any. `llava` trains LLaVA-1.5's projection instead of a Q-Former; --bridge has two more.
+Hardware: any. `llava` trains LLaVA-1.5's projection instead of a Q-Former; --bridge has two more. `llava-lora` then
+trains the language model too: its --bridge-weights names the run of `llava`.
 """
 
 from jobs.runtime.captioner_training import train_captioner

@@ -301,6 +301,13 @@ _BEST = dataclasses.replace(
     ),
 )
 _LLAVA = dataclasses.replace(_BEST, bridge=BridgeSettings(bridge="mlp"))
+# LLaVA's second stage trains the projection further, and the language model too. --bridge-weights names the first.
+_LLAVA_LORA = dataclasses.replace(
+    _LLAVA,
+    lora=16,
+    bridge=dataclasses.replace(_LLAVA.bridge, bridge_weights=""),
+    train=dataclasses.replace(_LLAVA.train, lr=2e-4),
+)
 _SMOKE = dataclasses.replace(
     _BEST,
     dataset="shapes",
@@ -323,6 +330,7 @@ VARIANTS: dict[str, LanguageCaptionerRecipe] = {
     "report": _REPORT,
     "best": _BEST,
     "llava": _LLAVA,
+    "llava-lora": _LLAVA_LORA,
     "shapes": _SHAPES,
     "smoke": _SMOKE,
 }

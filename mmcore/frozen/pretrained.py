@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmcore.errors import InputError
 
 # Values of recipes that are not names of models. A local folder of such a name is ignored.
-_NO_MODELS = ("scratch", "words")
+_NO_MODELS = ("scratch", "words", "")
 # Fields of a configuration that do not affect what the model computes.
 _CONFIG_WITHOUT_EFFECT = (
     "_name_or_path",

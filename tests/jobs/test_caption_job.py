@@ -20,10 +20,12 @@ from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.qformer_llm import VARIANTS as LANGUAGE_VARIANTS
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
+from mmcore.frozen.language import caption_tokenizer
 from mmcore.frozen.vision import SCRATCH, pixels_from_bytes
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
@@ -168,6 +170,7 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty 0.5: has no effect on greedy search"),
         ({"--length-penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
+        ({"--prompt": "What is it?"}, "reads images alone; leave it out, or name a run that takes one"),
         ({"--run": "generator"}, "recipe 'ldm' is not of kind captioner"),
     ],
 )
@@ -183,6 +186,42 @@ def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, ca
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "out").exists(), "something was written"
+
+
+def write_language_run(folder: Path) -> Path:
+    """A finished run of an untrained bridge to a tiny language model."""
+    recipe = LANGUAGE_VARIANTS["smoke"]
+    tokenizer = caption_tokenizer(recipe.language_model)
+    facts = recipe.complete(CaptionerFacts(tokenizer.token_ids, recipe.image_size**2, 3))
+    torch.manual_seed(0)
+    run = Storage(str(folder))
+    for name, data in tokenizer.files().items():
+        (run / "model" / TOKENIZER_ASSET).write(name, data)
+    file = RunFile("qformer_llm", "smoke", recipe, facts, "")
+    write_model(run, checkpoint.trainable_state(recipe.build(facts)), file)
+    return folder
+
+
+def test_a_prompt_is_read_and_is_of_the_sweep(images, tmp_path, call_job):
+    run = write_language_run(tmp_path / "runs" / "qformer_llm" / "tiny")
+    few = tmp_path / "images"
+    few.mkdir()
+    for path in sorted(images.iterdir())[:3]:
+        shutil.copy(path, few)
+    out = tmp_path / "out"
+    command = ["--run", run, "--images", few, "--out", out, "--max-length", "6"]
+    call_job(main, *command, "--prompt", "What is it?")
+    captioner = open_captioner(str(run)).load()
+    options = dataclasses.replace(captioner.options, max_length=6)
+    names = sorted(path.name for path in few.iterdir())
+    pixels = pixels_from_bytes([(few / name).read_bytes() for name in names], captioner.image_size, names)
+    captions = dict(read_csv(out / "captions.csv")[1:])
+    assert [captions[name] for name in names] == captioner.caption(pixels, options, ["What is it?"] * 3)
+    assert [captions[name] for name in names] != captioner.caption(pixels, options)
+    for other, line in (("--prompt=Who?", "prompt was 'What is it?' and is now 'Who?'"), ("", "and is now None")):
+        refused = call_job(main, *command, *filter(None, [other]), check=False)
+        assert refused.returncode == 1
+        assert line in refused.stderr
 
 
 def test_an_encoder_that_is_not_there_is_one_line(images, tmp_path, call_job):

@@ -263,6 +263,13 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused("a run of resnet_captioner; name one of train_qformer.py or train_qformer_llm.py", recipe(captioner))
 
 
+def test_the_second_stage_of_llava_needs_the_first(tmp_path: Path) -> None:
+    second = VARIANTS["llava-lora"]
+    assert (second.bridge.bridge, second.lora > 0) == ("mlp", True)
+    tiny_second = dataclasses.replace(recipe("", bridge="mlp"), lora=2)
+    refused("--bridge-weights is missing: .* run `python jobs/train_qformer_llm.py --variant llava` first", tiny_second)
+
+
 def test_sizes_beside_first_weights_have_no_effect() -> None:
     given = recipe("some/run")
     with pytest.raises(InputError, match="--bridge-width 48: has no effect without --bridge-weights scratch"):
