@@ -38,6 +38,9 @@ _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # The start of an address, such as s3: or hf: of what was meant as s3://bucket.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+]*:")
 
+# The folder of temporary files in storages of before 2026-11-29.
+_OLD_TEMPORARY = ".tmp"
+
 # Errors of file systems without hard links (FAT and exFAT, some network and user-space file systems).
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -276,10 +279,8 @@ class Storage:
     def _write_temporary(self, name: str, content: BinaryIO) -> Path:
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A hidden folder at the root of this storage, so that no listing contains temporary files.
-        folder = self._path(".tmp")
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f"{target.name}.{uuid.uuid4().hex}"
+        # Hidden, so that no listing contains it. Without the target's name, which may be as long as names can be.
+        temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
         try:
             with writing(target), open(temporary, "wb") as file:
                 shutil.copyfileobj(content, file)
@@ -347,7 +348,7 @@ class Storage:
         if not self.is_s3:
             folder = self._path()
             entries = folder.iterdir() if folder.is_dir() else []
-            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name != ".tmp")
+            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name != _OLD_TEMPORARY)
         bucket, key = self._key()
         prefix = key and key + "/"
         names: builtins.list[str] = []
@@ -401,9 +402,11 @@ class Storage:
         """Remove temporary files of killed writes below this folder. Only safe without other writers. No-op on S3."""
         if self.is_s3:
             return
-        for path in [*self._path().rglob("*.tmp"), *self._path().rglob(".tmp/*")]:
+        for path in list(self._path().rglob("*.tmp")):
             if path.is_file():
                 path.unlink(missing_ok=True)
+            elif path.name == _OLD_TEMPORARY and path.is_dir():
+                shutil.rmtree(path)
 
     def upload(self, local_path: str | Path, name: str) -> None:
         """Copy a local file to `name` atomically."""

@@ -121,10 +121,9 @@ def check_complete(out: Storage, count: int) -> list[dict[str, Any]]:
 def check_tidy(out: Path) -> None:
     """Assert that a finished sweep has no extra files."""
     names = sorted(path.name for path in out.iterdir())
-    assert names == [".tmp", "images", "lease", "manifest", "summary.json", "sweep.json"]
+    assert names == ["images", "lease", "manifest", "summary.json", "sweep.json"]
     for folder in ("images", "manifest", "lease"):
         assert {path.suffix for path in (out / folder).iterdir()} <= {".png", ".parquet", ".json"}
-    assert not list((out / ".tmp").iterdir())
 
 
 def check_image(data: bytes, prompt: str, seed: int) -> None:

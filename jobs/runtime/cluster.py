@@ -1,6 +1,7 @@
 """Everything between a job and a Ray cluster: which one it joins, and what it says when nothing moves."""
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import ray
 from jobs.runtime import ray_private
 from jobs.runtime.commandline import counted, in_one_line, say
 from jobs.runtime.source import ROOT
+from mmcore.data.columns import default_cache
 from mmcore.errors import InputError
 from mmcore.temporary import make_folder
 
@@ -98,17 +101,18 @@ def _start_local() -> None:
     python = shlex.quote(sys.executable)
     say("Ray: starting on this machine")
     try:
-        context = ray.init(
-            # Not None, which would join a Ray that somebody else started on this machine.
-            address="local",
-            num_cpus=max(MIN_LOCAL_CPUS, ray_private.cpus()),
-            # Without the dashboard Ray Train's controller logs an error every second.
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            runtime_env=None if python == sys.executable else {"py_executable": python},
-            _temp_dir=str(folder),
-        )
+        with _temporary_files_in(folder / "tmp"):
+            context = ray.init(
+                # Not None, which would join a Ray that somebody else started on this machine.
+                address="local",
+                num_cpus=max(MIN_LOCAL_CPUS, ray_private.cpus()),
+                # Without the dashboard Ray Train's controller logs an error every second.
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                logging_level=logging.WARNING,
+                runtime_env=None if python == sys.executable else {"py_executable": python},
+                _temp_dir=str(folder),
+            )
     except Exception as error:  # where it takes too long, Ray raises this very class
         said = " ".join(str(error).split())
         busy = "; the machine is too busy, or short of memory: give the same command again" if _TOO_SLOW in said else ""
@@ -118,6 +122,32 @@ def _start_local() -> None:
     _point_to(context.dashboard_url)
     say(f"Ray: started, {_own_totals()}")
     _dashboard[:] = [f"Ray: dashboard http://{context.dashboard_url}{token_note}"]
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Have the processes that start meanwhile, and theirs, put temporary files there, to be removed with Ray's.
+
+    Ray ends its processes without their exit hooks, so what they would remove themselves stays. What is kept for later
+    jobs lies elsewhere: copies of features, and compiled models.
+    """
+    folder.mkdir(exist_ok=True)
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(default_cache() / "compiled")
+    theirs = {
+        "MMCORE_CACHE": str(default_cache()),
+        "TORCHINDUCTOR_CACHE_DIR": compiled,
+        "TMPDIR": str(folder),
+    }
+    mine = {name: os.environ.get(name) for name in theirs}
+    os.environ.update(theirs)
+    try:
+        yield
+    finally:
+        for name, value in mine.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _join(address: str) -> None:

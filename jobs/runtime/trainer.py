@@ -36,6 +36,8 @@ from mmcore.errors import InputError
 
 # Crashes are counted by the run's monitor; this ends workers that fail before they can tell it.
 _MAX_RESTARTS = 100
+# The empty file by which Ray Train's workers see that they share the storage; it leaves the file there.
+_MARKER = ".validate_storage_marker"
 _POLL_S = 0.5
 # For what the monitor knows at the end, which may have come after the follower's last look.
 _LAST_LOOK_S = 10.0
@@ -130,6 +132,7 @@ def _fit(
     if "error" in summary:
         raise InputError(cast(Mistake, summary)["error"])
     remove_unfinished_uploads(job.run)
+    job.run.delete(_MARKER)
     summary = {**summary, "wall_seconds": round(time.perf_counter() - start, 1), "num_workers": job.options.num_workers}
     job.run.write("_SUCCESS", json.dumps(summary, indent=1).encode())
     # Those of the whole run, where the time is that of this start.

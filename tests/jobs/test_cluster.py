@@ -59,7 +59,9 @@ def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path,
     (killed / "lock").touch()
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
-    env, flags = {"HOME": str(home)}, ["--default-interval"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    env, flags = {"HOME": str(home), "TMPDIR": str(temporary)}, ["--default-interval"]
     if history == "token from earlier":
         (home / ".ray" / "auth_token").write_text("a" * 64)
     elif history.startswith("mode"):
@@ -72,6 +74,7 @@ def test_a_local_ray_starts_whatever_ray_left_behind(history, run_job, tmp_path,
 
     result = ast.literal_eval(done.stdout.strip())
     assert not killed.exists()
+    assert not list(temporary.iterdir()), "Ray's processes leave nothing there"
     assert result["answer"] == 42
     assert result["cpus"] >= cluster.MIN_LOCAL_CPUS
     assert result["auth"] == ("disabled" if history == "mode disabled" else "token")

@@ -286,14 +286,10 @@ def test_a_mistake_that_one_worker_meets_ends_the_others(run_job: RunJob, storag
     """The other worker waits in a collective. Without a message from the first one it would wait for half an hour."""
     script = tmp_path / "job.py"
     script.write_text(ONE_SIDED_MISTAKE)
-    left = tmp_path / "mmcore-run-of-a-killed-worker"
-    left.mkdir()
-    (left / "lock").touch()
     command = [script, *FLAGS, "--num-workers", "2", "--storage", storage, "--name", "one-sided"]
-    result = run_job(*command, check=False, env={"TMPDIR": str(tmp_path)})
+    result = run_job(*command, check=False)
     # Ray's controller also logs that it starts the workers again.
     assert result.returncode == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert lines == ["error: worker 1 alone cannot read its images"]
-    assert not left.exists(), "what a killed worker leaves is removed by the next"
     assert not run_folder(storage, "one-sided").exists("_SUCCESS")
