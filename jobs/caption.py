@@ -19,10 +19,11 @@ import pyarrow as pa
 import torch
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Columns
-from jobs.runtime.commandline import counted
+from jobs.runtime.commandline import counted, say_next
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.image_blocks import ImageRows, image_files, plan_blocks
 from jobs.runtime.model_flags import parse_with_options
+from jobs.runtime.next_command import after_captioning
 from jobs.runtime.source import output_storage
 from jobs.runtime.sweep import PARTS, WrittenPlan, read_plan, run_sweep
 from mmcore.captioners.search_options import SearchOptions
@@ -215,7 +216,10 @@ def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[str]]) -> bytes:
 def main() -> None:
     command = "python jobs/caption.py"
     families = {"the search for captions": SearchOptions()}
-    caption(*parse_with_options(CaptionSettings, open_captioner, families, __doc__ or "", command))
+    settings, options = parse_with_options(CaptionSettings, open_captioner, families, __doc__ or "", command)
+    done = caption(settings, options)
+    if not settings.dry_run:
+        say_next(after_captioning(settings.run, settings.images, settings.split, settings.out, done["num_skipped"]))
 
 
 if __name__ == "__main__":

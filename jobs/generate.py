@@ -24,11 +24,12 @@ import torch
 
 from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
-from jobs.runtime.commandline import counted
+from jobs.runtime.commandline import counted, say_next
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.image_sweep import COMMIT, BlockFacts, GenerateImages, ImageSettings
 from jobs.runtime.lease import Lease
 from jobs.runtime.model_flags import parse_with_options
+from jobs.runtime.next_command import after_generating
 from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import (
     SWEEP,
@@ -456,7 +457,10 @@ def summarise(out: Storage) -> SweepSummary:
 def main() -> None:
     command = "python jobs/generate.py"
     families = {"a diffusion": DiffusionOptions(), "a Transformer over codes": AutoregressiveOptions()}
-    generate(*parse_with_options(GenerateSettings, open_generator, families, __doc__ or "", command))
+    settings, options = parse_with_options(GenerateSettings, open_generator, families, __doc__ or "", command)
+    generate(settings, options)
+    if not settings.dry_run:
+        say_next(after_generating(settings.run, settings.prompts, settings.out))
 
 
 if __name__ == "__main__":

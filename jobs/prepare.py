@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shlex
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -34,14 +33,14 @@ import tyro
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK
 from jobs.runtime.cluster import connect
-from jobs.runtime.commandline import counted, one_line, run
+from jobs.runtime.commandline import counted, one_line, run, say_next
 from jobs.runtime.progress import Report, progress
 from jobs.runtime.ray_private import cpus
 from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.huggingface import looks_like_hub_name
 from mmcore.data.photos import SPLIT_COLUMNS, photo_row
-from mmcore.data.prepared import TEST, TRAIN, VALIDATION, DatasetSummary
+from mmcore.data.prepared import DatasetSummary
 from mmcore.data.shapes import MAX_OBJECTS, SPLITS, ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
@@ -59,8 +58,6 @@ ROWS_PER_FILE = 1000
 # A file is made in memory by one task, and one Arrow column of bytes ends at 2 GiB.
 MAX_BYTES_PER_FILE = 256 * 2**20
 POLL_INTERVAL_S = 0.5
-# That of the published captioner; the default of `best` is the report's.
-_ENCODER = "google/mobilenet_v2_1.0_224"
 DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _COMMON_FIELDS = [
     pa.field("image_id", pa.string()),
@@ -369,28 +366,14 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
         print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
-def next_command(settings: PrepareSettings, splits: dict[str, dict[str, int]]) -> str:
-    """The training that reads the dataset, for a shell. Its run has the dataset's name.
-
-    `splits`: of the summary. A dataset with a split of its own is trained by that, Flickr8k by the report's.
-    """
-    storage = ["--storage", settings.storage]
-    flags = ["--variant", SHAPES, *storage]
-    if settings.dataset != SHAPES:
-        of_source = SPLIT_COLUMNS[-1]
-        has_own = TRAIN in splits[of_source] and not {VALIDATION, TEST}.isdisjoint(splits[of_source])
-        flags = ["--variant", "best", "--encoder", _ENCODER, "--dataset", settings.dataset]
-        # Without the flag the variant takes the report's.
-        flags += ["--split", of_source] if has_own and settings.dataset != "flickr8k" else []
-        flags += [*storage, "--name", settings.dataset]
-    return shlex.join(["python", "jobs/train_resnet_captioner.py", *flags])
-
-
 def main() -> None:
     settings = read_settings(PrepareSettings, __doc__, "python jobs/prepare.py")
     summary = prepare(settings)
+    # Imported here, as it takes seconds: it knows the models.
+    from jobs.runtime.next_command import after_preparing
+
     # Here alone: a training that makes the Shapes data for itself is followed by no other.
-    print(f"next: {next_command(settings, summary['splits'])}")
+    say_next(after_preparing(settings.dataset, settings.storage, summary["splits"]))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ def test_a_recipe_is_added_by_what_contributing_says(
     done = run_job(*train, cwd=root, env=joined)
     run = root / "out" / "runs" / "recurrent_captioner" / "default"
     assert f"finished: {run}/model" in done.stdout
-    assert "next: " not in done.stdout, "a training that makes its data names no other training"
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("next: ")]
+    words = shlex.split(line)
+    assert words[2:5] == ["jobs/caption.py", "--run", "out/runs/recurrent_captioner/default"], "not another training"
+    assert "caption: 300 images" in run_job(*words[2:], "--dry-run", cwd=root, env=joined).stdout
     assert "caption: 300 images" in run_job(*caption, "--dry-run", cwd=root, env=joined).stdout
     assert run_job("-c", CAPTION, run, cwd=root, env=here).stdout.split() == ["2", "True"]

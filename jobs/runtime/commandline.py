@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
+from jobs.runtime.source import ROOT
 from mmcore.errors import InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -98,13 +99,27 @@ def _how_to_go_on(argv: Sequence[str]) -> str:
     if "--fresh" in flags:
         # Whether the earlier run was removed already is not known here.
         return "; give the same command again: without --fresh it goes on, with it everything begins anew"
-    # `python` is another one where the environment is not active.
-    near = os.path.relpath(sys.executable)
-    python = sys.executable if near.startswith(os.pardir) else near
-    python = "python" if shutil.which("python") == sys.executable else python
     address = os.environ.get("RAY_ADDRESS")
     joined = [f"RAY_ADDRESS={shlex.quote(address)}"] if address else []
-    return f"; to go on from what is committed: {' '.join([*joined, shlex.join([python, program, *flags])])}"
+    return f"; to go on from what is committed: {' '.join([*joined, shlex.join([_python(), program, *flags])])}"
+
+
+def _python() -> str:
+    """The Python that runs this, for a shell: `python` is another one where the environment is not active."""
+    return "python" if shutil.which("python") == sys.executable else _near(sys.executable)
+
+
+def _near(path: str) -> str:
+    """`path` from the current folder, where it lies below it."""
+    near = os.path.relpath(path)
+    return path if near.startswith(os.pardir) else near
+
+
+def say_next(words: Sequence[str]) -> None:
+    """Print the command that usually follows, for a shell: a program of `jobs/` and its flags. Without any, nothing."""
+    if words:
+        program, *flags = words
+        print(f"next: {shlex.join([_python(), _near(str(ROOT / 'jobs' / program)), *flags])}", flush=True)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -54,6 +54,9 @@ class Job(Generic[R]):
     variant: str
     recipe: R
     options: RunOptions
+    is_typed: bool = False
+    """Whether it was read from a command line, by `parse_job`: its end then names the command that usually follows.
+    A training that another job starts is followed by that job's own work."""
 
     def __post_init__(self) -> None:
         if not _RUN_NAME.fullmatch(self.options.name):
@@ -123,7 +126,7 @@ def parse_job(
     check_effect(parsed.recipe, variants[variant])
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)
-    job = dataclasses.replace(parsed, options=options)
+    job = dataclasses.replace(parsed, options=options, is_typed=True)
     if given is None:
         report = f"; for the report's settings give `--variant report{report_needs}`"
         print(

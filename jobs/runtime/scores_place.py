@@ -1,4 +1,4 @@
-"""Where the scores of a run are written."""
+"""Where the scores of a run lie: ``STORAGE/scores/RECIPE/NAME.json`` for ``STORAGE/runs/RECIPE/NAME``."""
 
 import re
 
@@ -8,16 +8,22 @@ from mmcore.storage import Storage
 
 DEFAULT_DATASET = "flickr8k"
 # A bucket cannot be the `runs` itself: s3://runs/recipe/name names no storage.
-RUN_URI = re.compile(r"(?P<storage>s3://[^/]+.*|(?!s3://).+)/runs/(?P<recipe>[^/]+)/(?P<name>[^/]+)")
+_RUN_URI = re.compile(r"(?P<storage>s3://[^/]+.*|(?!s3://).+)/runs/(?P<recipe>[^/]+)/(?P<name>[^/]+)")
+
+
+def scores_place(run: Storage) -> tuple[Storage, str] | None:
+    """STORAGE/runs/RECIPE/NAME -> (STORAGE/scores/RECIPE, NAME.json); None for another form of URI."""
+    match = _RUN_URI.fullmatch(run.uri)
+    return match and (Storage(match["storage"]) / "scores" / match["recipe"], f"{match['name']}.json")
 
 
 def find_scores_place(run_uri: str) -> tuple[Storage, str]:
-    """STORAGE/runs/RECIPE/NAME -> (STORAGE/scores/RECIPE, NAME.json); InputError where that is no run."""
+    """`scores_place` of a run that is there. Raises InputError where none is."""
     # Storage makes a relative path absolute, so `runs/recipe/name` has a storage before it as well.
-    run_storage = output_storage(run_uri.rstrip("/"), "--run")
-    match = RUN_URI.fullmatch(run_storage.uri)
-    if match is None:
+    run = output_storage(run_uri.rstrip("/"), "--run")
+    place = scores_place(run)
+    if place is None:
         raise InputError(f"--run {run_uri}: expected STORAGE/runs/RECIPE/NAME")
-    if not (run_storage.exists("recipe.json") or (run_storage / "model").exists("recipe.json")):
+    if not (run.exists("recipe.json") or (run / "model").exists("recipe.json")):
         raise InputError(f"--run {run_uri}: no run there (no recipe.json)")
-    return Storage(match["storage"]) / "scores" / match["recipe"], f"{match['name']}.json"
+    return place

@@ -10,7 +10,9 @@ from ray.data import Dataset
 from torch import nn
 
 from jobs.prepare import SHAPES, PrepareSettings, prepare
+from jobs.runtime.commandline import say_next
 from jobs.runtime.job import Job, R
+from jobs.runtime.next_command import after_training
 from jobs.runtime.run_folder import check_begun, check_new_run
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary, run_training
@@ -61,7 +63,7 @@ class Flow(Generic[R, F]):
 
 
 def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
-    """Make what is missing, then train. Returns the run's summary, of a dry run nothing.
+    """Make what is missing, then train; name the next command. Returns the run's summary, of a dry run nothing.
 
     Raises InputError before anything is written for a run, settings or data that cannot be.
     """
@@ -77,7 +79,10 @@ def train_by(flow: Flow[R, F], job: Job[R]) -> RunSummary:
     check_begun(job, facts)
     flow.describe(job, facts, len(table.rows(TRAIN)))
     encoded = flow.encode(job, table, facts)
-    return run_training(encoded.job, flow.setup, encoded.facts, encoded.datasets)
+    summary = run_training(encoded.job, flow.setup, encoded.facts, encoded.datasets)
+    if job.is_typed:
+        say_next(after_training(encoded.job, table))
+    return summary
 
 
 def _check_flip(recipe: Any) -> None:

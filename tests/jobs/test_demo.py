@@ -196,6 +196,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     _, dash_m, module, start, *words = shlex.split(told[2])
     assert (dash_m, module, start) == ("-m", "serve.control", "start")
     assert f"enter the key {told[1]}" in first.stdout
+    assert "next: " not in first.stdout, "what follows a stage is the next stage"
     monkeypatch.setenv("SERVE_API_KEYS", told[1])
     monkeypatch.setenv(VARIABLE, VALUE)
     arguments = Args.model_validate(dict(word.split("=", 1) for word in words))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from conftest import ROOT
 from PIL import Image
 
 from jobs import prepare as prepare_module
-from jobs.prepare import PrepareSettings, main, next_command, prepare
+from jobs.prepare import PrepareSettings, main, prepare
 from jobs.runtime.job import parse_job
+from jobs.runtime.next_command import after_preparing
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.data.caption_folder import SPLIT_FILES
 from mmcore.data.prepared import read_captions
@@ -31,6 +33,7 @@ from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
 from mmcore.storage import Storage
+from mmcore.training_plan import num_steps
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "flickr8k"
 NUM_IMAGES = 25
@@ -189,14 +192,14 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
     words = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {line.removeprefix('next: ')}"], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
-    assert words[:2] == ["python", "jobs/train_resnet_captioner.py"]
+    assert words[1] == "jobs/train_resnet_captioner.py"
     job = parse_job(words[1], VARIANTS, "", words[2:])
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     assert job.variant == ("shapes" if dataset == "shapes" else "best")
     assert job.options.name == ("default" if dataset == "shapes" else "mine")
     assert job.recipe.split == ("split" if dataset == "shapes" else "split_karpathy"), "the source's own"
     assert job.recipe.encoder == ("scratch" if dataset == "shapes" else "google/mobilenet_v2_1.0_224")
-    assert table.rows("train")
+    assert num_steps(job.recipe.train, len(table.rows("train")))[0] == 1, "a batch is no larger than the data"
     assert table.validation_rows()
     assert len(table.image_ids) == (18 if dataset == "shapes" else NUM_IMAGES)
 
@@ -213,11 +216,16 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
 def test_the_next_command_names_a_split_only_where_the_variant_takes_another(
     dataset: str, own: list[str], flags: str
 ) -> None:
-    splits = {"split_report": {"train": 4, "validation": 1}, "split_karpathy": dict.fromkeys(own, 2)}
-    command = next_command(PrepareSettings(dataset=dataset, source="SOURCE"), splits)
+    splits = {"split_report": {"train": 400, "validation": 100}, "split_karpathy": dict.fromkeys(own, 200)}
+    command = f"python jobs/{shlex.join(after_preparing(dataset, 'out', splits))}"
     assert command.endswith(f" --dataset {dataset} {flags}--storage out --name {dataset}")
     if dataset == "mine" and not flags:
         assert command in re.sub(r" \\\n +", " ", (ROOT / "README.md").read_text()), "what the README shows"
+
+
+def test_no_training_is_named_where_no_image_trains_or_none_validates() -> None:
+    for counts in ({"validation": 1}, {"train": 5}):
+        assert after_preparing("mine", "out", {"split_report": counts, "split_karpathy": {"unused": 9}}) == []
 
 
 # --- a second run ------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import caption, demo, evaluate, export, generate, prepare, train_ldm
+from jobs import caption, demo, export, generate, prepare, train_ldm
 from jobs.runtime import source
 from jobs.runtime.job import parse_job
+from jobs.runtime.scores_place import find_scores_place
 from mmcore.errors import InputError
 
 RUN = "runs/ldm/default"
@@ -18,7 +19,7 @@ DOORS = [
     ("--out here", lambda: caption.caption(caption.CaptionSettings(run=RUN, images="images", out="here"))),
     ("--out here", lambda: generate.generate(generate.GenerateSettings(run=RUN, prompts="p.txt", out="here"))),
     ("--out here", lambda: export.export(export.ExportSettings(run=RUN, out="here"))),
-    (f"--run {RUN}", lambda: evaluate.find_scores_place(RUN)),
+    (f"--run {RUN}", lambda: find_scores_place(RUN)),
 ]
 
 
