@@ -4,10 +4,11 @@
 Paper: BLIP, Li et al. 2022, https://arxiv.org/abs/2201.12086, section 3.3
 
     python jobs/capfilt.py --matcher RUN --storage URI --dataset NAME --name NEW --share 0.7
-    python jobs/capfilt.py --matcher RUN --captioner RUN --action add --storage URI --name NEW --threshold 0.25
+    python jobs/capfilt.py --matcher RUN --captioner RUN --action add --storage URI --name NEW --threshold 0.5
 
-Scores each caption of the images that train by its similarity to its image. It writes STORAGE/data/NEW, on which any
-recipe trains by --dataset NEW, and beside it capfilt.html and capfilt.json. The scores lie in OUT/parts/*.parquet.
+Scores each caption of the images that train: by its similarity to its image, or with a Q-Former by the probability
+that they match. It writes STORAGE/data/NEW, on which any recipe trains by --dataset NEW, and beside it capfilt.html and
+capfilt.json. The scores lie in OUT/parts/*.parquet.
 Run it again to go on. Images that do not train keep their captions.
 """
 
@@ -58,6 +59,11 @@ _SCHEMA = pa.schema(
 )
 # Of each fate, so many captions are on the page, as images of so many pixels a side.
 _NUM_SHOWN, _THUMBNAIL = 24, 160
+# BLIP drops a caption that ITM takes for one of another image.
+_ITM_THRESHOLD = 0.5
+
+
+_ONE_OF_THEM = "--threshold and --share: give one of them, such as --share 0.7"
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class CapfiltSettings:
     """Which captions to judge, by what, and what to do with them."""
 
     matcher: str
-    """The finished run that scores captions: STORAGE/runs/clip/NAME."""
+    """The finished run that scores captions: STORAGE/runs/clip/NAME by the cosine of image and text, or
+    STORAGE/runs/qformer/NAME by the probability of ITM that they match."""
     storage: str
     """Folder or s3://bucket/prefix that holds data/{dataset}, and gets data/{name}."""
     name: str
@@ -80,7 +87,7 @@ class CapfiltSettings:
     """All drop captions that match too little. replace puts the captioner's caption in the place of the first one that
     an image loses; add gives every image the captioner's. Both do so only where that caption matches."""
     threshold: float | None = None
-    """Lowest score of a caption that matches."""
+    """Lowest score of a caption that matches. With a Q-Former it is a probability, by default 0.5 as in BLIP."""
     share: float | None = None
     """Instead of a threshold: this share of the dataset's captions matches, the best ones, such as 0.7."""
     out: str | None = None
@@ -99,8 +106,8 @@ class CapfiltSettings:
 
     def check(self) -> None:
         """Raise InputError where the fields do not go together."""
-        if (self.threshold is None) == (self.share is None):
-            raise InputError("--threshold and --share: give one of them, such as --share 0.7")
+        if self.threshold is not None and self.share is not None:
+            raise InputError(_ONE_OF_THEM)
         if self.share is not None and not 0 < self.share < 1:
             raise InputError(f"--share {self.share:g}: must be between 0 and 1")
         if self.threshold is not None and not np.isfinite(self.threshold):
@@ -113,6 +120,21 @@ class CapfiltSettings:
             raise InputError("--captioner-encoder: has no effect without --captioner; leave it out")
         if self.rows_per_block < 1:
             raise InputError(f"--rows-per-block {self.rows_per_block}: must be at least 1")
+
+    def with_threshold(self, is_probability: bool) -> "CapfiltSettings":
+        """These settings with the default threshold of probabilities. Raises InputError if the threshold is missing,
+        or is none of a probability.
+        """
+        if self.threshold is None and self.share is None:
+            if not is_probability:
+                raise InputError(_ONE_OF_THEM)
+            return dataclasses.replace(self, threshold=_ITM_THRESHOLD)
+        if is_probability and self.threshold is not None and not 0 < self.threshold < 1:
+            raise InputError(
+                f"--threshold {self.threshold:g}: {self.matcher} gives the probability that image and caption match; "
+                f"give one between 0 and 1, such as --threshold {_ITM_THRESHOLD:g}"
+            )
+        return self
 
 
 class ScoreCaptions:
@@ -138,14 +160,9 @@ class ScoreCaptions:
 
 
 def match_scores(matcher: Retriever, pixels: np.ndarray, texts: Sequence[Sequence[str]]) -> list[list[float]]:
-    """The similarity of each image with each of its texts: that of its most similar feature."""
-    flat = [text for each in texts for text in each]
-    if not flat:
-        return [[] for _ in texts]
-    owners = np.repeat(np.arange(len(texts)), [len(each) for each in texts])
-    images_BQF = matcher.image_features(pixels)
-    scores = torch.einsum("nqf,nf->nq", images_BQF[owners], matcher.text_features(flat)).amax(dim=1)
-    return [each.tolist() for each in scores.split([len(each) for each in texts])]
+    """The score of each image with each of its texts: a probability if the matcher reads pairs, else the cosine."""
+    scores = matcher.match(pixels, texts)
+    return [(each.double().sigmoid() if matcher.reads_pairs else each).tolist() for each in scores]
 
 
 @dataclass(frozen=True)
@@ -227,6 +244,7 @@ def capfilt(settings: CapfiltSettings, options: Any = None) -> dict[str, Any]:
         raise InputError(f"--dataset {settings.dataset}: the images that train have no captions; prepare it with some")
     out = output_storage(settings.out, "--out") if settings.out else storage / "capfilt" / settings.name
     matcher = open_retriever(settings.matcher, encoder=settings.encoder)
+    settings = settings.with_threshold(matcher.reads_pairs)
     captioner = None
     if settings.captioner is not None:
         captioner = open_captioner(settings.captioner, encoder=settings.captioner_encoder)
@@ -270,7 +288,8 @@ def capfilt(settings: CapfiltSettings, options: Any = None) -> dict[str, Any]:
         assert settings.share is not None
         own_scores = np.array([score for row in scored_rows(out) for score in row.scores])
         threshold = threshold_of_share(own_scores, settings.share)
-    return _write(settings, storage, out, all_settings, threshold)
+    score = "probability" if matcher.reads_pairs else "cosine"
+    return _write(settings, storage, out, all_settings, threshold, score)
 
 
 def scored_rows(out: Storage) -> Iterator[Scored]:
@@ -282,7 +301,12 @@ def scored_rows(out: Storage) -> Iterator[Scored]:
 
 
 def _write(
-    settings: CapfiltSettings, storage: Storage, out: Storage, all_settings: dict[str, Any], threshold: float
+    settings: CapfiltSettings,
+    storage: Storage,
+    out: Storage,
+    all_settings: dict[str, Any],
+    threshold: float,
+    score: str,
 ) -> dict[str, Any]:
     """The new dataset with its page and counts, which are written before ``_SUCCESS``."""
     rows, fates, shown = scored_rows(out), Counter[str](), Shown()
@@ -318,6 +342,7 @@ def _write(
             )
         summary = {
             "threshold": threshold,
+            "score": score,
             **{f"num_{fate}": fates[fate] for fate in (KEPT, DROPPED, ADDED, REFUSED)},
             "num_images": num_images["left"],
             "num_images_left_out": num_images["left_out"],
@@ -331,7 +356,7 @@ def _write(
     summary: dict[str, Any] = {}
     write_derived(storage, settings.dataset, settings.name, all_settings, change, lambda: summary.update(finish()))
     print(
-        f"capfilt: threshold {threshold:.4g}: {fates[KEPT]:,} captions kept, {fates[DROPPED]:,} dropped, "
+        f"capfilt: from a {score} of {threshold:.4g} on: {fates[KEPT]:,} captions kept, {fates[DROPPED]:,} dropped, "
         f"{fates[ADDED]:,} added; {counted(num_images['left_out'], 'image')} without a caption left out"
     )
     print(f"capfilt: {target}, what was kept and dropped in {target}/{PAGE}", flush=True)
@@ -358,8 +383,9 @@ def _page(settings: CapfiltSettings, summary: dict[str, Any], shown: Shown) -> s
     return page(
         f"Captions of {settings.name}",
         paragraph(
-            f"Captions of the dataset {settings.dataset}, scored by {settings.matcher}. A caption matches from a score "
-            f"of {summary['threshold']:.4g} on. Each section shows at most {_NUM_SHOWN} captions, drawn at random."
+            f"Captions of the dataset {settings.dataset}, scored by {settings.matcher}. A caption matches from a "
+            f"{summary['score']} of {summary['threshold']:.4g} on. "
+            f"Each section shows at most {_NUM_SHOWN} captions, drawn at random."
         ),
         table(("captions", "number"), counts),
         *sections,

@@ -56,6 +56,13 @@ def test_scores_are_those_of_the_image(tmp_path: Path) -> None:
     assert [len(each) for each in scores] == [2, 0, 1]
     alone = matcher.image_features(pixels[2:])[0, 0] @ matcher.text_features(texts[2])[0]
     assert scores[2][0] == pytest.approx(float(alone), abs=1e-5)  # measured: 3e-8
+
+    # A Q-Former gives the probability that a pair matches, and reads the pairs of an image together.
+    qformer = open_retriever(tiny_matcher.write_qformer(tmp_path)).load()
+    several = match_scores(qformer, pixels, texts)
+    assert [len(each) for each in several] == [2, 0, 1]
+    log_odds = qformer.match(pixels[2:], [texts[2]])[0]
+    assert several[2][0] == pytest.approx(1 / (1 + np.exp(-float(log_odds))), abs=1e-5)  # measured: 3e-8
     captioner = open_captioner(str(write_run(tmp_path / "runs" / "resnet_captioner" / "tiny")))
     tiny.write_dataset(Storage(str(tmp_path)), num_train=2, num_validation=1)
     images = read_prepared(str(tmp_path), "tiny", ["image_id", "file_name", "image", "captions"]).to_pydict()
@@ -110,10 +117,22 @@ def test_it_writes_a_dataset(call_job: Callable[..., Any], tmp_path: Path) -> No
     assert not (storage / "data" / "none").exists("_SUCCESS")
     assert capfilt(dataclasses.replace(again, threshold=-2.0))["num_kept"] == 80
 
+    # By a Q-Former, with the threshold of BLIP.
+    by_itm = dataclasses.replace(settings, matcher=tiny_matcher.write_qformer(tmp_path), name="itm", share=None)
+    summary = capfilt(by_itm)
+    assert (summary["score"], summary["threshold"], summary["settings"]["threshold"]) == ("probability", 0.5, 0.5)
+    scores = [score for row in scored_rows(storage / "capfilt" / "itm") for score in row.scores]
+    num_dropped = sum(score < 0.5 for score in scores)
+    assert 0 < num_dropped < len(scores) == 80
+    assert summary["num_dropped"] == num_dropped
+    result = shuffled_captions.score(shuffled_captions.ScoreSettings(storage.uri, "itm"))
+    assert (result["threshold"], result["num_dropped"], result["num_shuffled"]) == (0.5, num_dropped, 20)
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"threshold": 0.5}, "--threshold and --share: give one of them"),
         ({"share": 1.5}, "--share 1.5: must be between 0 and 1"),
         ({"threshold": float("nan"), "share": None}, "--threshold nan: must be a finite number"),
         ({"action": "add"}, "--action add: needs --captioner"),
@@ -126,6 +145,19 @@ def test_settings_that_do_not_go_together(change: dict[str, Any], message: str) 
     settings = CapfiltSettings("run", "out", "new", share=0.5)
     with pytest.raises(InputError, match=message):
         dataclasses.replace(settings, **change).check()
+
+
+def test_the_threshold_of_a_probability() -> None:
+    settings = CapfiltSettings("run", "out", "new")
+    assert settings.with_threshold(is_probability=True).threshold == 0.5
+    for given in (dataclasses.replace(settings, share=0.7), dataclasses.replace(settings, threshold=0.9)):
+        assert given.with_threshold(is_probability=True) == given
+    with pytest.raises(InputError, match="--threshold and --share: give one of them"):
+        settings.with_threshold(is_probability=False)
+    log_odds = dataclasses.replace(settings, threshold=-1.5)
+    assert log_odds.with_threshold(is_probability=False) == log_odds
+    with pytest.raises(InputError, match=r"--threshold -1\.5: run gives the probability .* between 0 and 1"):
+        log_odds.with_threshold(is_probability=True)
 
 
 def test_bad_names(tmp_path: Path) -> None:
