@@ -7,11 +7,8 @@ Writes OUT/parts/*.parquet as it goes and, last, OUT/captions.csv (image,caption
 was removed meanwhile is left out, as broken ones are with --skip-bad; OUT/skipped.csv (image,reason) lists them.
 """
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -21,6 +18,7 @@ import torch
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Columns
 from jobs.runtime.commandline import counted, say_next
 from jobs.runtime.commandline import run as run_job
+from jobs.runtime.csv_file import csv_bytes
 from jobs.runtime.image_blocks import ImageRows, image_files, plan_blocks
 from jobs.runtime.model_flags import parse_with_options
 from jobs.runtime.next_command import after_captioning
@@ -203,14 +201,6 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
     out.write(CAPTIONS_FILE, csv_bytes(("image", "caption"), captions))
     print(f"caption: {counted(len(table), 'caption')} in {out}/{CAPTIONS_FILE}", flush=True)
     return {**done, "num_skipped": len(skipped)}
-
-
-def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[str]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def main() -> None:

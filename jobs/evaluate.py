@@ -6,6 +6,8 @@
     python jobs/evaluate.py colours --sweep URI --colours pink black green
     python jobs/evaluate.py photos --storage URI --colours pink black green --word girl
     python jobs/evaluate.py retrieval --run URI --storage URI
+    python jobs/evaluate.py labels --run URI --images FOLDER --labels dog cat
+    python jobs/evaluate.py clip-score --run URI --storage URI --predictions captions.csv
 
 BLEU on Flickr8k has many dialects that differ by points, so the protocol stands in the JSON beside the
 numbers: scorer, smoothing, weights, tokens, case, references per image, which images, which files.
@@ -21,9 +23,16 @@ from typing import Any, Literal
 import nltk
 
 from jobs.runtime.commandline import counted, run
-from jobs.runtime.retriever_scores import RetrievalScoreSettings, evaluate_retrieval
+from jobs.runtime.retriever_scores import (
+    ClipScoreSettings,
+    LabelScoreSettings,
+    RetrievalScoreSettings,
+    evaluate_clip_score,
+    evaluate_labels,
+    evaluate_retrieval,
+)
 from jobs.runtime.scores_place import DEFAULT_DATASET, find_scores_place
-from mmcore.data.manifest import read_images, read_manifest
+from mmcore.data.manifest import read_finished, read_images
 from mmcore.data.predictions import read_predictions
 from mmcore.data.prepared import prepared_images, read_prepared, read_split
 from mmcore.data.references import References, prepared_references, read_references
@@ -199,12 +208,7 @@ def evaluate_images(settings: ShapesScoreSettings | ColourScoreSettings) -> dict
     finished sweep, an image is not the one of the manifest, or the prompts are of another kind.
     """
     sweep = Storage(settings.sweep)
-    manifest, _ = read_manifest(sweep)
-    plan = json.loads(sweep.read("sweep.json"))
-    if len(manifest) != plan["num_rows"]:
-        raise InputError(
-            f"--sweep {sweep}: {len(manifest)} of {plan['num_rows']} images are there; run jobs/generate.py to its end"
-        )
+    manifest, plan = read_finished(sweep)
     of_shapes = isinstance(settings, ShapesScoreSettings)
     if settings.run is not None:
         # Before the scoring, which takes its time.
@@ -322,6 +326,8 @@ def main() -> None:
         "colours": ColourScoreSettings,
         "photos": PhotoScoreSettings,
         "retrieval": RetrievalScoreSettings,
+        "labels": LabelScoreSettings,
+        "clip-score": ClipScoreSettings,
     }
     settings = read_subcommand(kinds, __doc__, "python jobs/evaluate.py", "which scores")
     if isinstance(settings, CaptionScoreSettings):
@@ -330,6 +336,10 @@ def main() -> None:
         result = evaluate_photos(settings)
     elif isinstance(settings, RetrievalScoreSettings):
         result = evaluate_retrieval(settings)
+    elif isinstance(settings, LabelScoreSettings):
+        result = evaluate_labels(settings)
+    elif isinstance(settings, ClipScoreSettings):
+        result = evaluate_clip_score(settings)
     else:
         result = evaluate_images(settings)
     print(json.dumps(result, indent=2))

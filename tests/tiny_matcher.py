@@ -28,7 +28,10 @@ def write_pair(folder: Path) -> str:
 
 
 def write_qformer(folder: Path) -> str:
-    """A run of a Q-Former. Its weights are larger than at the start, where all pairs are nearly alike."""
+    """A run of a Q-Former. Its weights are larger than at the start, where all pairs are nearly alike.
+
+    The bias puts the probabilities of the pairs on either side of 1/2.
+    """
     recipe = dataclasses.replace(qformer_captioner.VARIANTS["smoke"], image_size=32, max_length=16)
     torch.manual_seed(0)
     facts = recipe.complete(CaptionerFacts(WORDS.token_ids, 16, recipe.width))
@@ -38,6 +41,7 @@ def write_qformer(folder: Path) -> str:
             for name, weight in part.named_parameters():
                 if "norm" not in name:
                     weight.mul_(4)
+        model.heads.itm_head.bias.copy_(torch.tensor([-1.45, 1.45]))
     return _write(folder, "qformer", recipe, facts, model)
 
 

@@ -75,6 +75,17 @@ def read_manifest(sweep: Storage) -> tuple[pa.Table, list[dict[str, Any]]]:
     ]
 
 
+def read_finished(sweep: Storage) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of a finished sweep, and what its sweep.json says. Raises InputError where images are missing."""
+    manifest, _ = read_manifest(sweep)
+    plan = json.loads(sweep.read("sweep.json"))
+    if len(manifest) != plan["num_rows"]:
+        raise InputError(
+            f"--sweep {sweep}: {len(manifest)} of {plan['num_rows']} images are there; run jobs/generate.py to its end"
+        )
+    return manifest, plan
+
+
 def read_images(sweep: Storage, manifest: pa.Table) -> Iterator[np.ndarray]:
     """The image of each row: uint8 (H, W, 3). Raises InputError for one that is not the one that was committed."""
 
