@@ -91,7 +91,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _how_to_go_on(argv: Sequence[str]) -> str:
-    """What is said after `interrupted`: the command that goes on with what `argv` began, if anything is committed."""
+    """What is said after `interrupted`: the command that goes on with what `argv` began."""
     program, *flags = argv
     name = os.path.basename(program)
     if not name.startswith("train_") and name not in _GO_ON:
@@ -101,7 +101,8 @@ def _how_to_go_on(argv: Sequence[str]) -> str:
         return "; give the same command again: without --fresh it goes on, with it everything begins anew"
     address = os.environ.get("RAY_ADDRESS")
     joined = [f"RAY_ADDRESS={shlex.quote(address)}"] if address else []
-    return f"; to go on from what is committed: {' '.join([*joined, shlex.join([_python(), program, *flags])])}"
+    again = " ".join([*joined, shlex.join([_python(), program, *flags])])
+    return f"; to go on from what was saved, if anything was: {again}"
 
 
 def _python() -> str:

@@ -31,7 +31,18 @@ def open_run(job: Job[Any], facts: Any) -> None:
         raise InputError(f"{run} is finished; {_AGAIN}")
     if not write_begun(run, _file(job, facts)):
         _check_same(job, facts)
-        print(f"going on with the unfinished run {run}", flush=True)
+        step = saved_step(run)
+        begin = f"step {step:,}" if step else "the beginning, as no checkpoint was saved"
+        print(f"going on with the unfinished run {run} from {begin}", flush=True)
+
+
+def saved_step(run: Storage) -> int:
+    """The step of the newest checkpoint, by Ray Train's snapshot; 0 where none was saved."""
+    try:
+        latest = json.loads(run.read(_SNAPSHOT))["latest_checkpoint_result"]
+    except FileNotFoundError:
+        return 0
+    return int(latest["metrics"]["step"]) if latest else 0
 
 
 def check_begun(job: Job[Any], facts: Any) -> None:

@@ -37,7 +37,7 @@ def test_an_interrupted_job_tells_how_it_goes_on(tmp_path: Path, monkeypatch: py
     argv = ["jobs/train_ldm.py", "--storage", "my out"]
     for path, named in ((python.parent, "python"), ("", "env/python")):
         monkeypatch.setenv("PATH", str(path))
-        expected = f"; to go on from what is committed: {named} jobs/train_ldm.py --storage 'my out'"
+        expected = f"; to go on from what was saved, if anything was: {named} jobs/train_ldm.py --storage 'my out'"
         assert _how_to_go_on(argv) == expected
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert _how_to_go_on(argv).endswith(": RAY_ADDRESS=head:6379 env/python jobs/train_ldm.py --storage 'my out'")

@@ -449,7 +449,7 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(without_ray, tmp_path, 
     wait_until_gone(actors)
     gate.open()
     log = (tmp_path / "job-0.log").read_text()
-    assert "interrupted; to go on from what is committed: " in log
+    assert "interrupted; to go on from what was saved, if anything was: " in log
     assert "Traceback" not in log
     assert "constructor arguments" not in log, "Ray warns of arguments that a restart may not find"
     assert json.loads((out / "lease" / "000000.json").read_text())["expires_unix"] == 0

@@ -49,7 +49,13 @@ def test_a_run_begun_before_a_field_was_there_goes_on_with_its_default(
     as_then = job(tmp_path, "--unshifted-share", "0")
     begun_before(as_then)
     open_run(as_then, FACTS)
-    assert f"going on with the unfinished run {as_then.run}" in capsys.readouterr().out
+    told = f"going on with the unfinished run {as_then.run} from "
+    assert f"{told}the beginning, as no checkpoint was saved\n" in capsys.readouterr().out
+    for latest, begin in ((None, "the beginning"), ({"metrics": {"step": 1200}}, "step 1,200\n")):
+        snapshot = json.dumps({"latest_checkpoint_result": latest})
+        as_then.run.write("checkpoint_manager_snapshot.json", snapshot.encode())
+        open_run(as_then, FACTS)
+        assert f"{told}{begin}" in capsys.readouterr().out
 
 
 def test_another_value_than_the_default_is_another_run(tmp_path: Path) -> None:

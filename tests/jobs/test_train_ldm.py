@@ -191,7 +191,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_been(
     time.sleep(moments().uniform(0, 0.2))
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(TIMEOUT_S) == 130
-    assert "interrupted; to go on from what is committed: " in log.read_text()
+    assert "interrupted; to go on from what was saved, if anything was: " in log.read_text()
     assert not any("Traceback" in line for line in own_lines(log.read_text())), log.read_text()
     assert "encode " not in log.read_text(), "latents of both views were made by the run before"
     run = run_folder(storage, "interrupted")
