@@ -1,9 +1,13 @@
 """The hardware of this process, and the thread that computes."""
 
+import functools
 import os
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,3 +35,29 @@ def compute_thread(num_threads: int) -> ThreadPoolExecutor:
     torch.get_num_threads()
     # Set in the new thread, as the number is stored per thread.
     return ThreadPoolExecutor(1, "compute", torch.set_num_threads, (num_threads,))
+
+
+@functools.cache
+def _onednn_stays_in_fp32() -> bool:
+    """Whether oneDNN computes a product of fp32 in fp32 where it may round to bf16: with AVX-512, but without AMX."""
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_f")) and not any(can.get(name) for name in ("amx_tile", "amx_bf16", "avx10_2"))
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Within the block, fp32 matrix products on a CPU are computed by oneDNN instead of MKL, where that stays in fp32.
+
+    One thread of an AMD EPYC computed 784 x 576 times 576 x 1536 at 240 instead of 106 GFLOP/s (PyTorch 2.13). The
+    relative error was 1.3e-6 instead of 6e-7. PyTorch has one switch for it, a precision that permits bf16. With AMX
+    oneDNN does round to bf16, so nothing is changed there.
+    """
+    if not _onednn_stays_in_fp32():
+        yield
+        return
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

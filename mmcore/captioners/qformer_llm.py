@@ -24,7 +24,8 @@ from mmcore.captioners.qformer_layers import QFormerSettings
 from mmcore.captioners.search_options import LanguageSearchOptions
 from mmcore.data.prepared import CaptionTable
 from mmcore.errors import InputError, check_at_least_one
-from mmcore.frozen.language import FLAG, CaptionWriter, FrozenLanguageModel, caption_tokenizer
+from mmcore.frozen.caption_writer import CaptionWriter
+from mmcore.frozen.language import FLAG, FrozenLanguageModel, caption_tokenizer
 from mmcore.frozen.tokenizers import load_tokenizer
 from mmcore.frozen.vision import SCRATCH, ScratchEncoder
 from mmcore.losses import Loss, Mean, Outputs

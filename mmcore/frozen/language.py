@@ -3,7 +3,7 @@
 The model reads: prompt, begin token, image tokens, caption, line break. This is the layout of the report's row 4.
 Training computes the first three once per image, and packs the captions of the image behind them. A caption sees them
 and itself. With SmolLM2-135M, forward and backward of 4 images with 5 captions took 2.3 s of one CPU thread. The 20
-captions alone took 6.4 s. Generation computes keys and values of the prompt and the begin token once for all images.
+captions alone took 6.4 s. `mmcore.frozen.caption_writer` writes captions.
 
 Shapes: B images, C captions per image, R rows (captions, beams), T positions, P tokens of prompt and begin, Q image
 tokens, X packed tokens of an image's captions, N predicted tokens of the batch, W width of the model, V tokens.
@@ -11,8 +11,7 @@ tokens, X packed tokens of an image's captions, N predicted tokens of the batch,
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -265,115 +264,3 @@ class PackedCaptions:
         caption_BT = torch.cat([torch.full_like(first_BP, -1), self.caption_BX], dim=1)
         of_prefix_or_own_BTT = (caption_BT[:, None] == -1) | (caption_BT[:, None] == caption_BT[:, :, None])
         return positions_BT, of_prefix_or_own_BTT.tril()
-
-
-@dataclass
-class WritingState:
-    """What the model keeps of its unfinished captions."""
-
-    cache: Any
-    """Keys and values of R rows."""
-    position: int
-    """Position of the next token."""
-    written_RV: Tensor
-    """Which tokens a caption has."""
-    first_RV: Tensor | None
-    """Logits of the first token, computed with the image; None after the first step."""
-
-    def select_rows(self, rows_R: Tensor) -> None:
-        self.cache.batch_select_indices(rows_R)
-        self.written_RV = self.written_RV[rows_R]
-        self.first_RV = None if self.first_RV is None else self.first_RV[rows_R]
-
-    def select_images(self, images_B: Tensor) -> None:
-        """Nothing is kept by image."""
-
-
-class CaptionWriter:
-    """Writes captions behind one prefix. It is a decoder for `mmcore.captioners.decoding`, whose memory is (B, Q, W).
-
-    The repetition penalty is that of CTRL (Keskar et al. 2019, arXiv 1909.05858, equation 1) as transformers has it:
-    logits of counted tokens are divided by it if positive, else multiplied. The tokens of the caption are counted, once
-    each. Those of the prompt are not: the report calls ``generate(inputs_embeds=...)``, which does not know them.
-    """
-
-    def __init__(self, model: FrozenLanguageModel, prefix_ids: Sequence[int], repetition_penalty: float = 1.0) -> None:
-        self.model, self.prefix_ids, self.repetition_penalty = model, prefix_ids, repetition_penalty
-        embeddings = model.model.get_input_embeddings().weight
-        self.device, num_tokens = embeddings.device, model.model.config.get_text_config().vocab_size
-        ids = model.tokenizer.token_ids
-        self.end_id, self.other_ends = ids.eos_id, [index for index in model.end_ids if index != ids.eos_id]
-        silent_V = torch.arange(num_tokens) >= ids.size  # a model may have more rows than its tokenizer has tokens
-        silent_V[[*ids.silent_ids, *self.other_ends]] = True
-        closing_V = torch.zeros(num_tokens, dtype=torch.bool)
-        closing_V[model.tokenizer.sentence_end_ids()] = True
-        self.silent_V, self.closing_V = silent_V.to(self.device), closing_V.to(self.device)
-
-    def _next(self, embeddings_RTW: Tensor, state: WritingState) -> Tensor:
-        """Logits (R, V) after the last of T positions."""
-        positions_T = torch.arange(state.position, state.position + embeddings_RTW.shape[1], device=self.device)
-        state.position += embeddings_RTW.shape[1]
-        positions_RT = positions_T.expand(len(embeddings_RTW), -1)
-        return self.model(embeddings_RTW, positions_RT, cache=state.cache)[:, -1].float()
-
-    def start(self, image_BQW: Tensor, rows_per_image: int, num_positions: int) -> WritingState:
-        """Read the prefix once and the image tokens (B, Q, W) of each image."""
-        from transformers import DynamicCache
-
-        state = WritingState(DynamicCache(config=self.model.model.config), 0, self.closing_V.new_zeros(0), None)
-        self._next(self.model.embed(self.prefix_ids)[None], state)
-        state.cache.batch_repeat_interleave(len(image_BQW))
-        first_BV = self._next(image_BQW, state)
-        if rows_per_image > 1:
-            state.cache.batch_repeat_interleave(rows_per_image)
-        state.first_RV = first_BV.repeat_interleave(rows_per_image, dim=0)
-        state.written_RV = torch.zeros_like(state.first_RV, dtype=torch.bool)
-        return state
-
-    def step(self, ids_R: Tensor, state: WritingState) -> Tensor:
-        """Logits (R, V) of the token after `ids_R`, which the first step ignores. A closed sentence ends."""
-        if state.first_RV is not None:
-            logits_RV, state.first_RV, closed_R = state.first_RV, None, None
-        else:
-            state.written_RV.scatter_(1, ids_R[:, None], True)
-            logits_RV, closed_R = self._next(self.model.embed(ids_R[:, None]), state), self.closing_V[ids_R]
-        if self.repetition_penalty != 1:
-            penalty = self.repetition_penalty
-            lower_RV = torch.where(logits_RV < 0, logits_RV * penalty, logits_RV / penalty)
-            logits_RV = torch.where(state.written_RV, lower_RV, logits_RV)
-        # The end tokens of the model count as a line break: the most probable of them stands for all.
-        end_R = logits_RV[:, [self.end_id, *self.other_ends]].amax(dim=1)
-        logits_RV = logits_RV.masked_fill(self.silent_V, -torch.inf)
-        logits_RV[:, self.end_id] = end_R
-        if closed_R is not None and closed_R.any():
-            logits_RV[closed_R] = -torch.inf
-            logits_RV[closed_R, self.end_id] = 0.0
-        return logits_RV
-
-    @torch.inference_mode()
-    def stream(self, image_BQW: Tensor, max_length: int) -> Iterator[list[tuple[int, int]]]:
-        """Greedy search, at most `max_length` tokens. Each step yields the new tokens as (image, id).
-
-        An image whose caption has ended, by a line break or a sentence's mark, leaves the batch.
-        """
-        state = self.start(image_BQW, 1, max_length)
-        running_R = torch.arange(len(image_BQW), device=self.device)
-        last_R = running_R
-        for _ in range(max_length):
-            last_R = self.step(last_R, state).argmax(dim=1)
-            is_word_R = last_R != self.end_id
-            yield list(zip(running_R[is_word_R].tolist(), last_R[is_word_R].tolist(), strict=True))
-            going_R = (is_word_R & ~self.closing_V[last_R]).nonzero().squeeze(1)
-            if going_R.numel() == 0:
-                break
-            if going_R.numel() < last_R.numel():
-                running_R, last_R = running_R[going_R], last_R[going_R]
-                state.select_rows(going_R)
-
-    def greedy(self, image_BQW: Tensor, max_length: int) -> list[list[int]]:
-        """The ids of a caption of each image, without end token; see `stream`."""
-        captions: list[list[int]] = [[] for _ in image_BQW]
-        for tokens in self.stream(image_BQW, max_length):
-            for image, token in tokens:
-                captions[image].append(token)
-        return captions

@@ -13,7 +13,7 @@ import torch
 from job_output import driver_lines
 
 from jobs.bench import captioner_step as train_captioner
-from jobs.bench import decode_captions, inputs, ray_train_overhead, timing
+from jobs.bench import decode_captions, inputs, language_generation, ray_train_overhead, timing
 from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
 from jobs.runtime.ray_private import cpus
@@ -207,6 +207,17 @@ def test_a_caption_that_differs_is_found():
     wrong[image][-1] += 1
     with pytest.raises(RuntimeError, match=f"image {image}: .* from word {len(right[image])} on"):
         decode_captions.count_ties(report, memory, wrong, right)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_language_generation(num_beams):
+    bench = language_generation.GenerationBench(
+        smoke=True, pairs=1, num_images=5, batch_size=3, image_tokens=4, num_beams=num_beams
+    )
+    figures = language_generation.measure(bench)
+    assert figures["captions_equal"] == figures["captions"] == 5
+    assert figures["tokens_per_caption"]["max"] <= figures["max_length"]
+    assert len(figures["ratio"]["all"]) == 1
 
 
 OVERHEAD = ray_train_overhead.OverheadBench(

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from mmcore.errors import InputError
-from mmcore.frozen.language import CaptionWriter, FrozenLanguageModel
+from mmcore.frozen.caption_writer import ByTransformers, CaptionWriter
+from mmcore.frozen.language import FrozenLanguageModel
+from mmcore.frozen.llama import Llama
 from mmcore.frozen.tokenizers import LineTokenizer, PieceTokenizer, first_sentence, read_caption_tokenizer
 from mmcore.storage import Storage
 
@@ -156,7 +158,7 @@ def biased(lm: FrozenLanguageModel, token: int, by: float) -> FrozenLanguageMode
 
 @pytest.mark.parametrize("mark", ["\n", ".", "end"])
 def test_ended_captions_leave_the_batch(mark: str) -> None:
-    lm = language_model("llama", 1)
+    lm = language_model("opt", 1)  # of transformers, whose forward pass can be watched
     token = lm.end_ids[0] if mark == "end" else lm.tokenizer.tokenizer(mark)["input_ids"][0]
     lm = biased(lm, token, 1.5)
     expected = by_transformers(lm, images(12), 1.0, 10)
@@ -184,6 +186,36 @@ def test_a_step_after_a_sentence_ends_the_caption() -> None:
     logits_RV = writer.step(torch.tensor([dot, letter]), state)
     assert logits_RV.isfinite().sum(1).tolist() == [1, 256]  # bytes, one of them the line break
     assert logits_RV[0].argmax() == lm.tokenizer.token_ids.eos_id
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows_per_image", [1, 3])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_llama_of_our_own_gives_the_logits_of_transformers(rows_per_image: int, lora: int) -> None:
+    lm = language_model("llama")
+    if lora:
+        lm.add_lora(lora)
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    mine, theirs = (CaptionWriter(lm, lm.prefix_ids(PROMPT), 1.5) for _ in range(2))
+    assert isinstance(mine.reader, Llama)
+    theirs.reader = ByTransformers(lm)
+    states = [writer.start(images(3), rows_per_image, 4) for writer in (mine, theirs)]
+    num_rows, generator = 3 * rows_per_image, torch.Generator().manual_seed(2)
+    for images_B in ([2, 0], [1], None):
+        words_R = torch.randint(3, 200, (num_rows,), generator=generator)
+        logits = [writer.step(words_R, state) for writer, state in zip((mine, theirs), states, strict=True)]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)  # measured 3.9e-6 on logits up to 5
+        if images_B is None:
+            break
+        rows_R = torch.tensor(
+            [image * rows_per_image + rows_per_image - 1 - row for image in images_B for row in range(rows_per_image)]
+        )
+        for state in states:
+            state.select_rows(rows_R)
+            state.select_images(torch.tensor(images_B))
+        num_rows = len(rows_R)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------------
