@@ -14,23 +14,11 @@ from jobs.runtime.job import Job, parse_job
 from jobs.runtime.trainer import RunSummary
 from mmcore.captioners.clip_captioner import VARIANTS
 from mmcore.captioners.cross_attention import CrossAttentionCaptionerRecipe
-from mmcore.captioners.facts import CaptionerFacts
-
-
-def remark(job: Job[CrossAttentionCaptionerRecipe], facts: CaptionerFacts, num_frozen: int) -> None:
-    """Print why the published sizes are not met."""
-    if job.variant == "report":
-        print(
-            "Table 1 gives this row a width of 768 and the 21.5 M of row 1. A decoder of width 768 has 47 M in its six "
-            f"layers alone, so the width here is row 1's {job.recipe.width}. The frozen encoder has "
-            f"{num_frozen / 1e6:.1f} M.",
-            flush=True,
-        )
 
 
 def train(job: Job[CrossAttentionCaptionerRecipe]) -> RunSummary:
     """Returns the run's summary."""
-    return train_captioner(job, remark)
+    return train_captioner(job)
 
 
 def main() -> None:

@@ -12,21 +12,13 @@ from jobs.runtime.captioner_training import train_captioner
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.trainer import RunSummary
-from mmcore.captioners import table_1
-from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.matching_rows import MatchingRows
 from mmcore.captioners.qformer_captioner import VARIANTS, QFormerRecipe
 
 
-def remark(job: Job[QFormerRecipe], facts: CaptionerFacts, num_frozen: int) -> None:
-    """Print why the published sizes are not met."""
-    if job.variant == "report":
-        print(table_1.QFORMER, flush=True)
-
-
 def train(job: Job[QFormerRecipe]) -> RunSummary:
     """Returns the run's summary."""
-    return train_captioner(job, remark, rows_type=MatchingRows)
+    return train_captioner(job, rows_type=MatchingRows)
 
 
 def main() -> None:

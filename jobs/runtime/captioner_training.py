@@ -6,7 +6,6 @@ A model that matches images and captions is trained in the same way, on other ro
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -39,19 +38,11 @@ _FOLDERS = ("encoder", "tokenizer", "text_encoder", "text_model", "language_mode
 # Those of its bridge.
 _BRIDGE_FOLDERS = ("instruct_tokenizer", "bridge_weights")
 
-Remark = Callable[[Job[Any], CaptionerFacts, int], None]
 
-
-def train_captioner(
-    job: Job[Any],
-    remark: Remark = lambda job, facts, num_frozen: None,
-    *,
-    rows_type: type[CaptionRows] = CaptionRows,
-) -> RunSummary:
+def train_captioner(job: Job[Any], *, rows_type: type[CaptionRows] = CaptionRows) -> RunSummary:
     """Make what is missing (Shapes, the frozen features), then train. Returns the run's summary.
 
     Args:
-        remark: prints, from job, facts and the number of frozen parameters, what is to be said of the sizes.
         rows_type: the rows that the model trains on.
     """
     tokenizers: list[CaptionTokenizer] = []
@@ -83,7 +74,6 @@ def train_captioner(
     def describe(job: Job[Any], facts: CaptionerFacts, num_train: int) -> None:
         _describe(job, facts, num_frozen, num_train)
         say_what_is_cut(lengths, job.recipe.max_length, "raise --max-length")
-        remark(job, facts, num_frozen)
 
     def encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encoded[Any, CaptionerFacts]:
         for name, data in tokenizers[0].files().items():
@@ -112,13 +102,13 @@ def _check(job: Job[Any]) -> Job[Any]:
 
 
 def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: int) -> None:
-    """Print sizes, of its variant `report` beside those that the report tells, and steps."""
+    """Print sizes and steps; of the variant `report` also the sizes of the report, and why they are not met."""
     recipe: CaptionerRecipe = job.recipe
     model = recipe.build(facts)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    entry = RECIPES.get(job.recipe_name)
+    entry = RECIPES.get(job.recipe_name) if job.variant == "report" else None
     table_1 = entry.table_1 if entry else None
-    theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 and job.variant == "report" else ""
+    theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 else ""
     steps_per_epoch, total = num_steps(recipe.train, num_train)
     sizes = f"{in_millions(parameters(model) + num_frozen)} in all, {in_millions(trainable)} trainable{theirs}"
     print(
@@ -126,6 +116,8 @@ def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: 
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
         flush=True,
     )
+    if entry and entry.remark:
+        print(entry.remark, flush=True)
 
 
 def _encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encoded[Any, CaptionerFacts]:

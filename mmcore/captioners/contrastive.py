@@ -134,7 +134,7 @@ class ContrastiveRecipe:
         """
         if self.text_encoder == SCRATCH:
             return "", ""
-        model = _without_pooler(load_text_model(self.text_encoder))
+        model, fingerprint = _read_text_encoder(self.text_encoder)
         most = getattr(model.config, "max_position_embeddings", None) or self.max_length
         if self.max_length > most:
             raise InputError(
@@ -146,7 +146,7 @@ class ContrastiveRecipe:
                 f"--text-encoder {self.text_encoder!r}: its tokenizer has {vocabulary_size} tokens, the model only "
                 f"{model.config.vocab_size}; name another"
             )
-        return config_to_json(model.config), _fingerprint(model)
+        return config_to_json(model.config), fingerprint
 
     def complete(self, facts: CaptionerFacts) -> ContrastiveFacts:
         """`facts` and those of the text encoder. Raises InputError as `text_facts` does."""
@@ -165,8 +165,10 @@ def _without_pooler(model: Any) -> Any:
     return model
 
 
-def _fingerprint(model: nn.Module) -> str:
-    return sha256_of(model, "text encoder")
+def _read_text_encoder(name: str) -> tuple[Any, str]:
+    """The text encoder `name` with its weights, and its fingerprint. Raises InputError if it cannot be found."""
+    model = _without_pooler(load_text_model(name))
+    return model, sha256_of(model, "text encoder")
 
 
 class ContrastivePair(nn.Module):
@@ -217,8 +219,8 @@ class ContrastivePair(nn.Module):
         name = self.recipe.text_encoder
         if name == SCRATCH:
             return
-        loaded = _without_pooler(load_text_model(name))
-        if _fingerprint(loaded) != self.facts.text_encoder_fingerprint:
+        loaded, fingerprint = _read_text_encoder(name)
+        if fingerprint != self.facts.text_encoder_fingerprint:
             raise InputError(f"--text-encoder {name!r}: this run was begun with another text encoder; name that one")
         self.text_encoder.load_state_dict(loaded.state_dict())
         self.has_text_weights = True

@@ -12,6 +12,7 @@ import tiny_runs
 
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.training_flow import say_sizes
+from mmcore.captioners import table_1
 from mmcore.generators.vqvae import VARIANTS
 from mmcore.storage import Storage
 
@@ -93,6 +94,14 @@ def test_captions_that_lose_their_tail_are_counted(
         f"captions: 40 of 80 have more than 11 tokens, with begin and end, and lose their tail; {mend}\n"
         in capsys.readouterr().out
     )
+
+
+def test_the_variant_of_the_report_says_why_its_sizes_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dataset", "tiny", "--split", "split", "--encoder", "resnet", "--image-size", "64"]
+    dry_run("resnet_captioner", "--variant", "report", "--num-layers", "1", *flags)
+    said = capsys.readouterr().out
+    assert "trainable (Table 1: 34.2 M and 21.5 M)" in said
+    assert table_1.RESNET in said
 
 
 def test_no_flag_is_named_where_the_frozen_encoder_reads_no_more(
