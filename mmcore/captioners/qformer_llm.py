@@ -25,7 +25,7 @@ from mmcore.captioners.search_options import LanguageSearchOptions
 from mmcore.data.prepared import CaptionTable
 from mmcore.errors import InputError, check_at_least_one
 from mmcore.frozen.caption_writer import CaptionWriter
-from mmcore.frozen.language import FLAG, FrozenLanguageModel, caption_tokenizer
+from mmcore.frozen.language import FLAG, FrozenLanguageModel, caption_tokenizer, check_causal
 from mmcore.frozen.tokenizers import load_tokenizer
 from mmcore.frozen.vision import SCRATCH, ScratchEncoder
 from mmcore.losses import Loss, Mean, Outputs
@@ -107,7 +107,8 @@ class LanguageCaptionerRecipe:
             )
 
     def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
-        """The tokenizer of the language model. Raises InputError if there is none that fits."""
+        """The tokenizer of the language model. Raises InputError if model or tokenizer do not fit."""
+        check_causal(self.language_model)  # first, as the tokenizer of another model may lack something
         return caption_tokenizer(self.language_model)
 
     def complete(self, facts: CaptionerFacts) -> LanguageCaptionerFacts:

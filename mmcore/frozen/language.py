@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmcore.decoder import mask_to_bias
 from mmcore.errors import InputError
-from mmcore.frozen.pretrained import effective_config, load_frozen, sha256_of
+from mmcore.frozen.pretrained import effective_config, load_frozen, read_config, sha256_of
 from mmcore.frozen.tokenizers import LineTokenizer, load_tokenizer
 from mmcore.text import BOS, EOS, PAD
 
@@ -54,6 +54,15 @@ def _byte_tokenizer() -> Any:
 def caption_tokenizer(name: str) -> LineTokenizer:
     """The tokenizer of the language model `name`. Raises InputError if there is none that fits."""
     return LineTokenizer(_byte_tokenizer() if name == SCRATCH else load_tokenizer(name, FLAG), FLAG)
+
+
+def check_causal(name: str) -> None:
+    """Raise InputError if `name` is no causal language model, by its configuration alone."""
+    if name != SCRATCH:
+        config = read_config(name, flag=FLAG, what="language model")
+        if not _is_causal(config):
+            kind = config.model_type
+            raise InputError(f"{FLAG} {name!r}: a {kind} model is no causal language model; name one such as a Llama")
 
 
 class FrozenLanguageModel(nn.Module):
@@ -91,7 +100,7 @@ class FrozenLanguageModel(nn.Module):
 
         Raises InputError if there is none, or if it is not a causal model with a tokenizer that has an end token.
         """
-        from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
         if name == SCRATCH:
             tokenizer = caption_tokenizer(name)
@@ -107,12 +116,8 @@ class FrozenLanguageModel(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 return cls(LlamaForCausalLM(config), tokenizer)
-        # Another model loads too, so that the message can name its kind.
-        choose = lambda config: AutoModelForCausalLM if _is_causal(config) else AutoModel
-        model = load_frozen(name, choose, flag=FLAG, what="language model")
-        if not _is_causal(model.config):
-            kind = model.config.model_type
-            raise InputError(f"{FLAG} {name!r}: a {kind} model is no causal language model; name one such as a Llama")
+        check_causal(name)
+        model = load_frozen(name, lambda config: AutoModelForCausalLM, flag=FLAG, what="language model")
         return cls(model, caption_tokenizer(name), name)
 
     @classmethod

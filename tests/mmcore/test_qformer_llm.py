@@ -11,7 +11,7 @@ import tiny_language
 import torch
 from tiny_language import batch_of, language_model
 from torch import Tensor
-from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers import BertConfig, BertModel, Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
 from mmcore import checkpoint
 from mmcore.captioners.bridge import BridgeSettings, QFormerBridge
@@ -28,6 +28,7 @@ from mmcore.captioners.search_options import LanguageSearchOptions
 from mmcore.data.columns import Column
 from mmcore.errors import InputError, OptionError
 from mmcore.frozen.language import FrozenLanguageModel
+from mmcore.frozen.text import PromptTokenizer
 from mmcore.frozen_weights import digests, frozen_parts
 from mmcore.recipe import TrainSettings
 from mmcore.training import RunHooks, Training
@@ -193,6 +194,24 @@ def test_smoke_needs_no_network_and_builds_from_its_facts() -> None:
     other = dataclasses.replace(facts, language_model_fingerprint="of another")
     with pytest.raises(InputError, match="--language-model 'scratch': the run was trained on another one; name that"):
         smoke.build(other).load_frozen()
+
+
+def test_language_models_that_write_no_captions_are_refused_first(tmp_path: Path) -> None:
+    def refused(name: str, model: Any, tokenizer: Any, match: str) -> None:
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match=match) as error:
+            recipe(language_model=str(tmp_path / name)).build_tokenizer(tiny.table(2, 0))
+        assert "\n" not in str(error.value)
+
+    # Its tokenizer has no line break either, but no other tokenizer would help.
+    words = PromptTokenizer.of_words(["a dog a dog"], 8).tokenizer
+    bert = BertModel(BertConfig(**tiny_language.SIZES, intermediate_size=32, vocab_size=262))
+    refused("bert", bert, words, r"^--language-model '.*bert': a bert model is no causal language model; name one such")
+    endless = PreTrainedTokenizerFast(tokenizer_object=tiny_language.tokenizer().tokenizer.backend_tokenizer)
+    llama = tiny_language.model_of("llama")
+    refused("endless", llama, endless, r"tokenizer '.*endless' has no end token; choose another with --language-model$")
+    refused("words", llama, words, r"has no token of a line break; choose another with --language-model$")
 
 
 def test_what_does_not_fit_is_refused() -> None:
