@@ -16,7 +16,7 @@ numbers: scorer, smoothing, weights, tokens, case, references per image, which i
 import dataclasses
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -249,6 +249,15 @@ def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
     return score_colours(images, prompts, settings.colours) | dataclasses.asdict(settings)
 
 
+def in_a_line(scores: Mapping[str, Any]) -> str:
+    """What `score_shapes` found, for a person."""
+    right, chance = scores["all"]["fraction_correct"], scores["shuffled"]["fraction_correct"]
+    return (
+        f"{right:.1%} of the attributes that the prompts of {counted(scores['num_images'], 'image')} name are in the "
+        f"images; {chance:.1%} with the images exchanged, which is chance"
+    )
+
+
 def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> None:
     """Raise InputError if the images of `sweep` are not from this run.
 
@@ -342,7 +351,12 @@ def main() -> None:
         result = evaluate_clip_score(settings)
     else:
         result = evaluate_images(settings)
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result, indent=2), flush=True)
+    # Below the many lines of the result, where it is seen.
+    if isinstance(settings, ShapesScoreSettings):
+        print(in_a_line(result), file=sys.stderr)
+        if settings.run is None:
+            print("not saved: name the run that made the images with --run to keep the scores", file=sys.stderr)
 
 
 if __name__ == "__main__":

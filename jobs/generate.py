@@ -360,19 +360,12 @@ def generate(
             if skipped:
                 _list_skipped(out, skipped)
     summary: SweepSummary = json.loads(out.read(SUMMARY))
-    _say(summary, options)
+    _say(summary, options, out / IMAGES)
     return summary
 
 
-def _say(summary: SweepSummary, options: Any) -> None:
-    each = summary["seconds_per_image"]
-    how = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if value not in ("", None))
-    print(
-        f"generate: {counted(summary['num_images'], 'image')}, {summary['images_per_s']:.3g} images/s; "
-        f"{each['median']:.3g} s an image (p95 {each['p95']:.3g} s), beside {summary['load_s']:.1f} s of loading and "
-        f"{summary['warmup_s']:.1f} s of warm-up; {how}, {summary['dtype']}, {', '.join(summary['devices'])}",
-        flush=True,
-    )
+def _say(summary: SweepSummary, options: Any, images: Storage) -> None:
+    """Print what is to be known of the prompts, and last where the images are and how fast they were made."""
     # Absent in the summaries of earlier versions.
     if summary.get("num_prompts_cut"):
         print(
@@ -389,6 +382,13 @@ def _say(summary: SweepSummary, options: Any) -> None:
         )
     if summary.get("negative_prompt_is_cut"):
         print(f"generate: the negative prompt is longer than {summary['max_tokens']} tokens: its end was cut off")
+    how = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items() if value not in ("", None))
+    print(
+        f"generate: {counted(summary['num_images'], 'image')} in {images}, {summary['images_per_s']:.3g} images/s, "
+        f"beside {summary['load_s']:.1f} s of loading and {summary['warmup_s']:.1f} s of warm-up; {how}, "
+        f"{summary['dtype']}, {', '.join(summary['devices'])}",
+        flush=True,
+    )
 
 
 def _prompts_cut(blocks: Sequence[BlockFacts]) -> PromptsCutOfAll:

@@ -62,7 +62,11 @@ def test_shapes_are_scored_and_written_into_the_runs_storage(tmp_path: Path, run
     assert scores["all"]["fraction_correct"] > 0.98
     assert scores["shuffled"]["fraction_correct"] < 0.6
     assert (scores["num_images"], scores["settings"], scores["sweep"]) == (12, SETTINGS, sweep)
-    assert json.loads((tmp_path / "scores" / "ldm" / "a.json").read_text()) == scores
+    written = tmp_path / "scores" / "ldm" / "a.json"
+    assert json.loads(written.read_text()) == scores
+    where, told = result.stderr.splitlines()
+    assert where == f"scores written to {written}"
+    assert told.startswith(f"{scores['all']['fraction_correct']:.1%} of the attributes that the prompts of 12 images")
 
 
 def test_colours_are_scored(tmp_path: Path) -> None:
