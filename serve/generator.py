@@ -1,6 +1,7 @@
 """A generator of images in a replica: batches of equal settings and one size, progress, and work that can be let go."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -68,11 +69,12 @@ class ProgressEvent(TypedDict):
 
 
 class DoneEvent(TypedDict):
-    """The images as PNG, and the facts of each."""
+    """The images as PNG, and the facts of each. `unknown_words`: those of the texts that the model does not know."""
 
     event: Literal["done"]
     images: list[bytes]
     facts: list[ImageFacts]
+    unknown_words: list[str]
 
 
 class RefusedEvent(TypedDict):
@@ -187,7 +189,7 @@ class Generator:
         model = self.model
         options, size = options_of(work.options, model.options), work.size or model.size
         most = min(self.limits.max_prompt_tokens, model.max_tokens)
-        texts = {"prompt": work.prompt, **texts_of(work.options, model.options)}
+        texts = self._texts(work)
         for name, num_tokens in zip(texts, model.num_tokens(list(texts.values())), strict=True):
             if num_tokens > most:
                 raise bad_value(name, f"{num_tokens} tokens with begin and end; at most {most}")
@@ -196,6 +198,9 @@ class Generator:
         except OptionError as error:
             raise refusal_of(error, model.options) from None
         return options, size
+
+    def _texts(self, work: GenerateWork) -> dict[str, str]:
+        return {"prompt": work.prompt, **texts_of(work.options, self.model.options)}
 
     async def generate(self, work: GenerateWork) -> LastEvent:
         """The last event of `stream`."""
@@ -209,7 +214,7 @@ class Generator:
         return cast(LastEvent, last)
 
     async def stream(self, work: GenerateWork) -> AsyncGenerator[Event, None]:
-        """Events: queued (position), progress (step, total), and at the end done (images as PNG, facts) or refused."""
+        """Events: queued (position), progress (step, total), and at the end a DoneEvent or a RefusedEvent."""
         try:
             group = self._group(work)
         except ApiError as error:
@@ -247,7 +252,9 @@ class Generator:
             )
         )
         facts: list[ImageFacts] = [{**facts_of(result), "encode_s": loop.time() - began} for result in results]
-        yield {"event": "done", "images": list(images), "facts": facts}
+        found = self.model.unknown_words(list(self._texts(work).values()))
+        words = list(dict.fromkeys(itertools.chain.from_iterable(found)))
+        yield {"event": "done", "images": list(images), "facts": facts, "unknown_words": words}
 
     def _text(self, prompt: str, seed: int, group: Group) -> dict[str, str]:
         """The text of the PNG, under the names of a sweep's images."""

@@ -97,6 +97,8 @@ class FinishedJob(TypedDict):
     created: int
     work: dict[str, Any]
     keys: NotRequired[list[str]]
+    # Not in jobs that earlier services have finished.
+    unknown_words: NotRequired[list[str]]
 
 
 class _StoredJob(FinishedJob):
@@ -106,10 +108,11 @@ class _StoredJob(FinishedJob):
 
 
 class _JobEnd(TypedDict):
-    """The end of a job: `keys` of its images if it is done, `error` if it failed."""
+    """The end of a job: `keys` and `unknown_words` of its images if it is done, `error` if it failed."""
 
     status: _Ended
     keys: NotRequired[list[str]]
+    unknown_words: NotRequired[list[str]]
     error: NotRequired[ErrorObject]
 
 
@@ -130,6 +133,7 @@ class _Job:
     finishing: bool = False
     keys: list[str] = field(default_factory=list)
     """Keys of its images that are already in the storage."""
+    unknown_words: list[str] = field(default_factory=list)
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
 
     def request(self) -> dict[str, Any]:
@@ -391,6 +395,7 @@ class Jobs:
                     last = event
             if last["event"] == "refused":
                 raise ApiError.from_dict(last["error"])
+            job.unknown_words = last["unknown_words"]
             for image in last["images"]:
                 key = f"{_FINISHED}/{job.id}/{len(job.keys)}.png"
                 try:
@@ -399,7 +404,7 @@ class Jobs:
                     message = "the storage of the jobs does not take images now"
                     raise ApiError(503, message, code="storage_unavailable") from None
                 job.keys.append(key)
-        return {"status": "done", "keys": job.keys}
+        return {"status": "done", "keys": job.keys, "unknown_words": job.unknown_words}
 
     async def _finish(self, job: _Job, end: _JobEnd) -> None:
         result: _StoredJob = {

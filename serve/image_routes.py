@@ -97,7 +97,7 @@ class ImageRoutes:
             writes = (asyncio.to_thread(links.write, *pair) for pair in zip(keys, done["images"], strict=True))
             await asyncio.gather(*writes)
             data = await self._presigned(links, keys)
-        return schemas.generation_answer(work, model.name, created, data)
+        return schemas.generation_answer(work, model.name, created, data, done["unknown_words"])
 
     async def _presigned(self, links: Storage, keys: list[str]) -> list[dict[str, str]]:
         expires_s = self._front.limits.url_expires_s
@@ -177,6 +177,7 @@ class ImageRoutes:
                 data = await self._presigned(links, job["keys"])
             else:
                 data = [{"b64_json": to_base64(image)} for image in await jobs.call("images", job["keys"])]
-            result = schemas.generation_answer(GenerateWork.from_json(job["work"]), job["model"], job["created"], data)
+            work, unknown_words = GenerateWork.from_json(job["work"]), job.get("unknown_words", [])
+            result = schemas.generation_answer(work, job["model"], job["created"], data, unknown_words)
         names: tuple[Literal["id", "status", "progress", "error"], ...] = ("id", "status", "progress", "error")
         return JSONResponse({**{name: job[name] for name in names}, "result": result})

@@ -40,7 +40,12 @@ class Route:
 
 
 _MODEL = {"id": "images", "object": "model", "kind": "generator", "ready": True, "defaults": {"size": "64x64"}}
-_IMAGES = {"created": 1795900000, "model": "images", "data": [{"b64_json": "iVBORw0...", "seed": 7}]}
+_IMAGES = {
+    "created": 1795900000,
+    "model": "images",
+    "data": [{"b64_json": "iVBORw0...", "seed": 7}],
+    "unknown_words": [],
+}
 _JOB = {"id": "job-ID", "status": "running", "progress": {"step": 8, "total": 64}, "error": None, "result": None}
 
 ROUTES: dict[tuple[str, str], Route] = {
@@ -66,7 +71,7 @@ ROUTES: dict[tuple[str, str], Route] = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": _PIXEL}}]}]},
     ),
     ("POST", "/v1/images/generations"): Route(
-        "Images of a prompt, at once or as a stream of events.",
+        "Images of a prompt, at once or as a stream of events. `unknown_words` are those that the model does not know.",
         _IMAGES,
         schemas.GenerationRequest,
         {"prompt": "a large red circle", "n": 2, "seed": 7},
@@ -78,7 +83,9 @@ ROUTES: dict[tuple[str, str], Route] = {
         {"request": {"prompt": "a large red circle", "n": 16}},
         status=202,
     ),
-    ("GET", "/v1/jobs/{job_id}"): Route("How far a job is, and its images once it is done.", _JOB),
+    ("GET", "/v1/jobs/{job_id}"): Route(
+        "How far a job is. Once it is done, `result` is as the answer of /v1/images/generations.", _JOB
+    ),
     ("DELETE", "/v1/jobs/{job_id}"): Route("Cancels a job.", {**_JOB, "status": "cancelled"}),
     ("GET", "/v1/gallery"): Route(
         "A page of the images of a sweep, where the service shows one.",

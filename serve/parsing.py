@@ -43,6 +43,8 @@ _T = TypeVar("_T", bound=BaseModel)
 
 UNREAD = "unread"
 """Marks a field, by ``Annotated``, that may be given and has no part in the answer, which names it."""
+SOMETIMES_READ = "sometimes read"
+"""Marks a field that only some models or requests read. Elsewhere it is like an `UNREAD` one."""
 
 
 class Strict(BaseModel):
@@ -85,14 +87,14 @@ def only(*values: Any, why: str) -> Only:
 
 
 def unread_fields(asked: Any, path: str = "") -> list[str]:
-    """The places of the fields that a request gives and that are not read."""
+    """The places of the fields that a request gives and that are not read, or only sometimes."""
     found: list[str] = []
     if isinstance(asked, list):
         for index, each in enumerate(asked):
             found += unread_fields(each, f"{path}{index}.")
     elif isinstance(asked, Strict):
         for name, field in type(asked).model_fields.items():
-            if name in asked.model_fields_set and UNREAD in field.metadata:
+            if name in asked.model_fields_set and (UNREAD in field.metadata or SOMETIMES_READ in field.metadata):
                 found.append(path + name)
             else:
                 found += unread_fields(getattr(asked, name), f"{path}{name}.")

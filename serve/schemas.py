@@ -17,7 +17,7 @@ from mmcore.seeding import MAX_IMAGE_SEED
 from serve.errors import bad_value, quoted
 from serve.limits import Limits
 from serve.options import asked_options
-from serve.parsing import MAX_REASON, UNREAD, Strict, check_text, only, unread_fields
+from serve.parsing import MAX_REASON, SOMETIMES_READ, UNREAD, Strict, check_text, only, unread_fields
 
 if TYPE_CHECKING:
     from serve.generator import GeneratorInfo
@@ -85,7 +85,7 @@ class ImagePart(Strict):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: Annotated[str, UNREAD]
+    text: Annotated[str, SOMETIMES_READ]
     """Words of the prompt, where the captioner takes one; else not read."""
     prompt_cache_breakpoint: _UnreadObject = None
 
@@ -125,7 +125,7 @@ class ChatRequest(Strict):
     """The same as `max_tokens`."""
     stream: bool | None = None
     """Server-sent events: chunks of the caption, and [DONE] at the end."""
-    stream_options: Annotated[dict[str, Any] | None, UNREAD] = None
+    stream_options: Annotated[dict[str, Any] | None, SOMETIMES_READ] = None
     """{"include_usage": true} sends the number of words before the end; read with `stream` alone."""
     n: Annotated[int | None, only(1, why="an image has one caption; give 1")] = None
     temperature: _UnreadNumber = None
@@ -321,7 +321,9 @@ def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignor
     }
 
 
-def generation_answer(work: GenerateWork, model: str, created: int, images: list[dict[str, str]]) -> dict[str, Any]:
+def generation_answer(
+    work: GenerateWork, model: str, created: int, images: list[dict[str, str]], unknown_words: list[str]
+) -> dict[str, Any]:
     """The answer to a request for images. `images`: ``{"b64_json": ...}`` or ``{"url": ...}`` for each seed."""
     data = [{**image, "seed": seed, "revised_prompt": None} for image, seed in zip(images, work.seeds, strict=True)]
     about = {
@@ -330,6 +332,7 @@ def generation_answer(work: GenerateWork, model: str, created: int, images: list
         "size": work.size and size_text(work.size),
         "background": "opaque",
         "output_format": "png",
+        "unknown_words": unknown_words,
     }
     return {**about, "data": data, **({"ignored": list(work.ignored)} if work.ignored else {})}
 

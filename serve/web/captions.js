@@ -8,6 +8,8 @@ import {
 // Requests under way at once: enough that the captioners have a batch, and that one slow image holds up no other.
 const WIDTH = 4;
 const MOST_FILES = 50;
+// The file itself is refused: it would be refused again.
+const REFUSED = [400, 413, 422];
 
 const files = byId("files"), drop = byId("drop"), cards = byId("captioned"), news = byId("captions-news");
 const error = byId("captions-error"), cancel = byId("captions-cancel"), clear = byId("captions-clear");
@@ -166,6 +168,8 @@ function newCard(file) {
       body.replaceChildren(element("dl", { className: "told" }, ...pairs));
     },
     fail: (problem) => {
+      body.replaceChildren(element("p", { className: "error" }, problem.message));
+      if (REFUSED.includes(problem.status)) return;
       const again = element("button", { type: "button" }, "Try again");
       again.append(element("span", { className: "unseen" }, ` ${file.name}`));
       again.addEventListener("click", () => {
@@ -177,7 +181,7 @@ function newCard(file) {
         work();
         tell();
       });
-      body.replaceChildren(element("p", { className: "error" }, problem.message), again);
+      body.append(again);
     },
   };
   card.wait("Waits for its turn");

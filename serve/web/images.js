@@ -32,13 +32,13 @@ let stopping = null;
 
 // `models`: as /v1/models lists them; `reason`: why there are none.
 export function useGenerators(models, reason) {
-  const chosen = select.value;
+  const before = select.value;
   generators = models;
   select.replaceChildren(...models.map(({ id, defaults }) => {
     return element("option", { value: id }, defaults?.size ? `${id} (${defaults.size})` : id);
   }));
   // Another model became ready: what a person has set for the one that is chosen stays.
-  if (generators.some(({ id }) => id === chosen)) select.value = chosen;
+  if (generators.some(({ id }) => id === before)) select.value = before;
   else showDefaults();
   if (stopping === null) block(button, reason);
 }
@@ -67,19 +67,22 @@ export function reuse(seed, prompt = null) {
   announce(prompt === null ? `Seed ${seed} is set.` : `The prompt and seed ${seed} are set.`);
 }
 
-function defaultsOfChosen() {
-  return generators.find(({ id }) => id === select.value)?.defaults;
+function chosen() {
+  return generators.find(({ id }) => id === select.value);
 }
 
 // The fields of the model's own options. One that it does not have would be refused.
 function showDefaults() {
-  const defaults = defaultsOfChosen();
-  if (defaults === undefined) return;
+  const { defaults, limits } = chosen() ?? {};
+  if (!defaults) return;
   for (const [name, [id]] of Object.entries(OPTIONS)) {
     const field = byId(id);
     field.parentElement.hidden = field.disabled = !(name in defaults);
     if (id !== "negative") field.value = defaults[name] ?? "";
+    if (field.type === "number" && limits?.[name] !== undefined) Object.assign(field, { min: "1", max: limits[name] });
   }
+  byId("number").max = limits?.n ?? "";
+  byId("number-most").textContent = limits?.n === undefined ? "" : `(at most ${limits.n})`;
 }
 
 function requestOfForm() {
@@ -94,7 +97,7 @@ function requestOfForm() {
   }
   // Left empty it is "the same", also where the model's own default is another.
   const end = byId("guidance-end");
-  if (!end.disabled && end.value.trim() === "" && (defaultsOfChosen()?.guidance_scale_end ?? null) !== null) {
+  if (!end.disabled && end.value.trim() === "" && (chosen()?.defaults.guidance_scale_end ?? null) !== null) {
     request.guidance_scale_end = request.guidance_scale;
   }
   if (byId("seed").value !== "") request.seed = BigInt(byId("seed").value);
@@ -182,11 +185,14 @@ async function show(request, answer, seconds) {
     ...Object.entries(OPTIONS).filter(([name]) => name in request).map(([name, [, say]]) => say(request[name])),
     `${seconds} s`,
   ];
+  const words = answer.unknown_words ?? [];
+  const unknown = words.length === 0 ? "" : `The model does not know: ${words.join(", ")}.`;
   const figures = answer.data.map(({ b64_json: encoded, seed }) => figureOf(pngOf(encoded), request.prompt, seed));
   const result = element(
     "article", { className: "result" },
     element("h3", {}, request.prompt),
     element("p", { className: "soft" }, settings.join(" · ")),
+    ...(unknown === "" ? [] : [element("p", {}, unknown)]),
     element("div", { className: "grid" }, ...figures.map((figure) => figure.root)),
   );
   result.addEventListener("release", () => figures.forEach((figure) => figure.release()));
@@ -196,7 +202,7 @@ async function show(request, answer, seconds) {
     made.lastElementChild.dispatchEvent(new Event("release"));
     made.lastElementChild.remove();
   }
-  announce(`${figures.length} ${figures.length === 1 ? "image is" : "images are"} ready.`);
+  announce(`${figures.length} ${figures.length === 1 ? "image is" : "images are"} ready. ${unknown}`.trim());
 }
 
 function pngOf(encoded) {

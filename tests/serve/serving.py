@@ -83,6 +83,9 @@ class FakeGenerator:
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         return [len(prompt.split()) for prompt in prompts]
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        return [[word for word in prompt.split() if word == "zebra"] for prompt in prompts]
+
     def check(self, options: Any, size: tuple[int, int]) -> None:
         if size != self.size:
             raise OptionError("size", f"{size[1]}x{size[0]}: this model makes images of {self.size[1]}x{self.size[0]}")

@@ -90,7 +90,7 @@ def model(name: str, kind: str) -> dict[str, Any]:
     if kind == "captioner":
         return {**described, "resolution": None, "defaults": {}}
     defaults = {"num_inference_steps": 8, "guidance_scale": 3.0, "negative_prompt": "", "size": f"{SIZE}x{SIZE}"}
-    return {**described, "resolution": SIZE, "defaults": defaults}
+    return {**described, "resolution": SIZE, "defaults": defaults, "limits": {"n": 8, "guidance_scale": 30}}
 
 
 class StandIn:
@@ -270,7 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             for image in data:  # for OpenAI's clients; the page takes all of them from the last event
                 self._event("image_generation.completed", {"type": "image_generation.completed", **image})
-            self._event("done", {"created": 0, "data": data, "model": asked["model"]})
+            words = [word for word in asked["prompt"].split() if word == "zebra"]
+            self._event("done", {"created": 0, "data": data, "model": asked["model"], "unknown_words": words})
         self.wfile.write(b"0\r\n\r\n")
 
     def _event(self, name: str, data: Any) -> None:

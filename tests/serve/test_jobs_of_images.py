@@ -38,7 +38,7 @@ def test_a_job_is_handed_in_and_fetched_later() -> None:
     async def main() -> None:
         async with served.client() as client:
             served.fake_generator.gate.clear()
-            body = {"request": {"prompt": "x", "seed": 5, "n": 20}}
+            body = {"request": {"prompt": "zebra", "seed": 5, "n": 20}}
             response = await client.post(JOBS, json=body)
             assert response.status_code == 202
             handed_in = response.json()
@@ -57,8 +57,9 @@ def test_a_job_is_handed_in_and_fetched_later() -> None:
             assert 0 < max(seen) <= 12, "three parts of four steps each"
             rows = job["result"]["data"]
             assert [row["seed"] for row in rows] == list(range(5, 25))
-            assert [colour(row["b64_json"]) for row in rows] == [colour_of("x", seed) for seed in range(5, 25)]
+            assert [colour(row["b64_json"]) for row in rows] == [colour_of("zebra", seed) for seed in range(5, 25)]
             assert job["result"]["model"] == "shapes"
+            assert job["result"]["unknown_words"] == ["zebra"]
             # Again, any number of times.
             assert (await client.get(f"{JOBS}/{handed_in['id']}")).json() == job
 

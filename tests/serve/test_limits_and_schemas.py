@@ -167,7 +167,7 @@ def test_fields_that_are_wrong(fields: dict[str, Any], param: str, words: str) -
 def test_what_clients_send_and_changes_nothing(fields: dict[str, Any], ignored: tuple[str, ...]) -> None:
     work = generation(seed=1, **fields)
     assert work == schemas.GenerateWork("a red square", (1,), DEFAULTS, (64, 64), ignored=ignored)
-    answer = schemas.generation_answer(work, "shapes", 5, [{"b64_json": "x"}])
+    answer = schemas.generation_answer(work, "shapes", 5, [{"b64_json": "x"}], [])
     assert answer.get("ignored", []) == list(ignored)
     assert (answer["size"], answer["output_format"], answer["background"]) == ("64x64", "png", "opaque")
 

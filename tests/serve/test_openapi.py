@@ -111,6 +111,15 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def test_what_only_some_models_or_requests_read_is_not_told_to_have_no_effect() -> None:
+    schemas = served_document()["components"]["schemas"]
+    assert "x-no-effect" not in schemas["TextPart"]["properties"]["text"]
+    chat = schemas["ChatRequest"]["properties"]
+    assert {name for name in ("stream", "stream_options", "max_tokens", "user") if "x-no-effect" in chat[name]} == {
+        "user"
+    }
+
+
 def test_a_generator_that_does_not_answer_is_left_out() -> None:
     document = openapi.document({}, Limits(), open_routes=OPEN_ROUTES)
     assert "num_inference_steps" not in document["components"]["schemas"]["GenerationRequest"]["properties"]

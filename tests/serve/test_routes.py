@@ -319,6 +319,12 @@ def test_a_stream_tells_its_steps_and_ends_with_the_answer() -> None:
     assert {data["total"] for data in progress} == {5}
     plain = post(GENERATIONS, {"prompt": "x", "seed": 1, "n": 2, "num_inference_steps": 5}).json()
     assert events[-1][1]["data"] == plain["data"]
+    assert events[-1][1]["unknown_words"] == plain["unknown_words"] == []
+
+
+def test_words_that_the_model_does_not_know_are_named_once() -> None:
+    prompts = {"prompt": "a zebra beside a zebra", "negative_prompt": "no zebra"}
+    assert post(GENERATIONS, prompts).json()["unknown_words"] == ["zebra"]
 
 
 def test_a_stream_tells_what_is_wrong() -> None:

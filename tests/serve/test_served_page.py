@@ -53,12 +53,16 @@ def test_dropped_anywhere_on_the_page(page: Tab, images: list[Path]) -> None:
 def test_a_bad_image_does_not_spoil_the_others(page: Tab, service: StandIn, images: list[Path]) -> None:
     reason = "images[0]: broken image (no image format is recognised)"
     service.failures["/v1/captions"] = [Failure(422, reason, "images[0]")]
+    page.choose("#files", images[0])
+    page.wait_text("#captions-news", "Captioned: 0 of 1.")
+    assert page.text("#captioned .error") == f"The service refused this request: {reason}."
+    assert page.each("#captioned button", "e.textContent") == [], "the same file would be refused again"
+    service.failures["/v1/captions"] = [Failure(500)]
     page.choose("#files", *images)
     page.wait_text("#captions-news", "Captioned: 2 of 3.")
-    assert page.text("#captioned .error") == f"The service refused this request: {reason}."
     page.click("#captioned button")
     page.wait_text("#captions-news", "Captioned: 3 of 3.")
-    assert len(told(page)) == 3
+    assert len(told(page)) == 4
 
 
 def test_slow_captions_count_and_can_be_cancelled(page: Tab, service: StandIn, images: list[Path]) -> None:
@@ -123,6 +127,11 @@ def test_progress_then_images(page: Tab, service: StandIn) -> None:
     page.wait_text("#announcer", "2 images are ready.")
     assert page.run("document.getElementById('generate').ariaDisabled") == "false"
     assert page.text("#running") == page.text("#generate-why") == ""
+    assert "does not know" not in page.text("#made")
+    generate(page, "a zebra", number="8")
+    page.wait_text("#made", "The model does not know: zebra.")
+    generate(page, number="9")
+    assert page.run("document.getElementById('number').validity.rangeOverflow"), "the service makes 8 at most"
 
 
 def test_download_is_the_very_file(page: Tab, browser: Browser, tmp_path: Path) -> None:
