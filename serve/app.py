@@ -126,15 +126,15 @@ class Api:
     def __serve_build_asgi_app__(self) -> Any:
         return self._service.app()
 
-    async def drain(self) -> int:
-        """Take no more requests; returns how many requests and jobs are still at work. Called until that is 0."""
+    async def drain(self) -> list[str]:
+        """Take no more requests; returns the ids of requests and jobs still at work. Called until there are none."""
         self._service.front.draining = True
-        jobs_at_work = 0
+        jobs_at_work: list[str] = []
         if self._jobs:
             # Their process may be dead. Its jobs stay pending.
             with contextlib.suppress(ApiError):
                 jobs_at_work = await self._jobs.call("drain")
-        return self._service.front.in_flight + jobs_at_work
+        return [*self._service.front.unanswered, *jobs_at_work]
 
 
 def application(

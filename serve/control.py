@@ -13,6 +13,7 @@ killed leaves its application on the cluster of RAY_ADDRESS; `stop` with that va
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import re
@@ -45,6 +46,8 @@ _MIN_LOCAL_CPUS = 8
 _POLL_S = 0.1
 # The wait for the processes to say how many requests they have. A process that died is replaced and asked again.
 _DRAIN_ANSWER_S = 5.0
+# As many ids of requests and jobs are named, of those that were not finished in time.
+_NUM_NAMED = 20
 # The line of a traceback that says what was raised.
 _RAISED = re.compile(r"(?m)^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$")
 # Ray Serve kills its controller at the end. Ray reports the calls that were on their way there as failed and repeated.
@@ -276,15 +279,18 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
     return _verdict(left)
 
 
-def _verdict(left: int | None) -> int:
+def _verdict(left: list[str] | None) -> int:
     """Print what became of the requests; returns the exit code."""
     if left is None:
         _say("serve: ended; it is not known whether every request was answered")
     elif left:
-        _say(f"serve: ended; {left} requests were not finished in time")
+        more = "" if len(left) <= _NUM_NAMED else f" and {len(left) - _NUM_NAMED} more"
+        # A caller may choose the id of its request.
+        named = [each if each.isprintable() else ascii(each) for each in left[:_NUM_NAMED]]
+        _say(f"serve: ended; {len(left)} not finished in time: {', '.join(named)}{more}")
     else:
         _say("serve: ended, every request answered")
-    return 0 if left == 0 else 1
+    return 0 if left == [] else 1
 
 
 def _delete() -> bool:
@@ -322,17 +328,17 @@ def _why_not(error: Exception) -> str:
     return "; ".join(reasons) or _one_line(error)
 
 
-def drain(handle: Any, timeout_s: float) -> int | None:
+def drain(handle: Any, timeout_s: float) -> list[str] | None:
     """Have every process that answers requests take no more, and wait until all are answered.
 
-    Returns the number of requests that are left when the time is up; None if no process said.
+    Returns the ids of the requests and jobs that are left when the time is up; None if no process said.
     """
     deadline = time.monotonic() + timeout_s
-    left: int | None = None
+    left: list[str] | None = None
     told, waited_for = "", 0
     while time.monotonic() < deadline:
         try:
-            counts = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
+            ids = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
         except Exception as error:
             # A process died or is being replaced. The others still have requests to finish.
             left, reason = None, _one_line(error)
@@ -340,11 +346,12 @@ def drain(handle: Any, timeout_s: float) -> int | None:
                 _say(f"serve: asking again what is in flight, as a process did not answer ({reason})")
             told = reason
         else:
-            left = sum(counts) if counts else None
-            if left and left != waited_for:
-                _say(f"serve: requests and jobs that are waited for: {left}")
-                waited_for = left
-        if left == 0:
+            # Every process that answers requests names the jobs.
+            left = list(dict.fromkeys(itertools.chain.from_iterable(ids))) if ids else None
+            if left and len(left) != waited_for:
+                waited_for = len(left)
+                _say(f"serve: requests and jobs that are waited for: {waited_for}")
+        if left == []:
             break
         time.sleep(_POLL_S)
     return left

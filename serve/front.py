@@ -42,7 +42,8 @@ class Front:
         )
         self.rate_limit = RateLimit(limits.rate_per_minute, limits.rate_burst)
         self.draining = False
-        self.in_flight = 0
+        self.unanswered: list[str] = []
+        """The ids of the requests in flight."""
 
     def counting(self, app: App) -> App:
         """`app`, with a count of the requests that `guarded` admits. Each counts until its answer is sent completely.
@@ -59,9 +60,18 @@ class Front:
 
         return counted
 
-    def _count(self, change: int) -> None:
-        self.in_flight += change
+    @property
+    def in_flight(self) -> int:
+        return len(self.unanswered)
+
+    def _begin(self, request_id: str, until_sent: contextlib.ExitStack) -> None:
+        def end() -> None:
+            self.unanswered.remove(request_id)
+            self.metrics.in_flight.set(self.in_flight)
+
+        self.unanswered.append(request_id)
         self.metrics.in_flight.set(self.in_flight)
+        until_sent.callback(end)
 
     def admit(self, request: Request) -> str:
         """The caller's name. Raises ApiError for a missing or wrong key, too many requests, and a foreign page."""
@@ -99,8 +109,7 @@ class Front:
     async def guarded(self, handler: Handler, request: Request, query: Collection[str] = ()) -> Response:
         """The handler's answer, after the check of the caller and within the time limit. `query`: its known fields."""
         self.admit(request)
-        self._count(1)
-        request.scope["state"]["until_sent"].callback(self._count, -1)
+        self._begin(facts_of_request(request)["request_id"], request.scope["state"]["until_sent"])
         if unknown := sorted(set(request.query_params) - set(query)):
             known = f"the query takes {' and '.join(query)}" if query else "this route takes no query"
             message = f"unknown field {quoted(unknown[0])} in the query; {known}"

@@ -250,18 +250,18 @@ class Jobs:
             await asyncio.wait([job.task])
         return await self.get(owner, job_id)
 
-    async def drain(self) -> int:
-        """Begin no further job; returns how many are to be waited for. The others stay pending in a lasting storage.
+    async def drain(self) -> list[str]:
+        """Begin no further job; returns the ids to be waited for. The others stay pending in a lasting storage.
 
         Without a lasting storage nobody can fetch their images, so none is waited for. The log names the lost jobs.
         """
         first, self._draining = not self._draining, True
         if self._temporary is None:
-            return sum(job.status == "running" for job in self._jobs.values())
+            return [job.id for job in self._jobs.values() if job.status == "running"]
         if first and self._jobs:
             lost = {"lost": len(self._jobs), "jobs": sorted(self._jobs)}
             logger.warning("unfinished jobs are lost; storage=URI would keep them", extra={"fields": lost})
-        return 0
+        return []
 
     def __del__(self) -> None:
         """Ray Serve calls it before the process ends, as Python's own end may not run."""

@@ -27,7 +27,7 @@ from serve.errors import ApiError
 
 
 class FakeHandle:
-    """Fake processes that answer requests, with their answers to `drain` call by call. The last answer repeats."""
+    """Fake processes that answer requests, and how many each has at work at each `drain`. The last answer repeats."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.num_asked = list(answers), 0
@@ -36,13 +36,13 @@ class FakeHandle:
         assert method == "drain"
         return self
 
-    def results(self, *, timeout_s: float) -> list[int]:
+    def results(self, *, timeout_s: float) -> list[list[str]]:
         assert timeout_s < 30, "one process that hangs would take the time of all"
         answer = self.answers[min(self.num_asked, len(self.answers) - 1)]
         self.num_asked += 1
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return [[f"id-{process}-{request}" for request in range(num)] for process, num in enumerate(answer)]
 
 
 @pytest.fixture
@@ -73,15 +73,16 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 )
 def test_the_end_waits_for_every_request(answers: tuple[Any, ...], left: int | None, now: list[float]) -> None:
     handle = FakeHandle(*answers)
-    assert control.drain(handle, 60.0) == left
+    ids = control.drain(handle, 60.0)
+    assert (None if ids is None else len(ids)) == left
     if left == 0:
         assert handle.num_asked == len(answers)
     else:
         assert now[0] >= 160.0
 
 
-async def _drain(jobs: Any) -> int:
-    front = SimpleNamespace(draining=False, in_flight=2)
+async def _drain(jobs: Any) -> list[str]:
+    front = SimpleNamespace(draining=False, unanswered=["a", "b"])
     api: Any = SimpleNamespace(_jobs=jobs, _service=SimpleNamespace(front=front))
     left = await Api.func_or_class.drain(api)  # type: ignore[attr-defined]
     assert front.draining
@@ -95,14 +96,14 @@ def test_jobs_whose_process_is_dead_keep_nobody_waiting() -> None:
         def __init__(self, answer: Any) -> None:
             self.answer = answer
 
-        async def call(self, method: str) -> int:
+        async def call(self, method: str) -> list[str]:
             if isinstance(self.answer, Exception):
                 raise self.answer
             return self.answer
 
-    assert asyncio.run(_drain(Jobs(3))) == 5
-    assert asyncio.run(_drain(Jobs(ApiError(503, "not available")))) == 2
-    assert asyncio.run(_drain(None)) == 2
+    assert asyncio.run(_drain(Jobs(["job-c"]))) == ["a", "b", "job-c"]
+    assert asyncio.run(_drain(Jobs(ApiError(503, "not available")))) == ["a", "b"]
+    assert asyncio.run(_drain(None)) == ["a", "b"]
 
 
 class FakeServe:
@@ -228,14 +229,19 @@ def test_what_a_killed_process_left_on_a_cluster_is_ended(
     assert list(fake.applications) == ["payroll"]
     assert (
         fake.said[-1]
-        == f"serve: ended{', every request answered' if code == 0 else '; 1 requests were not finished in time'}"
+        == f"serve: ended{', every request answered' if code == 0 else '; 1 not finished in time: id-0-0'}"
     )
     with pytest.raises(InputError, match="no service, neither there"):
         control.stop([f"port={free_port()}"])
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"), [([2], "2 requests were not finished in time"), ([], "not known whether every request")]
+    ("answer", "words"),
+    [
+        ([2, 1], "3 not finished in time: id-0-0, id-0-1, id-1-0"),
+        ([22], "id-0-19 and 2 more"),
+        ([], "not known whether every request"),
+    ],
 )
 def test_requests_that_are_dropped_are_told(
     answer: list[int], words: str, no_cluster: None, now: list[float], monkeypatch: pytest.MonkeyPatch
@@ -250,7 +256,7 @@ def test_requests_that_are_dropped_are_told(
 
 def test_a_second_interrupt_ends_the_wait(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(FakeHandle):
-        def results(self, *, timeout_s: float) -> list[int]:
+        def results(self, *, timeout_s: float) -> list[list[str]]:
             if self.num_asked == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().results(timeout_s=timeout_s)
@@ -277,7 +283,7 @@ def test_an_end_that_finds_requests_left_takes_no_longer_than_it_says(
     assert 100.5 <= now[0] < 101
     assert fake.calls == ["start", "run", "delete mmcore"]
     assert "'mmcore' is still at work" in fake.said[-2]
-    assert fake.said[-1] == "serve: ended; 2 requests were not finished in time"
+    assert fake.said[-1] == "serve: ended; 2 not finished in time: id-0-0, id-0-1"
 
 
 def test_the_verdict_is_told_where_ray_serve_says_nothing(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
