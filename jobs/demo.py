@@ -457,7 +457,7 @@ def serve_command(demo: Demo, key: str) -> str:
         return path if relative.startswith(os.pardir) else relative
 
     places = {"captioner": demo.captioner.run, "generator": demo.autoregressive.run, "gallery": demo.sweep}
-    names = {"captioner": "captions:", "generator": "images:"}
+    names = {"captioner": "resnet:", "generator": "images:"}
     words = [f"{kind}={names.get(kind, '')}{near(place.uri)}" for kind, place in places.items()]
     return f"SERVE_API_KEYS={key} {shlex.join([near(sys.executable), '-m', 'serve.control', 'start', *words])}"
 

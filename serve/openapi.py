@@ -55,7 +55,7 @@ ROUTES: dict[tuple[str, str], Route] = {
     ("GET", "/v1/models/{model}"): Route("One of the models.", _MODEL),
     ("POST", "/v1/captions"): Route(
         "Captions of several images by several captioners.",
-        {"data": [{"index": 0, "captions": {"captions": "a large red circle"}, "file_name": "circle.png"}]},
+        {"data": [{"index": 0, "captions": {"resnet": "a large red circle"}, "file_name": "circle.png"}]},
         schemas.CaptionsRequest,
         {"images": [_PIXEL]},
         form={"images": "Files; the field may be repeated.", "model": "Name of a captioner; may be repeated."},

@@ -202,7 +202,7 @@ def test_a_bad_captioner_fails_and_a_second_run_keeps_the_work(
     arguments = Args.model_validate(dict(word.split("=", 1) for word in words))
     assert build(arguments)
     assert set(arguments.model_fields_set) == {"captioner", "generator", "gallery"}
-    assert open_captioner(arguments.captioner.removeprefix("captions:")).load().image_size > 0
+    assert open_captioner(arguments.captioner.removeprefix("resnet:")).load().image_size > 0
     generator = open_generator(arguments.generator.removeprefix("images:")).load()
     assert generator.options.temperature == 0.7, "what is served draws as the page's images were drawn"
     result = json.loads((storage / "scores" / "resnet_captioner").read("default-attributes.json"))

@@ -79,7 +79,7 @@ def test_ray_and_the_builder_accept_the_files(
     deployments = deployments_of(built)
     # Every deployment named in the file exists.
     assert {each.name for each in application.deployments} <= set(deployments)
-    assert set(deployments) == {"api", "jobs", "captioner-captions", "generator-images"}
+    assert set(deployments) == {"api", "jobs", "captioner-resnet", "generator-images"}
     for each in application.deployments:
         if each.name != "api":
             scaling = each.autoscaling_config
@@ -111,7 +111,7 @@ def test_the_files_let_new_versions_begin_before_old_ones_end(
         )
         for name, each in built.items()
     }
-    models = ("captioner-captions", "generator-images")
+    models = ("captioner-resnet", "generator-images")
     assert [infos[name].deployment_config.max_surge_percent for name in models] == [0, 0]
     deployed = override_deployment_info(infos, application)
     surges = {name: each.deployment_config.max_surge_percent for name, each in deployed.items()}

@@ -108,3 +108,8 @@ def test_an_option_that_no_request_can_give_is_found_when_the_model_is_described
 
     with pytest.raises(TypeError, match=r"Sizes.sizes: a tuple\[int, ...\] is no number"):
         tell(Sizes())
+
+
+def test_words_that_the_model_does_not_know_are_named_once() -> None:
+    prompts = {"prompt": "a zebra beside a zebra", "negative_prompt": "no zebra"}
+    assert post(GENERATIONS, prompts).json()["unknown_words"] == ["zebra"]

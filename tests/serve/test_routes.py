@@ -321,11 +321,6 @@ def test_a_stream_tells_its_steps_and_ends_with_the_answer() -> None:
     assert [events[-1][1][name] for name in ("data", "unknown_words")] == [plain["data"], []]
 
 
-def test_words_that_the_model_does_not_know_are_named_once() -> None:
-    prompts = {"prompt": "a zebra beside a zebra", "negative_prompt": "no zebra"}
-    assert post(GENERATIONS, prompts).json()["unknown_words"] == ["zebra"]
-
-
 def test_a_stream_tells_what_is_wrong() -> None:
     events = events_of(post(GENERATIONS, {"prompt": "x", "num_inference_steps": TIMESTEPS + 1, "stream": True}).text)
     assert [name for name, _ in events] == ["error"]
