@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,10 +40,11 @@ from jobs.runtime.source import output_storage
 from jobs.runtime.watchdog import Watchdog
 from mmcore.data.huggingface import looks_like_hub_name
 from mmcore.data.photos import SPLIT_COLUMNS, photo_row
-from mmcore.data.prepared import DatasetSummary
+from mmcore.data.prepared import TEST, TRAIN, VALIDATION, DatasetSummary
 from mmcore.data.shapes import MAX_OBJECTS, SPLITS, ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.data.sources import read_source
+from mmcore.data.splits import UNUSED
 from mmcore.errors import InputError
 from mmcore.flags import read_settings
 from mmcore.storage import Storage, writing
@@ -363,7 +364,30 @@ def _print_summary(summary: dict[str, Any], settings: PrepareSettings) -> None:
         f"{counted(summary['num_captions'], 'caption')} in {counted(len(summary['files']), 'file')} under {target}"
     )
     for column, counts in summary["splits"].items():
-        print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+        # A note says why a source has no split of its own.
+        if set(counts) != {UNUSED}:
+            print(f"  {column:<24}" + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if settings.dataset == SHAPES:
+        return
+    if (own := own_split(settings.dataset, summary["splits"])) is not None:
+        print(f"trainings use the data's own split by --split {own}: {_in_words(summary['splits'][own])}")
+        return
+    for who, column in zip(("captioners", "generators"), SPLIT_COLUMNS, strict=False):
+        print(f"{who} use {column}: {_in_words(summary['splits'][column])}")
+
+
+def own_split(dataset: str, splits: Mapping[str, Mapping[str, int]]) -> str | None:
+    """Column of a source's own split, where it has images that train and others. Flickr8k is trained by the report's.
+
+    `splits`: column to counts of its values.
+    """
+    column = SPLIT_COLUMNS[-1]
+    has_both = TRAIN in splits[column] and not {VALIDATION, TEST}.isdisjoint(splits[column])
+    return column if has_both and dataset != "flickr8k" else None
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def main() -> None:

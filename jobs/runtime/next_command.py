@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.prepare import SHAPES
+from jobs.prepare import SHAPES, own_split
 from jobs.runtime.job import Job
 from jobs.runtime.scores_place import scores_place
 from jobs.runtime.sweep import SWEEP
 from mmcore.captioners.cross_attention import VARIANTS, CrossAttentionCaptionerRecipe
 from mmcore.catalogue import RECIPES
 from mmcore.data.columns import SUCCESS
-from mmcore.data.photos import SPLIT_COLUMNS
 from mmcore.data.prepared import TEST, TRAIN, VALIDATION, CaptionTable
 from mmcore.data.prompts import FLICKR8K_TEST, SHAPES_TEST
 from mmcore.recipe import Recipe
@@ -40,9 +39,8 @@ def after_preparing(dataset: str, storage: str, splits: Mapping[str, Mapping[str
     if dataset == SHAPES:
         variant, split, flags = SHAPES, "split", []
     else:
-        variant, of_source = "best", SPLIT_COLUMNS[-1]
-        has_own = TRAIN in splits[of_source] and not {VALIDATION, TEST}.isdisjoint(splits[of_source])
-        split = of_source if has_own and dataset != "flickr8k" else VARIANTS[variant].split
+        variant = "best"
+        split = own_split(dataset, splits) or VARIANTS[variant].split
         flags = ["--encoder", _ENCODER, "--dataset", dataset]
         # Without the flag the variant takes the report's.
         flags += ["--split", split] if split != VARIANTS[variant].split else []

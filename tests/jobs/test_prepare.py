@@ -126,6 +126,10 @@ def test_every_image_once_in_order_with_its_bytes(
     assert "found: a file of captions, 25 images, 50 captions, every image decodes" in printed
     assert "flickr8k: 25 images, 50 captions in 2 files" in printed
     assert "train 15, validation 5, test 4, unused 1" in printed
+    assert (
+        "captioners use split_report: 20 train, 5 validation\ngenerators use split_report_generation: 22 train"
+        in printed
+    )
     assert f"read: {source}/captions.txt (columns image and caption, comma between columns), images in" in printed
 
 
@@ -187,12 +191,15 @@ def test_the_next_command_can_be_pasted_and_finds_the_data(
     flags = [str(word) for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--dataset", dataset, "--storage", str(storage), *flags])
     main()
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("next: "))
     # Split as in a shell, and parsed by the job.
     words = subprocess.run(
         ["bash", "-c", f"printf '%s\\0' {line.removeprefix('next: ')}"], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
     assert words[1] == "jobs/train_resnet_captioner.py"
+    if dataset == "mine":
+        assert "trainings use the data's own split by --split split_karpathy: 15 train, 5 validation" in printed
     job = parse_job(words[1], VARIANTS, "", words[2:])
     table = read_captions(job.storage, job.recipe.dataset, job.recipe.split)
     assert job.variant == ("shapes" if dataset == "shapes" else "best")
