@@ -48,7 +48,8 @@ class CaptionSettings:
     run: str
     """The finished run of a captioner: STORAGE/runs/RECIPE/NAME."""
     images: str
-    """Folder or s3://bucket/prefix with Parquet shards (image_id, image) or with image files."""
+    """Folder or s3://bucket/prefix: a prepared dataset (STORAGE/data/NAME), other Parquet files with image_id and
+    image, or image files."""
     out: str
     """Folder or s3://bucket/prefix for the captions."""
     split: str | None = None

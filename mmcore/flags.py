@@ -23,6 +23,8 @@ from mmcore.errors import InputError
 T = TypeVar("T")
 
 _WIDTH = 80
+# Least likeness of a mistyped flag: --dry-run where there is none is no mistyped --run, which are 0.71 alike.
+_ALIKE = 0.75
 _FLAG = re.compile(r"--[A-Za-z][\w.-]*")
 # How tyro writes the values of a flag: every flag without a value has the default None, which the help says too.
 _NONE = re.compile(r"\{None\}\|(\S+)( *)")
@@ -182,4 +184,4 @@ def _flags(parse: Callable[[list[str]], object]) -> list[str]:
 def _nearest(name: str, flags: Sequence[str]) -> str | None:
     # `--train.lr`, as recipe.json nests it, is `--lr`.
     last = f"--{name.lstrip('-').rpartition('.')[2]}"
-    return last if last in flags else next(iter(difflib.get_close_matches(name, flags, 1)), None)
+    return last if last in flags else next(iter(difflib.get_close_matches(name, flags, 1, _ALIKE)), None)

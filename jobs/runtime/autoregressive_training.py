@@ -7,7 +7,7 @@ from torch import Tensor
 
 from jobs.prepare import SHAPES
 from jobs.runtime.features import cached_vqvae_column
-from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, vqvae_recipe
+from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, say_vqvae, vqvae_recipe
 from jobs.runtime.generator_training import (
     GeneratorKind,
     Text,
@@ -62,6 +62,7 @@ def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
 def _check(job: Job[AutoregressiveRecipe]) -> None:
     check_scenes(job.recipe)
     vqvae_recipe(job)
+    say_vqvae(job)
 
 
 def check_scenes(recipe: AutoregressiveRecipe) -> None:
@@ -111,12 +112,12 @@ def _describe(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, text: 
     (height, width), of_text = facts.code_shape, text_sizes(model.text, text)
     steps_per_epoch, total = num_steps(recipe.train, num_train)
     num_images = total * recipe.train.batch_size
-    scenes = f", each a scene of its own: {num_images:,} are rendered" if recipe.fresh_scenes else ""
+    seen = "scenes are drawn while it trains, each seen once" if recipe.fresh_scenes else "are seen"
     say_sizes(job, {"the Transformer": parameters(model) - parameters(model.text), **of_text})
     print(
         f"tokens: {height * width} an image ({height} x {width}), each one of {facts.num_codes:,} codes\n"
         f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch\n"
-        f"images: {num_images:,} are seen{scenes}",
+        f"images: {num_images:,} {seen}",
         flush=True,
     )
 

@@ -73,7 +73,7 @@ def train_captioner(job: Job[Any], *, rows_type: type[CaptionRows] = CaptionRows
 
     def describe(job: Job[Any], facts: CaptionerFacts, num_train: int) -> None:
         _describe(job, facts, num_frozen, num_train)
-        say_what_is_cut(lengths, job.recipe.max_length, "raise --max-length")
+        say_what_is_cut(job, lengths, lambda recipe: recipe.max_length, "raise --max-length")
 
     def encode(job: Job[Any], table: CaptionTable, facts: CaptionerFacts) -> Encoded[Any, CaptionerFacts]:
         for name, data in tokenizers[0].files().items():

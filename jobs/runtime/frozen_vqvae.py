@@ -44,6 +44,30 @@ def vqvae_recipe(job: Job[Any]) -> VQVAERecipe:
     return vqvae_job(job).recipe if job.recipe.vqvae is None else open_autoencoder(job.recipe.vqvae).recipe
 
 
+def say_vqvae(job: Job[Any]) -> None:
+    """Where `job` names none, print which is taken or trained first, and finished ones of the same settings."""
+    if job.recipe.vqvae is not None:
+        return
+    own = vqvae_job(job)
+    if own.run.exists("_SUCCESS"):
+        print(f"no --vqvae given: taking the finished {own.run}, which goes by --name", flush=True)
+        return
+    others = [run.uri for run in map(own.run.parent.__truediv__, own.run.parent.folders()) if _is_like(run, own)]
+    known = f"; finished with the same settings: {', '.join(others)} (give it as --vqvae)" if others else ""
+    print(f"no --vqvae given: {own.run} is trained first, under the name of --name{known}", flush=True)
+
+
+def _is_like(run: Storage, own: Job[VQVAERecipe]) -> bool:
+    """Whether `run` is finished and what `own` would become."""
+    if not run.exists("_SUCCESS"):
+        return False
+    try:
+        there = read_begun(run, VQVAERecipe, VQVAEFacts).recipe
+    except InputError:  # of settings that are no more, so it is another
+        return False
+    return not difference(recipe_to_json(own.recipe), recipe_to_json(there))
+
+
 def reads_vqvae(job: Job[Any]) -> str:
     """What is read of it, for a dry run."""
     return job.recipe.vqvae or f"{vqvae_job(job).run} (trained first where missing)"
@@ -58,7 +82,7 @@ def ensure_vqvae(job: Job[Any]) -> Storage:
         return Storage(job.recipe.vqvae)
     own = vqvae_job(job)
     if not own.run.exists("_SUCCESS"):
-        print(f"no --vqvae given: training {own.run} first", flush=True)
+        print(f"training the VQ-VAE {own.run} first", flush=True)
         try:
             train_vqvae(own)
         except InputError as error:
@@ -77,7 +101,6 @@ def ensure_vqvae(job: Job[Any]) -> Storage:
             f"{own.run} is finished with other settings: {'; '.join(differences[:5])}; name it with --vqvae if it is "
             "the one you mean, or give another --name"
         )
-    print(f"no --vqvae given: taking the finished {own.run}", flush=True)
     return own.run
 
 

@@ -77,7 +77,8 @@ def train_generator(job: Job[Any], kind: GeneratorKind[F]) -> RunSummary:
 
     def describe(job: Job[Any], facts: F, num_train: int) -> None:
         kind.describe(job, facts, opened[0], num_train)
-        say_what_is_cut(lengths, job.recipe.text.max_tokens, _longer(opened[0], job.recipe.text.max_tokens))
+        mend = _longer(opened[0], job.recipe.text.max_tokens)
+        say_what_is_cut(job, lengths, lambda recipe: recipe.text.max_tokens, mend)
 
     def encode(job: Job[Any], table: CaptionTable, facts: F) -> Encoded[Any, F]:
         encoded = kind.encode(job, table, facts)

@@ -18,6 +18,13 @@ from mmcore.storage import Storage
 
 R = TypeVar("R", bound=Recipe)
 
+# What the help says of variants that many jobs have.
+_VARIANTS = {
+    "report": "as in the report",
+    "best": "our best for photos",
+    "shapes": "for the built-in scenes, on CPUs",
+    "smoke": "a tiny model that trains 20 steps",
+}
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -112,7 +119,9 @@ def parse_job(
 
     collect.__annotations__["recipe"] = Annotated[type(variants[variant]), tyro.conf.arg(name="")]
     collect.__defaults__ = (variant, variants[variant], RunOptions())
-    collect.__doc__ = "Args:\n    variant: Settings to start from; every other flag overrides one of them."
+    told = "; ".join(f"{each} is {_VARIANTS[each]}" for each in variants if each in _VARIANTS)
+    help_text = f"Settings to start from: {told}. Every other flag overrides one of them."
+    collect.__annotations__["variant"] = Annotated[Variant, tyro.conf.arg(help=help_text)]
     config, text = (tyro.conf.OmitArgPrefixes,), description.strip()
     schedule = value_given(argv, "--schedule") or variants[variant].train.schedule
     left_out = [] if schedule == "step" else ["--step-epoch"]

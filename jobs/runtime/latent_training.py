@@ -6,7 +6,7 @@ from torch import Tensor
 
 from jobs.runtime.diffusion_training import check_sampling, describe, diffusion_setup
 from jobs.runtime.features import cached_vqvae_column
-from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, vqvae_recipe
+from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, say_vqvae, vqvae_recipe
 from jobs.runtime.generator_training import GeneratorKind, train_generator
 from jobs.runtime.job import Job
 from jobs.runtime.run_folder import check_begun
@@ -34,6 +34,7 @@ def train_latent_diffusion(job: Job[LatentDiffusionRecipe]) -> RunSummary:
 def _check(job: Job[LatentDiffusionRecipe]) -> None:
     vqvae_recipe(job)
     check_sampling(job)
+    say_vqvae(job)
 
 
 def _facts(job: Job[LatentDiffusionRecipe], inputs: TextInputs) -> DiffusionFacts:

@@ -183,7 +183,9 @@ def check_photos(found: Found, problems: Problems, progress: Progress | None = N
     """
     checked = _check_images(found.entries, problems, progress)
     if not checked:
-        raise InputError(f"{found.detail}: not one image with a caption is left")
+        bad = problems.skipped
+        left_out = f"; {len(bad):,} were left out, the first: {bad[0]}" if bad else ""
+        raise InputError(f"{found.detail}: not one image with a caption is left{left_out}")
     num_train, num_generation_train = report_splits(len(checked))
     photos = tuple(
         Photo(

@@ -74,7 +74,7 @@ class ShapesSettings:
     """How many scenes there are, how large they are rendered, and the seed they are drawn with."""
 
     num_train: int = 8000
-    """Number of training images."""
+    """Number of training images. This flag and those below are for --dataset shapes alone."""
     num_validation: int = 200
     """Number of validation images, with the same colour and shape pairs as training."""
     num_test: int = 300

@@ -27,7 +27,7 @@ class LatentDiffusionRecipe:
     """Number of captions per image to train on, the first ones. Each epoch draws one of them at random."""
     vqvae: str | None = None
     """Finished run of jobs/train_vqvae.py (STORAGE/runs/vqvae/NAME, a folder or s3://...). It sets the size of the
-    images. None first trains a VQ-VAE of the same variant and name."""
+    images. None first trains that of the variant, under this run's --name, or takes a finished one of it."""
     flip: bool = False
     """Mirror images at random with probability 1/2 (the VQ-VAE runs on both views)."""
     drop_text: float = 0.1

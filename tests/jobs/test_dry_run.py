@@ -3,17 +3,21 @@
 import importlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tiny_diffusion
 import tiny_runs
 
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.training_flow import say_sizes
 from mmcore.captioners import table_1
+from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.vqvae import VARIANTS
+from mmcore.run_files import RunFile, write_begun
 from mmcore.storage import Storage
 
 ON_CACHED = ["--no-fresh-scenes", "--exhaustive-captions", "0"]
@@ -126,9 +130,31 @@ def test_on_an_empty_storage_it_says_what_is_made_first(
     dry_run("ldm", "--storage", str(tmp_path / "empty"))
     out = capsys.readouterr().out
     assert f"{tmp_path}/empty/runs/vqvae/default (trained first where missing)" in out
+    assert "lose their tail" not in out, "the length of a smoke test is ours"
     assert "first:  makes the Shapes data, num_train 8000, num_validation 200, num_test 300, " in out
     assert "steps: 20 of 8 images, 1,000 an epoch" in out
     assert not (tmp_path / "empty").exists()
+
+
+def test_the_vqvae_that_is_trained_first_is_named_beside_finished_ones(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, of_tiny = folder / "out" / "runs" / "vqvae", {"dataset": "tiny", "split": "split"}
+    flags = ["--dataset", "tiny", "--split", "split", "--storage", str(folder / "out"), "--name", "mine"]
+    for name, settings in (("like", of_tiny), ("other", of_tiny | {"num_codes": 32}), ("unfinished", of_tiny)):
+        tiny_diffusion.write_vqvae_run(Storage(str(runs / name)), **settings)
+        write_begun(
+            Storage(str(runs / name)),
+            RunFile("vqvae", "smoke", replace(VARIANTS["smoke"], **settings), VQVAEFacts(), ""),
+        )
+        if name != "unfinished":
+            (runs / name / "_SUCCESS").touch()
+    dry_run("ldm", *flags)
+    told = f"no --vqvae given: {runs}/mine is trained first, under the name of --name"
+    assert f"{told}; finished with the same settings: {runs}/like (give it as --vqvae)\n" in capsys.readouterr().out
+    (runs / "like").rename(runs / "mine")
+    dry_run("ldm", *flags)
+    assert f"no --vqvae given: taking the finished {runs}/mine, which goes by --name\n" in capsys.readouterr().out
 
 
 def test_the_sizes_name_the_model_and_no_part_without_weights(capsys: pytest.CaptureFixture[str]) -> None:

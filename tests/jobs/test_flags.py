@@ -1,6 +1,7 @@
 """A flag without effect is refused, and one flag is enough to change the kind of a part. What a wrong flag and --help
 show."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import tyro
 
 from jobs import generate, train_autoregressive, train_ldm, train_pixel_diffusion, train_resnet_captioner, train_vqvae
+from jobs.export import ExportSettings
 from jobs.runtime.job import Job, parse_job
 from mmcore.errors import InputError
 from mmcore.flags import Help, read_flags, read_settings
@@ -99,6 +101,12 @@ def test_without_a_variant_the_report_is_named_where_it_has_the_recipe(capsys: p
         said = capsys.readouterr().out
         assert said.startswith("no --variant given: running `shapes`")
         assert ("--variant report" in said) == named
+
+
+def test_a_flag_of_other_jobs_is_no_mistyped_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs/export.py", "--dry-run"])
+    with pytest.raises(InputError, match=r"^--dry-run: no such flag; `python jobs/export\.py --help` shows the flags$"):
+        read_settings(ExportSettings, "", "python jobs/export.py")
 
 
 def test_a_job_that_the_catalogue_does_not_name_is_refused() -> None:

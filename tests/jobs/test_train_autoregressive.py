@@ -83,13 +83,15 @@ def reference(call_job: Callable[..., Any], storage: Storage, num_workers: int) 
 
 def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Callable[..., Any]) -> None:
     before = sorted(Path(storage.uri).rglob("*"))
-    printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
+    flags = ["--storage", storage, "--name", "dry", "--dry-run"]
+    printed = call_here(main, *FLAGS, *flags, "--max-tokens", 23).stdout
     assert "tokens: 64 an image (8 x 8), each one of 64 codes" in printed
     assert "steps: 18 of 8 images, 5 an epoch" in printed
     assert "state:  64 bytes an image (codes), 0.0 MB for 8 images" in printed
-    assert "images: 144 are seen, each a scene of its own: 144 are rendered" in printed
+    assert "images: 144 scenes are drawn while it trains, each seen once" in printed
     assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
-    assert "of 600 have more than 24 tokens" in printed, "five of each of 40 scenes, and 400 exhaustive ones"
+    assert "of 600 have more than 23 tokens" in printed, "five of each of 40 scenes, and 400 exhaustive ones"
+    assert f"no --vqvae given: {storage}/runs/vqvae/dry is trained first, under the name of --name\n" in printed
     assert sorted(Path(storage.uri).rglob("*")) == before
 
 
