@@ -211,9 +211,7 @@ def test_a_caption_that_differs_is_found():
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_language_generation(num_beams):
-    bench = language_generation.GenerationBench(
-        smoke=True, pairs=1, num_images=5, batch_size=3, image_tokens=4, num_beams=num_beams
-    )
+    bench = language_generation.GenerationBench(smoke=True, pairs=1, num_images=5, batch_size=3, num_beams=num_beams)
     figures = language_generation.measure(bench)
     assert figures["captions_equal"] == figures["captions"] == 5
     assert figures["tokens_per_caption"]["max"] <= figures["max_length"]
