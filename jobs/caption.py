@@ -56,6 +56,8 @@ class CaptionSettings:
     """COLUMN:NAME captions one split of a prepared dataset, such as split_karpathy:test."""
     encoder: str | None = None
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
+    language_model: str | None = None
+    """Folder or name of the frozen language model, if it is not where the run had it."""
     prompt: str | None = None
     """Text that a captioner with a language model reads before each image; by default the run's own."""
     rows_per_block: int = ROWS_PER_BLOCK
@@ -140,7 +142,7 @@ def caption(settings: CaptionSettings, options: Any = None) -> CaptionSummary:
     if settings.rows_per_block < 1:
         raise InputError(f"--rows-per-block {settings.rows_per_block}: must be at least 1")
     images, out = Storage(settings.images), output_storage(settings.out, "--out")
-    captioner = open_captioner(settings.run, encoder=settings.encoder)
+    captioner = open_captioner(settings.run, encoder=settings.encoder, language_model=settings.language_model)
     options = captioner.options if options is None else options
     captioner.check(options)
     if settings.prompt is not None and not captioner.takes_prompt:

@@ -1,5 +1,6 @@
 """Opens a trained captioner: images -> captions."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -11,6 +12,8 @@ from mmcore.captioners.qformer_captioner import QFormerFacts
 from mmcore.captioners.qformer_llm import LanguageCaptionerFacts
 from mmcore.captioners.search_options import LanguageSearchOptions, SearchOptions
 from mmcore.catalogue import read_model_file
+from mmcore.errors import InputError
+from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.tokenizers import read_caption_tokenizer
 from mmcore.frozen.vision import FrozenVisionEncoder
 from mmcore.recipe import Captioner, Identity
@@ -21,16 +24,22 @@ from mmcore.trained.image_encoder import encoder_name, load_encoder
 from mmcore.trained.network import load_network
 
 
-def open_captioner(source: str, *, encoder: str | None = None) -> Captioner:
+def open_captioner(source: str, *, encoder: str | None = None, language_model: str | None = None) -> Captioner:
     """The captioner of a finished run. Reads recipe.json and no weights. The result can be sent to another machine.
 
     Args:
         source: the run, a local folder or s3://bucket/prefix.
         encoder: name or folder of the frozen image encoder, if it differs from the one in recipe.json.
-    Raises InputError if `source` is not a finished run of a captioner.
+        language_model: the same of the frozen language model.
+    Raises InputError if `source` is not a finished run of a captioner, or has no language model and one is given.
     """
     run = Storage(source)
     file = read_model_file(run, "captioner")
+    if language_model is not None:
+        if not isinstance(file.facts, LanguageCaptionerFacts):
+            raise InputError(f"--language-model {language_model!r}: {run} has none; leave the flag out")
+        recipe = dataclasses.replace(file.recipe, language_model=absolute_folder(language_model))
+        file = dataclasses.replace(file, recipe=recipe)
     return BY_FACTS[type(file.facts)](run, file, encoder)
 
 

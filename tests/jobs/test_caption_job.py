@@ -25,7 +25,7 @@ from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
-from mmcore.frozen.language import caption_tokenizer
+from mmcore.frozen.language import FrozenLanguageModel, caption_tokenizer
 from mmcore.frozen.vision import SCRATCH, pixels_from_bytes
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
@@ -170,6 +170,7 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
         ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty 0.5: has no effect on greedy search"),
         ({"--length-penalty": "nan"}, "--length-penalty nan: must be a finite number"),
         ({"--split": "split_karpathy:test"}, "no Parquet shards with a split column"),
+        ({"--language-model": "scratch"}, "has none; leave the flag out"),
         ({"--prompt": "What is it?"}, "reads images alone; leave it out, or name a run that takes one"),
         ({"--run": "generator"}, "recipe 'ldm' is not of kind captioner"),
     ],
@@ -188,9 +189,9 @@ def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, ca
     assert not (tmp_path / "out").exists(), "something was written"
 
 
-def write_language_run(folder: Path) -> Path:
+def write_language_run(folder: Path, language_model: str = SCRATCH) -> Path:
     """A finished run of an untrained bridge to a tiny language model."""
-    recipe = LANGUAGE_VARIANTS["smoke"]
+    recipe = dataclasses.replace(LANGUAGE_VARIANTS["smoke"], language_model=language_model)
     tokenizer = caption_tokenizer(recipe.language_model)
     facts = recipe.complete(CaptionerFacts(tokenizer.token_ids, recipe.image_size**2, 3))
     torch.manual_seed(0)
@@ -222,6 +223,25 @@ def test_a_prompt_is_read_and_is_of_the_sweep(images, tmp_path, call_job):
         refused = call_job(main, *command, *filter(None, [other]), check=False)
         assert refused.returncode == 1
         assert line in refused.stderr
+
+
+def test_a_language_model_that_was_moved_is_named(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    scratch = FrozenLanguageModel.from_name(SCRATCH)
+    scratch.model.save_pretrained(there)
+    scratch.tokenizer.tokenizer.save_pretrained(there)
+    run = str(write_language_run(tmp_path / "run", str(there)))
+    pixels = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8).numpy()
+    before = open_captioner(run).load()
+    captions = before.caption(pixels, before.options)
+    there.rename(here)
+    with pytest.raises(InputError, match=r"--language-model '.*there': no tokenizer in a folder of this name"):
+        open_captioner(run).load()
+    again = open_captioner(run, language_model=str(here)).load()
+    assert again.caption(pixels, again.options) == captions
+    assert again.identity() == before.identity()
+    with pytest.raises(InputError, match="--language-model 'scratch': the run was trained on another one; name that"):
+        open_captioner(run, language_model=SCRATCH).load()
 
 
 def test_an_encoder_that_is_not_there_is_one_line(images, tmp_path, call_job):

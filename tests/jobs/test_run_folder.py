@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import tiny
 
-from jobs import train_ldm, train_resnet_captioner
+from jobs import train_ldm, train_qformer_llm, train_resnet_captioner
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.run_folder import check_begun, open_run
 from mmcore.captioners.facts import CaptionerFacts, tokenizer_path
+from mmcore.captioners.qformer_llm import LanguageCaptionerFacts
 from mmcore.errors import InputError
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.recipe import recipe_to_json
+from mmcore.text import TokenIds
 
 FACTS = DiffusionFacts(
     TextInputs(vocabulary_size=40, pad_id=0, bos_id=1, eos_id=2),
@@ -97,6 +99,18 @@ def test_what_is_known_yet_is_compared_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"other settings: settings\.train\.lr: "):
         check_begun(job(tmp_path, "--lr", "0.5"), planned)
     check_begun(job(tmp_path, "--lr", "0.5", "--fresh"), planned)
+
+
+def test_a_language_model_may_lie_elsewhere_but_is_the_same(tmp_path: Path) -> None:
+    def of(name: str) -> Job[Any]:
+        flags = ["--storage", str(tmp_path), "--variant", "smoke", "--language-model", name]
+        return parse_job(train_qformer_llm.__file__, train_qformer_llm.VARIANTS, "", flags)
+
+    facts = LanguageCaptionerFacts(TokenIds(10, 1, 2, (0,)), 4, 3, language_model_fingerprint="of a Llama")
+    open_run(of("here/llama"), facts)
+    open_run(of("there/llama"), facts)
+    with pytest.raises(InputError, match="other settings: language_model_fingerprint"):
+        open_run(of("here/llama"), dataclasses.replace(facts, language_model_fingerprint="of another"))
 
 
 # -- runs that commit 34e6a7a began, before facts had types ----------------------------------------------------------
