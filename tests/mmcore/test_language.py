@@ -169,11 +169,52 @@ def test_ended_captions_leave_the_batch(mark: str) -> None:
     captions = CaptionWriter(lm, lm.prefix_ids(PROMPT)).greedy(images(12), 10)
     assert captions == expected
     closing = lm.tokenizer.sentence_end_ids()
-    steps = [min(10, len(each) + (each[-1:] == [] or each[-1] not in closing)) for each in captions]
+    steps = [min(10, len(each) + (not each or each[-1] not in closing)) for each in captions]
     assert len(set(steps)) > 2
     rows = rows[: 1 + max(steps)]
     # The prompt once for all, then the images, then whoever is not at its end.
     assert rows == [1, *(sum(own > step for own in steps) for step in range(max(steps)))]
+
+
+def test_ended_captions_leave_the_batch_of_a_llama_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model("llama", 1)
+    line_break, logits, read = lm.tokenizer.token_ids.eos_id, Llama._logits, Llama.read_words
+    lm = biased(lm, line_break, 1.5)
+    rows: list[int] = []
+
+    def biased_logits(llama: Llama, x: Tensor) -> Tensor:
+        made = logits(llama, x)
+        made[:, line_break] += 1.5
+        return made
+
+    def counted(llama: Llama, words_RW: Tensor, state: Any) -> Tensor:
+        rows.append(len(words_RW))
+        assert {len(words_RW)} == {len(state.keys[0]), *(len(key) for key, _ in state.images)}
+        return read(llama, words_RW, state)
+
+    monkeypatch.setattr(Llama, "_logits", biased_logits)
+    monkeypatch.setattr(Llama, "read_words", counted)
+    captions = CaptionWriter(lm, lm.prefix_ids(PROMPT)).greedy(images(12), 10)
+    assert captions == by_transformers(lm, images(12), 1.0, 10)
+    closing = lm.tokenizer.sentence_end_ids()
+    steps = [min(10, len(each) + (not each or each[-1] not in closing)) for each in captions]
+    assert len(set(steps)) > 2
+    assert rows == [sum(own > step for own in steps) for step in range(1, max(steps))]
+
+
+def test_what_is_no_plain_llama_in_fp32_is_computed_by_transformers() -> None:
+    def reader(lm: FrozenLanguageModel) -> Any:
+        return CaptionWriter(lm, lm.prefix_ids(PROMPT)).reader
+
+    assert isinstance(reader(language_model("llama")), Llama)
+    others = [language_model("opt"), language_model("llama").double(), language_model("llama")]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        attention = others[2].model.model.layers[0].self_attn
+        setattr(attention, name, torch.nn.Linear(*getattr(attention, name).weight.shape[::-1]))
+    others[2].model.config.attention_bias = True
+    assert all(isinstance(reader(lm), ByTransformers) for lm in others)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(reader(language_model("llama")), ByTransformers)
 
 
 def test_a_step_after_a_sentence_ends_the_caption() -> None:
