@@ -34,7 +34,7 @@ from mmcore.text import CaptionTokenizer
 from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
-_FOLDERS = ("encoder", "tokenizer", "text_encoder", "text_model", "language_model")
+_FOLDERS = ("encoder", "tokenizer", "first_weights", "text_encoder", "text_model", "language_model")
 # Those of its bridge.
 _BRIDGE_FOLDERS = ("instruct_tokenizer", "bridge_weights")
 

@@ -1,4 +1,4 @@
-"""Batched greedy and beam search over a decoder with a cache. Finished images leave the batch.
+"""Batched greedy and beam search, and sampling, over a decoder with a cache. Images that a search finished leave it.
 
 Shapes: B images, K beams per image, R rows not yet finished, V words, T words so far.
 """
@@ -61,6 +61,30 @@ def greedy(decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds) 
             state.select_rows(going_R)
             state.select_images(going_R)
     return captions
+
+
+@torch.no_grad()
+def sample(
+    decoder: Decoder, memory: Tensor, num_samples: int, max_length: int, tokens: TokenIds
+) -> list[list[list[int]]]:
+    """For each image `num_samples` captions, drawn by PyTorch's global generator, of at most `max_length` words.
+
+    Returns ids without begin and end tokens, one list of captions per image.
+    """
+    num_rows = memory.shape[0] * num_samples
+    state = decoder.start(memory, num_samples, max_length)
+    last_R = torch.full((num_rows,), tokens.bos_id, device=memory.device)
+    ended_R = torch.zeros(num_rows, dtype=torch.bool, device=memory.device)
+    words = []
+    for _ in range(max_length):
+        probabilities_RV = _log_probabilities(decoder, last_R, state, tokens).exp()
+        last_R = torch.multinomial(probabilities_RV, 1).squeeze(1).masked_fill(ended_R, tokens.eos_id)
+        ended_R = last_R == tokens.eos_id
+        words.append(last_R)
+        if ended_R.all():
+            break
+    captions = [[word for word in row if word != tokens.eos_id] for row in torch.stack(words, dim=1).tolist()]
+    return [captions[first : first + num_samples] for first in range(0, num_rows, num_samples)]
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ FLAGS = {
     train_pixel_diffusion: test_train_pixel_diffusion.FLAGS,
 }
 REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
-    (train_resnet_captioner, ["--variant", "shmoke"], ["--variant 'shmoke'", "report, best, shapes, smoke"]),
+    (train_resnet_captioner, ["--variant", "shmoke"], ["--variant 'shmoke'", "report, best, reward, shapes, smoke"]),
     (
         train_resnet_captioner,
         ["--batch-size", "9", "--num-workers", "2"],
