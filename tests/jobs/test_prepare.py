@@ -126,10 +126,8 @@ def test_every_image_once_in_order_with_its_bytes(
     assert "found: a file of captions, 25 images, 50 captions, every image decodes" in printed
     assert "flickr8k: 25 images, 50 captions in 2 files" in printed
     assert "train 15, validation 5, test 4, unused 1" in printed
-    assert (
-        "captioners use split_report: 20 train, 5 validation\ngenerators use split_report_generation: 22 train"
-        in printed
-    )
+    by = "captioners use split_report: 20 train, 5 validation\ngenerators use split_report_generation: 22 train"
+    assert by in printed
     assert f"read: {source}/captions.txt (columns image and caption, comma between columns), images in" in printed
 
 

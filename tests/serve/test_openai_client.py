@@ -143,7 +143,7 @@ def test_the_lines_of_the_documents(
 ) -> None:
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.S)
     for here, there in {
-        "http://127.0.0.1:8000/v1": url, 'model="images"': 'model="shapes"', 'model="captions"': 'model="words"',
+        "http://127.0.0.1:8000/v1": url, 'model="images"': 'model="shapes"', 'model="resnet"': 'model="words"',
     }.items():  # fmt: skip
         assert here in lines
         lines = lines.replace(here, there)
