@@ -1,17 +1,22 @@
 #!/usr/bin/env python
-"""Hand a trained generator or VQ-VAE on in the form of another library.
+"""Hand a trained generator, VQ-VAE or Q-Former on in the form of another library.
 
     python jobs/export.py --run STORAGE/runs/ldm/NAME --to diffusers --out DIR
     python jobs/export.py --run STORAGE/runs/vqvae/NAME --to diffusers --out DIR
     python jobs/export.py --run STORAGE/runs/autoregressive/NAME/model/vqvae --to diffusers --out DIR
+    python jobs/export.py --run STORAGE/runs/qformer/NAME --to transformers --out DIR
+    python jobs/export.py --run STORAGE/runs/qformer_llm/NAME --to transformers --out DIR
 
 A latent-diffusion run becomes a folder that ``diffusers.DiffusionPipeline.from_pretrained(DIR)`` loads, without code
 of ours: an LDMTextToImagePipeline. A VQ-VAE becomes one that ``diffusers.VQModel.from_pretrained(DIR)`` loads.
+A Q-Former becomes a Blip2ForImageTextRetrieval of transformers, and with a language model a
+Blip2ForConditionalGeneration. DIR/README.md has the code for its scores and captions, and for an image encoder that is
+not BLIP-2's.
 
 Before the folder gets its name, it is loaded again and compared. A pipeline samples one prompt in 4 DDIM steps. The
 latents from the same noise are compared, and the images decoded from the same latents. A VQ-VAE is compared on the
 images decoded from the same codes, and on their latents. Images of different latents can differ further, as near the
-border of two codes a rounding error decides the code.
+border of two codes a rounding error decides the code. A Q-Former is compared on scores and captions of two images.
 
 An autoregressive Transformer over codes is refused, as diffusers has no class for it. Its VQDiffusionPipeline
 (deprecated) diffuses codes, and its AmusedPipeline unmasks them. The weights are safetensors already:
@@ -35,8 +40,10 @@ from mmcore.frozen.pretrained import quiet_load
 from mmcore.run_files import read_fields
 from mmcore.storage import Storage, writing
 from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.captioner import TrainedCaptioner, open_captioner
 from mmcore.trained.generator import open_generator
 from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline, vqvae_difference
+from mmcore.trained.to_transformers import GenerationExport, RetrievalExport
 
 
 @dataclass(frozen=True)
@@ -44,24 +51,33 @@ class ExportSettings:
     """What to export, and where to."""
 
     run: str
-    """The finished run of a latent diffusion or of a VQ-VAE: STORAGE/runs/RECIPE/NAME."""
+    """The finished run of a latent diffusion, a VQ-VAE or a Q-Former: STORAGE/runs/RECIPE/NAME."""
     out: str
     """New local folder."""
-    to: Literal["diffusers"] = "diffusers"
-    """The library that is to load it."""
+    to: Literal["diffusers", "transformers"] = "diffusers"
+    """The library that is to load it: transformers for a Q-Former, else diffusers."""
+    encoder: str | None = None
+    """Folder or name of the frozen image encoder, if it is not where the run had it."""
     text_encoder: str | None = None
     """Folder or name of the frozen text encoder, if it is not where the run had it."""
 
 
 @dataclass(frozen=True)
 class _Exported:
-    """A model of diffusers, how far it is from ours once it is loaded again, and what that was compared on."""
+    """A model of another library, how far it is from ours once it is loaded again, and what that was compared on."""
 
-    model: Any
-    load: Callable[[str], Any]
+    save: Callable[[str], Any]
     loader: str
-    difference: Callable[[Any], float]
+    difference: Callable[[str], float]
+    outputs: str
     compared_on: str
+
+
+# By recipe, what transformers has a class for.
+_TO_TRANSFORMERS: dict[str, type[RetrievalExport] | type[GenerationExport]] = {
+    "qformer": RetrievalExport,
+    "qformer_llm": GenerationExport,
+}
 
 
 def _umask() -> int:
@@ -71,49 +87,74 @@ def _umask() -> int:
 
 
 def _exported(settings: ExportSettings) -> _Exported:
+    recipe = read_fields(Storage(settings.run))[0]["recipe"]
+    library = "transformers" if recipe in (*names("captioner"), *names("retriever")) else "diffusers"
+    if settings.to != library:
+        raise InputError(f"--to {settings.to}: a run of {recipe} is for {library}; give --to {library}")
+    return _for_transformers(settings, recipe) if library == "transformers" else _for_diffusers(settings, recipe)
+
+
+def _for_transformers(settings: ExportSettings, recipe: str) -> _Exported:
+    if settings.text_encoder is not None:
+        raise InputError(f"--text-encoder {settings.text_encoder!r}: only a generator has one; leave the flag out")
+    if recipe not in _TO_TRANSFORMERS:
+        known = ", ".join(_TO_TRANSFORMERS)
+        raise InputError(f"--run {settings.run}: transformers has no class for a run of {recipe}; name one of {known}")
+    captioner = open_captioner(settings.run, encoder=settings.encoder).load()
+    assert isinstance(captioner, TrainedCaptioner)
+    export = _TO_TRANSFORMERS[recipe](captioner)
+    return _Exported(
+        export.save, f"transformers.{export.loader}", export.difference, "scores or captions", export.compared_on
+    )
+
+
+def _for_diffusers(settings: ExportSettings, recipe: str) -> _Exported:
+    import diffusers
     from diffusers import DiffusionPipeline, VQModel
 
-    if read_fields(Storage(settings.run))[0]["recipe"] in names("autoencoder"):
+    diffusers.utils.logging.disable_progress_bar()
+    if settings.encoder is not None:
+        raise InputError(f"--encoder {settings.encoder!r}: only a captioner has one; leave the flag out")
+    outputs = "latents or images"
+    if recipe in names("autoencoder"):
         if settings.text_encoder is not None:
             raise InputError(f"--text-encoder {settings.text_encoder!r}: a VQ-VAE reads no text; leave the flag out")
         vqvae = open_autoencoder(settings.run).load()
+        model: Any = vqvae.model.to_diffusers()
         return _Exported(
-            vqvae.model.to_diffusers(),
-            lambda folder: VQModel.from_pretrained(folder, trust_remote_code=False).eval(),
-            "VQModel",
-            lambda model: vqvae_difference(vqvae, model),
+            model.save_pretrained,
+            "diffusers.VQModel",
+            lambda folder: vqvae_difference(vqvae, VQModel.from_pretrained(folder, trust_remote_code=False).eval()),
+            outputs,
             "codes drawn at random: their image, and its latents,",
         )
     generator = open_generator(settings.run, text_encoder=settings.text_encoder).load()
     return _Exported(
-        to_pipeline(generator),
-        lambda folder: DiffusionPipeline.from_pretrained(folder, trust_remote_code=False),
-        "DiffusionPipeline",
-        lambda pipeline: difference(generator, pipeline),
+        to_pipeline(generator).save_pretrained,
+        "diffusers.DiffusionPipeline",
+        lambda folder: difference(generator, DiffusionPipeline.from_pretrained(folder, trust_remote_code=False)),
+        outputs,
         f"one prompt and {CHECK_STEPS} steps: latents from the same noise, and images of the same latents,",
     )
 
 
 def export(settings: ExportSettings) -> float:
     """Write the folder; returns the largest difference. Raises InputError where it is there already."""
-    import diffusers
-
     if "://" in settings.out:
-        raise InputError(f"--out {settings.out}: diffusers reads folders; name one on this machine")
+        raise InputError(f"--out {settings.out}: {settings.to} reads folders; name one on this machine")
     out = Path(output_storage(settings.out, "--out").uri)
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a new folder")
-    diffusers.utils.logging.disable_progress_bar()
     exported = _exported(settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         with quiet_load():
             with writing(out):
-                exported.model.save_pretrained(folder)
-            found = exported.difference(exported.load(folder))
+                exported.save(folder)
+            found = exported.difference(folder)
         if not found <= TOLERANCE:
             raise RuntimeError(
-                f"latents or images of the exported model differ by {found:.2g} of 1, more than {TOLERANCE:g}"
+                f"{exported.outputs} of the exported model differ by {found:.2g} of 1, more than {TOLERANCE:g}"
             )
         # A temporary folder is its owner's alone; this one is handed on.
         Path(folder).chmod(0o777 & ~_umask())
@@ -122,7 +163,7 @@ def export(settings: ExportSettings) -> float:
         Path(folder).mkdir()
     print(
         f"export: {out}, loaded again and compared on {exported.compared_on} differ by {found:.1g} of 1 at most\n"
-        f"load it with diffusers.{exported.loader}.from_pretrained({str(out)!r})",
+        f"load it with {exported.loader}.from_pretrained({str(out)!r})",
         flush=True,
     )
     return found

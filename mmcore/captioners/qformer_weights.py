@@ -123,6 +123,14 @@ def lavis_state(qformer: QFormer, heads: MatchingHeads | None) -> dict[str, Tens
     return state
 
 
+def language_head(qformer: QFormer) -> dict[str, Tensor]:
+    """The weights of the language head under the names of LAVIS, as `load_lavis_head` reads them. They are views.
+
+    They are without the word embeddings, which are its last layer.
+    """
+    return {name: value for name, value in lavis_state(qformer, None).items() if name.startswith(_LM_HEAD)}
+
+
 def qformer_config(settings: QFormerSettings) -> Any:
     """transformers' `Blip2QFormerConfig` of these settings."""
     from transformers import Blip2QFormerConfig
@@ -320,7 +328,7 @@ def load_lavis_head(qformer: QFormer, path: str, *, flag: str) -> None:
     The word embeddings, which are the head's last layer, are those of `qformer`.
     """
     state = _lavis_weights(path, flag)
-    own = {name: value for name, value in lavis_state(qformer, None).items() if name.startswith(_LM_HEAD)}
+    own = language_head(qformer)
     assert own, "this Q-Former has no text half"
     copy_state(own, {name: value for name, value in state.items() if name in own}, f"{flag} {path!r}")
 
