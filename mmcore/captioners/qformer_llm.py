@@ -122,13 +122,13 @@ class LanguageCaptionerRecipe:
             "language_model_config": language_model.config_json(),
         }
         complete = LanguageCaptionerFacts(**{**vars(facts), **own})
-        if (weights := self.first_weights()) is None:
+        if (weights := self.bridge_source()) is None:
             return complete
         width = _SCRATCH_WIDTH if self.encoder == SCRATCH else facts.encoder_width
         qformer, image_norm = weights.sizes(self, complete, width)
         return dataclasses.replace(complete, qformer=qformer, image_norm=image_norm)
 
-    def first_weights(self) -> FirstWeights | None:
+    def bridge_source(self) -> FirstWeights | None:
         """The first weights of the bridge; None if it begins at random. Raises InputError if there are none."""
         name = self.bridge.bridge_weights
         return None if name == SCRATCH else first_weights(name, _RUN_TYPES)
@@ -195,7 +195,7 @@ class LanguageCaptioner(nn.Module):
     def load_pretrained(self) -> None:
         """Load what the training begins with: the language model, as `load_frozen`, and first weights of the bridge."""
         self.load_frozen()
-        if (weights := self.recipe.first_weights()) is not None:
+        if (weights := self.recipe.bridge_source()) is not None:
             weights.load(self.bridge, self.encoder)
 
     def blocks(self) -> list[nn.Module]:
