@@ -58,8 +58,17 @@ class Captioner(Protocol):
     def load(self, device: str = "cpu") -> Self:
         """Read the weights and return self. Raises InputError if their digests differ from those in recipe.json."""
 
-    def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
-        """uint8 (B, P, P, 3) with P = `image_size` -> B captions."""
+    def caption(
+        self,
+        pixels: np.ndarray,
+        options: Any,
+        prompts: Sequence[str] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """uint8 (B, P, P, 3) with P = `image_size` -> B captions.
+
+        `on_text` is told the index of an image and its caption so far, after each word of a greedy search.
+        """
 
 
 class Retriever(Protocol):

@@ -24,7 +24,7 @@ from serve.metrics import logger, note_slowest
 from serve.parsing import parse
 
 if TYPE_CHECKING:
-    from serve.captioner import Captioned, CaptionerInfo, OtherResolution, RefusedPrompt
+    from serve.captioner import Answer, CaptionerInfo, Written
 
 # An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
 _DECODE_THREADS = 2
@@ -82,15 +82,17 @@ class CaptionRoutes:
             include_usage = (asked.stream_options or {}).get("include_usage") is True
             ignored = [place for place in ignored if place != "stream_options"]
 
-            async def answer() -> dict[str, Any]:
-                caption = await self._caption(model, image, max_words, facts, prompt)
+            async def answer(on_text: Callable[[str], None]) -> dict[str, Any]:
+                caption = await self._caption(model, image, max_words, facts, prompt, on_text)
                 return schemas.chat_answer(facts["request_id"], model.name, caption, max_words, ignored)
 
-            return EventStream(self._chunks(answer, model, facts, include_usage=include_usage), held.pop_all())
+            chunks = schemas.ChatChunks(facts["request_id"], model.name, ignored)
+            return EventStream(self._chunks(answer, chunks, model, facts, include_usage=include_usage), held.pop_all())
 
     async def _chunks(
         self,
-        answer: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
+        answer: Callable[[Callable[[str], None]], Coroutine[Any, Any, dict[str, Any]]],
+        chunks: schemas.ChatChunks,
         model: Model,
         line: dict[str, Any],
         *,
@@ -99,18 +101,28 @@ class CaptionRoutes:
         """The chunks of a chat as server-sent events, or an error at their end. `line`: what is logged."""
         timeout_s = self._front.limits.request_timeout_s
         deadline = time.monotonic() + timeout_s
-        waiting = asyncio.ensure_future(answer())
+        texts: asyncio.Queue[str | None] = asyncio.Queue()
+        waiting = asyncio.ensure_future(answer(texts.put_nowait))
+        waiting.add_done_callback(lambda _: texts.put_nowait(None))
+        getting = asyncio.ensure_future(texts.get())
         try:
-            async for alive in until_done(waiting, timeout_s, deadline):
-                yield alive
-            for chunk in schemas.chat_chunks(waiting.result(), include_usage=include_usage):
+            while True:
+                async for alive in until_done(getting, timeout_s, deadline):
+                    yield alive
+                if (text := getting.result()) is None:
+                    break
+                getting = asyncio.ensure_future(texts.get())
+                for chunk in chunks.words(text):
+                    yield event(chunk)
+            for chunk in chunks.end(waiting.result(), include_usage=include_usage):
                 yield event(chunk)
             yield DONE
         except Exception as error:
             yield broken_off(self._front, error, line, model.name)
         finally:
-            waiting.cancel()
-            await asyncio.wait([waiting])
+            for task in (waiting, getting):
+                task.cancel()
+            await asyncio.wait([waiting, getting])
 
     async def captions(self, request: Request) -> Response:
         front = self._front
@@ -233,17 +245,25 @@ class CaptionRoutes:
             return fault(line["request_id"])
 
     async def _caption(
-        self, model: Model, image: "_Image", max_words: int, line: dict[str, Any], prompt: str | None = None
+        self,
+        model: Model,
+        image: "_Image",
+        max_words: int,
+        line: dict[str, Any],
+        prompt: str | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """`line`: what is logged of the request."""
+        """`line`: what is logged of the request. `on_text` is told the caption so far."""
         sizes = {cast("CaptionerInfo", await model.info())["resolution"]}
         for _ in range(_MAX_VERSIONS):
             if missing := sizes - set(image.pixels):
                 await self._decode(image, missing)
             pixels = {size: image.pixels[size] for size in sizes}
-            done: Captioned | OtherResolution | RefusedPrompt = await model.replica.call(
-                "caption", pixels, max_words, *([] if prompt is None else [prompt])
-            )
+            asked = (pixels, max_words, *([] if prompt is None else [prompt]))
+            if on_text is None:
+                done: Answer = await model.replica.call("caption", *asked)
+            else:
+                done = await _last(model.replica.stream("stream", *asked), on_text)
             if "refused" in done:
                 raise ApiError.from_dict(done["refused"])
             if "caption" in done:
@@ -254,6 +274,16 @@ class CaptionRoutes:
             model.forget()
             sizes.add(done["resolution"])
         raise model_unavailable()
+
+
+async def _last(events: "AsyncGenerator[Written | Answer, None]", on_text: Callable[[str], None]) -> "Answer":
+    """The answer at the end of a replica's stream."""
+    async with contextlib.aclosing(events):
+        async for each in events:
+            if "written" not in each:
+                return cast("Answer", each)
+            on_text(cast("Written", each)["written"])
+    raise AssertionError("a stream ends with an answer")
 
 
 def _name(index: int, number: int, file_name: str | None = None) -> str:

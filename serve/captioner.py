@@ -1,7 +1,9 @@
 """A captioner in a replica: pixels in, captions out, in batches."""
 
+import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, final
 
 import numpy as np
@@ -67,6 +69,24 @@ class RefusedPrompt(TypedDict):
     refused: ErrorFields
 
 
+@final
+class Written(TypedDict):
+    """The words of a caption so far, without those that may still change."""
+
+    written: str
+
+
+Answer = Captioned | OtherResolution | RefusedPrompt
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An image, and who is told its caption so far, in the model's thread."""
+
+    pixels: np.ndarray
+    on_text: Callable[[str], None] | None = None
+
+
 class Captioner:
     """The replica."""
 
@@ -77,7 +97,7 @@ class Captioner:
         device, thread = hardware.device(), compute_thread(hardware.num_threads(limits))
         self.model = thread.submit(load, device).result()
         default = _CPU_BATCH_SIZE if device == "cpu" else _GPU_BATCH_SIZE
-        self.batcher: Batcher[np.ndarray, str] = Batcher(
+        self.batcher: Batcher[_Asked, str] = Batcher(
             self._run,
             batch_size=limits.captioner_batch_size or default,
             wait_s=limits.batch_wait_s,
@@ -109,31 +129,75 @@ class Captioner:
         }
 
     async def caption(
-        self, pixels: Mapping[int, np.ndarray], max_words: int, prompt: str | None = None
-    ) -> Captioned | OtherResolution | RefusedPrompt:
+        self,
+        pixels: Mapping[int, np.ndarray],
+        max_words: int,
+        prompt: str | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
         """The caption of one image and the facts of its batch. `pixels`: uint8 (P, P, 3) by size P.
 
         `prompt`: only for a model that takes one. Images of the same prompt share their batches.
 
         If none has this model's size, the caller knew another version of the model. The answer is then the
-        `resolution` of this one.
+        `resolution` of this one. `on_text` is told the caption so far, if the model tells it.
         """
         resolution = self.model.image_size
         if resolution not in pixels:
             return {"resolution": resolution}
-        caps = {"words": max_words, "beams": self.limits.caption_beams}
-        own = {name: caps[what] for what, name in recipe.capped_fields(self.model.options).items()}
-        options = dataclasses.replace(self.model.options, **own)
+        names = recipe.capped_fields(self.model.options)
+        # A model whose own search is greedy, such as a large language model, stays so.
+        greedy = "beams" in names and getattr(self.model.options, names["beams"]) == 1
+        caps = {"words": max_words, "beams": 1 if greedy else self.limits.caption_beams}
+        options = dataclasses.replace(self.model.options, **{name: caps[what] for what, name in names.items()})
         try:
-            result = await self.batcher.submit((options, prompt), pixels[resolution])
+            result = await self.batcher.submit((options, prompt), _Asked(pixels[resolution], on_text))
         except InputError as error:
             if prompt is None:
                 raise
             return {"refused": bad_value("messages", str(error)).as_dict()}
         return {"caption": result.value, "facts": facts_of(result)}
 
-    def _run(self, group: Group, pixels: list[np.ndarray], on_step: Callable[[int, int], None]) -> Sequence[str]:
+    async def stream(
+        self, pixels: Mapping[int, np.ndarray], max_words: int, prompt: str | None = None
+    ) -> AsyncGenerator[Written | Answer, None]:
+        """As `caption`, but before that answer come the words that a greedy search has found."""
+        loop, texts = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def on_text(text: str) -> None:
+            loop.call_soon_threadsafe(texts.put_nowait, text)
+
+        def end(done: "asyncio.Future[Any]") -> None:
+            # The exception is read even if the caller has gone: asyncio would report one that was never read.
+            if not done.cancelled():
+                done.exception()
+            texts.put_nowait(None)
+
+        answer, told = asyncio.ensure_future(self.caption(pixels, max_words, prompt, on_text)), ""
+        answer.add_done_callback(end)
+        try:
+            while (text := await texts.get()) is not None:
+                # The last word may still grow, and a tokenizer may join it to a mark.
+                whole = text.rpartition(" ")[0]
+                if len(whole) > len(told):
+                    told = whole
+                    yield {"written": told}
+            yield await answer
+        finally:
+            # A caller that stops reading stops the work.
+            answer.cancel()
+
+    def _run(self, group: Group, asked: list[_Asked], on_step: Callable[[int, int], None]) -> Sequence[str]:
         options, prompt = group
-        if prompt is None:
-            return self.model.caption(np.stack(pixels), options)
-        return self.model.caption(np.stack(pixels), options, [prompt] * len(pixels))
+        pixels = np.stack([each.pixels for each in asked])
+        more: dict[str, Any] = {} if prompt is None else {"prompts": [prompt] * len(asked)}
+        if any(each.on_text is not None for each in asked):
+
+            def on_text(image: int, text: str) -> None:
+                # A sign of life. It ends a batch whose callers have gone. No listener reads the numbers.
+                on_step(0, 1)
+                if (tell := asked[image].on_text) is not None:
+                    tell(text)
+
+            more["on_text"] = on_text
+        return self.model.caption(pixels, options, **more)

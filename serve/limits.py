@@ -75,7 +75,7 @@ class Limits:
     drain_timeout_s: float = 120.0
     """How long the end waits for requests in flight."""
     caption_beams: int = 3
-    """Beams of the search for a caption; 1 is greedy."""
+    """Beams of the search for a caption; 1 is greedy. Captioners with a language model are always greedy."""
     caption_words: int = 30
     """Longest caption, in words."""
     captioner_batch_size: int = 0

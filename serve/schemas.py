@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mmcore.seeding import MAX_IMAGE_SEED
-from serve.errors import bad_value, quoted
+from serve.errors import ApiError, bad_value, quoted
 from serve.limits import Limits
 from serve.options import asked_options
 from serve.parsing import MAX_REASON, SOMETIMES_READ, UNREAD, Strict, check_text, only, unread_fields
@@ -285,16 +285,41 @@ def prompt_of_chat(request: ChatRequest, limits: Limits, ignored: list[str]) -> 
     return (prompt or None), [place for place in ignored if place not in read]
 
 
-def chat_chunks(answer: dict[str, Any], *, include_usage: bool) -> list[dict[str, Any]]:
-    """The chunks of a chat that is streamed: the caption, why it ended and, if wanted, the number of words."""
-    about = {name: answer[name] for name in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    ((choice,), ignored) = answer["choices"], answer.get("ignored")
-    told = {"ignored": ignored} if ignored else {}
-    delta = {"role": "assistant", "content": choice["message"]["content"]}
-    open_choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-    ended = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
-    usage = [{**about, "choices": [], "usage": answer["usage"]}] if include_usage else []
-    return [{**about, **told, "choices": [open_choice]}, {**about, "choices": [ended]}, *usage]
+class ChatChunks:
+    """The chunks of a chat that is streamed. The first one tells the role and what was ignored of the request."""
+
+    def __init__(self, request_id: str, model: str, ignored: list[str]) -> None:
+        self._about = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
+        self._about |= {"object": "chat.completion.chunk"}
+        self._first = {"ignored": ignored} if ignored else {}
+        self._sent: str | None = None
+
+    def words(self, text: str) -> list[dict[str, Any]]:
+        """The chunk of what `text`, the caption so far, has beyond the chunks before; none if it has no more.
+
+        A shorter text is that of a replica that began again. Raises ApiError 503 for a text that goes on differently.
+        """
+        sent = self._sent or ""
+        if not text.startswith(sent):
+            if sent.startswith(text):
+                return []
+            raise ApiError(503, "the model was replaced; try again", code="model_unavailable", retry_after_s=5.0)
+        if text == self._sent:
+            return []
+        role = {"role": "assistant"} if self._sent is None else {}
+        first = self._first if self._sent is None else {}
+        self._sent = text
+        return [{**self._about, **first, "choices": [self._choice({**role, "content": text[len(sent) :]}, None)]}]
+
+    def end(self, answer: dict[str, Any], *, include_usage: bool) -> list[dict[str, Any]]:
+        """The last words of the answer, why it ended and, if wanted, the number of words."""
+        (choice,) = answer["choices"]
+        ended = {**self._about, "choices": [self._choice({}, choice["finish_reason"])]}
+        usage = [{**self._about, "choices": [], "usage": answer["usage"]}] if include_usage else []
+        return [*self.words(choice["message"]["content"]), ended, *usage]
+
+    def _choice(self, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
 def chat_answer(request_id: str, model: str, caption: str, max_words: int, ignored: list[str]) -> dict[str, Any]:

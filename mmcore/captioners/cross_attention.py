@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmcore.captioners.caption_decoder import CaptionDecoder
 from mmcore.captioners.checks import check_max_length, check_scratch_encoder
-from mmcore.captioners.decoding import beam_search, greedy, sample
+from mmcore.captioners.decoding import OnWords, beam_search, greedy, sample
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.reward import padded, reference_ngrams, rewards
 from mmcore.captioners.search_options import GREEDY, SearchOptions
@@ -298,15 +298,17 @@ class CrossAttentionCaptioner(nn.Module):
         return Outputs({"loss": Loss((advantages_BC * surprise_BC).mean(dim=1).sum(), num_images)}, metrics)
 
     @torch.inference_mode()
-    def caption(self, images: Tensor, options: SearchOptions = GREEDY) -> list[list[int]]:
+    def caption(
+        self, images: Tensor, options: SearchOptions = GREEDY, on_words: OnWords | None = None
+    ) -> list[list[int]]:
         """The ids of one caption per image, without begin and end tokens; `images` as in `memory`.
 
-        One beam is greedy search.
+        One beam is greedy search, which tells `on_words` its steps.
         """
         max_length = min(options.max_length, self.recipe.max_length)  # later positions were not trained
         memory_BLD = self.memory(images)
         if options.num_beams == 1:
-            return greedy(self.decoder, memory_BLD, max_length, self.token_ids)
+            return greedy(self.decoder, memory_BLD, max_length, self.token_ids, on_words)
         return beam_search(
             self.decoder, memory_BLD, max_length, self.token_ids, options.num_beams, options.length_penalty
         )

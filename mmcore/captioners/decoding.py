@@ -3,12 +3,16 @@
 Shapes: B images, K beams per image, R rows not yet finished, V words, T words so far.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mmcore.text import TokenIds
+
+OnWords = Callable[[list[tuple[int, int]]], None]
+"""Is told the new words of a step as (image, id)."""
 
 
 class State(Protocol):
@@ -38,10 +42,13 @@ def _log_probabilities(decoder: Decoder, last_R: Tensor, state: State, tokens: T
 
 
 @torch.inference_mode()
-def greedy(decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds) -> list[list[int]]:
+def greedy(
+    decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds, on_words: OnWords | None = None
+) -> list[list[int]]:
     """Greedy search: the most probable word at each step, until the end token or `max_length` words.
 
-    A finished caption leaves the batch, which saves work. Returns ids without begin and end tokens.
+    A finished caption leaves the batch, which saves work. Returns ids without begin and end tokens. `on_words` is told
+    them step by step.
     """
     num_images = memory.shape[0]
     captions: list[list[int]] = [[] for _ in range(num_images)]
@@ -50,9 +57,12 @@ def greedy(decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds) 
     state = decoder.start(memory, 1, max_length)
     for _ in range(max_length):
         last_R = _log_probabilities(decoder, last_R, state, tokens).argmax(dim=-1)
-        for image, word in zip(running_R.tolist(), last_R.tolist(), strict=True):
-            if word != tokens.eos_id:
-                captions[image].append(word)
+        step = zip(running_R.tolist(), last_R.tolist(), strict=True)
+        new = [(image, word) for image, word in step if word != tokens.eos_id]
+        for image, word in new:
+            captions[image].append(word)
+        if on_words is not None:
+            on_words(new)
         going_R = (last_R != tokens.eos_id).nonzero().squeeze(1)
         if going_R.numel() == 0:
             break

@@ -91,6 +91,7 @@ class CaptionerRecipe(Recipe, Protocol):
 
         ``caption(images, options)`` returns the ids of one caption per image, without begin and end tokens. `options`
         are ``SearchOptions`` unless the class that opens the run has others. The default is greedy search.
+        A ``caption`` with an argument `on_words` (`mmcore.captioners.decoding.OnWords`) can be streamed.
         A model that writes no captions has no ``caption``.
 
         ``complete(facts)``, which a recipe may have, adds the facts of that recipe alone before anything is built.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcore.captioners.checks import check_batch_of_pairs, check_max_length, check_scratch_encoder
-from mmcore.captioners.decoding import beam_search, greedy
+from mmcore.captioners.decoding import OnWords, beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.qformer import MatchingHeads, MemoryKeys, QFormer
 from mmcore.captioners.qformer_layers import QFormerSettings
@@ -309,11 +309,16 @@ class QFormerCaptioner(nn.Module):
         )
 
     @torch.inference_mode()
-    def caption(self, images: Tensor, options: SearchOptions = GREEDY) -> list[list[int]]:
-        """The ids of one caption per image, without begin and end tokens; `images` as in `memory`."""
+    def caption(
+        self, images: Tensor, options: SearchOptions = GREEDY, on_words: OnWords | None = None
+    ) -> list[list[int]]:
+        """The ids of one caption per image, without begin and end tokens; `images` as in `memory`.
+
+        One beam is greedy search, which tells `on_words` its steps.
+        """
         max_length, memory_BLE = min(options.max_length, self.recipe.max_length), self.memory(images)
         if options.num_beams == 1:
-            return greedy(self.qformer, memory_BLE, max_length, self.token_ids)
+            return greedy(self.qformer, memory_BLE, max_length, self.token_ids, on_words)
         return beam_search(
             self.qformer, memory_BLE, max_length, self.token_ids, options.num_beams, options.length_penalty
         )

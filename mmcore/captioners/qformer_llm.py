@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmcore.captioners.bridge import BridgeSettings, Instruction, build_bridge
 from mmcore.captioners.bridge_weights import FirstWeights, check_instruction, first_weights
-from mmcore.captioners.decoding import beam_search
+from mmcore.captioners.decoding import OnWords, beam_search
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.qformer_captioner import QFormerFacts, QFormerRecipe
 from mmcore.captioners.qformer_layers import QFormerSettings
@@ -244,13 +244,17 @@ class LanguageCaptioner(nn.Module):
 
     @torch.inference_mode()
     def caption(
-        self, images: Tensor, options: LanguageSearchOptions = _OPTIONS, prompts: Sequence[str] | None = None
+        self,
+        images: Tensor,
+        options: LanguageSearchOptions = _OPTIONS,
+        prompts: Sequence[str] | None = None,
+        on_words: OnWords | None = None,
     ) -> list[list[int]]:
         """The ids of one caption per image, without begin and end tokens, up to the end of its first sentence.
 
         Args:
             images: as in `image_tokens`.
-            options: one beam is greedy search.
+            options: one beam is greedy search, which tells `on_words` its steps.
             prompts: one per image; None is the recipe's. Images of the same prompt are computed together.
         Raises InputError for a prompt that leaves no room for a caption.
         """
@@ -259,18 +263,26 @@ class LanguageCaptioner(nn.Module):
         captions: list[list[int]] = [[]] * len(images)
         for prompt in dict.fromkeys(texts):
             rows = [row for row, text in enumerate(texts) if text == prompt]
-            for row, ids in zip(rows, self._caption(images[rows], options, prompt), strict=True):
+            tell = None if on_words is None else _of_rows(on_words, rows)
+            for row, ids in zip(rows, self._caption(images[rows], options, prompt, tell), strict=True):
                 captions[row] = ids
         return captions
 
-    def _caption(self, images: Tensor, options: LanguageSearchOptions, prompt: str) -> list[list[int]]:
+    def _caption(
+        self, images: Tensor, options: LanguageSearchOptions, prompt: str, on_words: OnWords | None
+    ) -> list[list[int]]:
         max_length = min(options.max_length, self.recipe.max_length)  # later positions were not trained
         writer = self.writer(prompt, options)
         self.language_model.check_positions(len(writer.prefix_ids), self.num_image_tokens, max_length)
         image_BQW = self.image_tokens(images, prompt)
         if options.num_beams == 1:
-            return writer.greedy(image_BQW, max_length)
+            return writer.greedy(image_BQW, max_length, on_words)
         return beam_search(writer, image_BQW, max_length, self.token_ids, options.num_beams, options.length_penalty)
+
+
+def _of_rows(on_words: OnWords, rows: list[int]) -> OnWords:
+    """`on_words` for a search over the images `rows` alone."""
+    return lambda words: on_words([(rows[image], token) for image, token in words])
 
 
 # Recipes whose runs can give the first weights of a bridge.

@@ -7,7 +7,7 @@ Shapes: B images, C rows (beams) per image, R = B·C rows, T positions, Q image 
 model, V tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,10 +150,17 @@ class CaptionWriter:
                 state.select_rows(going_R)
                 state.select_images(going_R)
 
-    def greedy(self, image_BQW: Tensor, max_length: int) -> list[list[int]]:
-        """The ids of a caption of each image, without end token; see `stream`."""
+    def greedy(
+        self,
+        image_BQW: Tensor,
+        max_length: int,
+        on_words: Callable[[list[tuple[int, int]]], None] | None = None,
+    ) -> list[list[int]]:
+        """The ids of a caption of each image, without end token; see `stream`. `on_words` is told each step."""
         captions: list[list[int]] = [[] for _ in image_BQW]
         for tokens in self.stream(image_BQW, max_length):
             for image, token in tokens:
                 captions[image].append(token)
+            if on_words is not None:
+                on_words(tokens)
         return captions

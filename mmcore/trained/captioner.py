@@ -1,12 +1,14 @@
 """Opens a trained captioner: images -> captions."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
 
+from mmcore.captioners.decoding import OnWords
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe
 from mmcore.captioners.qformer_captioner import QFormerFacts
 from mmcore.captioners.qformer_llm import LanguageCaptionerFacts
@@ -22,6 +24,9 @@ from mmcore.storage import Storage
 from mmcore.text import CaptionTokenizer, WordVocabulary
 from mmcore.trained.image_encoder import encoder_name, load_encoder
 from mmcore.trained.network import load_network
+
+OnText = Callable[[int, str], None]
+"""Is told the index of an image and its caption so far."""
 
 
 def open_captioner(source: str, *, encoder: str | None = None, language_model: str | None = None) -> Captioner:
@@ -85,10 +90,26 @@ class TrainedCaptioner:
         return read_caption_tokenizer(self.run / "model" / TOKENIZER_ASSET)
 
     @torch.inference_mode()
-    def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
+    def caption(
+        self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None, on_text: OnText | None = None
+    ) -> list[str]:
         if prompts is not None:
             raise ValueError("this captioner takes no text prompts")
-        return [self.tokenizer.decode(ids) for ids in self.model.caption(self._inputs(pixels), options)]
+        told = self._told(on_text, len(pixels))
+        return [self.tokenizer.decode(ids) for ids in self.model.caption(self._inputs(pixels), options, **told)]
+
+    def _told(self, on_text: OnText | None, num_images: int) -> dict[str, OnWords]:
+        """The argument `on_words` of a search that tells `on_text`; none for a model that tells no words."""
+        if on_text is None or "on_words" not in inspect.signature(self.model.caption).parameters:
+            return {}
+        written: list[list[int]] = [[] for _ in range(num_images)]
+
+        def on_words(words: list[tuple[int, int]]) -> None:
+            for image, word in words:
+                written[image].append(word)
+                on_text(image, self.tokenizer.decode(written[image]))
+
+        return {"on_words": on_words}
 
 
 class TrainedLanguageCaptioner(TrainedCaptioner):
@@ -98,9 +119,13 @@ class TrainedLanguageCaptioner(TrainedCaptioner):
     takes_prompt = True
 
     @torch.inference_mode()
-    def caption(self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None) -> list[str]:
+    def caption(
+        self, pixels: np.ndarray, options: Any, prompts: Sequence[str] | None = None, on_text: OnText | None = None
+    ) -> list[str]:
         """`prompts`: one per image; None is that of the recipe."""
-        return [self.tokenizer.decode(ids) for ids in self.model.caption(self._inputs(pixels), options, prompts)]
+        told = self._told(on_text, len(pixels))
+        captions = self.model.caption(self._inputs(pixels), options, prompts, **told)
+        return [self.tokenizer.decode(ids) for ids in captions]
 
 
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Captioner]] = {

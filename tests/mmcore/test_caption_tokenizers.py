@@ -189,7 +189,18 @@ def test_a_finished_captioner_of_34e6a7a_opens_and_says_the_same(tmp_path: Path)
     captions = after.caption(pixels, after.options)
     assert before.caption(pixels, before.options) == captions
 
+    told: list[tuple[int, str]] = []
+    greedy = SearchOptions(num_beams=1)
+    captions = after.caption(pixels, greedy)
+    assert after.caption(pixels, greedy, on_text=lambda *each: told.append(each)) == captions
+    for image, caption in enumerate(captions):
+        so_far = [text for index, text in told if index == image]
+        assert so_far == [" ".join(caption.split()[: length + 1]) for length in range(len(caption.split()))]
+    assert any(captions)
+    told.clear()
+    after.caption(pixels, SearchOptions(num_beams=2), on_text=lambda *each: told.append(each))
+    assert not told, "several beams tell nothing before the end"
+
     options = object()  # of another kind of captioner; only its model reads them
     before.model.caption = lambda images, given: [words.encode("red", 9)] * (given is options)  # type: ignore[attr-defined]
     assert before.caption(pixels, options) == ["red"]
-    assert any(captions)

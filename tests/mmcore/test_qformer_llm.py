@@ -142,6 +142,14 @@ def test_captions_follow_prompts_and_do_not_depend_on_the_batch() -> None:
     captions = model.caption(images, prompts=prompts)
     own = model.caption(images)
     assert captions == [model.caption(images[i : i + 1], prompts=[prompts[i]])[0] for i in range(6)]
+    told: list[list[int]] = [[] for _ in images]
+
+    def on_words(words: list[tuple[int, int]]) -> None:
+        for image, token in words:
+            told[image].append(token)
+
+    model.caption(images, prompts=prompts, on_words=on_words)
+    assert told == captions
     assert [captions[row] for row in (0, 2, 3, 4)] == [own[row] for row in (0, 2, 3, 4)]
     assert captions[1] != own[1]
     assert model.caption(images, LanguageSearchOptions(repetition_penalty=1.0)) != own

@@ -155,8 +155,14 @@ class FakeCaptioner:
         self.num_beams: set[int] = set()
         self.num_threads: set[int] = set()
 
-    def caption(self, pixels: np.ndarray, options: FakeSearch, prompts: Sequence[str] | None = None) -> list[str]:
-        """A prompt is said again before the picture."""
+    def caption(
+        self,
+        pixels: np.ndarray,
+        options: FakeSearch,
+        prompts: Sequence[str] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """A prompt is said again before the picture. One beam tells each word."""
         assert pixels.shape[1:] == (self.image_size, self.image_size, 3)
         assert prompts is None or self.takes_prompt
         if prompts is not None and "refuse" in prompts:
@@ -170,7 +176,13 @@ class FakeCaptioner:
         means = pixels.reshape(len(pixels), -1, 3).mean(axis=1)
         names = [min(COLOURS, key=lambda name: np.abs(np.subtract(COLOURS[name], mean)).sum()) for mean in means]
         captions = [f"{text}{self.prefix} {name} picture" for text, name in zip(said, names, strict=True)]
-        return [" ".join(caption.split()[: options.max_length]) for caption in captions]
+        words = [caption.split()[: options.max_length] for caption in captions]
+        if on_text is not None and options.num_beams == 1:
+            for step in range(1, options.max_length + 1):
+                for image, each in enumerate(words):
+                    if step <= len(each):
+                        on_text(image, " ".join(each[:step]))
+        return [" ".join(each) for each in words]
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (40, 30), format: str = "PNG", **options: Any) -> bytes:

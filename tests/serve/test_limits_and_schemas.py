@@ -369,3 +369,19 @@ def test_admission_is_all_or_nothing_and_says_when_to_come_back() -> None:
     with pytest.raises(RuntimeError), admission.enter({"a": 4}):
         raise RuntimeError
     assert not any(admission.held.values())
+
+
+def test_the_chunks_of_a_chat_add_up_to_its_caption() -> None:
+    chunks = schemas.ChatChunks("x", "words", ["seed"])
+    made = [chunk for text in ("a", "a dog", "", "a", "a dog") for chunk in chunks.words(text)]
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in made] == ["a", " dog"], "a replica began again"
+    assert [chunk.get("ignored") for chunk in made] == [["seed"], None]
+    *words, ended, usage = chunks.end(schemas.chat_answer("x", "words", "a dog .", 30, []), include_usage=True)
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in words] == [" ."]
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    assert usage["usage"]["completion_tokens"] == 3
+    with pytest.raises(ApiError, match="the model was replaced"):
+        chunks.words("two dogs")
+    empty = schemas.ChatChunks("x", "words", [])
+    first, _ = empty.end(schemas.chat_answer("x", "words", "", 30, []), include_usage=False)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}

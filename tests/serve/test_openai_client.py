@@ -1,6 +1,7 @@
 """The official Python client of OpenAI uses images and chat over HTTP on loopback."""
 
 import base64
+import dataclasses
 import io
 import re
 import time
@@ -228,10 +229,27 @@ def test_chat_as_a_stream(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="words", messages=[broken], stream=True)
 
 
+def test_a_greedy_search_is_streamed_word_by_word() -> None:
+    served = Served()
+    served.fake_captioner.options = dataclasses.replace(served.fake_captioner.options, num_beams=1)
+    message: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(picture("blue"))}}]}
+    with listening(served) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+        stream = client.chat.completions.create(model="words", messages=[message], stream=True)
+        *chunks, last = list(stream)
+        assert [chunk.choices[0].delta.content for chunk in chunks] == ["a", " blue", " picture"]
+        assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant", None, None]
+        assert (last.choices[0].delta.content, last.choices[0].finish_reason) == (None, "stop")
+        assert len({chunk.id for chunk in (*chunks, last)}) == 1
+        whole = client.chat.completions.create(model="words", messages=[message])
+    assert whole.choices[0].message.content == "a blue picture"
+    assert served.fake_captioner.num_beams == {1}
+
+
 def test_a_failing_captioner_ends_a_stream_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served()
 
-    def fail(*arguments: Any) -> list[str]:
+    def fail(*arguments: Any, **more: Any) -> list[str]:
         raise RuntimeError("broken on purpose")
 
     served.fake_captioner.caption = fail  # type: ignore[method-assign]
