@@ -33,7 +33,7 @@ def sentence_bleu(candidate: Ngrams, references: Sequence[Ngrams]) -> float:
     """BLEU-4 of a caption in [0, 1]; 0 without a word that a reference has.
 
     The brevity penalty takes the mean length of the references. With the length closest to the candidate's, as corpus
-    BLEU has it, training shortened all captions to that of the shortest reference.
+    BLEU has it, training shortened captions below the shortest reference (docs/log.md).
     """
     total = 0.0
     for order, counts in enumerate(candidate.counts):
