@@ -81,7 +81,7 @@ def test_what_a_sweep_writes(sweep, run_folder, tmp_path, capsys):
     assert summary["images_per_s"] == pytest.approx(NUM / summary["worked_s"])
     assert (summary["num_images"], summary["steps"], summary["dtype"]) == (NUM, 7, "float32")
     assert min(summary["load_s"], summary["warmup_s"]) >= 0
-    assert f"{NUM} images, " in capsys.readouterr().out
+    assert f"generate: {NUM} images in {out}/images, " in capsys.readouterr().out
     assert json.loads((out / "lease" / "000000.json").read_text())["expires_unix"] == 0
 
 
