@@ -26,6 +26,7 @@ from mmcore.errors import InputError
 from mmcore.storage import Storage
 from serve.captioner import Captioner
 from serve.clients import Deployed, Model
+from serve.draining import Unfinished, nothing
 from serve.errors import ApiError
 from serve.generator import Generator
 from serve.image_jobs import Jobs
@@ -126,15 +127,15 @@ class Api:
     def __serve_build_asgi_app__(self) -> Any:
         return self._service.app()
 
-    async def drain(self) -> list[str]:
-        """Take no more requests; returns the ids of requests and jobs still at work. Called until there are none."""
+    async def drain(self) -> Unfinished:
+        """Take no more requests; returns what is unfinished. Called until nothing is waited for."""
         self._service.front.draining = True
-        jobs_at_work: list[str] = []
+        jobs = nothing()
         if self._jobs:
-            # Their process may be dead. Its jobs stay pending.
+            # Their process may be dead. A storage keeps its jobs; without one they were lost with it.
             with contextlib.suppress(ApiError):
-                jobs_at_work = await self._jobs.call("drain")
-        return [*self._service.front.unanswered, *jobs_at_work]
+                jobs = await self._jobs.call("drain")
+        return {**jobs, "waited_for": [*self._service.front.unanswered, *jobs["waited_for"]]}
 
 
 def application(

@@ -7,13 +7,13 @@
 on this machine. With RAY_ADDRESS it joins that cluster, and starts and ends its one application there.
 
 Ctrl-C ends the service, and so does SIGTERM, which `stop` sends. New requests are then answered 503. Those in flight
-are finished, for SERVE_DRAIN_TIMEOUT_S at most. `serve run` itself may drop requests when it ends. A `start` that was
-killed leaves its application on the cluster of RAY_ADDRESS; `stop` with that variable ends it in the same way.
+are finished, for SERVE_DRAIN_TIMEOUT_S at most. `storage=` keeps unfinished jobs for the next start; without it they
+are lost. `serve run` itself may drop requests when it ends. A `start` that was killed leaves its application on the
+cluster of RAY_ADDRESS; `stop` with that variable ends it in the same way.
 """
 
 import contextlib
 import fcntl
-import itertools
 import logging
 import os
 import re
@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from mmcore.errors import InputError
 from mmcore.temporary import make_folder
-from serve import proxy
+from serve import draining, proxy
 from serve.limits import Limits
 
 APP = "mmcore"
@@ -46,8 +46,6 @@ _MIN_LOCAL_CPUS = 8
 _POLL_S = 0.1
 # The wait for the processes to say how many requests they have. A process that died is replaced and asked again.
 _DRAIN_ANSWER_S = 5.0
-# As many ids of requests and jobs are named, of those that were not finished in time.
-_NUM_NAMED = 20
 # The line of a traceback that says what was raised.
 _RAISED = re.compile(r"(?m)^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*$")
 # Ray Serve kills its controller at the end. Ray reports the calls that were on their way there as failed and repeated.
@@ -205,7 +203,7 @@ def _ray() -> Iterator[None]:
 
 
 def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. Returns the exit code: 1 if requests were not finished in time.
+    """Serve until SIGTERM or SIGINT, then drain. Returns the exit code: 1 if requests or jobs were lost.
 
     A second SIGINT ends the wait for them; the exit code is then 130.
 
@@ -279,18 +277,11 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
     return _verdict(left)
 
 
-def _verdict(left: list[str] | None) -> int:
-    """Print what became of the requests; returns the exit code."""
-    if left is None:
-        _say("serve: ended; it is not known whether every request was answered")
-    elif left:
-        more = "" if len(left) <= _NUM_NAMED else f" and {len(left) - _NUM_NAMED} more"
-        # A caller may choose the id of its request.
-        named = [each if each.isprintable() else ascii(each) for each in left[:_NUM_NAMED]]
-        _say(f"serve: ended; {len(left)} not finished in time: {', '.join(named)}{more}")
-    else:
-        _say("serve: ended, every request answered")
-    return 0 if left == [] else 1
+def _verdict(left: draining.Unfinished | None) -> int:
+    """Print what became of the requests and jobs; returns the exit code."""
+    line, code = draining.verdict(left)
+    _say(line)
+    return code
 
 
 def _delete() -> bool:
@@ -328,17 +319,17 @@ def _why_not(error: Exception) -> str:
     return "; ".join(reasons) or _one_line(error)
 
 
-def drain(handle: Any, timeout_s: float) -> list[str] | None:
+def drain(handle: Any, timeout_s: float) -> draining.Unfinished | None:
     """Have every process that answers requests take no more, and wait until all are answered.
 
-    Returns the ids of the requests and jobs that are left when the time is up; None if no process said.
+    Returns what is unfinished then, or when the time is up; None if no process said.
     """
     deadline = time.monotonic() + timeout_s
-    left: list[str] | None = None
+    left: draining.Unfinished | None = None
     told, waited_for = "", 0
     while time.monotonic() < deadline:
         try:
-            ids = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
+            parts = handle.broadcast("drain").results(timeout_s=_DRAIN_ANSWER_S)
         except Exception as error:
             # A process died or is being replaced. The others still have requests to finish.
             left, reason = None, _one_line(error)
@@ -346,12 +337,11 @@ def drain(handle: Any, timeout_s: float) -> list[str] | None:
                 _say(f"serve: asking again what is in flight, as a process did not answer ({reason})")
             told = reason
         else:
-            # Every process that answers requests names the jobs.
-            left = list(dict.fromkeys(itertools.chain.from_iterable(ids))) if ids else None
-            if left and len(left) != waited_for:
-                waited_for = len(left)
+            left = draining.joined(parts) if parts else None
+            if left and len(left["waited_for"]) not in (0, waited_for):
+                waited_for = len(left["waited_for"])
                 _say(f"serve: requests and jobs that are waited for: {waited_for}")
-        if left == []:
+        if left and not left["waited_for"]:
             break
         time.sleep(_POLL_S)
     return left

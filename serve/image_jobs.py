@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, fi
 from mmcore.storage import Storage
 from mmcore.temporary import make_folder, remove_folder
 from serve.clients import Deployed, Replica
+from serve.draining import Unfinished
 from serve.errors import ApiError, ErrorFields, ErrorObject, fault
 from serve.limits import Limits
 from serve.metrics import configure_logging, logger
@@ -159,6 +160,8 @@ class Jobs:
         self._jobs: dict[str, _Job] = {}
         self._places = asyncio.Semaphore(limits.job_concurrency)
         self._draining = False
+        # Of the time when it began to drain, without those that were finished since in a lasting storage.
+        self._unfinished: set[str] = set()
         self._recovered_at = float("-inf")
         self._recovery: asyncio.Task[None] | None = None
         self._pruning: asyncio.Task[None] | None = None
@@ -250,18 +253,19 @@ class Jobs:
             await asyncio.wait([job.task])
         return await self.get(owner, job_id)
 
-    async def drain(self) -> list[str]:
-        """Begin no further job; returns the ids to be waited for. The others stay pending in a lasting storage.
+    async def drain(self) -> Unfinished:
+        """Begin no further job; returns the unfinished ones. Those at work in a lasting storage are waited for.
 
-        Without a lasting storage nobody can fetch their images, so none is waited for. The log names the lost jobs.
+        Without a lasting storage nobody can fetch their images, so none is waited for. What is unfinished at the first
+        call is then lost, even if it ends meanwhile.
         """
-        first, self._draining = not self._draining, True
-        if self._temporary is None:
-            return [job.id for job in self._jobs.values() if job.status == "running"]
-        if first and self._jobs:
-            lost = {"lost": len(self._jobs), "jobs": sorted(self._jobs)}
-            logger.warning("unfinished jobs are lost; storage=URI would keep them", extra={"fields": lost})
-        return []
+        if not self._draining:
+            self._unfinished = set(self._jobs)
+        self._draining = True
+        if self._temporary is not None:
+            return {"waited_for": [], "kept": [], "lost": sorted(self._unfinished)}
+        running = [job.id for job in self._jobs.values() if job.status == "running"]
+        return {"waited_for": running, "kept": sorted(self._unfinished), "lost": []}
 
     def __del__(self) -> None:
         """Ray Serve calls it before the process ends, as Python's own end may not run."""
@@ -336,6 +340,8 @@ class Jobs:
                 return
             job.finishing = True
             await self._finish(job, end)
+            if self._temporary is None:
+                self._unfinished.discard(job.id)
             about = {"request_id": job.work.request_id, "job": job.id, "model": job.model, "n": len(job.work.seeds)}
             seconds = round(time.monotonic() - began, 4)
             logger.info("job", extra={"fields": {**about, "status": end["status"], "seconds": seconds}})

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,26 +23,32 @@ from serving import HANG_S
 from mmcore.errors import InputError
 from serve import control
 from serve.app import Api
+from serve.draining import Unfinished
 from serve.errors import ApiError
 
 
 class FakeHandle:
-    """Fake processes that answer requests, and how many each has at work at each `drain`. The last answer repeats."""
+    """Fake processes that answer requests, and how many each has at work at each `drain`. The last answer repeats.
 
-    def __init__(self, *answers: Any) -> None:
+    `kept` and `lost`: the ids of unfinished jobs, which each process names.
+    """
+
+    def __init__(self, *answers: Any, kept: Sequence[str] = (), lost: Sequence[str] = ()) -> None:
         self.answers, self.num_asked = list(answers), 0
+        self.kept, self.lost = list(kept), list(lost)
 
     def broadcast(self, method: str) -> "FakeHandle":
         assert method == "drain"
         return self
 
-    def results(self, *, timeout_s: float) -> list[list[str]]:
+    def results(self, *, timeout_s: float) -> list[Unfinished]:
         assert timeout_s < 30, "one process that hangs would take the time of all"
         answer = self.answers[min(self.num_asked, len(self.answers) - 1)]
         self.num_asked += 1
         if isinstance(answer, Exception):
             raise answer
-        return [[f"id-{process}-{request}" for request in range(num)] for process, num in enumerate(answer)]
+        at_work = [[f"id-{process}-{request}" for request in range(num)] for process, num in enumerate(answer)]
+        return [{"waited_for": ids, "kept": self.kept, "lost": self.lost} for ids in at_work]
 
 
 @pytest.fixture
@@ -73,15 +79,15 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 )
 def test_the_end_waits_for_every_request(answers: tuple[Any, ...], left: int | None, now: list[float]) -> None:
     handle = FakeHandle(*answers)
-    ids = control.drain(handle, 60.0)
-    assert (None if ids is None else len(ids)) == left
+    unfinished = control.drain(handle, 60.0)
+    assert (None if unfinished is None else len(unfinished["waited_for"])) == left
     if left == 0:
         assert handle.num_asked == len(answers)
     else:
         assert now[0] >= 160.0
 
 
-async def _drain(jobs: Any) -> list[str]:
+async def _drain(jobs: Any) -> Unfinished:
     front = SimpleNamespace(draining=False, unanswered=["a", "b"])
     api: Any = SimpleNamespace(_jobs=jobs, _service=SimpleNamespace(front=front))
     left = await Api.func_or_class.drain(api)  # type: ignore[attr-defined]
@@ -96,14 +102,16 @@ def test_jobs_whose_process_is_dead_keep_nobody_waiting() -> None:
         def __init__(self, answer: Any) -> None:
             self.answer = answer
 
-        async def call(self, method: str) -> list[str]:
+        async def call(self, method: str) -> Unfinished:
             if isinstance(self.answer, Exception):
                 raise self.answer
             return self.answer
 
-    assert asyncio.run(_drain(Jobs(["job-c"]))) == ["a", "b", "job-c"]
-    assert asyncio.run(_drain(Jobs(ApiError(503, "not available")))) == ["a", "b"]
-    assert asyncio.run(_drain(None)) == ["a", "b"]
+    at_work: Unfinished = {"waited_for": ["job-c"], "kept": ["job-c", "job-d"], "lost": []}
+    assert asyncio.run(_drain(Jobs(at_work))) == {**at_work, "waited_for": ["a", "b", "job-c"]}
+    alone = {"waited_for": ["a", "b"], "kept": [], "lost": []}
+    assert asyncio.run(_drain(Jobs(ApiError(503, "not available")))) == alone
+    assert asyncio.run(_drain(None)) == alone
 
 
 class FakeServe:
@@ -254,9 +262,41 @@ def test_requests_that_are_dropped_are_told(
     assert fake.calls[-2:] == ["delete mmcore", "shutdown"]
 
 
+@pytest.mark.parametrize(
+    ("handle", "code", "line"),
+    [
+        (
+            FakeHandle([0, 0], lost=["job-a"]),
+            1,
+            "serve: ended; 1 unfinished job is lost (storage=URI would keep it): job-a",
+        ),
+        (
+            FakeHandle([1], lost=["job-a", "job-b"]),
+            1,
+            "serve: ended; 1 not finished in time: id-0-0; "
+            "2 unfinished jobs are lost (storage=URI would keep them): job-a, job-b",
+        ),
+        # The second job was at work when the time was up.
+        (
+            FakeHandle([1], kept=["job-a", "id-0-0"]),
+            0,
+            "serve: ended, every request answered; "
+            "2 unfinished jobs go on at the next start with the same storage=: job-a, id-0-0",
+        ),
+    ],
+)
+def test_unfinished_jobs_are_told(
+    handle: FakeHandle, code: int, line: str, no_cluster: None, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVE_DRAIN_TIMEOUT_S", "0.4")
+    fake = FakeServe(monkeypatch, handle)
+    assert control.run(lambda: None, port=free_port()) == code
+    assert fake.said[-1] == line
+
+
 def test_a_second_interrupt_ends_the_wait(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(FakeHandle):
-        def results(self, *, timeout_s: float) -> list[list[str]]:
+        def results(self, *, timeout_s: float) -> list[Unfinished]:
             if self.num_asked == 1:
                 os.kill(os.getpid(), signal.SIGINT)
             return super().results(timeout_s=timeout_s)
