@@ -60,6 +60,8 @@ class ExportSettings:
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
     text_encoder: str | None = None
     """Folder or name of the frozen text encoder, if it is not where the run had it."""
+    language_model: str | None = None
+    """Folder or name of the frozen language model, if it is not where the run had it."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _for_transformers(settings: ExportSettings, recipe: str) -> _Exported:
     if recipe not in _TO_TRANSFORMERS:
         known = ", ".join(_TO_TRANSFORMERS)
         raise InputError(f"--run {settings.run}: transformers has no class for a run of {recipe}; name one of {known}")
-    captioner = open_captioner(settings.run, encoder=settings.encoder).load()
+    captioner = open_captioner(settings.run, encoder=settings.encoder, language_model=settings.language_model).load()
     assert isinstance(captioner, TrainedCaptioner)
     export = _TO_TRANSFORMERS[recipe](captioner)
     return _Exported(
@@ -113,8 +115,9 @@ def _for_diffusers(settings: ExportSettings, recipe: str) -> _Exported:
     from diffusers import DiffusionPipeline, VQModel
 
     diffusers.utils.logging.disable_progress_bar()
-    if settings.encoder is not None:
-        raise InputError(f"--encoder {settings.encoder!r}: only a captioner has one; leave the flag out")
+    for flag, value in (("--encoder", settings.encoder), ("--language-model", settings.language_model)):
+        if value is not None:
+            raise InputError(f"{flag} {value!r}: only a captioner has one; leave the flag out")
     outputs = "latents or images"
     if recipe in names("autoencoder"):
         if settings.text_encoder is not None:

@@ -212,3 +212,4 @@ def test_runs_that_transformers_has_no_place_for_are_refused(tmp_path: Path) -> 
     ldm = tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a")
     assert "--to transformers: a run of ldm is for diffusers; give --to diffusers" in refusal(ldm)
     assert "--encoder 'x': only a captioner has one" in refusal(ldm, to="diffusers", encoder="x")
+    assert "--language-model 'x': only a captioner" in refusal(ldm, to="diffusers", language_model="x")
