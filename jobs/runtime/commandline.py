@@ -1,5 +1,6 @@
 """The edge between a job and the shell: exit codes and one-line errors."""
 
+import atexit
 import errno
 import os
 import select
@@ -126,7 +127,7 @@ def say_next(words: Sequence[str]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1.
 
-    The first Ctrl-C ends the job with 130, later ones do not hinder it.
+    The first Ctrl-C ends the job with 130, later ones do not hinder it. None hinders what a finished job still removes.
     Where the reader of stdout is gone (`| head`) it ends silently with 141, as programs do that SIGPIPE ends.
     """
     # A pipe or a log file must show progress as it happens, not when a buffer fills.
@@ -149,3 +150,6 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        # The last that is registered is called first: before Ray stops, and before its files are removed.
+        atexit.register(signal.signal, signal.SIGINT, still_ending)

@@ -81,12 +81,34 @@ run(main)
 """
 
 
-@pytest.mark.process
-def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
-    job = subprocess.Popen(
+def start_letting_go() -> "subprocess.Popen[str]":
+    return subprocess.Popen(
         [sys.executable, "-c", LETS_GO_SLOWLY],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.process
+def test_ctrl_c_does_not_hinder_what_a_finished_job_removes() -> None:
+    job = start_letting_go()
+    assert job.stdin is not None
+    assert job.stdout is not None
+    assert job.stderr is not None
+    with job:
+        job.stdin.write("\n\n")
+        job.stdin.flush()
+        while job.stdout.readline() != "removes its folder\n":
+            assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        assert job.stderr.readline().startswith("still ending: ")
+        rest = job.communicate("\n", timeout=HANG_S)
+    assert rest == ("", "")
+    assert job.returncode == 0
+
+
+@pytest.mark.process
+def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
+    job = start_letting_go()
     assert job.stdin is not None
     assert job.stdout is not None
     assert job.stderr is not None
