@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score what a run produced: one JSON object on stdout, everything else on stderr.
+"""Score what a run produced: one JSON object on stdout, everything else on stderr, the result in a line last.
 
     python jobs/evaluate.py captions --predictions captions.csv --references captions.txt
     python jobs/evaluate.py shapes --sweep URI
@@ -16,7 +16,7 @@ numbers: scorer, smoothing, weights, tokens, case, references per image, which i
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,14 @@ from jobs.runtime.retriever_scores import (
     evaluate_clip_score,
     evaluate_labels,
     evaluate_retrieval,
+)
+from jobs.runtime.scores_line import (
+    captions_line,
+    clip_score_line,
+    colours_line,
+    labels_line,
+    retrieval_line,
+    shapes_line,
 )
 from jobs.runtime.scores_place import DEFAULT_DATASET, find_scores_place
 from mmcore.data.manifest import read_finished, read_images
@@ -193,11 +201,8 @@ def evaluate_captions(settings: CaptionScoreSettings) -> dict[str, Any]:
         }
         place.write(file_name, (json.dumps(result, indent=2) + "\n").encode())
         print(f"scores written to {place.uri}/{file_name}", file=sys.stderr)
-    print(f"references: {references.location}: {references.form}", file=sys.stderr)
-    print(
-        f"{counted(len(captions), 'image')} scored of the {len(references.captions):,} that have references",
-        file=sys.stderr,
-    )
+    of = f"captions of {counted(len(references.captions), 'image')}"
+    print(f"references: {references.location}: {of}, {references.form}", file=sys.stderr)
     return result
 
 
@@ -247,15 +252,6 @@ def evaluate_photos(settings: PhotoScoreSettings) -> dict[str, Any]:
             images.append(resize_image(decode_image(image, name=image_id), settings.image_size))
             prompts.append(colour_of[image_id])
     return score_colours(images, prompts, settings.colours) | dataclasses.asdict(settings)
-
-
-def in_a_line(scores: Mapping[str, Any]) -> str:
-    """What `score_shapes` found, for a person."""
-    right, chance = scores["all"]["fraction_correct"], scores["shuffled"]["fraction_correct"]
-    return (
-        f"{right:.1%} of the attributes that the prompts of {counted(scores['num_images'], 'image')} name are in the "
-        f"images; {chance:.1%} with the images exchanged, which is chance"
-    )
 
 
 def check_made_by(run_uri: str, sweep: Storage, settings: dict[str, Any]) -> None:
@@ -340,23 +336,25 @@ def main() -> None:
     }
     settings = read_subcommand(kinds, __doc__, "python jobs/evaluate.py", "which scores")
     if isinstance(settings, CaptionScoreSettings):
-        result = evaluate_captions(settings)
+        result, in_a_line = evaluate_captions(settings), captions_line
     elif isinstance(settings, PhotoScoreSettings):
-        result = evaluate_photos(settings)
+        result, in_a_line = evaluate_photos(settings), colours_line
     elif isinstance(settings, RetrievalScoreSettings):
-        result = evaluate_retrieval(settings)
+        result, in_a_line = evaluate_retrieval(settings), retrieval_line
     elif isinstance(settings, LabelScoreSettings):
-        result = evaluate_labels(settings)
+        result, in_a_line = evaluate_labels(settings), labels_line
     elif isinstance(settings, ClipScoreSettings):
-        result = evaluate_clip_score(settings)
+        result, in_a_line = evaluate_clip_score(settings), clip_score_line
+    elif isinstance(settings, ShapesScoreSettings):
+        result, in_a_line = evaluate_images(settings), shapes_line
     else:
-        result = evaluate_images(settings)
+        result, in_a_line = evaluate_images(settings), colours_line
     print(json.dumps(result, indent=2), flush=True)
     # Below the many lines of the result, where it is seen.
-    if isinstance(settings, ShapesScoreSettings):
-        print(in_a_line(result), file=sys.stderr)
-        if settings.run is None:
-            print("not saved: name the run that made the images with --run to keep the scores", file=sys.stderr)
+    print(in_a_line(result), file=sys.stderr)
+    if isinstance(settings, CaptionScoreSettings | ShapesScoreSettings | ColourScoreSettings) and settings.run is None:
+        made = "captions" if isinstance(settings, CaptionScoreSettings) else "images"
+        print(f"not saved: name the run that made the {made} with --run to keep the scores", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -166,6 +166,21 @@ def test_columns_that_are_not_read_are_named(tmp_path: Path, predictions: str) -
     assert "columns image_name and comment, comma between columns; not read: comment_number" in done.stderr
 
 
+def test_the_scores_stand_in_a_line_below_the_result(predictions: str, references: str, storage: str) -> None:
+    done = evaluate("--predictions", predictions, "--storage", storage, "--split", "split_report:validation")
+    score = json.loads(done.stdout)
+    told, where = done.stderr.splitlines()[-2:]
+    numbers = f"BLEU-1 {score['bleu1']:.1f}, BLEU-4 {score['bleu4']:.1f} (of 100)"
+    assert told == f"{numbers}, 2 images of split_report:validation"
+    assert where.startswith("not saved: name the run that made the captions")
+    assert "captions of 3 images, prepared dataset" in done.stderr
+    run = Path(storage) / "runs" / "tiny" / "a"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    done = evaluate("--predictions", predictions, "--references", references, "--run", str(run))
+    assert done.stderr.splitlines()[-1] == f"{numbers}, 2 images"
+
+
 def test_sixth_reference_is_not_used(tmp_path: Path, references: str) -> None:
     path = write_csv(tmp_path / "p.csv", [("c3.jpg", "One more than five")])
     result = scored("--predictions", path, "--references", references)

@@ -18,6 +18,7 @@ from jobs.evaluate import (
     evaluate_images,
     evaluate_photos,
 )
+from jobs.runtime.scores_line import colours_line
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_row
 from mmcore.errors import InputError
@@ -75,6 +76,7 @@ def test_colours_are_scored(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", images, [f"a girl in {name} dress" for name, _ in colours])
     scores = evaluate_images(ColourScoreSettings(sweep))
     assert scores["fraction_correct"] == 1
+    assert colours_line(scores) == "100.0% of 12 images lean towards the colour that is named; chance 33.3%"
     assert {name: each["num_images"] for name, each in scores["colours"].items()} == {"pink": 4, "black": 4, "green": 4}
     with pytest.raises(InputError, match="no prompt names red"):
         evaluate_images(ColourScoreSettings(sweep, colours=("pink", "black", "green", "red")))

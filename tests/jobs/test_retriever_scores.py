@@ -23,6 +23,7 @@ from jobs.evaluate import (
     evaluate_labels,
     evaluate_retrieval,
 )
+from jobs.runtime.scores_line import clip_score_line, labels_line, retrieval_line
 from mmcore.data.prepared import prepared_images, read_captions
 from mmcore.errors import InputError
 from mmcore.frozen.vision import pixels_from_bytes
@@ -109,7 +110,14 @@ def test_a_qformer_is_ranked_by_itc_and_then_by_itm(storage: Storage) -> None:
 def test_a_pair_has_nothing_to_rank_again_by(storage: Storage) -> None:
     run = tiny_matcher.write_pair(Path(storage.uri))
     settings = RetrievalScoreSettings(run, storage.uri, "tiny", f"split:{SPLIT}")
-    assert evaluate_retrieval(settings)["ranked_by"] == "cosine"
+    result = evaluate_retrieval(settings)
+    assert result["ranked_by"] == "cosine"
+    to_text, to_image = (
+        f"recall@1 {result[f'{way}_recall_at_1']:.1f} %, recall@10 {result[f'{way}_recall_at_10']:.1f} %"
+        for way in ("image_to_text", "text_to_image")
+    )
+    line = f"{to_text} image to text; {to_image} text to image; 15 images and 30 texts of split:{SPLIT}"
+    assert retrieval_line(result) == line
     for change, message in (
         ({"rerank": 4}, "--rerank 4: .* compares features alone and has no ITM; leave the flag out"),
         ({"rerank": -1}, "--rerank -1: must be at least 0"),
@@ -194,6 +202,8 @@ def test_labels_of_folders(by_colour: LabelScoreSettings, tmp_path: Path, capsys
     assert "labels: images of 'sky_blue' do not count, as --labels has no such label" in capsys.readouterr().err
     none = evaluate_labels(dataclasses.replace(by_colour, images=images, labels=("dark blue", "light blue")))
     assert (none["accuracy"], none["num_with_true_label"]) == (None, 0)
+    told = "66.7 % of 3 images with a true label have the right one; chance 50.0 %"
+    assert [labels_line(some), labels_line(none)] == [told, "5 images labelled; no true label is known"]
     assert "labels: 'dark blue', 'light blue' are the same to this run" in capsys.readouterr().err
 
 
@@ -251,6 +261,9 @@ def test_the_score_of_captions_and_of_generated_images(storage: Storage, tmp_pat
     # Measured difference at most 1e-7.
     assert own[name] == pytest.approx(of_pairs[np.arange(30), owners].mean(), abs=1e-5)
     assert (own["num_images"], own["num_texts"], own["run"]) == (15, 30, run)
+    line = clip_score_line(own)
+    assert line.startswith(f"{name} {own[name]:.3f}, {own['shuffled']:.3f} with")
+    assert "30 texts" in line
 
     table = read_captions(storage, "tiny", "split")
     rows = table.rows(SPLIT)
