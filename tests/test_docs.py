@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import pytest
+import ray
 import tiny
 import tyro
 from pydantic import ValidationError
@@ -44,6 +45,8 @@ SHELL = {"[", "export", "for", "(umask", "source"}
 # Its commands are of a recipe that is not here: tests/test_contributing.py follows them.
 WORKED_EXAMPLE = "CONTRIBUTING.md"
 NEW_FILES = {"jobs/train_recurrent_captioner.py", "mmcore/captioners/recurrent.py", "tests/mmcore/test_recurrent.py"}
+# Where Ray takes a submitted job.
+RAY_JOBS = Path(ray.__file__).parent / "dashboard" / "modules" / "job" / "job_head.py"
 SERVED_AT = "http://127.0.0.1:8000"
 # Made by `make demo`.
 DEMO = {("resnet_captioner", "default"), ("vqvae", "default"), ("autoregressive", "default")}
@@ -335,13 +338,13 @@ def test_a_block_says_what_it_is(name: str) -> None:
 
 
 def test_the_messages_are_those_of_the_code() -> None:
-    """Of the table of failures: each part between `...` and `;` stands in a file of ours."""
+    """Of the table of failures: each part between `...` and `;` stands in a file of ours, or where Ray takes a job."""
     table = TEXTS["README.md"].partition("## When it fails")[2].partition("\n## ")[0]
     messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     assert len(messages) > 5
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     # Texts go on in the next line.
-    code = [re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in (*files, ROOT / "Makefile")]
+    code = [re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in (*files, ROOT / "Makefile", RAY_JOBS)]
     for message in messages:
         parts = [part.strip() for part in re.split(r"\.\.\.|;", message) if part.strip()]
         assert any(all(part in text for part in parts) for text in code), f"{message}: {parts}"
