@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from mmcore.errors import InputError
 from mmcore.temporary import make_folder
-from serve import draining, proxy
+from serve import draining, loading, proxy
 from serve.limits import Limits
 
 APP = "mmcore"
@@ -223,18 +223,21 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
         if again or not ready.is_set():
             raise KeyboardInterrupt
 
-    with _locked(host, port), _ray():
+    with _locked(host, port), _ray(), contextlib.ExitStack() as until_ready:
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
         from serve.app import QUIET
-        from serve.ray_private import leave_out_errors
+        from serve.ray_private import leave_out_errors, worker_lines_left_out
 
         # Of this process: what Ray Serve says of its own start.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # After Ray has set its own handlers, which would end the process at once.
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         joined, deployed = _joins_cluster(), False
+        if not joined:
+            # On a cluster, which may be full or have our port taken, these lines may say why nothing comes.
+            until_ready.enter_context(worker_lines_left_out(loading.only_slow))
         try:
             serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
             if joined and APP in serve.status().applications:
@@ -246,10 +249,12 @@ def run(make_app: Callable[[], Any], *, host: str = _HOST, port: int = _PORT) ->
             deployed = True
             _say("serve: starting; the models load, which takes a minute or two")
             try:
-                handle = serve.run(application, name=APP, route_prefix="/", blocking=False)
+                with loading.told(APP, _say):
+                    handle = serve.run(application, name=APP, route_prefix="/", blocking=False)
             except (RuntimeError, RayServeException) as error:
                 raise InputError(f"the models did not start: {_why_not(error)}") from None
             ready.set()
+            until_ready.close()
             place = f"{APP!r} on that cluster, which has its own host, port and limit of bodies,"
             place = place if joined else f"http://{host}:{port}/"
             _say(f"serve: {place} is ready; end it with `python -m serve.control stop port={port}`")

@@ -1,11 +1,12 @@
 """Everything that the service uses of Ray's private interface, which may change."""
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ray._private import worker
+from ray._private import ray_logging, worker
 from ray._private.utils import get_num_cpus
 from ray._raylet import Config  # type: ignore[attr-defined]
 
@@ -18,6 +19,25 @@ def cpus() -> int:
 def reload_auth_mode() -> None:
     """Have Ray read RAY_AUTH_MODE again, as `ray.init` does. Otherwise Ray reads it once, at its import."""
     Config.initialize("")
+
+
+@contextlib.contextmanager
+def worker_lines_left_out(unwanted: Callable[[str], bool]) -> Iterator[None]:
+    """Meanwhile this driver prints no line of a worker that is unwanted. Ray's log files keep it."""
+    dispatcher = ray_logging.global_worker_stdstream_dispatcher
+    before = dispatcher.handlers
+
+    def wanted_only(handle: Callable[[dict[str, Any]], None], data: dict[str, Any]) -> None:
+        handle({**data, "lines": [line for line in data.get("lines", []) if not unwanted(line)]})
+
+    dispatcher.handlers = [
+        (name, functools.partial(wanted_only, handle) if name == "ray_print_logs" else handle)
+        for name, handle in before
+    ]
+    try:
+        yield
+    finally:
+        dispatcher.handlers = before
 
 
 def leave_out_errors(wanted: re.Pattern[str]) -> None:
