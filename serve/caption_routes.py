@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # An image of `max_pixels` takes about seven bytes a pixel while it is decoded and turned upright.
 _DECODE_THREADS = 2
 _MAX_FILE_NAME = 200
+_FORM = "a form with images as files (multipart/form-data)"
 # How many versions of a model are asked for one caption. A new version may take images of another size.
 _MAX_VERSIONS = 3
 
@@ -171,7 +172,8 @@ class CaptionRoutes:
     async def _data_uris(self, request: Request) -> tuple[list[tuple[str | None, bytes]], list[str] | None]:
         """Images, without names, and the models that are asked for."""
         limits = self._front.limits
-        asked = parse(schemas.CaptionsRequest, await self._front.json(request, limits.max_body_bytes))
+        body = await self._front.json(request, limits.max_body_bytes, other=_FORM)
+        asked = parse(schemas.CaptionsRequest, body)
         self._check_count(len(asked.images))
         files: list[tuple[str | None, bytes]] = [
             (None, images.from_data_uri(uri, limits, f"images.{index}", _name(index, len(asked.images))))

@@ -13,6 +13,7 @@ cluster of RAY_ADDRESS; `stop` with that variable ends it in the same way.
 """
 
 import contextlib
+import difflib
 import fcntl
 import logging
 import os
@@ -36,6 +37,7 @@ from mmcore.errors import InputError
 from mmcore.temporary import make_folder
 from serve import draining, loading, proxy
 from serve.limits import Limits
+from serve.parsing import TYPO
 
 APP = "mmcore"
 # The exit code of a program that Ctrl-C ended.
@@ -369,8 +371,11 @@ def start(words: list[str]) -> int:
             name = str(detail["loc"][0])
             if wanted := {"bool_parsing": "true or false", "float_parsing": "a number"}.get(detail["type"]):
                 raise InputError(f"{name}={arguments[name]}: give {wanted}") from None
-            known = ", ".join(("host", "port", *Args.model_fields))
-            raise InputError(f"{name}={arguments[name]}: no such argument; the arguments are {known}") from None
+            known = ["host", "port", *Args.model_fields]
+            near = difflib.get_close_matches(name[:64], known, n=1, cutoff=TYPO)
+            meant = f" did you mean {near[0]}=?" if near else ""
+            message = f"{name}={arguments[name]}: no such argument;{meant} the arguments are {', '.join(known)}"
+            raise InputError(message) from None
 
     return run(make_app, host=host, port=port)
 

@@ -140,10 +140,11 @@ class Front:
             return ApiError(_METHOD_NOT_ALLOWED, message, code="method_not_allowed", allow=allow)
         return ApiError(404, f"{where}: no such route", code="not_found")
 
-    async def json(self, request: Request, max_bytes: int) -> Any:
-        """The body as JSON. Raises ApiError."""
+    async def json(self, request: Request, max_bytes: int, *, other: str = "") -> Any:
+        """The body as JSON. Raises ApiError. `other`: the other form of body that this route takes."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "the body must be JSON (Content-Type: application/json)", code="unsupported_media_type")
+            message = f"the body must be JSON (Content-Type: application/json){other and f' or {other}'}"
+            raise ApiError(415, message, code="unsupported_media_type")
         body = bytearray()
         too_large = False
         async for part in request.stream():

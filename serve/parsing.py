@@ -19,7 +19,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 MAX_REASON = 300
 _UNKNOWN = "unknown_field"
 # So alike that it is probably a slip of the pen.
-_TYPO = 0.75
+TYPO = 0.75
 # In the place of pydantic's messages, which speak of Python. They follow the field's name.
 _FAULTS = {
     "missing": "is missing",
@@ -159,7 +159,7 @@ def parse(kind: type[_T], value: Any, *where: str) -> _T:
         path = [*where, *_path(detail["loc"])]
         if detail["type"] == _UNKNOWN:
             name, known = detail["ctx"]["field"], detail["ctx"]["known"].split(", ")
-            near = difflib.get_close_matches(name[:64], known, n=1, cutoff=_TYPO)
+            near = difflib.get_close_matches(name[:64], known, n=1, cutoff=TYPO)
             meant = f"; did you mean {near[0]!r}?" if near else ";"
             owner = f" in {spoken('.'.join(path))}" if path else ""
             message = f"unknown field {quoted(name)}{owner}{meant} its fields are {', '.join(known)}"

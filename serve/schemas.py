@@ -222,7 +222,9 @@ def generate_work(
     check_text(request.prompt, limits.max_prompt_chars, "prompt")
     if not request.prompt.strip():
         raise bad_value("prompt", "it is empty; give at least one word")
-    if not 1 <= request.n <= (limits.max_job_n if is_job else limits.max_n):
+    if request.n < 1:
+        raise ApiError(400, f"n must be at least 1, got {quoted(request.n)}", param="n", code="invalid_value")
+    if request.n > (limits.max_job_n if is_job else limits.max_n):
         a_job = f"a job (POST /v1/jobs) makes up to {limits.max_job_n}"
         most = a_job if is_job else f"one request makes up to {limits.max_n}, and {a_job}"
         raise bad_value("n", f"{quoted(request.n)} images; {most}")

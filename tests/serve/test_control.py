@@ -30,8 +30,9 @@ CLOSED = {"SERVE_API_KEYS": "", "SERVE_API_KEYS_FILE": ""}
         (
             ("start", "captioners=a:/x"),
             {"SERVE_API_KEYS": KEY},
-            "captioners=a:/x: no such argument; the arguments are host, port, cap",
+            "captioners=a:/x: no such argument; did you mean captioner=? the arguments are host, port, cap",
         ),
+        (("start", "foo=bar"), {"SERVE_API_KEYS": KEY}, "foo=bar: no such argument; the arguments are host, port, cap"),
         (("start", "captioner"), {"SERVE_API_KEYS": KEY}, "key=value"),
         (("start", "captioner=a:/x", "captioner=b:/x"), {"SERVE_API_KEYS": KEY}, "given twice"),
         (("start", "captioner=a:/x", "port=http"), {"SERVE_API_KEYS": KEY}, "port=http"),

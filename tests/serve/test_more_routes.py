@@ -165,6 +165,15 @@ def test_file_names_come_back_as_they_were_sent(name: str) -> None:
     assert row["file_name"] == name[:200]
 
 
+@pytest.mark.parametrize("headers", [AUTHORIZED, {**AUTHORIZED, "content-type": "text/plain"}])
+def test_captions_without_a_body_name_both_forms(headers: dict[str, str]) -> None:
+    response = request("POST", "/v1/captions", headers=headers)
+    assert (response.status_code, error(response)["message"]) == (
+        415,
+        "the body must be JSON (Content-Type: application/json) or a form with images as files (multipart/form-data)",
+    )
+
+
 @pytest.mark.parametrize(("options", "param"), FORMS)
 def test_forms_that_are_wrong(options: dict[str, Any], param: str | None) -> None:
     response = request("POST", "/v1/captions", **options)
