@@ -274,7 +274,10 @@ def recipe_from_json(recipe_type: type[T], fields: dict[str, Any], where: str) -
     known = {field.name: field for field in dataclasses.fields(recipe_type)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise InputError(f"{where}: unknown fields {', '.join(unknown)}; this version knows {', '.join(known)}")
+        raise InputError(
+            f"{where}: written by another version of the code, with unknown fields {', '.join(unknown)}; go on with "
+            "that version, whose commit recipe.json names"
+        )
     needed = [
         name
         for name, field in known.items()

@@ -6,7 +6,6 @@ recipe.json that also holds the SHA-256 of the weights.
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mmcore.checkpoint import save_tensors, sha256_file
 from mmcore.errors import InputError
+from mmcore.missing_run import finished_beside, no_such_run, to_name
 from mmcore.recipe import recipe_from_json, recipe_to_json
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
@@ -115,11 +115,9 @@ def _unfinished_reason(run: Storage) -> str:
         return "this is the folder model/ of a run; name the folder that holds it"
     if run.exists(_RECIPE):
         return "no model/ there, so the run is not finished; repeat its training command to continue"
-    finished: list[str] = []
-    if re.search(r"/runs/[^/]+/[^/]+$", run.uri):
-        finished = [name for name in run.parent.folders() if (run.parent / name / "model").exists(_RECIPE)]
-    there = f"{run.parent} has: {', '.join(finished[:10])}" if finished else "STORAGE/runs/RECIPE/NAME"
-    return f"no model/ there; name a finished run, {there}"
+    if not run.exists():
+        return no_such_run(run)
+    return f"no model/ there, so this is no run; {to_name(run, finished_beside(run))}"
 
 
 def read_weights(run: Storage, sha256: str) -> dict[str, Tensor]:

@@ -40,8 +40,18 @@ def vqvae_job(job: Job[Any]) -> Job[VQVAERecipe]:
 
 
 def vqvae_recipe(job: Job[Any]) -> VQVAERecipe:
-    """The settings of the VQ-VAE that `job` names, or else of its own, which may be yet to be trained."""
-    return vqvae_job(job).recipe if job.recipe.vqvae is None else open_autoencoder(job.recipe.vqvae).recipe
+    """The settings of the VQ-VAE that `job` names, or else of its own, which may be yet to be trained.
+
+    Raises InputError for a name of something else than a trained VQ-VAE.
+    """
+    if job.recipe.vqvae is None:
+        return vqvae_job(job).recipe
+    try:
+        return open_autoencoder(job.recipe.vqvae).recipe
+    except InputError as error:
+        if (Storage(job.recipe.vqvae) / "model").exists("recipe.json"):
+            raise
+        raise InputError(f"--vqvae {error}; jobs/train_vqvae.py trains a VQ-VAE") from None
 
 
 def say_vqvae(job: Job[Any]) -> None:

@@ -4,6 +4,7 @@ import re
 
 from jobs.runtime.source import output_storage
 from mmcore.errors import InputError
+from mmcore.missing_run import no_such_run
 from mmcore.storage import Storage
 
 DEFAULT_DATASET = "flickr8k"
@@ -25,5 +26,5 @@ def find_scores_place(run_uri: str) -> tuple[Storage, str]:
     if place is None:
         raise InputError(f"--run {run_uri}: expected STORAGE/runs/RECIPE/NAME")
     if not (run.exists("recipe.json") or (run / "model").exists("recipe.json")):
-        raise InputError(f"--run {run_uri}: no run there (no recipe.json)")
+        raise InputError(f"--run {run_uri}: {no_such_run(run)}")
     return place

@@ -164,7 +164,7 @@ def test_other_settings_for_the_same_place_are_refused(run_folder, images, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--run": "nowhere"}, "no model/ there"),
+        ({"--run": "nowhere"}, "no such run"),
         ({"--images": "empty"}, "neither Parquet shards nor image files"),
         ({"--num-beams": "0"}, "--num-beams 0: must be at least 1"),
         ({"--num-beams": "1", "--length-penalty": "0.5"}, "--length-penalty 0.5: has no effect on greedy search"),

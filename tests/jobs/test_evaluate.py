@@ -319,7 +319,7 @@ def test_run_named_from_within_its_storage(predictions: str, references: str, st
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        ("runs/resnet_captioner/nowhere", "no run there"),
+        ("runs/resnet_captioner/nowhere", "no such run"),
         ("somewhere/else", "expected STORAGE/runs/RECIPE/NAME"),
         ("s3://runs/recipe/name", "expected STORAGE/runs/RECIPE/NAME"),
     ],

@@ -287,7 +287,7 @@ def test_speed_counts_the_time_in_which_anybody_worked(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"run": "nowhere"}, "no model/ there"),
+        ({"run": "nowhere"}, "no such run"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"count": 11}, "--count 11: "),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),

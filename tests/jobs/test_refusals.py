@@ -56,7 +56,11 @@ REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
     (train_vqvae, ["--perceptual", "lpips", "--vgg16", "no.pth", "--lpips-heads", "no.pth"], ["--vgg16", "no.pth"]),
     (train_vqvae, ["--perceptual", "no/such/folder"], ["--perceptual 'no/such/folder'"]),
     (train_vqvae, ["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
-    (train_ldm, ["--vqvae", "no/such/run"], ["no/such/run: no model/ there"]),
+    (
+        train_ldm,
+        ["--vqvae", "no/such/run"],
+        ["--vqvae", "no/such/run: no such run", "jobs/train_vqvae.py trains a VQ-VAE"],
+    ),
     (train_ldm, ["--stream"], ["--stream", "leave it out"]),
     (train_ldm, ["--drop-text", "0"], ["sample_guidance 3.0", "--drop-text 0.1"]),
     (train_ldm, ["--channels", "30", "60"], ["channels (30, 60)", "--channels"]),
@@ -69,7 +73,11 @@ REFUSED: list[tuple[ModuleType, list[str], list[str]]] = [
         ["--vqvae is missing", "train_vqvae.py --variant report"],
     ),
     (train_ldm, ["--batch-size", "64"], ["batch_size 64", "40 training rows"]),
-    (train_autoregressive, ["--vqvae", "no/such/run"], ["no/such/run: no model/ there"]),
+    (
+        train_autoregressive,
+        ["--vqvae", "no/such/run"],
+        ["--vqvae", "no/such/run: no such run", "jobs/train_vqvae.py trains a VQ-VAE"],
+    ),
     (train_autoregressive, ["--fresh-scenes"], ["fresh_scenes", "--dataset tiny is not rendered", "--no-fresh-scenes"]),
     (train_autoregressive, ["--exhaustive-captions", "0.5"], ["exhaustive_captions 0.5", "--fresh-scenes"]),
     *(

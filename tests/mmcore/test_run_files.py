@@ -50,9 +50,12 @@ def test_what_was_written_is_read(run: Storage) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"columns": ["a"], "colums": ["b"]}, "^here: unknown fields colums; this version knows columns, fingerprint$"),
+        ({"columns": ["a"], "colums": ["b"]}, "^here: written by another version .* unknown fields colums; go on with"),
         ({}, "^here: missing fields columns"),
-        ({"columns": ["a"], "settings": {"depth": 1}}, "^here: unknown fields depth"),
+        (
+            {"columns": ["a"], "settings": {"depth": 1}},
+            "^here: written by another version of the code, with unknown fields depth",
+        ),
     ],
 )
 def test_facts_are_read_strictly(fields: dict[str, Any], message: str) -> None:
@@ -61,7 +64,7 @@ def test_facts_are_read_strictly(fields: dict[str, Any], message: str) -> None:
 
 
 def test_an_unfinished_run_is_refused(run: Storage) -> None:
-    with pytest.raises(InputError, match="no model/ there"):
+    with pytest.raises(InputError, match="no such run; name a finished run, STORAGE/runs"):
         read_fields(run)
 
 
@@ -69,8 +72,13 @@ def test_what_to_name_instead_is_said(run: Storage) -> None:
     write_model(run, WEIGHTS, FILE)
     with pytest.raises(InputError, match="name the folder that holds it"):
         read_fields(run / "model")
-    with pytest.raises(InputError, match=r"name a finished run, .*runs/tiny has: default"):
+    with pytest.raises(InputError, match=r"no such run; did you mean default\? .*runs/tiny has: default$"):
         read_fields(run.parent / "defualt")
+    with pytest.raises(InputError, match=r"no such run; name a finished run, .*runs/tiny has: default$"):
+        read_fields(run.parent / "x")
+    (run.parent / "empty").write("notes.txt", b"")
+    with pytest.raises(InputError, match=r"no model/ there, so this is no run; name .*/tiny has: default$"):
+        read_fields(run.parent / "empty")
     (run.parent / "begun").write("recipe.json", b"{}")
     with pytest.raises(InputError, match="not finished; repeat its training command"):
         read_fields(run.parent / "begun")

@@ -345,7 +345,7 @@ def test_a_field_of_a_later_version_leaves_the_fingerprint(tmp_path: Path, monke
 
 
 def test_what_is_no_trained_one_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no model/ there; name a finished run"):
+    with pytest.raises(InputError, match="no such run; name a finished run"):
         opened(Storage(str(tmp_path / "nothing")))
     model = tiny_vqvae.model_of(tiny_vqvae.recipe())
     with pytest.raises(InputError, match="recipe 'ldm' is not of kind autoencoder"):
