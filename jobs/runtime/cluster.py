@@ -38,6 +38,9 @@ CONNECT_TIMEOUT_S = 10.0
 REMOVE_TIMEOUT_S = 3.0
 # Ray's words where its processes do not answer in time.
 _TOO_SLOW = "timed out during startup"
+# What Ray prints of a job that runs well. The first is of Ray Train's own actor, which gets handles of its workers. The
+# second comes of actors that ask for half a CPU or none.
+_HARMLESS = ("Actor with class name: 'PreemptionWatcher'", "worker processes have been started on node")
 # Where the dashboard of a Ray of our own is, until it is told.
 _dashboard: list[str] = []
 
@@ -68,6 +71,7 @@ def connect() -> None:
         _start_local()
     else:
         _join(address)
+    ray_private.leave_out_lines(*_HARMLESS)
     _quieten_ray_data()
 
 

@@ -1,8 +1,8 @@
 """All that the jobs need of Ray and that Ray does not promise to keep: one place to look at when Ray is updated."""
 
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -70,17 +70,15 @@ def print_without_colours() -> None:
     ray_logging._color = lambda msg: msg
 
 
-def leave_out_worker_lines(text: str) -> None:
-    """Have this driver print no line of a worker that holds `text`. Ray's log files keep it."""
-    dispatcher = ray_logging.global_worker_stdstream_dispatcher
-    dispatcher.handlers = [
-        (name, functools.partial(_without, text, handle) if name == "ray_print_logs" else handle)
-        for name, handle in dispatcher.handlers
-    ]
+def leave_out_lines(*texts: str) -> None:
+    """Have this driver print no line of a worker or of a machine that holds one of `texts`. Ray's log files keep it.
 
-
-def _without(text: str, handle: Callable[[dict[str, Any]], None], data: dict[str, Any]) -> None:
-    handle({**data, "lines": [line for line in data.get("lines", []) if text not in line]})
+    All such lines come through Ray's two deduplicators, unless RAY_DEDUP_LOGS=0 asks for every line.
+    """
+    for deduplicator in (ray_logging.stdout_deduplicator, ray_logging.stderr_deduplicator):
+        before = deduplicator.skip_re.pattern if deduplicator.skip_re else ""
+        more = [escaped for escaped in map(re.escape, texts) if escaped not in before]
+        deduplicator.skip_re = re.compile("|".join([before, *more] if before else more))
 
 
 def largest_resources() -> Mapping[str, float]:

@@ -154,7 +154,7 @@ def _ctrl_c_interrupts() -> Iterator[None]:
     except (SystemExit, KeyboardInterrupt):
         before = still_ending
         # Without Ctrl-C the same line is the only trace of a controller that crashed.
-        ray_private.leave_out_worker_lines(_CONTROLLER_IS_DEAD)
+        ray_private.leave_out_lines(_CONTROLLER_IS_DEAD)
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)

@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,24 +132,51 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
         cluster.connect()
 
 
+@pytest.fixture
+def printed(monkeypatch) -> Callable[..., list[str]]:
+    """Which of the lines of one process Ray prints."""
+    for name in ("stdout_deduplicator", "stderr_deduplicator"):
+        monkeypatch.setattr(ray_logging, name, ray_logging.LogDeduplicator(5, None, "left out (by|for) the user"))
+
+    def of(lines: list[str], pid: object = 7) -> list[str]:
+        (batch,) = ray_logging.stderr_deduplicator.deduplicate({"pid": pid, "lines": lines})
+        assert ray_logging.stdout_deduplicator.deduplicate({"pid": pid, "lines": lines}) == [batch]
+        return batch["lines"]
+
+    return of
+
+
 @pytest.mark.parametrize("ended_by", [SystemExit, KeyboardInterrupt])
-def test_a_dead_controller_is_told_of_unless_ctrl_c_ended_it(ended_by, monkeypatch):
+def test_a_dead_controller_is_told_of_unless_ctrl_c_ended_it(ended_by, printed):
     """Ray Train's own handler of Ctrl-C ends the process; before it is in place, the job's handler interrupts."""
-    printed = []
-    dispatcher = ray_logging.WorkerStandardStreamDispatcher()
-    dispatcher.add_handler("ray_print_logs", printed.append)
-    monkeypatch.setattr(ray_logging, "global_worker_stdstream_dispatcher", dispatcher)
     lines = ["an error", f"{trainer._CONTROLLER_IS_DEAD} (01) is dead. Cleaning up"]
     before = signal.getsignal(signal.SIGINT)
     try:
         with trainer._ctrl_c_interrupts():
-            dispatcher.emit({"pid": 7, "lines": lines})
+            assert printed(lines) == lines
         with pytest.raises(KeyboardInterrupt), trainer._ctrl_c_interrupts():
             raise ended_by
     finally:
         signal.signal(signal.SIGINT, before)
-    dispatcher.emit({"pid": 7, "lines": lines})
-    assert printed == [{"pid": 7, "lines": lines}, {"pid": 7, "lines": ["an error"]}]
+    assert printed(lines) == ["an error"]
+
+
+def test_of_a_good_job_ray_prints_no_warnings(printed, monkeypatch):
+    lost = " has constructor arguments in the object store and max_restarts > 0. If the arguments go out of scope"
+    ours = f"core_worker.cc:2465: Actor with class name: 'RunMonitor' and ID: '01'{lost}"
+    watcher, by_user = ours.replace("RunMonitor", "PreemptionWatcher"), "left out for the user"
+    machine = "WARNING: 8 PYTHON worker processes have been started on node: 01 with address: 127.0.0.1, which is 2x"
+    monkeypatch.setattr(cluster, "_start_local", lambda: None)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    for name, value in (("RAY_ADDRESS", ""), ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1"), ("RAY_COLOR_PREFIX", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    monkeypatch.setattr(ray_logging, "_color", ray_logging._color)
+    cluster.connect()
+    cluster.connect()
+    assert printed([ours, watcher, by_user]) == [ours]
+    assert printed([machine, "another"], pid="raylet") == ["another"]
+    assert ray_logging.stdout_deduplicator.skip_re.pattern.count("PreemptionWatcher") == 1
 
 
 def test_lines_of_workers_are_plain(monkeypatch):
