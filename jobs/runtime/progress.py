@@ -153,14 +153,16 @@ def progress(what: str, unit: str) -> Iterator[Report]:
             yield show
             work.detail = ""
         return
-    last_line, last_done = work.began_s, -1
+    last_line, last_done, is_begun = work.began_s, -1, False
 
     def log(done: int, total: int, detail: str = "", beside: bool = False) -> None:
-        nonlocal last_line, last_done
+        nonlocal last_line, last_done, is_begun
         now = time.monotonic()
         work.add(now, done, total, detail, beside)
         finished = done == total and done != last_done and total > 0
-        if not finished and now - last_line < LINE_INTERVAL_S:
+        # What work begins with, such as the start of workers, may be all that is reported for a minute.
+        begins, is_begun = bool(detail) and not is_begun, True
+        if not finished and not begins and now - last_line < LINE_INTERVAL_S:
             return
         print(f"{what}: {work.numbers(now)}{', ' if detail else ''}{detail}", file=sys.stderr, flush=True)
         last_line, last_done = now, done

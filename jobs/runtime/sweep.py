@@ -337,7 +337,7 @@ def run_sweep(
     start = time.perf_counter()
     num_rows_before = blocks.num_rows - sum(map(blocks.num_rows_of, todo))
     with Watchdog(what, stall_timeout_s) as watchdog, progress(what, "images") as report:
-        report(num_rows_before, blocks.num_rows)
+        report(num_rows_before, blocks.num_rows, "starting the workers")
         last: float | None = None
         for row in _results(blocks, todo, actors, num_workers=most):
             watchdog.beat()

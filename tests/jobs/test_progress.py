@@ -93,14 +93,18 @@ def test_times_are_short_and_whole() -> None:
 def test_without_a_total_only_the_time_and_what_is_done_are_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moments = iter([0.0, 11.0, 12.0, 13.0, 14.0])
+    """What it begins with is said at once, without the ten seconds between lines."""
+    moments = iter([0.0, 1.0, 10.0, 11.0, 12.0, 13.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(moments))
     with progress.progress("train x", "steps") as report:
         report(0, 0, "starting the workers")
+        report(0, 0, "compiling")
         report(3, 9, "loss 2.0")
+        report(4, 9, "loss 1.5")
         report(9, 9, "loss 1.0")
     assert capsys.readouterr().err.splitlines() == [
-        "train x: 0:11 elapsed, starting the workers",
+        "train x: 0:01 elapsed, starting the workers",
+        "train x: 3 of 9 steps, 0:11 elapsed, loss 2.0",
         "train x: 9 of 9 steps, 0:13 elapsed, loss 1.0",
     ]
 

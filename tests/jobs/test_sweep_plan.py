@@ -142,6 +142,7 @@ def test_a_stall_amid_long_blocks_is_named_in_time(sweep, monkeypatch, capsys):
     results = jobs.runtime.sweep._results
 
     def slow(*arguments: Any, **keywords: Any) -> Iterator[dict[str, Any]]:
+        assert f"generate: 0 of {NUM} images, 0:00 elapsed, starting the workers\n" in capsys.readouterr().err
         rows = results(*arguments, **keywords)
         yield next(rows)
         clock.advance(0.75 * limit_s)
