@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -20,7 +19,7 @@ import ray
 
 from jobs.runtime import ray_private
 from jobs.runtime.commandline import counted, in_one_line, say
-from jobs.runtime.source import ROOT
+from jobs.runtime.source import ROOT, submission
 from mmcore.data.columns import default_cache
 from mmcore.errors import InputError
 from mmcore.temporary import make_folder
@@ -160,8 +159,7 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: a job needs a cluster's HOST:PORT (6379 by default) or `auto`; "
             "to send a job through an http:// address use `ray job submit`"
         )
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    working_dir = (submitted.get("runtime_env") or {}).get("working_dir")
+    working_dir = (submission() or {}).get("working_dir")
     runtime_env: dict[str, Any] = {}
     if working_dir is None:
         if not (ROOT / "pyproject.toml").is_file():

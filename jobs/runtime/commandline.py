@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from jobs.runtime.source import ROOT
+from jobs.runtime.source import ROOT, submission
 from mmcore.errors import InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -118,10 +118,18 @@ def _near(path: str) -> str:
 
 
 def say_next(words: Sequence[str]) -> None:
-    """Print the command that usually follows, for a shell: a program of `jobs/` and its flags. Without any, nothing."""
+    """Print the command that usually follows, for a shell: a program of `jobs/` and its flags. Without any, nothing.
+
+    After a submitted job it is submitted in the same way.
+    """
     if words:
         program, *flags = words
-        print(f"next: {shlex.join([_python(), _near(str(ROOT / 'jobs' / program)), *flags])}", flush=True)
+        runtime_env, file = submission(), _near(str(ROOT / "jobs" / program))
+        submit = [] if runtime_env is None else ["ray", "job", "submit", "--"]
+        if runtime_env and runtime_env.get("working_dir"):
+            # Ray's copy of the code is no place to begin in.
+            submit, file = ["ray", "job", "submit", "--working-dir", ".", "--"], f"jobs/{program}"
+        print(f"next: {shlex.join([*submit, _python(), file, *flags])}", flush=True)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,7 +1,10 @@
 """The code that a job runs: its folder and its commit, and whether it came to a cluster with the job."""
 
+import json
+import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from mmcore.errors import InputError
 from mmcore.s3 import S3
@@ -28,6 +31,12 @@ def source_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def submission() -> dict[str, Any] | None:
+    """The runtime environment with which `ray job submit` started this job; None where something else started it."""
+    config = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    return None if config is None else json.loads(config).get("runtime_env") or {}
 
 
 def output_storage(folder: str, flag: str) -> Storage:

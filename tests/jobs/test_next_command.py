@@ -120,6 +120,20 @@ def test_captions_and_images_are_scored_for_a_run_without_scores(tmp_path: Path)
         parse(f"jobs/{words[0]}", words[1:])
 
 
+@pytest.mark.parametrize(
+    ("runtime_env", "submit"),
+    [({"working_dir": "gcs://_ray_pkg_01.zip"}, "ray job submit --working-dir . -- "), ({}, "ray job submit -- ")],
+)
+def test_after_a_submitted_job_it_is_submitted(
+    runtime_env: dict[str, str], submit: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": runtime_env, "metadata": {}}))
+    say_next(["generate.py", "--out", "/out"])
+    line = capsys.readouterr().out
+    assert line.startswith(f"next: {submit}")
+    assert line.endswith("python jobs/generate.py --out /out\n")
+
+
 def test_it_can_be_pasted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     say_next([])
     say_next(["caption.py", "--out", "my out; $HOME"])
