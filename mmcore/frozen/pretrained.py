@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
+from mmcore.frozen.hub import not_found, say_fetch
 
 # Values of recipes that are not names of models. A local folder of such a name is ignored.
 _NO_MODELS = ("scratch", "words", "")
@@ -50,24 +51,17 @@ def quiet_load() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _not_found(name: str, flag: str, what: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0]
-    return InputError(
-        f"{flag} {name!r}: no {what} in a folder of this name, and none of this name on the hub ({reason}); without a "
-        "network, name a local folder"
-    )
-
-
 def read_config(name: str, *, flag: str, what: str) -> Any:
     """The configuration of the model `name`. Raises InputError, naming `flag` and the kind of model, if not found."""
     from transformers import AutoConfig
 
+    say_fetch(name, "config.json")
     try:
         # trust_remote_code is always given. Without it transformers may ask on a terminal whether to run remote code.
         with quiet_load():
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _not_found(name, flag, what, error) from None
+        raise not_found(name, flag, what, error) from None
 
 
 def load_frozen(
@@ -88,6 +82,7 @@ def load_frozen(
     """
     config = read_config(name, flag=flag, what=what)
     part = part_of(config)
+    say_fetch(name, "model.safetensors", "model.safetensors.index.json", what="the weights of")
     try:
         with quiet_load():
             model, loaded = choose(config).from_pretrained(
@@ -99,7 +94,7 @@ def load_frozen(
                 key_mapping=None if part is None else {rf"^{part}\.": ""},
             )
     except (OSError, ValueError) as error:
-        raise _not_found(name, flag, what, error) from None
+        raise not_found(name, flag, what, error) from None
     # Unused weights, such as a classifier's head, do no harm.
     missing = sorted(key for key in loaded["missing_keys"] if not any(part in key for part in may_miss))
     if missing:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers.decoders import WordPiece
 
 from mmcore.errors import InputError
+from mmcore.frozen.hub import not_found, say_fetch
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
 from mmcore.text import WORDS_FILE, CaptionTokenizer, TokenIds, WordVocabulary
@@ -34,16 +35,13 @@ def load_tokenizer(name: str, flag: str) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
+    say_fetch(name, TOKENIZER_FILES[0], what="the tokenizer of")
     try:
-        # Without this file transformers silently creates an empty tokenizer.
-        if cached_file(name, TOKENIZER_FILES[0], _raise_exceptions_for_missing_entries=False) is None:
-            raise OSError(f"no {TOKENIZER_FILES[0]} there")
+        # This raises if the file is missing. Without it transformers silently creates an empty tokenizer.
+        cached_file(name, TOKENIZER_FILES[0])
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{flag} {name!r}: no tokenizer in a folder of this name, and none of this name on the hub ({reason})"
-        ) from None
+        raise not_found(name, flag, "tokenizer", error) from None
 
 
 def read_tokenizer(folder: Storage) -> Any:

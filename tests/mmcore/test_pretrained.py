@@ -3,11 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from mmcore.errors import InputError
+from mmcore.frozen.hub import not_found, say_fetch
 from mmcore.frozen.pretrained import absolute_folder, load_frozen
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.storage import Storage
@@ -59,3 +63,39 @@ def test_a_folder_is_made_absolute_and_no_model_is_no_folder(tmp_path: Path, mon
         (tmp_path / name).mkdir()
     names = ["encoder", "scratch", "words", "microsoft/resnet-18"]
     assert [absolute_folder(name) for name in names] == [str(tmp_path / "encoder"), *names[1:]]
+
+
+def test_a_hub_out_of_reach_is_told_from_a_model_that_is_not_there() -> None:
+    unreachable = r"^--tokenizer 'no/such': no .* cannot be reached \(HF_HUB_OFFLINE is set\); name a folder$"
+    with pytest.raises(InputError, match=unreachable):
+        PromptTokenizer.from_name("no/such", 8)
+    with pytest.raises(InputError, match=unreachable.replace("tokenizer", "encoder")):
+        load_model(Path("no/such"))
+    error = OSError("not a valid model identifier")
+    answer: Any = SimpleNamespace(headers={}, request=None)
+    error.__cause__ = RepositoryNotFoundError("404", response=answer)
+    assert "the hub of Hugging Face has no such model" in str(not_found("no/such", "--encoder", "model", error))
+    with pytest.raises(InputError, match=r"or on the hub of Hugging Face \(Repo id must be"):
+        load_model(Path("no/such/folder"))
+
+
+def test_only_what_is_fetched_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_fetch("some/model", "config.json")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in (str(tmp_path), "no/such/folder"):
+        say_fetch(name, "config.json")
+    assert capsys.readouterr() == ("", "")
+    say_fetch("some/model", "config.json")
+    say_fetch("some/model", "model.safetensors", what="the weights of")
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"reading {what}some/model from the hub of Hugging Face" for what in ("", "the weights of ")]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some--model"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc" / "config.json").write_text("{}")
+    say_fetch("some/model", "config.json")
+    assert capsys.readouterr().err == ""
