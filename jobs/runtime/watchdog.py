@@ -22,8 +22,7 @@ FIRST_REPORT_S = 45.0
 REPORT_INTERVAL_S = 60.0
 QUERY_TIMEOUT_S = 10.0
 ALL_PLACED = (
-    "the workers have the CPUs and GPUs that they asked for, so the work itself takes long, or the machine is busy "
-    "with other programs"
+    "the workers have what they asked for, so the work takes long or the machine is busy; nothing needs to be done"
 )
 """What `describe_waiting` says where nothing waits for a place to run."""
 _T = TypeVar("_T")

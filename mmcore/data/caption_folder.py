@@ -18,6 +18,7 @@ from mmcore.data.photos import Found, Problems, check_captioned, entries_of
 from mmcore.data.splits import known_split, split_in
 from mmcore.data.tables import numbered_lines
 from mmcore.errors import InputError
+from mmcore.images import IMAGE_SUFFIXES
 
 CAPTIONS_FILES = (
     "captions.txt",
@@ -47,6 +48,7 @@ SPLIT_FOLDERS = ("splits", ".", "Flickr8k_text")
 _TEXT_ENDINGS = (".txt", ".csv", ".tsv", ".token")
 _HEAD_BYTES = 4096
 _NUM_NAMES_TRIED = 100
+_NUM_UNREAD_NAMED = 5
 
 
 def captions_files(folder: Path) -> list[Path]:
@@ -107,7 +109,16 @@ def read_captions_folder(captions: list[Path], folder: Path, problems: Problems)
     detail = f"{' and '.join(forms)}, images in {images}"
     if splits:
         detail += f", split of {next(iter(splits.values())).name} ..."
+    if unread := _unread(base, {*captions, *splits.values()}):
+        more = f" and {len(unread) - _NUM_UNREAD_NAMED:,} more" if len(unread) > _NUM_UNREAD_NAMED else ""
+        detail += f"; not read: {', '.join(unread[:_NUM_UNREAD_NAMED])}{more}"
     return Found(_FORMS.get(captions[0].name, "a file of captions"), detail, entries)
+
+
+def _unread(base: Path, read: set[Path]) -> list[str]:
+    """The names of the files in `base` that are neither among `read` nor images nor hidden."""
+    files = sorted(path for path in base.iterdir() if path not in read and path.is_file())
+    return [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES and path.name[0] != "."]
 
 
 def _images_folder(base: Path, folder: Path, rows: list[CaptionRow]) -> Path:

@@ -161,10 +161,8 @@ def _reader(folder: Path, scratch: Path, progress: Progress | None, *, is_unpack
     if any(text_of(path) is not None for path in ImageFolder(folder, folder).files):
         return partial(read_sidecars, folder)
     raise InputError(
-        f"{folder}: {_held(folder)}; known are captions.txt (.csv, .tsv, .jsonl, .json, .parquet), results.csv or "
-        "Flickr8k.token.txt and the images, images and metadata.jsonl (or .csv), Karpathy's dataset_*.json or COCO's "
-        "captions_*.json and the images, NAME.txt beside each NAME.jpg, tar shards of webdataset, Parquet with images, "
-        "a dataset that datasets saved"
+        f"{folder}: {_held(folder)}; known are captions.txt and the images, NAME.txt beside each NAME.jpg, and the "
+        "others under `Sources` in docs/captioners.md"
     )
 
 

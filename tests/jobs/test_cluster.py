@@ -357,8 +357,8 @@ def test_what_has_all_that_it_asked_for_is_slow_and_no_stall(watched, monkeypatc
     monkeypatch.setattr(watchdog.ray_private, "actor_states", list)
     ((_, line),) = watched("sweep", report_after_s=15, until=20)
     assert line == (
-        "slow: sweep: no progress for 15 s: the workers have the CPUs and GPUs that they asked for, so the work itself "
-        "takes long, or the machine is busy with other programs"
+        "slow: sweep: no progress for 15 s: the workers have what they asked for, so the work takes long or the "
+        "machine is busy; nothing needs to be done"
     )
 
 

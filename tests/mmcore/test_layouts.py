@@ -57,6 +57,17 @@ def test_a_layout_is_read(tmp_path: Path, case: str) -> None:
     assert captions_of(read(tmp_path)) == {"a.jpg": ("one",), "b.jpg": ("two",)}
 
 
+def test_files_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in NAMES:
+        image(tmp_path / name)
+    for name in ("captions.csv", ".DS_Store", "README.txt", "notes.md"):
+        write(tmp_path / name, CSV if name == "captions.csv" else "of mine")
+    assert read(tmp_path).detail.endswith("; not read: README.txt, notes.md")
+    for number in range(5):
+        write(tmp_path / f"z{number}.log", "")
+    assert read(tmp_path).detail.endswith("README.txt, notes.md, z0.log, z1.log, z2.log and 2 more")
+
+
 def test_images_behind_a_link_are_found_and_a_circle_ends(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.jpg"):
         image(tmp_path / "elsewhere" / "deep" / name)
