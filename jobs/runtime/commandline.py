@@ -16,6 +16,10 @@ from mmcore.errors import InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _STDERR = 2
+_STOPPING = "stopping: Ray stops and its files are removed, a few seconds"
+
+Handler = Callable[[int, FrameType | None], object]
+"""What Python calls at a signal."""
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -82,13 +86,36 @@ _GO_ON = ("caption.py", "capfilt.py", "generate.py", "demo.py")
 
 def still_ending(number: int, frame: FrameType | None) -> None:
     """What Ctrl-C does from the second one on: the job lets go of its Ray, its folder and its lease meanwhile."""
-    # Not print(), which Ctrl-C may have interrupted.
-    os.write(_STDERR, b"still ending: Ray stops and its files are removed, a few seconds more\n")
+    _write("still ending: Ray stops and its files are removed, a few seconds more")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, still_ending)
+    _write(_STOPPING)
     raise KeyboardInterrupt
+
+
+def saying_that_it_stops(handler: Handler) -> Handler:
+    """`handler` of Ctrl-C, with a line before it: at the first Ctrl-C that the job stops, later that it still does."""
+    is_first = True
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            _write(_STOPPING)
+        else:
+            still_ending(number, frame)
+        handler(number, frame)
+
+    return stop
+
+
+def _write(line: str) -> None:
+    """Print `line` from a handler of a signal: not by print(), which the signal may have interrupted."""
+    # On a terminal the bar, or ^C, is on this line.
+    start = "\n" if os.isatty(_STDERR) else ""
+    os.write(_STDERR, f"{start}{line}\n".encode())
 
 
 def _how_to_go_on(argv: Sequence[str]) -> str:

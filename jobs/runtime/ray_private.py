@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -100,6 +101,17 @@ def actor_states() -> list[tuple[str, str]]:
     """(class, state) of each actor of the cluster."""
     actors = ray._private.state.actors().values()  # type: ignore[attr-defined]
     return [(actor["ActorClassName"].rpartition(".")[2], actor["State"]) for actor in actors]
+
+
+def replace_ctrl_c_of_train(trainer: Any, make: Callable[[Any], Any]) -> None:
+    """Have `trainer` end at Ctrl-C by `make(HANDLER)`, of the HANDLER that Ray Train itself sets inside of `fit`."""
+    register = trainer._register_sigint_handler
+
+    def register_ours(controller: Any) -> None:
+        register(controller)
+        signal.signal(signal.SIGINT, make(signal.getsignal(signal.SIGINT)))
+
+    trainer._register_sigint_handler = register_ours
 
 
 def hand_on_to_train(variables: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.runtime import ray_private
 from jobs.runtime.cluster import connect, max_gpus, show_dashboard
-from jobs.runtime.commandline import one_line, say, still_ending
+from jobs.runtime.commandline import one_line, say, saying_that_it_stops, still_ending
 from jobs.runtime.job import Job, R
 from jobs.runtime.lease import Lease
 from jobs.runtime.progress import progress
@@ -118,6 +118,7 @@ def _fit(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    ray_private.replace_ctrl_c_of_train(trainer, saying_that_it_stops)
     start = time.perf_counter()
     with follower:
         try:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from conftest import HANG_S, ROOT
+from conftest import HANG_S, ROOT, ctrl_c_as_in_a_shell
 
-from jobs.runtime.commandline import _how_to_go_on, one_line
+from jobs.runtime import ray_private
+from jobs.runtime.commandline import _how_to_go_on, one_line, saying_that_it_stops
 
 
 def test_a_storage_that_fails_is_one_line_whoever_asked_it() -> None:
@@ -64,6 +65,7 @@ def test_a_reader_that_is_gone_ends_a_job_silently() -> None:
 
 LETS_GO_SLOWLY = """
 import atexit, sys
+from jobs.runtime import ray_private
 from jobs.runtime.commandline import run
 
 def lets_go(what):
@@ -115,6 +117,7 @@ def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
     with job:
         assert job.stdout.readline() == "works\n"
         job.send_signal(signal.SIGINT)
+        assert job.stderr.readline().startswith("stopping: ")
         assert job.stdout.readline() == "gives its lease back\n"
         job.send_signal(signal.SIGINT)
         assert job.stderr.readline().startswith("still ending: ")
@@ -127,3 +130,21 @@ def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
         rest = job.communicate("\n", timeout=HANG_S)
     assert rest == ("", "")
     assert job.returncode == 130
+
+
+def test_ctrl_c_of_a_training_says_at_once_that_it_stops(capfd: pytest.CaptureFixture[str]) -> None:
+    """The handler of Ray Train says nothing, and waits until the training has ended."""
+
+    class Trainer:
+        def _register_sigint_handler(self, controller: object) -> None:
+            signal.signal(signal.SIGINT, lambda number, frame: print("ends", file=sys.stderr))
+
+    trainer = Trainer()
+    ray_private.replace_ctrl_c_of_train(trainer, saying_that_it_stops)
+    with ctrl_c_as_in_a_shell():
+        trainer._register_sigint_handler("controller")
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+    first, *rest = capfd.readouterr().err.splitlines()
+    assert first.startswith("stopping: ")
+    assert [line.split(":")[0] for line in rest] == ["ends", *["still ending", "ends"] * 2]
