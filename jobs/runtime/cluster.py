@@ -7,8 +7,10 @@ import os
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -104,7 +106,7 @@ def _start_local() -> None:
     python = shlex.quote(sys.executable)
     say("Ray: starting on this machine")
     try:
-        with _temporary_files_in(folder / "tmp"):
+        with _temporary_files_in(folder / "tmp"), _sigterm_kept():
             context = ray.init(
                 # Not None, which would join a Ray that somebody else started on this machine.
                 address="local",
@@ -153,6 +155,20 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep the job's own handler of SIGTERM, where it has one.
+
+    Ray takes the signal twice when it starts: in Python, and in C++, where it prints a stack and aborts the process.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _join(address: str) -> None:
     if "://" in address:
         raise InputError(
@@ -182,7 +198,8 @@ def _join(address: str) -> None:
     # .rayignore leaves them out anyway.
     ray_private.spend_warnings_of_excludes()
     try:
-        context = ray.init(address=address, runtime_env=runtime_env or None, logging_level=logging.WARNING)
+        with _sigterm_kept():
+            context = ray.init(address=address, runtime_env=runtime_env or None, logging_level=logging.WARNING)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise InputError(
             f"RAY_ADDRESS={address}: something answers there but does not let this job in; export "

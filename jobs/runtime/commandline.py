@@ -162,19 +162,29 @@ def say_next(words: Sequence[str]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a job's `main`; bad input and a failing storage become one line on stderr and exit code 1.
 
-    The first Ctrl-C ends the job with 130, later ones do not hinder it. None hinders what a finished job still removes.
+    The first Ctrl-C ends the job with 130, later ones do not hinder it. SIGTERM does the same, with 143.
+    None hinders what a finished job still removes.
     Where the reader of stdout is gone (`| head`) it ends silently with 141, as programs do that SIGPIPE ends.
     """
     # A pipe or a log file must show progress as it happens, not when a buffer fills.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
+    ended_by = signal.SIGINT
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal ended_by
+        ended_by = signal.SIGTERM
+        # Ray Train has a handler of its own for Ctrl-C, which ends a training in order.
+        signal.raise_signal(signal.SIGINT)
+
     signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
     except KeyboardInterrupt:
         print(f"interrupted{_how_to_go_on(sys.argv)}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + ended_by) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
             # What is still buffered has nowhere to go.

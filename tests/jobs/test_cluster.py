@@ -179,6 +179,18 @@ def test_of_a_good_job_ray_prints_no_warnings(printed, monkeypatch):
     assert ray_logging.stdout_deduplicator.skip_re.pattern.count("PreemptionWatcher") == 1
 
 
+def test_a_job_keeps_its_handler_of_sigterm_when_ray_starts():
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with cluster._sigterm_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray sets its own
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+
+
 def test_lines_of_workers_are_plain(monkeypatch):
     monkeypatch.setattr(ray_logging, "_color", ray_logging._color)
     monkeypatch.setenv("RAY_COLOR_PREFIX", "1")

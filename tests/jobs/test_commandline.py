@@ -109,14 +109,15 @@ def test_ctrl_c_does_not_hinder_what_a_finished_job_removes() -> None:
 
 
 @pytest.mark.process
-def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends(first: signal.Signals) -> None:
     job = start_letting_go()
     assert job.stdin is not None
     assert job.stdout is not None
     assert job.stderr is not None
     with job:
         assert job.stdout.readline() == "works\n"
-        job.send_signal(signal.SIGINT)
+        job.send_signal(first)
         assert job.stderr.readline().startswith("stopping: ")
         assert job.stdout.readline() == "gives its lease back\n"
         job.send_signal(signal.SIGINT)
@@ -129,7 +130,7 @@ def test_a_second_ctrl_c_does_not_hinder_a_job_that_ends() -> None:
         assert job.stderr.readline().startswith("still ending: ")
         rest = job.communicate("\n", timeout=HANG_S)
     assert rest == ("", "")
-    assert job.returncode == 130
+    assert job.returncode == 128 + first
 
 
 def test_ctrl_c_of_a_training_says_at_once_that_it_stops(capfd: pytest.CaptureFixture[str]) -> None:
