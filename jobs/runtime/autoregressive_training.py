@@ -23,7 +23,7 @@ from jobs.runtime.ray_private import training_device
 from jobs.runtime.run_folder import check_begun
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, parameters, say_sizes
+from jobs.runtime.training_flow import Encoded, parameters, say_sizes, say_steps
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
 from mmcore.data.shapes import ShapesSettings, make_scene
@@ -37,7 +37,6 @@ from mmcore.generators.fresh_scenes import FreshScenes
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
 from mmcore.trained.autoencoder import open_autoencoder
-from mmcore.training_plan import num_steps
 
 # Scenes whose exhaustive captions tell how many are cut, and hold every word: a fifth of a second of drawing.
 _TOLD_SCENES = 400
@@ -110,16 +109,11 @@ def _describe(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, text: 
     with torch.device("meta"):
         model = recipe.build(facts)
     (height, width), of_text = facts.code_shape, text_sizes(model.text, text)
-    steps_per_epoch, total = num_steps(recipe.train, num_train)
-    num_images = total * recipe.train.batch_size
     seen = "scenes are drawn while it trains, each seen once" if recipe.fresh_scenes else "are seen"
     say_sizes(job, {"the Transformer": parameters(model) - parameters(model.text), **of_text})
-    print(
-        f"tokens: {height * width} an image ({height} x {width}), each one of {facts.num_codes:,} codes\n"
-        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch\n"
-        f"images: {num_images:,} {seen}",
-        flush=True,
-    )
+    print(f"tokens: {height * width} an image ({height} x {width}), each one of {facts.num_codes:,} codes", flush=True)
+    num_images = say_steps(job, num_train) * recipe.train.batch_size
+    print(f"images: {num_images:,} {seen}", flush=True)
 
 
 def _encode(

@@ -18,7 +18,16 @@ from jobs.runtime.job import Job
 from jobs.runtime.streaming import StreamedCaptionRows, streamed_column
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, Flow, in_millions, parameters, say_what_is_cut, train_by, train_captions
+from jobs.runtime.training_flow import (
+    Encoded,
+    Flow,
+    in_millions,
+    parameters,
+    say_steps,
+    say_what_is_cut,
+    train_by,
+    train_captions,
+)
 from mmcore.captioners.caption_rows import CaptionRows
 from mmcore.captioners.facts import CaptionerFacts, CaptionerRecipe, tokenizer_path, tokens_of
 from mmcore.catalogue import RECIPES
@@ -31,7 +40,6 @@ from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.run_files import TOKENIZER_ASSET
 from mmcore.seeding import derive_seed
 from mmcore.text import CaptionTokenizer
-from mmcore.training_plan import num_steps
 
 # Fields of a recipe that may name a folder.
 _FOLDERS = ("encoder", "tokenizer", "first_weights", "text_encoder", "text_model", "language_model")
@@ -109,13 +117,12 @@ def _describe(job: Job[Any], facts: CaptionerFacts, num_frozen: int, num_train: 
     entry = RECIPES.get(job.recipe_name) if job.variant == "report" else None
     table_1 = entry.table_1 if entry else None
     theirs = f" (Table 1: {table_1[0]} M and {table_1[1]} M)" if table_1 else ""
-    steps_per_epoch, total = num_steps(recipe.train, num_train)
     sizes = f"{in_millions(parameters(model) + num_frozen)} in all, {in_millions(trainable)} trainable{theirs}"
     print(
-        f"parameters of {job.recipe_name}: {sizes}; vocabulary {facts.token_ids.size:,} words\n"
-        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
+        f"parameters of {job.recipe_name}: {sizes}; vocabulary {facts.token_ids.size:,} words",
         flush=True,
     )
+    say_steps(job, num_train)
     if entry and entry.remark:
         print(entry.remark, flush=True)
 

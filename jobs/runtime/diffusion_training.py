@@ -9,7 +9,7 @@ from torch import Tensor
 from jobs.runtime.generator_training import Text, read_prompts, sample_grids, text_assets, text_sizes
 from jobs.runtime.job import Job
 from jobs.runtime.train_worker import Doing, Setup
-from jobs.runtime.training_flow import parameters, say_sizes
+from jobs.runtime.training_flow import parameters, say_sizes, say_steps
 from mmcore.data.columns import default_cache, open_column
 from mmcore.data.prepared import read_captions
 from mmcore.generators.denoiser import Denoiser
@@ -20,7 +20,6 @@ from mmcore.generators.facts import DiffusionFacts
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.training_plan import num_steps
 
 
 def check_sampling(job: Job[Any]) -> None:
@@ -33,10 +32,9 @@ def describe(job: Job[Any], facts: DiffusionFacts, text: Text, num_train: int) -
     recipe: DiffusionRecipe = job.recipe
     with torch.device("meta"):
         model = recipe.build(facts)
-    steps_per_epoch, total = num_steps(recipe.train, num_train)
     unet = f"the U-Net on {' x '.join(map(str, facts.x_0_shape))}"
     say_sizes(job, {unet: parameters(model.unet), **text_sizes(model.text, text)})
-    print(f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch", flush=True)
+    say_steps(job, num_train)
 
 
 def diffusion_setup(

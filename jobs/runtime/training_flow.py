@@ -10,7 +10,7 @@ from ray.data import Dataset
 from torch import nn
 
 from jobs.prepare import SHAPES, PrepareSettings, prepare
-from jobs.runtime.commandline import say_next
+from jobs.runtime.commandline import counted, say_next
 from jobs.runtime.job import Job, R
 from jobs.runtime.next_command import after_training
 from jobs.runtime.run_folder import check_begun, check_new_run
@@ -22,10 +22,13 @@ from mmcore.data.prepared import TRAIN, CaptionTable, read_captions, shapes_tabl
 from mmcore.data.shapes import ShapesSettings
 from mmcore.errors import InputError
 from mmcore.recipe import recipe_to_json
+from mmcore.training_plan import num_steps
 
 F = TypeVar("F")
 # Of the lines in which a dry run lists the settings.
 _WIDTH = 110
+# Every documented result took a thousand steps or more.
+_FEW_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,28 @@ def say_sizes(job: Job[Any], parts: Mapping[str, int]) -> None:
     """Print the number of parameters of each part by its name; what has none is left out."""
     told = ", ".join(f"{in_millions(count)} of {part}" for part, count in parts.items() if count)
     print(f"parameters of {job.recipe_name}: {told}", flush=True)
+
+
+def say_steps(job: Job[Any], num_train: int) -> int:
+    """Print the steps of the run, and what to raise where the epochs give few. Returns the number of steps.
+
+    Raises InputError for fewer training rows than a batch.
+    """
+    train = job.recipe.train
+    steps_per_epoch, total = num_steps(train, num_train)
+    print(f"steps: {total:,}, each of {train.batch_size} images; an epoch has {steps_per_epoch:,}", flush=True)
+    allowed = steps_per_epoch * train.num_epochs
+    # The own number of a variant is for its own data.
+    usual = RECIPES[job.recipe_name].variants[job.variant].train.max_steps
+    if train.max_steps not in (None, usual) and train.max_steps > allowed:
+        told = f"--max-steps {train.max_steps:,} is not reached"
+    elif total == allowed < _FEW_STEPS and job.variant != "smoke":
+        told = "a model of this kind takes some thousand steps"
+    else:
+        return total
+    epochs = f"the {train.num_epochs:,} epochs have" if train.num_epochs > 1 else "the one epoch has"
+    print(f"note: {epochs} only {counted(allowed, 'step')}; {told}: raise --num-epochs", flush=True)
+    return total
 
 
 def say_what_is_cut(job: Job[Any], lengths: Sequence[int], most_of: Callable[[Any], int], mend: str) -> None:

@@ -13,7 +13,7 @@ from jobs.runtime.features import cached_pixels
 from jobs.runtime.job import Job, RunOptions
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, Flow, parameters, say_sizes, train_by
+from jobs.runtime.training_flow import Encoded, Flow, parameters, say_sizes, say_steps, train_by
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import PixelRows, to_network, to_pixels
 from mmcore.data.prepared import CaptionTable, read_captions
@@ -26,7 +26,6 @@ from mmcore.generators.vqvae import LPIPS_NAME, VARIANTS, VQVAERecipe, VQVAETrai
 from mmcore.images import image_grid
 from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
-from mmcore.training_plan import num_steps
 
 RECIPE_NAME = "vqvae"
 
@@ -81,7 +80,6 @@ def describe(job: Job[VQVAERecipe], facts: VQVAEFacts, num_train: int) -> None:
     recipe = job.recipe
     model = VQVAETraining(dataclasses.replace(recipe, perceptual=None, vgg16=None, lpips_heads=None))
     channels, height, width = recipe.latent_shape
-    steps_per_epoch, total = num_steps(recipe.train, num_train)
     say_sizes(
         job,
         {
@@ -92,10 +90,10 @@ def describe(job: Job[VQVAERecipe], facts: VQVAEFacts, num_train: int) -> None:
     )
     print(
         f"images {recipe.image_size}x{recipe.image_size}x3 -> latents {height}x{width}x{channels}, "
-        f"{recipe.num_codes:,} codes\n"
-        f"steps: {total:,} of {recipe.train.batch_size} images, {steps_per_epoch:,} an epoch",
+        f"{recipe.num_codes:,} codes",
         flush=True,
     )
+    say_steps(job, num_train)
     if job.variant == "report":
         print(
             "departures from the report: GroupNorm in the discriminator where it has BatchNorm (no batch statistics); "

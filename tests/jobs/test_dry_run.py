@@ -73,7 +73,7 @@ def test_the_bytes_of_an_image_are_told(
     out = capsys.readouterr().out
     assert f"state:  {state}" in out
     assert f"writes: {folder}/out/runs/{name}/default" in out
-    assert "steps: 5 of 8 images, 5 an epoch" in out
+    assert "steps: 5, each of 8 images; an epoch has 5" in out
     assert "Table 1" not in out, "of Flickr8k, and of another size"
     assert sorted(folder.rglob("*")) == before
 
@@ -108,6 +108,29 @@ def test_the_variant_of_the_report_says_why_its_sizes_differ(folder: Path, capsy
     assert table_1.RESNET in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ([], None),
+        (["--max-steps", "4"], None),
+        (["--max-steps", "60"], "the one epoch has only 5 steps; --max-steps 60 is not reached"),
+        (["--variant", "shapes", "--num-epochs", "6"], "the 6 epochs have only 12 steps; a model of this kind takes"),
+        (["--variant", "shapes", "--num-epochs", "6", "--max-steps", "4"], None),
+        (["--variant", "shapes", "--num-epochs", "150"], None),
+    ],
+)
+def test_few_steps_are_told_unless_they_were_asked_for(
+    flags: list[str], note: str | None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A smoke test has few by itself."""
+    dry_run("resnet_captioner", *flags, "--dataset", "tiny", "--split", "split", "--storage", str(folder / "out"))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (note is not None)
+    if note is not None:
+        assert notes[0].startswith(f"note: {note}")
+        assert notes[0].endswith("raise --num-epochs")
+
+
 def test_no_flag_is_named_where_the_frozen_encoder_reads_no_more(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +155,7 @@ def test_on_an_empty_storage_it_says_what_is_made_first(
     assert f"{tmp_path}/empty/runs/vqvae/default (trained first where missing)" in out
     assert "lose their tail" not in out, "the length of a smoke test is ours"
     assert "first:  makes the Shapes data, num_train 8000, num_validation 200, num_test 300, " in out
-    assert "steps: 20 of 8 images, 1,000 an epoch" in out
+    assert "steps: 20, each of 8 images; an epoch has 1,000" in out
     assert not (tmp_path / "empty").exists()
 
 

@@ -86,7 +86,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Ca
     flags = ["--storage", storage, "--name", "dry", "--dry-run"]
     printed = call_here(main, *FLAGS, *flags, "--max-tokens", 23).stdout
     assert "tokens: 64 an image (8 x 8), each one of 64 codes" in printed
-    assert "steps: 18 of 8 images, 5 an epoch" in printed
+    assert "steps: 18, each of 8 images; an epoch has 5" in printed
     assert "state:  64 bytes an image (codes), 0.0 MB for 8 images" in printed
     assert "images: 144 scenes are drawn while it trains, each seen once" in printed
     assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed

@@ -81,7 +81,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Ca
     before = sorted(Path(storage.uri).rglob("*"))
     printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
     assert "of the U-Net on 4 x 8 x 8" in printed
-    assert "steps: 40 of 8 images, 5 an epoch" in printed
+    assert "steps: 40, each of 8 images; an epoch has 5" in printed
     assert f"{storage}/runs/vqvae/dry (trained first where missing)" in printed
     assert sorted(Path(storage.uri).rglob("*")) == before
 

@@ -67,7 +67,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Ca
     before = {path: path.read_bytes() for path in Path(storage.uri).rglob("*") if path.is_file()}
     printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
     assert "images 16x16x3 -> latents 4x4x4, 64 codes" in printed
-    assert "steps: 40 of 8 images, 5 an epoch" in printed
+    assert "steps: 40, each of 8 images; an epoch has 5" in printed
     assert {path: path.read_bytes() for path in Path(storage.uri).rglob("*") if path.is_file()} == before
 
 

@@ -234,7 +234,7 @@ def test_dry_run_writes_nothing(call_job: CallJob, storage: Storage) -> None:
     assert not run_folder(storage, "dry").exists()
     assert result.stdout.startswith("recipe: resnet_captioner, variant smoke\n")
     assert "batch_size 8, " in result.stdout[result.stdout.index("settings: ") :]
-    assert "steps: 20 of 8 images, 5 an epoch" in result.stdout
+    assert "steps: 20, each of 8 images; an epoch has 5" in result.stdout
     assert re.search(
         r"^parameters of resnet_captioner: [\d,.]+( M)? in all, [\d,.]+( M)? trainable;", result.stdout, re.M
     )
@@ -246,7 +246,7 @@ def test_without_a_variant_it_says_what_it_runs_and_how_to_run_the_reports(call_
     first = result.stdout.splitlines()[0]
     assert first.startswith("no --variant given: running `shapes`, self-contained")
     assert first.endswith("for the report's settings give `--variant report`")
-    assert "steps: 3,000 of 16 images" in result.stdout
+    assert "steps: 3,000, each of 16 images" in result.stdout
     assert not (tmp_path / "empty").exists()
 
 
