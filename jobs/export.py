@@ -36,7 +36,7 @@ from jobs.runtime.source import output_storage
 from mmcore.catalogue import names
 from mmcore.errors import InputError
 from mmcore.flags import read_settings
-from mmcore.frozen.pretrained import quiet_load
+from mmcore.frozen.hub import quiet_load
 from mmcore.run_files import read_fields
 from mmcore.storage import Storage, writing
 from mmcore.trained.autoencoder import open_autoencoder

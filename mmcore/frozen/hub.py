@@ -1,9 +1,31 @@
-"""What is said of a model that is read from the hub of Hugging Face, or is not found there."""
+"""Reading from the hub of Hugging Face: no noise of the library, a line for a fetch, and the error of a failure."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmcore.errors import InputError
+
+
+@contextmanager
+def quiet_load() -> Iterator[None]:
+    """Within the block, transformers prints no progress bar, no report on weights and no attempts to reach the hub."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def say_fetch(name: str, *files: str, what: str = "") -> None:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcore.errors import InputError
-from mmcore.frozen.hub import not_found, say_fetch
+from mmcore.frozen.hub import not_found, quiet_load, say_fetch
 
 # Values of recipes that are not names of models. A local folder of such a name is ignored.
 _NO_MODELS = ("scratch", "words", "")
@@ -29,26 +28,6 @@ _CONFIG_WITHOUT_EFFECT = (
 )
 # Errors of the two file formats for an invalid file of weights.
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError)
-
-
-@contextmanager
-def quiet_load() -> Iterator[None]:
-    """Within the block, transformers prints no progress bar, no report on weights and no attempts to reach the hub."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def read_config(name: str, *, flag: str, what: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers.decoders import WordPiece
 
 from mmcore.errors import InputError
-from mmcore.frozen.hub import not_found, say_fetch
+from mmcore.frozen.hub import not_found, quiet_load, say_fetch
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
 from mmcore.text import WORDS_FILE, CaptionTokenizer, TokenIds, WordVocabulary
@@ -37,9 +37,10 @@ def load_tokenizer(name: str, flag: str) -> Any:
 
     say_fetch(name, TOKENIZER_FILES[0], what="the tokenizer of")
     try:
-        # This raises if the file is missing. Without it transformers silently creates an empty tokenizer.
-        cached_file(name, TOKENIZER_FILES[0])
-        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+        with quiet_load():
+            # This raises if the file is missing. Without it transformers silently creates an empty tokenizer.
+            cached_file(name, TOKENIZER_FILES[0])
+            return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise not_found(name, flag, "tokenizer", error) from None
 
