@@ -71,13 +71,13 @@ function chosen() {
   return generators.find(({ id }) => id === select.value);
 }
 
-// The fields of the model's own options. One that it does not have would be refused.
+// The fields of the model's own options. One that it does not have would be refused. Without a model there are none.
 function showDefaults() {
-  const { defaults, limits } = chosen() ?? {};
-  if (!defaults) return;
+  const { defaults = {}, limits } = chosen() ?? {};
   for (const [name, [id]] of Object.entries(OPTIONS)) {
     const field = byId(id);
     field.parentElement.hidden = field.disabled = !(name in defaults);
+    if (field.disabled) continue;
     if (id !== "negative") field.value = defaults[name] ?? "";
     if (field.type === "number" && limits?.[name] !== undefined) Object.assign(field, { min: "1", max: limits[name] });
   }

@@ -99,7 +99,7 @@ def test_what_cannot_be_exported_is_said_at_the_start(
 
 
 def test_what_a_run_makes_first_and_leaves(reference: Storage, storage: Storage) -> None:
-    assert f"training {storage}/runs/vqvae/first first" in _finished[storage.uri]
+    assert f"{storage}/runs/vqvae/first is trained first" in _finished[storage.uri]
     assert "next: " not in _finished[storage.uri], "no prompts of a dataset of others, and the VQ-VAE is not typed"
     facts = json.loads(reference.read("recipe.json"))
     assert facts["settings"]["vqvae"] == f"{storage}/runs/vqvae/first"

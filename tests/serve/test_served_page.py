@@ -271,13 +271,13 @@ def test_another_model_brings_its_settings(blank: Tab, service: StandIn) -> None
 )
 def test_refusal_in_words(page: Tab, service: StandIn, failure: Failure, words: str) -> None:
     service.failures[GENERATE] = [failure]
-    generate(page, number="99")
+    generate(page, number="8")
     page.wait("document.getElementById('images-error').innerText")
     assert page.text("#images-error") == words
     if failure.param:
         assert page.run("[document.activeElement.id, document.activeElement.ariaInvalid]") == ["number", "true"]
     page.click("#generate")
-    wait_made(page, 99)
+    wait_made(page, 8)
 
 
 def test_refusal_that_says_when_to_come_back(page: Tab, service: StandIn) -> None:
@@ -343,6 +343,9 @@ def test_key_stays_in_this_tab(blank: Tab, service: StandIn, browser: Browser, i
     blank.goto(service.url)
     blank.wait_text("#service", "The service needs a key.")
     assert blank.text("#generate-why") == "The service needs a key."
+    options = "#images-form :is(input, textarea, select)"
+    shown = ["prompt", "model", "number", "seed"]
+    assert [id for id in blank.each(options, "e.checkVisibility() && e.id") if id] == shown, "no model is known"
     blank.choose("#files", images[0])
     blank.wait_text("#captions-error", "The service needs a key.")
     for key, words in [("wrong", "does not accept this key"), ("mit Umläuten", "cannot be a key")]:
@@ -368,6 +371,7 @@ def test_key_stays_in_this_tab(blank: Tab, service: StandIn, browser: Browser, i
     blank.click("#forget")
     blank.wait("document.activeElement.id === 'key'")
     assert blank.run("sessionStorage.length") == 0
+    assert not blank.run("document.getElementById('steps').checkVisibility()")
 
 
 def test_key_that_is_withdrawn(page: Tab, service: StandIn) -> None:
