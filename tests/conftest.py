@@ -36,6 +36,17 @@ PORTS = range(20_000, 32_768)
 _claims: list[socket.socket] = []
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread, so that sums have one order. Files use it by `pytest.mark.usefixtures`."""
+    import torch  # the tests of the service's protocol need none of it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def free_port() -> int:
     """A free port. Neither the kernel nor another test assigns it meanwhile."""
     while True:

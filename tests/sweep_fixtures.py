@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import tiny_sweep
-import torch
 
 import jobs.generate
 import jobs.runtime.sweep
@@ -34,14 +33,6 @@ def work_here(blocks: Blocks, todo: list[int], actors: dict[str, Any], num_worke
 
     with ThreadPoolExecutor(2) as threads:
         yield from threads.map(work, todo)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -29,13 +29,8 @@ ROOT = Path(__file__).parents[2]
 SHARED_CAPTIONS = ROOT.parent / "shared" / "data" / "flickr8k" / "captions.txt"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads that wait for each other make tiny sizes very slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Threads that wait for each other make tiny sizes very slow on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_ratios_are_of_pairs_and_the_order_changes():

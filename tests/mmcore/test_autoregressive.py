@@ -29,13 +29,7 @@ INPUTS = TextInputs(vocabulary_size=20, pad_id=PAD, bos_id=BOS, eos_id=EOS)
 FACTS = AutoregressiveFacts(INPUTS, (3, 4), NUM_CODES)
 PLAIN = AutoregressiveOptions(guidance=1.0, temperature=1.0)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe_of(**changes: Any) -> AutoregressiveRecipe:

@@ -1,7 +1,6 @@
 """mmcore/captioners/bridge_weights.py: what a bridge begins with, on tiny weights."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,7 @@ BERT = BertConfig(
     max_position_embeddings=16,
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(weights: str, **changes: Any) -> LanguageCaptionerRecipe:

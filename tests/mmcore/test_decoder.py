@@ -28,13 +28,7 @@ from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, TokenIds
 
 IDS = TokenIds(40, BOS_ID, EOS_ID, (PAD_ID, BOS_ID, UNK_ID))
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decoder_of(**changes: Any) -> CaptionDecoder:

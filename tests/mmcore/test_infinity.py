@@ -30,13 +30,7 @@ _GRIDS = ((1, 1), (2, 2), (4, 4))
 _FINEST = (8, 8)
 _SETTINGS = InfinitySettings(num_layers=2, width=64, num_heads=2, text_channels=128, max_text_tokens=6, num_bits=4)
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -27,13 +27,7 @@ from mmcore.recipe import TrainSettings
 from mmcore.seeding import permutation
 from mmcore.training import Training
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:

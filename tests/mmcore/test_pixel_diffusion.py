@@ -22,13 +22,7 @@ from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.pixel_diffusion import VARIANTS, PixelDiffusionRecipe
 from mmcore.recipe import recipe_from_json, recipe_to_json
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parameters(module: torch.nn.Module) -> int:

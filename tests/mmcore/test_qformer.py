@@ -28,13 +28,7 @@ SETTINGS = QFormerSettings(
     max_positions=12, dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def qformer_of(scale: float = 10.0, **changes: Any) -> QFormer:

@@ -55,13 +55,7 @@ LENGTHS = ([6, 2, 4], [5])
 # Measured: at most 4.3e-6 on values up to 4.6.
 CLOSE: dict[str, float] = {"rtol": 0, "atol": 2e-5}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

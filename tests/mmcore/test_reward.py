@@ -25,13 +25,7 @@ from mmcore.text import TokenIds
 
 IDS = TokenIds(12, 1, 2, (0, 1, 3))
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_reward(**train: Any) -> CrossAttentionCaptionerRecipe:

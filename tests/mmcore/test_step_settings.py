@@ -18,13 +18,7 @@ from mmcore.recipe import recipe_from_json, recipe_to_json
 
 SETTINGS = {"max_steps": 3, "validate_every_epochs": 9, "precision": "fp32"}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def captioner(**train: Any) -> tuple[Any, Any]:

@@ -21,13 +21,7 @@ from mmcore.errors import InputError
 from mmcore.losses import Outputs
 from mmcore.training import RunHooks, Training
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state_tensors(training: Training) -> dict[str, dict[str, Tensor]]:

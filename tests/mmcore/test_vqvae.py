@@ -26,13 +26,7 @@ from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(seed: int = 0, **changes: Any) -> VQVAE:
