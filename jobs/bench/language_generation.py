@@ -40,6 +40,7 @@ from mmcore.frozen.language import SCRATCH, FrozenLanguageModel
 from mmcore.seeding import generator
 from mmcore.storage import Storage
 from mmcore.trained.captioner import open_captioner
+from mmcore.trained.image_encoder import image_inputs
 
 TARGET = 1.5
 
@@ -80,7 +81,7 @@ def measured(bench: GenerationBench) -> tuple[FrozenLanguageModel, str, Tensor]:
     prompt, tokens = captioner.recipe.prompt, []
     for start in range(0, len(data), bench.batch_size):
         pixels = inputs.prepared_pixels(data[start : start + 16], names[start : start + 16], captioner.image_size)
-        images = torch.from_numpy(pixels) if captioner.encoder is None else captioner.encoder(pixels)
+        images = image_inputs(pixels, captioner.encoder, "cpu")
         with torch.inference_mode():
             tokens.append(captioner.model.image_tokens(images, prompt))
     return captioner.model.language_model, prompt, torch.cat(tokens)

@@ -22,7 +22,7 @@ from mmcore.recipe import Captioner, Identity
 from mmcore.run_files import TOKENIZER_ASSET, RunFile
 from mmcore.storage import Storage
 from mmcore.text import CaptionTokenizer, WordVocabulary
-from mmcore.trained.image_encoder import encoder_name, load_encoder
+from mmcore.trained.image_encoder import encoder_name, image_inputs, load_encoder
 from mmcore.trained.network import load_network
 
 OnText = Callable[[int, str], None]
@@ -79,10 +79,6 @@ class TrainedCaptioner:
         self.encoder = load_encoder(self.encoder_name, self.run, self.file, device)
         return self
 
-    def _inputs(self, pixels: np.ndarray) -> torch.Tensor:
-        """What the model takes of each image: the tokens of the frozen encoder, or the pixels."""
-        return torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
-
     def _tokenizer(self) -> CaptionTokenizer:
         """The tokenizer stored with the run. Up to commit 34e6a7a the words were stored in recipe.json."""
         if "vocabulary" in self.file.written:
@@ -96,7 +92,10 @@ class TrainedCaptioner:
         if prompts is not None:
             raise ValueError("this captioner takes no text prompts")
         told = self._told(on_text, len(pixels))
-        return [self.tokenizer.decode(ids) for ids in self.model.caption(self._inputs(pixels), options, **told)]
+        return [
+            self.tokenizer.decode(ids)
+            for ids in self.model.caption(image_inputs(pixels, self.encoder, self.device), options, **told)
+        ]
 
     def _told(self, on_text: OnText | None, num_images: int) -> dict[str, OnWords]:
         """The argument `on_words` of a search that tells `on_text`; none for a model that tells no words."""
@@ -124,7 +123,7 @@ class TrainedLanguageCaptioner(TrainedCaptioner):
     ) -> list[str]:
         """`prompts`: one per image; None is that of the recipe."""
         told = self._told(on_text, len(pixels))
-        captions = self.model.caption(self._inputs(pixels), options, prompts, **told)
+        captions = self.model.caption(image_inputs(pixels, self.encoder, self.device), options, prompts, **told)
         return [self.tokenizer.decode(ids) for ids in captions]
 
 

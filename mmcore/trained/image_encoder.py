@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from mmcore.captioners.facts import tokens_of
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
@@ -31,3 +35,8 @@ def load_encoder(name: str | None, run: Storage, file: RunFile[Any, Any], device
     if encoder.fingerprint() != file.facts.encoder_fingerprint:
         raise InputError(f"--encoder {name!r}: {run} was trained on another encoder; name that one")
     return encoder
+
+
+def image_inputs(pixels: np.ndarray, encoder: FrozenVisionEncoder | None, device: str | torch.device) -> Tensor:
+    """What a model takes of images, uint8 (B, P, P, 3): the tokens of its frozen encoder (B, L, E), or the pixels."""
+    return torch.from_numpy(pixels).to(device) if encoder is None else encoder(pixels)

@@ -19,7 +19,7 @@ from mmcore.frozen.vision import FrozenVisionEncoder
 from mmcore.recipe import Identity, Retriever
 from mmcore.run_files import TOKENIZER_ASSET, RunFile
 from mmcore.storage import Storage
-from mmcore.trained.image_encoder import encoder_name, load_encoder
+from mmcore.trained.image_encoder import encoder_name, image_inputs, load_encoder
 from mmcore.trained.network import load_network
 
 # Pairs of an image and a text that a Q-Former reads at once.
@@ -71,7 +71,7 @@ class TrainedPair:
 
     @torch.inference_mode()
     def image_features(self, pixels: np.ndarray) -> Tensor:
-        return self.model.image_features(self._images(pixels))[:, None].float().cpu()
+        return self.model.image_features(image_inputs(pixels, self.encoder, self.device))[:, None].float().cpu()
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -85,10 +85,6 @@ class TrainedPair:
         images_BQF = self.image_features(pixels).repeat_interleave(torch.tensor(numbers), dim=0)
         similarity_B = torch.einsum("bqf,bf->bq", images_BQF, self.text_features(flat)).amax(dim=1)
         return list(similarity_B.split(numbers))
-
-    def _images(self, pixels: np.ndarray) -> Tensor:
-        """What the model takes of each image: the tokens of the frozen encoder, or the pixels."""
-        return torch.from_numpy(pixels).to(self.device) if self.encoder is None else self.encoder(pixels)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids of the tokens (B, T), int64, and which of them are no padding, bool (B, T)."""
@@ -111,11 +107,11 @@ class TrainedQFormer(TrainedPair):
 
     @torch.inference_mode()
     def image_features(self, pixels: np.ndarray) -> Tensor:
-        return self.model.image_features(self._images(pixels)).float().cpu()
+        return self.model.image_features(image_inputs(pixels, self.encoder, self.device)).float().cpu()
 
     @torch.inference_mode()
     def match(self, pixels: np.ndarray, texts: Sequence[Sequence[str]]) -> list[Tensor]:
-        memory_BLE = self.model.memory(self._images(pixels))
+        memory_BLE = self.model.memory(image_inputs(pixels, self.encoder, self.device))
         return [self._match(memory_BLE[row : row + 1], own) for row, own in enumerate(texts)]
 
     def _match(self, memory_1LE: Tensor, texts: Sequence[str]) -> Tensor:
