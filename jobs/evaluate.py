@@ -16,7 +16,7 @@ numbers: scorer, smoothing, weights, tokens, case, references per image, which i
 import dataclasses
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -324,6 +324,18 @@ def load_split(settings: CaptionScoreSettings, dataset: str, references: Referen
     return images
 
 
+# What scores by these settings, and what sums the result up in a line.
+_SCORES: dict[type[Any], tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
+    CaptionScoreSettings: (evaluate_captions, captions_line),
+    ShapesScoreSettings: (evaluate_images, shapes_line),
+    ColourScoreSettings: (evaluate_images, colours_line),
+    PhotoScoreSettings: (evaluate_photos, colours_line),
+    RetrievalScoreSettings: (evaluate_retrieval, retrieval_line),
+    LabelScoreSettings: (evaluate_labels, labels_line),
+    ClipScoreSettings: (evaluate_clip_score, clip_score_line),
+}
+
+
 def main() -> None:
     kinds = {
         "captions": CaptionScoreSettings,
@@ -335,20 +347,8 @@ def main() -> None:
         "clip-score": ClipScoreSettings,
     }
     settings = read_subcommand(kinds, __doc__, "python jobs/evaluate.py", "which scores")
-    if isinstance(settings, CaptionScoreSettings):
-        result, in_a_line = evaluate_captions(settings), captions_line
-    elif isinstance(settings, PhotoScoreSettings):
-        result, in_a_line = evaluate_photos(settings), colours_line
-    elif isinstance(settings, RetrievalScoreSettings):
-        result, in_a_line = evaluate_retrieval(settings), retrieval_line
-    elif isinstance(settings, LabelScoreSettings):
-        result, in_a_line = evaluate_labels(settings), labels_line
-    elif isinstance(settings, ClipScoreSettings):
-        result, in_a_line = evaluate_clip_score(settings), clip_score_line
-    elif isinstance(settings, ShapesScoreSettings):
-        result, in_a_line = evaluate_images(settings), shapes_line
-    else:
-        result, in_a_line = evaluate_images(settings), colours_line
+    evaluate, in_a_line = _SCORES[type(settings)]
+    result = evaluate(settings)
     print(json.dumps(result, indent=2), flush=True)
     # Below the many lines of the result, where it is seen.
     print(in_a_line(result), file=sys.stderr)
