@@ -117,9 +117,14 @@ def _turn(vectors_RHLh: Tensor, rope_2Lh: Tensor) -> Tensor:
     return torch.stack([cosine * first - sine * second, sine * first + cosine * second], dim=-1).flatten(-2)
 
 
+def _wide(values: Tensor) -> Tensor:
+    """In fp32, or in fp64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _normalized(hidden_RLD: Tensor, scale_R1D: Tensor, shift_R1D: Tensor) -> Tensor:
     """LayerNorm without weights, then scale and shift, in fp32."""
-    return F.layer_norm(hidden_RLD.float(), hidden_RLD.shape[-1:], eps=_EPS) * (1 + scale_R1D) + shift_R1D
+    return F.layer_norm(_wide(hidden_RLD), hidden_RLD.shape[-1:], eps=_EPS) * (1 + scale_R1D) + shift_R1D
 
 
 class SelfAttention(nn.Module):
@@ -138,9 +143,9 @@ class SelfAttention(nn.Module):
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
         qkv = F.linear(hidden_RLD, self.qkv.weight, bias.to(self.qkv.weight.dtype))
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        scale_H = self.log_scale_H.float().clamp_max(math.log(_MAX_COSINE_SCALE)).exp()
-        query = _turn(F.normalize(query.float(), dim=-1) * scale_H[:, None, None], rope_2Lh).to(value.dtype)
-        key = _turn(F.normalize(key.float(), dim=-1), rope_2Lh).to(value.dtype)
+        scale_H = _wide(self.log_scale_H).clamp_max(math.log(_MAX_COSINE_SCALE)).exp()
+        query = _turn(F.normalize(_wide(query), dim=-1) * scale_H[:, None, None], rope_2Lh).to(value.dtype)
+        key = _turn(F.normalize(_wide(key), dim=-1), rope_2Lh).to(value.dtype)
         if store is not None:
             key, value = store(key, value)
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LK, scale=1.0)
@@ -220,7 +225,7 @@ class Block(nn.Module):
         mask_LK: Tensor | None,
         store: Callable | None,
     ) -> Tensor:
-        modulation = (self.modulation_6D.float() + text.modulation_R6D).unsqueeze(2).unbind(1)
+        modulation = (_wide(self.modulation_6D) + text.modulation_R6D).unsqueeze(2).unbind(1)
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation
         normalized = _normalized(hidden_RLD, scale1, shift1)
         hidden_RLD = hidden_RLD + self.self_attention(normalized, rope_2Lh, mask_LK, store) * gain1
@@ -261,11 +266,11 @@ class InfinityTransformer(nn.Module):
             mask_RT: which tokens there are; each prompt has at least one.
         """
         mask_R11T = mask_RT[:, None, None]
-        normalized_RTC = self.text_norm(text_RTC.float()).to(text_RTC.dtype)
+        normalized_RTC = self.text_norm(_wide(text_RTC)).to(text_RTC.dtype)
         pooled_RD = self.text_pool(normalized_RTC, mask_R11T)
         text_RTD = self.text_projection(normalized_RTC)
         with torch.autocast(pooled_RD.device.type, enabled=False):
-            modulation = self.modulation(pooled_RD.float()).unflatten(-1, (6, -1))
+            modulation = self.modulation(_wide(pooled_RD)).unflatten(-1, (6, -1))
         return TextState(
             pooled_RD=pooled_RD,
             modulation_R6D=modulation,
@@ -279,12 +284,12 @@ class InfinityTransformer(nn.Module):
             hidden_RLD = (text.pooled_RD + self.first_position_D)[:, None]
         else:
             hidden_RLD = self.bit_embedding(inputs_RLd)
-        return (hidden_RLD + self.grid_embedding.weight[number]).float()
+        return _wide(hidden_RLD + self.grid_embedding.weight[number])
 
     def logits(self, hidden_RLD: Tensor, pooled_RD: Tensor) -> Tensor:
         """Two logits for each bit, fp32 (R, L, d, 2): of bit 0 and of bit 1."""
         with torch.autocast(hidden_RLD.device.type, enabled=False):
-            scale, shift = self.head_modulation(pooled_RD.float()).unflatten(-1, (2, 1, -1)).unbind(1)
+            scale, shift = self.head_modulation(_wide(pooled_RD)).unflatten(-1, (2, 1, -1)).unbind(1)
             return self.head(_normalized(hidden_RLD, scale, shift)).unflatten(-1, (-1, 2))
 
     def forward(self, text: TextState, inputs: Sequence[Tensor], grids: Sequence[Grid], finest: Grid) -> Tensor:

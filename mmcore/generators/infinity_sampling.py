@@ -11,42 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcore.errors import OptionError
 from mmcore.generators.bsq import enlarge, vectors_of
 from mmcore.generators.infinity import Cache, InfinityTransformer, TextState, rope_table
+from mmcore.generators.infinity_options import InfinityOptions
 from mmcore.generators.infinity_scales import Grid, num_positions
-
-
-@dataclass(frozen=True)
-class InfinityOptions:
-    """How bits are drawn. The defaults are the report's."""
-
-    guidance: float = 3.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_layer: int = 0
-    """0 guides the logits. -n guides what leaves the n-th layer before the last, counted from 0 at the head: the
-    official -5 of 32 layers is layer 27."""
-    guided_grids: int | None = None
-    """Grids that are guided, the first ones. None guides all. Fewer are faster and change the image."""
-    temperature: float = 0.5
-    """The logits are divided by it. 0 takes the more likely bit."""
-    top_p: float = 0.97
-    """The less likely of two bits is dropped where its probability is at most 1 - top_p. 1 keeps it."""
-
-    def check(self, num_layers: int) -> None:
-        """Raise OptionError for a value out of its range."""
-        if self.temperature < 0:
-            raise OptionError("temperature", f"must be at least 0, not {self.temperature}")
-        if not 0.5 < self.top_p <= 1:
-            raise OptionError("top_p", f"must be above 0.5 and at most 1, not {self.top_p}")
-        if not -num_layers < self.guidance_layer <= 0:
-            raise OptionError("guidance_layer", f"must be from {1 - num_layers} to 0, not {self.guidance_layer}")
-        if self.guided_grids is not None and self.guided_grids < 0:
-            raise OptionError("guided_grids", f"must be at least 0, not {self.guided_grids}")
-
-    def guidance_of(self, number: int) -> float:
-        """The guidance scale of grid `number`."""
-        return self.guidance if self.guided_grids is None or number < self.guided_grids else 1.0
 
 
 def draw_bits(logits_BLd2: Tensor, uniforms_BLd: Tensor | None, options: InfinityOptions) -> Tensor:
@@ -105,14 +73,15 @@ def sample(
     Raises OptionError for a value of `options` out of its range.
     """
     options.check(model.settings.num_layers)
-    guided = any(options.guidance_of(number) != 1 for number in range(len(grids)))
+    drawn = grids[: options.num_grids]
+    guided = any(options.guidance_of(number) != 1 for number in range(len(drawn)))
     text = _both(model, text_BTC, mask_BT) if guided else model.text_state(text_BTC, mask_BT)
     num_images, num_rows = len(text_BTC), len(text.pooled_RD)
-    cache = Cache(model.settings, num_rows, num_positions(tuple(grids)), text.keys_values[0][0])
+    cache = Cache(model.settings, num_rows, num_positions(tuple(drawn)), text.keys_values[0][0])
     rope_2Lh = rope_table(model.settings, grids, finest).to(text_BTC.device)
     latent_grids = [(h * patch, w * patch) for h, w in grids]
     total_BdHW: Tensor | None = None
-    for number, grid in enumerate(grids):
+    for number, grid in enumerate(drawn):
         guidance = options.guidance_of(number)
         if guidance == 1 and len(text.pooled_RD) > num_images:
             # No later grid is guided, so the rows without a prompt end here.

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +20,8 @@ from torch import Tensor
 from mmcore.errors import InputError, OptionError
 from mmcore.generators.bsq import quantize, vectors_of
 from mmcore.generators.infinity import InfinitySettings, InfinityTransformer
-from mmcore.generators.infinity_sampling import InfinityOptions, Step, draw_bits, sample
+from mmcore.generators.infinity_options import InfinityOptions
+from mmcore.generators.infinity_sampling import Step, draw_bits, sample
 from mmcore.generators.infinity_scales import GRIDS, STRIDE, grids_of, num_positions, rope_places
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 from mmcore.generators.infinity_weights import load_transformer, load_vae, official_transformer
@@ -238,10 +240,36 @@ def test_unlikely_bits_are_dropped(probability: float, number: float, bit: int) 
     assert draw_bits(logits.view(1, 1, 1, 2), torch.tensor([[[number]]]), InfinityOptions()).item() == bit
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0.5}, {"guidance_layer": -2}, {"guided_grids": -1}])
+def test_fewer_grids_are_the_first_ones(model: InfinityTransformer) -> None:
+    text, mask = prompts(3, 5)
+    all_grids, two = drawn(model, text, mask, None), drawn(model, text, mask, None, num_grids=2)
+    assert len(two) == 2
+    for step, same_step in zip(two, all_grids, strict=False):
+        assert torch.equal(step.latents_BdHW, same_step.latents_BdHW), "at the sides of the last of all grids"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"guidance": scale} for scale in (0.5, 1e38, math.nan)),
+        *({"temperature": temperature} for temperature in (-1.0, 1e-40, math.inf, math.nan)),
+        *({"top_p": share} for share in (0.5, 1.1, math.nan)),
+        {"guidance_layer": -2},
+        {"guided_grids": -1},
+        {"num_grids": 0},
+    ],
+)
 def test_bad_options_are_refused(model: InfinityTransformer, options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="must be"):
+    (name,) = options
+    with pytest.raises(OptionError, match=f"^--{name.replace('_', '-')} .*must be") as refusal:
         drawn(model, *prompts(2), None, **options)
+    assert refusal.value.option == name
+
+
+def test_guidance_is_refused_where_no_prompt_was_ever_missing() -> None:
+    InfinityOptions(guidance=1.0).check(2, guides=False)
+    with pytest.raises(OptionError, match=r"--guidance 3: .*drop_text 0"):
+        InfinityOptions().check(2, guides=False)
 
 
 # -- official files ------------------------------------------------------------------------------------------------
