@@ -59,7 +59,7 @@ from mmcore.metrics.shapes import score_captions
 from mmcore.page import Html, command, page, paragraph, section, table
 from mmcore.recipe import difference
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.autoencoder import open_vqvae
 from mmcore.training_plan import check_batch, num_steps
 
 PAGE = "index.html"
@@ -269,7 +269,7 @@ def train_autoencoder(demo: Demo) -> str:
     job = demo.vqvae
     made_of = {"dataset_fingerprint": demo.facts["data"]["fingerprint"]}
     demo.facts[job.recipe_name] = keep_or_train(job, train_vqvae.train, made_of, demo.sweep, MANIFEST)
-    autoencoder = open_autoencoder(job.run.uri).load()
+    autoencoder = open_vqvae(job.run.uri).load()
     demo.facts["autoencoder_fingerprint"] = autoencoder.fingerprint()
     rows = _test_images(demo)
     pixels = np.stack(

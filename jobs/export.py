@@ -39,7 +39,7 @@ from mmcore.flags import read_settings
 from mmcore.frozen.hub import quiet_load
 from mmcore.run_files import read_fields
 from mmcore.storage import Storage, writing
-from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.autoencoder import open_vqvae
 from mmcore.trained.captioner import TrainedCaptioner, open_captioner
 from mmcore.trained.generator import open_generator
 from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline, vqvae_difference
@@ -122,7 +122,7 @@ def _for_diffusers(settings: ExportSettings, recipe: str) -> _Exported:
     if recipe in names("autoencoder"):
         if settings.text_encoder is not None:
             raise InputError(f"--text-encoder {settings.text_encoder!r}: a VQ-VAE reads no text; leave the flag out")
-        vqvae = open_autoencoder(settings.run).load()
+        vqvae = open_vqvae(settings.run).load()
         model: Any = vqvae.model.to_diffusers()
         return _Exported(
             model.save_pretrained,

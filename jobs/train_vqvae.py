@@ -19,16 +19,16 @@ but a few of the 4,096 codes in use. As it is it has not been run to its end.
 Variant report is meant for a GPU and has not been run; the report's own took 60 epochs on one RTX 3090.
 """
 
+from jobs.runtime.autoencoder_training import train_autoencoder
 from jobs.runtime.commandline import run
 from jobs.runtime.job import Job, parse_job
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.vqvae_training import train_vqvae
 from mmcore.generators.vqvae import VARIANTS, VQVAERecipe
 
 
 def train(job: Job[VQVAERecipe]) -> RunSummary:
     """Returns the run's summary."""
-    return train_vqvae(job)
+    return train_autoencoder(job)
 
 
 def main() -> None:

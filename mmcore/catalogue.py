@@ -23,9 +23,9 @@ from mmcore.captioners import (
 )
 from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.errors import InputError
-from mmcore.generators import autoregressive, latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators import autoregressive, infinity_tokenizer, latent_diffusion, pixel_diffusion, vqvae
 from mmcore.generators import full_size as generators_full_size
-from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, VQVAEFacts
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityTokenizerFacts, VQVAEFacts
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
 from mmcore.storage import Storage
 
@@ -46,6 +46,8 @@ class Entry:
     """Why the sizes of the variant `report` differ from those."""
     also: tuple[Kind, ...] = ()
     """Other kinds that a finished run can be opened as."""
+    stage: tuple[str, str] | None = None
+    """Job and stage that train it: ``train_JOB.py --stage STAGE``. None is the job of the recipe's name."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -106,6 +108,13 @@ RECIPES: dict[str, Entry] = {
         autoregressive.VARIANTS,
     ),
     "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, VQVAEFacts, vqvae.VARIANTS),
+    "infinity_tokenizer": Entry(
+        "autoencoder",
+        infinity_tokenizer.InfinityTokenizerRecipe,
+        InfinityTokenizerFacts,
+        infinity_tokenizer.VARIANTS,
+        stage=("infinity", "tokenizer"),
+    ),
 }
 
 
@@ -134,6 +143,7 @@ def sizes() -> Iterator[dict[str, Any]]:
         if entry.kind in ("captioner", "retriever"):
             total, trainable = full_size.sizes(recipe)
         else:
+            # What a generator of codes or latents is trained on; an autoencoder needs none.
             total, trainable = generators_full_size.sizes(recipe, vqvae.VARIANTS[variant])
         of_report = [round(millions * 1e6) for millions in entry.table_1] if entry.table_1 else [None, None]
         line = {"name": name, "variant": variant, "total": total, "trainable": trainable}

@@ -1,4 +1,4 @@
-"""A VQ-VAE, images and a run, small enough for a test to train in seconds."""
+"""A VQ-VAE, images and a run of any autoencoder, small enough for a test to train in seconds."""
 
 import dataclasses
 import shutil
@@ -11,7 +11,9 @@ import torch
 
 from mmcore.data.columns import Column
 from mmcore.data.pixels import PixelRows
-from mmcore.generators.vqvae import VARIANTS, VQVAERecipe, VQVAETraining
+from mmcore.generators.autoencoder_training import AutoencoderTraining
+from mmcore.generators.infinity_tokenizer import InfinityTokenizerRecipe
+from mmcore.generators.vqvae import VARIANTS, VQVAERecipe
 from mmcore.recipe import TrainSettings
 from mmcore.training import RunHooks, Training
 
@@ -59,15 +61,15 @@ def images(num_rows: int) -> np.ndarray:
     return made.astype(np.uint8)
 
 
-def rows_of(recipe: VQVAERecipe, num_train: int = 40, num_validation: int = 12) -> PixelRows:
+def rows_of(recipe: VQVAERecipe | InfinityTokenizerRecipe, num_train: int = 40, num_validation: int = 12) -> PixelRows:
     facts = tiny.table(num_train, num_validation)
     column = Column(tuple(facts.image_ids), images(num_train + num_validation))
     return PixelRows(facts, column, flip=recipe.flip, seed=recipe.train.seed)
 
 
-def model_of(recipe: VQVAERecipe, seed: int = 0) -> VQVAETraining:
+def model_of(recipe: VQVAERecipe | InfinityTokenizerRecipe, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return VQVAETraining(recipe)
+    return recipe.build_training()
 
 
 @dataclasses.dataclass
@@ -80,11 +82,11 @@ class Run:
 
 
 def train(
-    recipe: VQVAERecipe,
+    recipe: VQVAERecipe | InfinityTokenizerRecipe,
     folder: Path,
     *,
     resume_from: Path | None = None,
-    model: VQVAETraining | None = None,
+    model: AutoencoderTraining | None = None,
     **rows: int,
 ) -> Run:
     """Train in this process and keep every checkpoint under `folder`."""

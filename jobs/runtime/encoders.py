@@ -13,9 +13,8 @@ from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, Tokens, pixels_from_bytes
 from mmcore.generators.code_rows import code_dtype
-from mmcore.recipe import Autoencoder
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import open_autoencoder
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
 # Rows that an encoder takes at once.
 _ENCODE_BATCH = 32
@@ -59,7 +58,7 @@ class EncodeByVQVAE:
     """
 
     def __init__(self, vqvae: Storage, fingerprint: str, output: VQVAEOutput, flip: bool) -> None:
-        self.autoencoder: Autoencoder = open_autoencoder(vqvae.uri, fingerprint=fingerprint).load(_device())
+        self.autoencoder = open_autoencoder(vqvae.uri, fingerprint=fingerprint).load(_device())
         self.output, self.flip = output, flip
 
     def __call__(self, rows: ImageRows) -> pa.Table:
@@ -67,6 +66,7 @@ class EncodeByVQVAE:
         if self.output == "latents":
             values = [self.autoencoder.encode(pixels).half().cpu().numpy() for pixels in batches]
         else:
+            assert isinstance(self.autoencoder, TrainedVQVAE)
             dtype = code_dtype(self.autoencoder.num_codes)
             values = [self.autoencoder.codes(pixels).cpu().numpy().astype(dtype) for pixels in batches]
         return column_table(rows["image_id"], {VALUE: np.concatenate(values)})

@@ -4,15 +4,15 @@ import dataclasses
 import shlex
 from typing import Any
 
+from jobs.runtime.autoencoder_training import default_job, train_autoencoder
 from jobs.runtime.job import Job
-from jobs.runtime.vqvae_training import default_job, train_vqvae
 from mmcore.errors import InputError
 from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
 from mmcore.run_files import VQVAE_ASSET, read_begun
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
+from mmcore.trained.autoencoder import TrainedVQVAE, open_vqvae
 
 # Recipe and variant whose VQ-VAE is of another variant: a Transformer guesses codes, which not all are made for.
 _OTHER_VARIANTS = {("autoregressive", "shapes"): "shapes-codes"}
@@ -28,7 +28,7 @@ def vqvae_job(job: Job[Any]) -> Job[VQVAERecipe]:
     """
     variant = _OTHER_VARIANTS.get((job.recipe_name, job.variant), job.variant)
     name = job.options.name if variant == job.variant else f"{job.options.name}-{variant}"
-    own = default_job(job.storage, name, variant, job.options)
+    own = default_job("vqvae", job.storage, name, variant, job.options)
     if own.recipe.perceptual is not None:
         raise InputError(
             f"--vqvae is missing: the VQ-VAE of `{variant}` is trained with a perceptual loss whose weights are "
@@ -47,7 +47,7 @@ def vqvae_recipe(job: Job[Any]) -> VQVAERecipe:
     if job.recipe.vqvae is None:
         return vqvae_job(job).recipe
     try:
-        return open_autoencoder(job.recipe.vqvae).recipe
+        return open_vqvae(job.recipe.vqvae).recipe
     except InputError as error:
         if (Storage(job.recipe.vqvae) / "model").exists("recipe.json"):
             raise
@@ -94,7 +94,7 @@ def ensure_vqvae(job: Job[Any]) -> Storage:
     if not own.run.exists("_SUCCESS"):
         print(f"training the VQ-VAE {own.run} first", flush=True)
         try:
-            train_vqvae(own)
+            train_autoencoder(own)
         except InputError as error:
             if "--" not in str(error):
                 raise
@@ -131,7 +131,7 @@ class FrozenVQVAE:
     def on(self, device: str) -> TrainedVQVAE:
         """Raises InputError where it is another than it was."""
         if device not in self.loaded:
-            self.loaded[device] = open_autoencoder(self.run.uri, fingerprint=self.fingerprint).load(device)
+            self.loaded[device] = open_vqvae(self.run.uri, fingerprint=self.fingerprint).load(device)
         return self.loaded[device]
 
     @property
@@ -141,4 +141,4 @@ class FrozenVQVAE:
 
     def check_copy(self, model: Storage) -> None:
         """Raise InputError where the copy in the folder `model` is another."""
-        open_autoencoder((model / VQVAE_ASSET).uri, fingerprint=self.fingerprint).load()
+        open_vqvae((model / VQVAE_ASSET).uri, fingerprint=self.fingerprint).load()

@@ -25,6 +25,7 @@ _VARIANTS = {
     "shapes": "for the built-in scenes, on CPUs",
     "smoke": "a tiny model that trains 20 steps",
 }
+_STAGE = "What is trained; the variants and the other flags are those of the stage."
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -87,6 +88,22 @@ def recipe_name(job_file: str) -> str:
     return Path(job_file).stem.removeprefix("train_")
 
 
+def parse_staged_job(
+    job_file: str, stages: dict[str, str], description: str, argv: list[str] | None = None
+) -> Job[Any]:
+    """As `parse_job`, for a job of several recipes. It reads ``--stage`` first, by default the last of `stages`.
+
+    `stages`: the name of the recipe of each stage.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    given = value_given(argv, "--stage")
+    stage = [*stages][-1] if given is None else given
+    if stage not in stages:
+        raise InputError(f"--stage {stage!r}: choose one of {', '.join(stages)}")
+    name = stages[stage]
+    return _parse(name, job_file, RECIPES[name].variants, description, argv, stages=tuple(stages), stage=stage)
+
+
 def parse_job(
     job_file: str, variants: dict[str, R], description: str, argv: list[str] | None = None, report_needs: str = ""
 ) -> Job[R]:
@@ -96,12 +113,24 @@ def parse_job(
 
     `report_needs`: the flags without which `report` does not run.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    name, argv = recipe_name(job_file), sys.argv[1:] if argv is None else argv
+    return _parse(name, job_file, variants, description, argv, report_needs)
+
+
+def _parse(
+    name: str,
+    job_file: str,
+    variants: dict[str, R],
+    description: str,
+    argv: list[str],
+    report_needs: str = "",
+    stages: tuple[str, ...] = (),
+    stage: str = "",
+) -> Job[R]:
     given = value_given(argv, "--variant")
     variant = "shapes" if given is None else given
     if variant not in variants:
         raise InputError(f"--variant {variant!r}: choose one of {', '.join(variants)}")
-    name = recipe_name(job_file)
     # Found out after the training, its run could not be opened.
     if name not in RECIPES:
         raise InputError(
@@ -109,16 +138,18 @@ def parse_job(
         )
     command = f"python jobs/{Path(job_file).name}"
     Variant = Literal[tuple(variants)]  # type: ignore[valid-type]
+    Stage: Any = Annotated[Literal[stages], tyro.conf.arg(help=_STAGE)] if stages else tyro.conf.Suppress[str]
 
     def collect(
         variant: Variant,  # type: ignore[valid-type]
         recipe: Annotated[Any, tyro.conf.arg(name="")],
         options: Annotated[RunOptions, tyro.conf.arg(name="")],
+        stage: Stage,
     ) -> Job[Any]:
         return Job(name, variant, recipe, options)
 
     collect.__annotations__["recipe"] = Annotated[type(variants[variant]), tyro.conf.arg(name="")]
-    collect.__defaults__ = (variant, variants[variant], RunOptions())
+    collect.__defaults__ = (variant, variants[variant], RunOptions(), stage)
     told = "; ".join(f"{each} is {_VARIANTS[each]}" for each in variants if each in _VARIANTS)
     help_text = f"Settings to start from: {told}. Every other flag overrides one of them."
     collect.__annotations__["variant"] = Annotated[Variant, tyro.conf.arg(help=help_text)]

@@ -65,7 +65,7 @@ def after_training(job: Job[Any], table: CaptionTable) -> list[str]:
         of_split = ["--storage", storage, "--dataset", dataset, "--split", split]
         return ["evaluate.py", "retrieval", "--run", run, *of_split]
     if kind == "autoencoder":
-        return _generator_on(job, len(table.rows(TRAIN)))
+        return _generator_on(job, len(table.rows(TRAIN))) if job.recipe_name == "vqvae" else []
     if dataset == SHAPES:
         # Without test images in the storage, the same scenes are made.
         prompts = [SHAPES_TEST, *(["--storage", storage] if TEST in table.splits else [])]

@@ -52,11 +52,21 @@ class AutoregressiveFacts:
 
 
 @dataclass(frozen=True)
-class VQVAEFacts:
-    """Facts of a VQ-VAE run."""
+class AutoencoderFacts:
+    """Facts of a run of an autoencoder."""
 
     dataset_fingerprint: str = ""
     column: str = ""
     """Folder under STORAGE/features of the pixels."""
     perceptual_fingerprint: str | None = None
     """Fingerprint of the frozen network of the perceptual loss."""
+
+
+@dataclass(frozen=True)
+class VQVAEFacts(AutoencoderFacts):
+    """Facts of a VQ-VAE run."""
+
+
+@dataclass(frozen=True)
+class InfinityTokenizerFacts(AutoencoderFacts):
+    """Facts of a run of Infinity's tokenizer."""

@@ -1,4 +1,4 @@
-"""Numbers of parameters of generators and of the VQ-VAE at full size, without data and without a download."""
+"""Numbers of parameters of generators and autoencoders at full size, without data and without a download."""
 
 import dataclasses
 from typing import Any
@@ -11,9 +11,10 @@ from mmcore.frozen.published import num_parameters
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.autoregressive import AutoregressiveRecipe
 from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts
+from mmcore.generators.infinity_tokenizer import InfinityTokenizerRecipe
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
 from mmcore.generators.text_context import TextSettings
-from mmcore.generators.vqvae import VQVAE, VQVAERecipe, VQVAETraining
+from mmcore.generators.vqvae import VQVAE, VQVAERecipe
 
 # Words of the captions of the report's 7,000 training images that occur at least twice, with the special tokens.
 _WORDS = 4_878
@@ -22,13 +23,13 @@ _WORDS = 4_878
 def sizes(recipe: Any, vqvae: VQVAERecipe) -> tuple[int, int]:
     """Total and trainable parameters. The total includes the frozen text encoder and the frozen VQ-VAE.
 
-    `vqvae`: the recipe of the VQ-VAE whose latents or codes `recipe` generates. That of a VQ-VAE itself counts with
+    `vqvae`: the recipe of the VQ-VAE whose latents or codes `recipe` generates. An autoencoder itself counts with
     its discriminator, without the frozen network of the perceptual loss.
     Raises InputError for a frozen model that `mmcore.frozen.published` does not have.
     """
-    if isinstance(recipe, VQVAERecipe):
+    if isinstance(recipe, VQVAERecipe | InfinityTokenizerRecipe):
         with torch.device("meta"):
-            trained = num_parameters(VQVAETraining(dataclasses.replace(recipe, perceptual=None)))
+            trained = num_parameters(dataclasses.replace(recipe, perceptual=None).build_training())
         return trained, trained
     text_inputs, num_frozen = _text(recipe.text)
     model: nn.Module

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_NORM_GROUPS = 32
 _NORM_EPS = 1e-6
 
 
@@ -29,19 +29,26 @@ class InfinityVaeSettings:
     """Width of each level over `width`. Each level but the last halves the side."""
     num_blocks: int = 2
     """Residual blocks of a level of the encoder. The decoder has one more."""
+    norm_groups: int = 32
+    """Groups of each GroupNorm. Official models have 32."""
 
     @property
     def stride(self) -> int:
         """Side of an image over the side of its latent image."""
         return int(2 ** (len(self.factors) - 1))
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the full side on."""
+        return [self.width * factor for factor in self.factors]
+
 
 class _Norm(nn.Module):
     """Group normalisation, one level deeper than usual, as in the official names."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(_NORM_GROUPS, width, eps=_NORM_EPS)
+        self.norm = nn.GroupNorm(groups, width, eps=_NORM_EPS)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden)
@@ -60,13 +67,13 @@ class _Conv(nn.Module):
         return self.conv(hidden if self.pad is None else F.pad(hidden, self.pad))
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block of two convolutions."""
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _Norm(width_in), _Conv(width_in, width_out, 3)
-        self.norm2, self.conv2 = _Norm(width_out), _Conv(width_out, width_out, 3)
+        self.norm1, self.conv1 = _Norm(width_in, groups), _Conv(width_in, width_out, 3)
+        self.norm2, self.conv2 = _Norm(width_out, groups), _Conv(width_out, width_out, 3)
         self.nin_shortcut = _Conv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -96,14 +103,14 @@ class _Downsample(nn.Module):
         return self.conv(hidden)
 
 
-def _level(widths: Sequence[int], **resize: nn.Module) -> nn.ModuleDict:
+def _level(widths: Sequence[int], groups: int, **resize: nn.Module) -> nn.ModuleDict:
     """Blocks between consecutive widths, and what resizes after them."""
-    blocks = [_Block(before, after) for before, after in pairwise(widths)]
+    blocks = [ResidualBlock(before, after, groups) for before, after in pairwise(widths)]
     return nn.ModuleDict({"block": nn.ModuleList(blocks), **resize})
 
 
-def _middle(width: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"block_1": _Block(width, width), "block_2": _Block(width, width)})
+def _middle(width: int, groups: int) -> nn.ModuleDict:
+    return nn.ModuleDict({name: ResidualBlock(width, width, groups) for name in ("block_1", "block_2")})
 
 
 def _run(level: nn.Module, hidden: Tensor) -> Tensor:
@@ -118,14 +125,14 @@ class Encoder(nn.Module):
 
     def __init__(self, settings: InfinityVaeSettings) -> None:
         super().__init__()
-        widths = [settings.width * factor for factor in settings.factors]
+        widths, groups = settings.widths, settings.norm_groups
         self.conv_in = _Conv(3, settings.width, 3)
         self.down = nn.ModuleList()
         for number, (before, after) in enumerate(zip([settings.width, *widths], widths, strict=False)):
             resize = {} if number == len(widths) - 1 else {"downsample": _Downsample(after)}
-            self.down.append(_level([before] + [after] * settings.num_blocks, **resize))
-        self.mid = _middle(widths[-1])
-        self.norm_out, self.conv_out = _Norm(widths[-1]), _Conv(widths[-1], settings.num_bits, 3)
+            self.down.append(_level([before] + [after] * settings.num_blocks, groups, **resize))
+        self.mid = _middle(widths[-1], groups)
+        self.norm_out, self.conv_out = _Norm(widths[-1], groups), _Conv(widths[-1], settings.num_bits, 3)
 
     def forward(self, images_B3PQ: Tensor) -> Tensor:
         """Images from -1 to 1 -> (B, d, H, W)."""
@@ -140,15 +147,15 @@ class Decoder(nn.Module):
 
     def __init__(self, settings: InfinityVaeSettings) -> None:
         super().__init__()
-        widths = [settings.width * factor for factor in settings.factors]
+        widths, groups = settings.widths, settings.norm_groups
         self.conv_in = _Conv(settings.num_bits, widths[-1], 3)
-        self.mid = _middle(widths[-1])
+        self.mid = _middle(widths[-1], groups)
         # As in the official names, level 0 has the full side. The last level runs first.
         self.up = nn.ModuleList()
         for number, (after, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             resize = {"upsample": _Upsample(after)} if number else {}
-            self.up.append(_level([before] + [after] * (settings.num_blocks + 1), **resize))
-        self.norm_out, self.conv_out = _Norm(widths[0]), _Conv(widths[0], 3, 3)
+            self.up.append(_level([before] + [after] * (settings.num_blocks + 1), groups, **resize))
+        self.norm_out, self.conv_out = _Norm(widths[0], groups), _Conv(widths[0], 3, 3)
 
     def forward(self, latents_BdHW: Tensor) -> Tensor:
         """(B, d, H, W) -> images (B, 3, P, Q), about -1 to 1 and not clamped."""
@@ -165,3 +172,8 @@ class InfinityVae(nn.Module):
         super().__init__()
         self.settings = settings
         self.encoder, self.decoder = Encoder(settings), Decoder(settings)
+
+    def encode(self, images_B3PQ: Tensor) -> Tensor:
+        """Images from -1 to 1 -> latents (B, d, H, W) before quantisation, in fp32 or above."""
+        latents_BdHW = self.encoder(images_B3PQ)
+        return latents_BdHW.to(torch.promote_types(latents_BdHW.dtype, torch.float32))

@@ -15,26 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.data.pixels import to_network
 from mmcore.errors import InputError, check_at_least_one, check_share
-from mmcore.generators.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
-from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
-from mmcore.generators.psnr import psnr
+from mmcore.generators.autoencoder_training import (
+    LPIPS_NAME,
+    AutoencoderTraining,
+    check_judges,
+    check_not_negative,
+    check_widths,
+    judges_without_effect,
+)
 from mmcore.generators.quantizer import Quantizer, codebook_use
-from mmcore.losses import Loss, Mean, Outputs
+from mmcore.losses import Loss
 from mmcore.recipe import TrainSettings
 
 if TYPE_CHECKING:
     from diffusers import VQModel
 
-LPIPS_NAME = "lpips"
-GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 # The output of the encoder's last convolution has a standard deviation of about 1/3.
 _LATENT_GAIN = 3.0
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -113,16 +111,9 @@ class VQVAERecipe:
         check_at_least_one(self, "image_size", "patch_size", "latent_channels", "layers_per_block", "norm_groups")
         if self.num_codes < 2:
             raise InputError(f"num_codes {self.num_codes} must be at least 2; change --num-codes")
-        for name in ("commitment_weight", "codebook_weight", "perceptual_weight", "adversarial_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative; change {_flag(name)}")
-        for name in ("channels", "discriminator_channels"):
-            wrong = [each for each in getattr(self, name) if each < 1 or each % self.norm_groups]
-            if wrong or not getattr(self, name):
-                raise InputError(
-                    f"{name} {getattr(self, name)} must be multiples of norm_groups {self.norm_groups}; "
-                    f"change {_flag(name)} or --norm-groups"
-                )
+        check_not_negative(self, "commitment_weight", "codebook_weight")
+        check_widths(self, "channels")
+        check_judges(self)
         if self.image_size % self.factor:
             raise InputError(
                 f"image_size {self.image_size} must be divisible by {self.factor} for {len(self.channels)} levels of "
@@ -141,25 +132,13 @@ class VQVAERecipe:
             raise InputError(
                 "revive_below needs a codebook of moving averages; give --codebook-ema-decay, or --revive-below 0"
             )
-        if self.discriminator_from_step is not None and self.discriminator_from_step < 0:
-            raise InputError(
-                f"discriminator_from_step {self.discriminator_from_step} must not be negative; "
-                "change --discriminator-from-step"
-            )
-        if self.perceptual != LPIPS_NAME and (self.vgg16 or self.lpips_heads):
-            raise InputError(f"--vgg16 and --lpips-heads are for --perceptual {LPIPS_NAME}, not {self.perceptual!r}")
 
     def without_effect(self) -> dict[str, str]:
         """Fields without effect under the other settings, each with the flag that would make it effective."""
         ignored = {}
         if self.codebook_ema_decay is not None:
             ignored["codebook_weight"] = "--codebook-ema-decay None"
-        if self.perceptual is None:
-            ignored["perceptual_weight"] = "--perceptual MODEL"
-        if self.discriminator_from_step is None:
-            judge = ("discriminator_channels", "adversarial_weight")
-            ignored |= dict.fromkeys(judge, "--discriminator-from-step STEP")
-        return ignored
+        return ignored | judges_without_effect(self)
 
     @property
     def factor(self) -> int:
@@ -175,18 +154,8 @@ class VQVAERecipe:
     def build(self) -> "VQVAE":
         return VQVAE(self)
 
-    def build_perceptual(self) -> PerceptualDistance | None:
-        """The frozen network of the perceptual loss, or None. Raises InputError if its weights cannot be found."""
-        if self.perceptual is None:
-            return None
-        if self.perceptual != LPIPS_NAME:
-            return FeatureDistance(self.perceptual, self.image_size)
-        if not self.vgg16 or not self.lpips_heads:
-            raise InputError(
-                "perceptual 'lpips' needs --vgg16 FILE and --lpips-heads FILE; give them, or give --perceptual MODEL "
-                "or --perceptual None"
-            )
-        return LPIPS(self.vgg16, self.lpips_heads)
+    def build_training(self) -> "VQVAETraining":
+        return VQVAETraining(self)
 
 
 class VQVAE(nn.Module):
@@ -293,22 +262,16 @@ class VQVAE(nn.Module):
         return model.to(self.quantizer.codebook.device).eval()
 
 
-class VQVAETraining(nn.Module):
-    """A VQ-VAE with its frozen perceptual network and its discriminator, which is trained in a second phase."""
+class VQVAETraining(AutoencoderTraining):
+    """A VQ-VAE with its losses."""
+
+    vqvae: VQVAE
 
     def __init__(self, recipe: VQVAERecipe) -> None:
         """Raises InputError if the weights of the perceptual network cannot be found."""
-        super().__init__()
+        super().__init__(recipe, "vqvae", recipe.build())
         self.recipe = recipe
-        self.vqvae = recipe.build()
-        self.perceptual = recipe.build_perceptual()
-        self.discriminator: PatchDiscriminator | None = None
-        self.phases: tuple[str, ...] = ()
-        if recipe.discriminator_from_step is not None:
-            self.discriminator = PatchDiscriminator(recipe.discriminator_channels, recipe.norm_groups)
-            self.phases = (GENERATOR, DISCRIMINATOR)
         self.state_buffers = tuple(f"vqvae.{name}" for name in self.vqvae.state_buffers)
-        self.is_adversarial = False
 
     def blocks(self) -> list[nn.Module]:
         """Modules for activation checkpointing."""
@@ -316,69 +279,21 @@ class VQVAETraining(nn.Module):
 
         return [module for module in self.vqvae.modules() if isinstance(module, ResnetBlock2D)]
 
-    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
-        part = self.vqvae if phase == GENERATOR else self.discriminator
-        assert part is not None
-        return list(part.parameters())
-
-    def active_phases(self, step: int) -> tuple[str, ...]:
-        """The phases of `step`. From `discriminator_from_step` on the generator also has the adversarial loss."""
-        assert self.recipe.discriminator_from_step is not None
-        self.is_adversarial = step >= self.recipe.discriminator_from_step
-        return self.phases if self.is_adversarial else (GENERATOR,)
-
-    def forward(self, batch: dict[str, Tensor], phase: str = GENERATOR) -> Outputs:
-        """The losses of the images of the batch.
-
-        Args:
-            batch: `images`, uint8 (B, P, P, 3).
-            phase: the phase whose losses are computed.
-        Returns: losses per image.
-            The generator also has the metric `psnr` (in dB, per image) and the statistics of the codebook (in
-            validation only `counts`). Its validation leaves the adversarial loss out, as the discriminator changes.
-            The discriminator also has the metric `accuracy`.
-        """
-        x_B3PP = to_network(batch["images"], self.vqvae.quant_conv.weight.dtype)
-        return self._generator(x_B3PP) if phase == GENERATOR else self._discriminator(x_B3PP)
-
-    def _generator(self, x_B3PP: Tensor) -> Outputs:
-        recipe, num_images = self.recipe, len(x_B3PP)
-        vectors_BChw, quantised = self._quantised(x_B3PP)
-        made_B3PP = self.vqvae.decode_vectors(vectors_BChw).to(x_B3PP.dtype)
-        losses = {
-            "reconstruction_loss": Loss((made_B3PP - x_B3PP).square().mean((1, 2, 3)).sum(), num_images),
-            "commitment_loss": Loss(quantised["commitment_loss"].sum(), num_images, recipe.commitment_weight),
-        }
-        if "codebook_loss" in quantised:
-            losses["codebook_loss"] = Loss(quantised["codebook_loss"].sum(), num_images, recipe.codebook_weight)
-        if self.perceptual is not None:
-            perceptual_B = self.perceptual(x_B3PP, made_B3PP)
-            losses["perceptual_loss"] = Loss(perceptual_B.sum(), num_images, recipe.perceptual_weight)
-        if self.discriminator is not None and self.training and self.is_adversarial:
-            adversarial_B = generator_loss(self.discriminator(made_B3PP))
-            losses["adversarial_loss"] = Loss(adversarial_B.sum(), num_images, recipe.adversarial_weight)
-        statistics = ("counts", "sums", "squares") if self.training else ("counts",)
-        return Outputs(
-            losses,
-            {"psnr": Mean(psnr(x_B3PP, made_B3PP.detach()).sum(), num_images)},
-            {name: quantised[name] for name in statistics if name in quantised},
-        )
-
-    def _quantised(self, x_B3PP: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        latents_BChw = self.vqvae.encode(x_B3PP)
+    def _made(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
+        """As above. The statistics are those of the codebook, in validation only `counts`."""
+        latents_BChw, num_images = self.vqvae.encode(x_B3PP), len(x_B3PP)
         with torch.autocast(x_B3PP.device.type, enabled=False):
-            return self.vqvae.quantizer(latents_BChw)
+            vectors_BChw, quantised = self.vqvae.quantizer(latents_BChw)
+        commitment = Loss(quantised["commitment_loss"].sum(), num_images, self.recipe.commitment_weight)
+        losses = {"commitment_loss": commitment}
+        if "codebook_loss" in quantised:
+            losses["codebook_loss"] = Loss(quantised["codebook_loss"].sum(), num_images, self.recipe.codebook_weight)
+        names = ("counts", "sums", "squares") if self.training else ("counts",)
+        statistics = {name: quantised[name] for name in names if name in quantised}
+        return self.vqvae.decode_vectors(vectors_BChw), losses, statistics
 
-    def _discriminator(self, x_B3PP: Tensor) -> Outputs:
-        assert self.discriminator is not None
-        num_images = len(x_B3PP)
-        with torch.no_grad():
-            made_B3PP = self.vqvae.decode_vectors(self._quantised(x_B3PP)[0]).to(x_B3PP.dtype)
-        real_BHW, fake_BHW = self.discriminator(x_B3PP), self.discriminator(made_B3PP)
-        loss_B = discriminator_loss(real_BHW, fake_BHW)
-        right_B = ((real_BHW > 0.5).double().mean((1, 2)) + (fake_BHW < 0.5).double().mean((1, 2))) / 2
-        loss = Loss(loss_B.sum(), num_images, self.recipe.adversarial_weight)
-        return Outputs({"loss": loss}, {"accuracy": Mean(right_B.sum(), num_images)})
+    def _reconstructed(self, x_B3PP: Tensor) -> Tensor:
+        return self.vqvae.decode(self.vqvae.encode(x_B3PP))
 
     def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
         self.vqvae.quantizer.after_step(statistics, step)

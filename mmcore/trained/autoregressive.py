@@ -14,7 +14,7 @@ from mmcore.generators.facts import AutoregressiveFacts
 from mmcore.recipe import Identity
 from mmcore.run_files import VQVAE_ASSET, RunFile
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
+from mmcore.trained.autoencoder import TrainedVQVAE, open_vqvae
 from mmcore.trained.network import load_network
 from mmcore.trained.prompts import PromptReader, check_size
 
@@ -60,7 +60,7 @@ class TrainedAutoregressive:
         self.device, self.dtype = torch.device(device), dtype
         self.model = load_network(self.run, self.file, self.device)
         fingerprint = facts.autoencoder_fingerprint
-        self.vqvae = open_autoencoder((assets / VQVAE_ASSET).uri, fingerprint=fingerprint).load(device)
+        self.vqvae = open_vqvae((assets / VQVAE_ASSET).uri, fingerprint=fingerprint).load(device)
         self.text.load(assets, facts.text_fingerprint, device)
         return self
 

@@ -13,16 +13,25 @@ JOBS = Path(__file__).resolve().parents[2] / "jobs"
 MAX_LINES = 60
 
 
+def job_of(name: str) -> str:
+    stage = RECIPES[name].stage
+    return name if stage is None else stage[0]
+
+
 def test_each_job_that_trains_has_an_entry() -> None:
-    assert {path.stem.removeprefix("train_") for path in JOBS.glob("train_*.py")} == set(RECIPES)
+    names = {path.stem.removeprefix("train_") for path in JOBS.glob("train_*.py")}
+    assert names == {job_of(name) for name in RECIPES}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_job_is_short_and_of_its_entry(name: str) -> None:
-    path, entry = JOBS / f"train_{name}.py", RECIPES[name]
+    path, entry = JOBS / f"train_{job_of(name)}.py", RECIPES[name]
     job: Any = importlib.import_module(f"jobs.{path.stem}")
     assert len(path.read_text().splitlines()) <= MAX_LINES
-    assert job.VARIANTS is entry.variants
+    if entry.stage is None:
+        assert job.VARIANTS is entry.variants
+    else:
+        assert job.STAGES[entry.stage[1]] == name
     assert {"shapes", "smoke"} <= set(entry.variants), "what runs without --variant, and what runs with no network"
     assert {type(recipe) for recipe in entry.variants.values()} == {entry.recipe_type}
     assert dataclasses.is_dataclass(entry.facts_type)

@@ -25,8 +25,8 @@ from kills import (
 )
 from PIL import Image
 
+from jobs.runtime.autoencoder_training import default_job, with_absolute_paths
 from jobs.runtime.job import RunOptions
-from jobs.runtime.vqvae_training import default_job, with_absolute_paths
 from jobs.train_vqvae import main
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network, to_pixels
@@ -73,7 +73,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Ca
 
 def test_a_job_for_another_job(tmp_path: Path) -> None:
     asked = RunOptions(storage="elsewhere", name="ldm", num_threads=3, num_workers=2, fresh=True, dry_run=True)
-    job = default_job(Storage(str(tmp_path)), "first", "shapes", asked)
+    job = default_job("vqvae", Storage(str(tmp_path)), "first", "shapes", asked)
     assert job.run.uri == f"{tmp_path}/runs/vqvae/first"
     assert (job.variant, job.recipe) == ("shapes", VARIANTS["shapes"])
     options = job.options

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from mmcore import checkpoint
 from mmcore.errors import InputError
+from mmcore.generators.autoencoder_training import DISCRIMINATOR, GENERATOR
 from mmcore.generators.quantizer import Quantizer
-from mmcore.generators.vqvae import DISCRIMINATOR, GENERATOR, VQVAETraining
+from mmcore.generators.vqvae import VQVAETraining
 from mmcore.losses import Outputs
 from mmcore.optimization import Average, build_phases
 from mmcore.recipe import TrainSettings
@@ -262,8 +263,8 @@ class Breaks(VQVAETraining):
     what = "loss"
     calls = 0
 
-    def _discriminator(self, x_B3PP: Tensor) -> Outputs:
-        outputs = super()._discriminator(x_B3PP)
+    def _discriminator(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> Outputs:
+        outputs = super()._discriminator(x_B3PP, batch)
         self.calls += 1
         if self.calls > 1:
             zero = sum((p * 0).sum() for p in self.phase_parameters(DISCRIMINATOR))

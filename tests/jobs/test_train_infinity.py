@@ -1,0 +1,97 @@
+"""The job of Infinity: its stages, refusals, and what a run of the tokenizer leaves."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from job_output import error_line
+
+from jobs.train_infinity import STAGES, main
+from mmcore.catalogue import RECIPES
+from mmcore.data.columns import open_column
+from mmcore.data.pixels import to_network
+from mmcore.generators.psnr import psnr
+from mmcore.storage import Storage
+from mmcore.trained.autoencoder import open_tokenizer
+
+# 16x16 pixels to grids of 1, 2 and 4 positions a side, with the discriminator from step 10 on.
+FLAGS = [
+    "--stage", "tokenizer", "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "16",
+    "--factors", "1", "1", "2", "--num-epochs", "4", "--max-steps", "16", "--validate-every-epochs", "2",
+    "--log-every-steps", "1", "--num-samples", "3", "--num-threads", "1",
+]  # fmt: skip
+# A row with neither is of a step of the generator alone.
+JUDGED = ("discriminator_loss", "validation_loss")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    tiny.write_dataset(storage)
+    return storage
+
+
+def test_each_stage_has_the_variants_of_its_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage, recipe in STAGES.items():
+        assert RECIPES[recipe].stage == ("infinity", stage)
+        monkeypatch.setattr(sys, "argv", ["jobs/train_infinity.py", "--stage", stage, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        text = capsys.readouterr().out
+        assert all(word in text for word in ("--stage", "What is trained", *RECIPES[recipe].variants))
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(storage: Storage, call_here: Callable[..., Any]) -> None:
+    before = sorted(Path(storage.uri).rglob("*"))
+    printed = call_here(main, *FLAGS, "--storage", storage, "--name", "dry", "--dry-run").stdout
+    assert "images 16x16x3 -> latents 4x4x8, 21 tokens of 8 bits on grids of sides 1, 2, 4" in printed
+    assert "of the tokenizer, " in printed
+    assert f"writes: {storage}/runs/infinity_tokenizer/dry" in printed
+    assert "steps: 16, each of 8 images; an epoch has 5" in printed
+    assert sorted(Path(storage.uri).rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--stage", "vae"], ["--stage 'vae'", *STAGES]),
+        (["--image-size", "18"], ["image_size 18", "--image-size", "--grids"]),
+        (["--stream"], ["--stream", "an autoencoder"]),
+        (["--perceptual", "lpips"], ["--vgg16 FILE", "--lpips-heads FILE"]),
+        (["--adversarial-weight", "1", "--discriminator-from-step", "None"], ["--adversarial-weight 1.0"]),
+        (["--inverse-temperature", "9", "--entropy-weight", "0"], ["--inverse-temperature 9.0", "--entropy-weight"]),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    flags: list[str], named: list[str], storage: Storage, call_here: Callable[..., Any]
+) -> None:
+    done = call_here(main, *FLAGS, *flags, "--storage", storage, check=False)
+    line = error_line(done.stdout + done.stderr)
+    assert all(part in line for part in named), line
+
+
+def test_what_a_run_of_the_tokenizer_leaves(storage: Storage, call_job: Callable[..., Any], tmp_path: Path) -> None:
+    call_job(main, *FLAGS, "--storage", storage, "--name", "first")
+    run = storage / "runs" / "infinity_tokenizer" / "first"
+    tiny.no_pickles(run)
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    validated = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in validated] == [10, 16]
+    assert [row["step"] for row in rows if row.keys().isdisjoint(JUDGED)] == list(range(1, 11))
+    for row in validated:
+        assert 0 <= row["validation_bits_used"] <= 1
+        assert row["samples"]["bicubic"].startswith("PSNR ")
+    # The saved model, the last one, gives the score of the run.
+    trained, facts = open_tokenizer(run.uri).load(), json.loads(run.read("recipe.json"))
+    pixels = np.array(open_column(storage / "features" / facts["column"], tmp_path).values[40:])
+    found = psnr(to_network(torch.from_numpy(pixels)), trained.reconstruct(pixels)).mean().item()
+    # The run computes in bf16 if the machine supports it, where a bit near 0 may have another sign.
+    assert found == pytest.approx(validated[-1]["validation_psnr"], abs=0.5)

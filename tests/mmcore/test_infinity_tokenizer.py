@@ -1,0 +1,283 @@
+"""The training of Infinity's tokenizer: its quantiser, its recipe, resume, and a trained one."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_vqvae
+import torch
+from torch import Tensor, nn
+
+from mmcore import checkpoint
+from mmcore.data.pixels import to_network, to_pixels
+from mmcore.errors import InputError
+from mmcore.generators.bsq import enlarge, quantize, vectors_of
+from mmcore.generators.bsq_training import BitQuantizer, bit_entropy, bit_use
+from mmcore.generators.facts import InfinityTokenizerFacts, VQVAEFacts
+from mmcore.generators.infinity_tokenizer import VARIANTS, InfinityTokenizerRecipe, InfinityTokenizerTraining
+from mmcore.generators.infinity_vae import InfinityVae
+from mmcore.recipe import recipe_from_json, recipe_to_json
+from mmcore.run_files import RunFile, write_model
+from mmcore.storage import Storage
+from mmcore.trained.autoencoder import TrainedInfinityTokenizer, open_autoencoder, open_tokenizer, open_vqvae
+
+GRIDS = ((1, 1), (2, 2), (4, 4))
+NUM_BITS = 6
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def recipe(*, train: dict[str, Any] | None = None, **changes: Any) -> InfinityTokenizerRecipe:
+    """16² pixels to 4² latents of 6 bits on three grids, discriminator from step 4."""
+    base = dataclasses.replace(
+        VARIANTS["smoke"],
+        image_size=tiny_vqvae.SIZE,
+        num_bits=NUM_BITS,
+        factors=(1, 1, 2),
+        discriminator_channels=(8, 8),
+        discriminator_from_step=4,
+        train=tiny_vqvae.recipe(train=train).train,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def latents(num: int = 3, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(num, NUM_BITS, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def quantizer(mean: float = 0.5, grids: Any = GRIDS) -> BitQuantizer:
+    made = BitQuantizer(NUM_BITS, grids, inverse_temperature=2.0)
+    made.mean_bits_Sd.fill_(mean)
+    return made
+
+
+# -- the quantiser -------------------------------------------------------------------------------------------------
+
+
+def test_training_quantises_as_use_does() -> None:
+    total, outputs = quantizer()(latents())
+    used = quantize(latents(), GRIDS)
+    assert torch.equal(total, used.latents_BdHW)
+    counted = torch.stack([bits.sum((0, 2, 3)) for bits in used.bits])
+    assert torch.equal(outputs["ones"], counted.double())
+    assert outputs["positions"].tolist() == [[3.0], [12.0], [48.0]]
+
+
+def test_the_last_grids_are_left_out_by_image() -> None:
+    total, outputs = quantizer()(latents(), torch.tensor([1, 3, 2]))
+    bits, (_, of_all) = quantize(latents(), GRIDS).bits, quantizer()(latents())
+    for image, num_grids in enumerate([1, 3, 2]):
+        kept = [enlarge(vectors_of(each[image : image + 1]), GRIDS[-1]) for each in bits[:num_grids]]
+        torch.testing.assert_close(total[image], torch.cat(kept).sum(0))
+    assert torch.equal(outputs["commitment_loss"], of_all["commitment_loss"])
+
+
+def test_the_gradient_is_that_of_the_scaled_rest() -> None:
+    z = latents(1, 0.7)[:, :, :1, :1].clone().requires_grad_(True)
+    g = torch.linspace(-1, 1, NUM_BITS).view(1, -1, 1, 1)
+    total, _ = quantizer(grids=((1, 1),))(z)
+    (gradient,) = torch.autograd.grad((g * total).sum(), z)
+    length = z.detach().norm()
+    unit = z.detach() / length
+    torch.testing.assert_close(gradient, (g - unit * (unit * g).sum()) / length)
+
+
+def test_vectors_near_their_rests_cost_nothing() -> None:
+    z = torch.full((1, NUM_BITS, 1, 1), -0.3)
+    _, outputs = quantizer(grids=((1, 1),))(z)
+    assert outputs["commitment_loss"].item() == pytest.approx(0, abs=1e-6)
+    z[0, 0] = 0.0
+    _, outputs = quantizer(grids=((1, 1),))(z)
+    away = 1 / math.sqrt(NUM_BITS - 1) - 1 / math.sqrt(NUM_BITS)
+    assert outputs["commitment_loss"].item() == pytest.approx(1 / NUM_BITS + (NUM_BITS - 1) * away**2)
+
+
+def test_the_entropy_loss_has_the_gradient_of_the_whole_set() -> None:
+    """With the means of the batch itself, the tangent is the entropy of the mean bit."""
+    sharp = 4 * 2.0 / math.sqrt(NUM_BITS)
+    z = latents(5)[:, :, :1, :1].double().requires_grad_(True)
+    shares = torch.sigmoid(sharp * nn.functional.normalize(z, dim=1))
+    mean = shares.mean((0, 2, 3))
+    exact = bit_entropy(shares).mean() - bit_entropy(mean).mean()
+    one = quantizer(grids=((1, 1),))
+    one.mean_bits_Sd.copy_(mean.detach()[None])
+    loss = one(z)[1]["entropy_loss"].mean()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-9)
+    mine, theirs = (torch.autograd.grad(each, z)[0] for each in (loss, exact))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_certain_bits_have_finite_gradients() -> None:
+    sharp = BitQuantizer(NUM_BITS, ((4, 4),), inverse_temperature=1e4)
+    sharp.mean_bits_Sd.zero_()
+    z = latents().requires_grad_(True)
+    loss = sharp(z)[1]["entropy_loss"]
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_the_averages_move_to_the_share_of_the_whole_batch() -> None:
+    whole, parts = quantizer(), quantizer()
+    whole.after_step(whole(latents(4))[1])
+    halves = [parts(part)[1] for part in latents(4).split(2)]
+    parts.after_step({name: halves[0][name] + halves[1][name] for name in ("probabilities", "positions")})
+    torch.testing.assert_close(parts.mean_bits_Sd, whole.mean_bits_Sd)
+    for _ in range(200):
+        whole.after_step(whole(latents(4))[1])
+    outputs = whole(latents(4))[1]
+    torch.testing.assert_close(whole.mean_bits_Sd, outputs["probabilities"] / outputs["positions"])
+
+
+def test_the_use_of_bits_is_the_entropy_of_their_means() -> None:
+    positions = torch.tensor([[4.0], [8.0]])
+    assert bit_use(torch.tensor([[2.0, 4.0], [4.0, 0.0]]), positions) == {"bits_used": 0.5}
+    quarter = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert bit_use(torch.tensor([[1.0], [6.0]]), positions)["bits_used"] == pytest.approx(quarter)
+
+
+# -- the recipe ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_recipe_survives_json_and_builds(name: str) -> None:
+    variant = VARIANTS[name]
+    assert recipe_from_json(InfinityTokenizerRecipe, recipe_to_json(variant), "here") == variant
+    with torch.device("meta"):
+        model = variant.build()
+        encoded = model.encode(torch.empty(1, 3, variant.image_size, variant.image_size))
+        assert model.decoder(encoded).shape == (1, 3, variant.image_size, variant.image_size)
+    assert encoded.shape[1:] == variant.latent_shape
+    assert variant.perceptual is None, "it must work offline"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"image_size": 40}, ["image_size 40", "32", "grids (1, 2, 4)", "--image-size", "--grids", "--factors"]),
+        ({"grids": (1, 4, 2)}, ["grids (1, 4, 2)", "--grids"]),
+        ({"grids": ()}, ["grids ()", "--grids"]),
+        ({"factors": ()}, ["factors ()", "--factors"]),
+        ({"width": 6}, ["width 6", "norm_groups 4", "--width"]),
+        ({"num_bits": 0}, ["num_bits 0", "--num-bits"]),
+        ({"inverse_temperature": 0.0}, ["inverse_temperature 0.0", "--inverse-temperature"]),
+        ({"entropy_weight": -0.1}, ["entropy_weight -0.1", "--entropy-weight"]),
+        ({"discriminator_channels": (6,)}, ["discriminator_channels (6,)", "--discriminator-channels"]),
+        ({"vgg16": "x.pth"}, ["--vgg16", "--perceptual lpips"]),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        dataclasses.replace(VARIANTS["smoke"], **changes)
+    assert all(part in str(caught.value) for part in named), caught.value
+    assert "\n" not in str(caught.value)
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def state_of(run: tiny_vqvae.Run) -> dict[str, Tensor]:
+    state = checkpoint.trainable_state(run.training.model)
+    for phase in run.training.phases:
+        optimizer = checkpoint.optimizer_state(phase.optimizer)
+        state |= {f"{phase.group} {name}": value for name, value in optimizer.items()}
+    return state
+
+
+def test_a_run_resumed_at_any_checkpoint_ends_bit_identical(tmp_path: Path) -> None:
+    """Before the discriminator's first step and after it."""
+    ours = recipe(train={"gradient_accumulation": 2, "ema_decay": 0.9, "num_epochs": 2})
+    whole = tiny_vqvae.train(ours, tmp_path / "whole")
+    assert not torch.equal(whole.training.model.quantizer.mean_bits_Sd, torch.full((3, NUM_BITS), 0.5).double())
+    for start in (whole.checkpoints[0], whole.checkpoints[2]):
+        folder = tmp_path / start.name
+        again = tiny_vqvae.train(ours, folder, resume_from=start, model=tiny_vqvae.model_of(ours, seed=9))
+        mine, theirs = state_of(again), state_of(whole)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert tiny.without_times(again.training.state.history) == tiny.without_times(whole.training.state.history)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    whole, cut = (
+        tiny_vqvae.train(ours, tmp_path / str(parts)).training.state.history
+        for parts in (1, 4)
+        for ours in [recipe(train={"precision": "fp64", "gradient_accumulation": parts, "max_steps": 6})]
+    )
+    for a, b in zip(whole, cut, strict=True):
+        for name in ("loss", "psnr", "entropy_loss", "bits_used", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-8), (a["step"], name)
+
+
+def test_reconstructions_become_better_and_every_weight_moves(tmp_path: Path) -> None:
+    ours = recipe(adversarial_weight=0.01, train={"num_epochs": 6, "validate_every_epochs": 3})
+    model = tiny_vqvae.model_of(ours)
+    before = {name: value.clone() for name, value in checkpoint.trainable_state(model).items()}
+    history = tiny_vqvae.train(ours, tmp_path, model=model).training.state.history
+    validated = [row for row in history if "validation_psnr" in row]
+    assert validated[-1]["validation_psnr"] > validated[0]["validation_psnr"] > 8
+    assert 0 < validated[-1]["validation_bits_used"] <= 1
+    assert not history[-1].keys() & {"ones", "positions", "probabilities"}
+    after = checkpoint.trainable_state(model)
+    assert not [name for name, value in after.items() if torch.equal(before[name], value)]
+
+
+# -- a trained one -------------------------------------------------------------------------------------------------
+
+
+def finished_run(folder: Path) -> tuple[Storage, InfinityTokenizerTraining]:
+    """A run folder in the form that jobs/runtime/trainer.py leaves."""
+    run, model = Storage(str(folder)), tiny_vqvae.model_of(recipe())
+    file = RunFile("infinity_tokenizer", "smoke", model.recipe, InfinityTokenizerFacts(), "x")
+    write_model(run, checkpoint.trainable_state(model), file)
+    return run, model
+
+
+def opened(run: Storage, fingerprint: str | None = None) -> TrainedInfinityTokenizer:
+    return open_tokenizer(run.uri, fingerprint=fingerprint).load()
+
+
+def test_a_trained_one_is_opened(tmp_path: Path) -> None:
+    run, model = finished_run(tmp_path / "run")
+    trained, pixels = opened(run), tiny_vqvae.images(2)
+    assert (trained.image_size, trained.num_bits, trained.latent_shape) == (16, NUM_BITS, (NUM_BITS, 4, 4))
+    assert trained.grids == GRIDS
+    encoded = trained.encode(pixels)
+    with torch.inference_mode():
+        assert torch.equal(encoded, model.tokenizer.encoder(to_network(torch.from_numpy(pixels))))
+        total = quantize(encoded, GRIDS).latents_BdHW
+        assert torch.equal(trained.decode(total * 0.9), model.tokenizer.decoder(total * 0.9)), "not quantised again"
+    made = trained.reconstruct(pixels)
+    assert torch.equal(made, trained.decode(total))
+    assert torch.equal(to_pixels(made), model.eval().reconstruct(torch.from_numpy(pixels)))
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    run, _ = finished_run(tmp_path / "run")
+    fingerprint = opened(run).fingerprint()
+    assert opened(run, fingerprint).fingerprint() == fingerprint
+    with pytest.raises(InputError, match=r"run/model: this tokenizer \(fingerprint \w+\) is not the one"):
+        opened(run, "0" * 64)
+
+
+def test_autoencoders_of_another_kind_are_refused(tmp_path: Path) -> None:
+    run, _ = finished_run(tmp_path / "run")
+    with pytest.raises(InputError, match="recipe 'infinity_tokenizer' is not of a VQ-VAE; name a run of vqvae"):
+        open_vqvae(run.uri)
+    assert isinstance(open_autoencoder(run.uri).load().model, InfinityVae)
+    vqvae, model = Storage(str(tmp_path / "vqvae")), tiny_vqvae.model_of(tiny_vqvae.recipe())
+    file = RunFile("vqvae", "smoke", model.recipe, VQVAEFacts(), "x")
+    write_model(vqvae, checkpoint.trainable_state(model), file)
+    with pytest.raises(InputError, match="recipe 'vqvae' is not of a tokenizer; name a run of infinity_tokenizer"):
+        open_tokenizer(vqvae.uri)
+
+
+def test_latents_of_an_image_do_not_depend_on_its_batch(tmp_path: Path) -> None:
+    run, _ = finished_run(tmp_path / "run")
+    trained, pixels = opened(run), tiny_vqvae.images(4)
+    others = np.concatenate([pixels[:1], tiny_vqvae.images(8)[5:]])
+    assert torch.equal(trained.encode(pixels)[0], trained.encode(others)[0])
