@@ -91,7 +91,9 @@ class Replica(nn.Module):
         frozen = [
             f"model.{part}.{name}" for part, module in frozen_parts(model).items() for name in module.state_dict()
         ]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+        # `after_step` gives these the same values on every worker, so DDP need not send them in each step.
+        alike = [f"model.{name}" for name in getattr(model, "training_buffers", ())]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen + alike)
 
     def forward(self, *arguments: Any) -> Any:
         return self.model(*arguments)

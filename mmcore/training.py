@@ -16,6 +16,7 @@ A model may define more; all of it is optional:
 * ``summarize(statistics)``: scalars to log, for a batch and for the whole validation set.
 * ``blocks()``: modules for activation checkpointing.
 * ``state_buffers``: names of buffers that ``after_step`` changes. They are saved with the weights.
+* ``training_buffers``: those of them that checkpoints have and a finished run does not need.
 """
 
 import contextlib
@@ -367,8 +368,8 @@ class Training:
             if self.settings.keep == "last" or metrics["validation_loss"] < state.best_loss:
                 state.best_loss, state.best_step = metrics["validation_loss"], state.step
                 # A copy in CPU memory, since training changes the weights. Tied weights are kept once.
-                source = checkpoint.trainable_state(self.model)
-                self.best = {name: value.to("cpu", copy=True) for name, value in source.items()}
+                source, unneeded = checkpoint.trainable_state(self.model), getattr(self.model, "training_buffers", ())
+                self.best = {name: value.to("cpu", copy=True) for name, value in source.items() if name not in unneeded}
             if not math.isfinite(metrics["validation_loss"]):
                 raise self._diverged(f"the validation loss is {metrics['validation_loss']}", state.step)
             entry = {**metrics, "seconds": round(state.seconds, 3)}

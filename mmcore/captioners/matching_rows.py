@@ -23,6 +23,7 @@ class MatchingRows(CaptionRows):
     * `input_ids` int64 (B, 1, T) and `lengths` int64 (B, 1): a caption.
     * `uniforms` float64 (B, 2), in [0, 1): they choose the hard negatives (`qformer_losses.itm_negatives`).
     * `image_index` int64 (B,): number of the image in the dataset, to recognise equal images.
+    * `num_train` int64 (B,): training rows of an epoch.
 
     In training (seed, epoch, image_id) draws the view, the caption and the uniform numbers. Validation takes the first
     view and the first caption, and draws equal uniform numbers each time.
@@ -64,6 +65,7 @@ class MatchingRows(CaptionRows):
             "lengths": batch["lengths"][each, chosen, None],
             "uniforms": torch.tensor(uniforms, dtype=torch.float64),
             "image_index": torch.from_numpy(rows),
+            "num_train": torch.full((len(rows),), self.num_train),
         }
 
     def _caption(self, row: int, epoch: int | None) -> int:

@@ -46,7 +46,6 @@ _INITIAL_STD, _BERT_WIDTH = 0.02, 768
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -102,12 +101,12 @@ def _initialize(module: nn.Module, width: int) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _without_fp16(method: Callable[Concatenate[Module, P], Result]) -> Callable[Concatenate[Module, P], Result]:
+def _without_fp16(method: Callable[Concatenate["QFormer", P], Result]) -> Callable[Concatenate["QFormer", P], Result]:
     """`method` under the autocast of its caller, unless that is to fp16."""
 
     @functools.wraps(method)
-    def computed(self: Module, /, *arguments: P.args, **keywords: P.kwargs) -> Result:
-        device = next(self.parameters()).device.type
+    def computed(self: "QFormer", /, *arguments: P.args, **keywords: P.kwargs) -> Result:
+        device = self.query_tokens_QD.device.type
         in_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         with torch.autocast(device, torch.bfloat16, enabled=in_bf16):
             return method(self, *arguments, **keywords)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmcore.captioners.checks import check_batch_of_pairs, check_max_length, check_scratch_encoder
 from mmcore.captioners.decoding import OnWords, beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
+from mmcore.captioners.momentum import MomentumCopy
 from mmcore.captioners.qformer import MatchingHeads, MemoryKeys, QFormer
 from mmcore.captioners.qformer_layers import QFormerSettings
 from mmcore.captioners.qformer_losses import (
@@ -100,6 +101,11 @@ class QFormerRecipe:
     """Width of the space in which images and captions are compared."""
     label_smoothing: float = 0.1
     """Label smoothing of ITC and ITG in training."""
+    distillation: float = 0.0
+    """Share of ITC and ITG whose targets are those of a slow copy of the Q-Former (ALBEF takes 0.4). It grows from 0 in
+    the first epoch."""
+    distillation_momentum: float = 0.995
+    """Share of its weights that the copy keeps in a step."""
     train: TrainSettings = field(
         default_factory=lambda: TrainSettings(
             num_epochs=10,
@@ -118,7 +124,7 @@ class QFormerRecipe:
     def __post_init__(self) -> None:
         sizes = ("num_queries", "cross_every", "width", "num_layers", "num_heads", "ffn_width", "feature_width")
         check_at_least_one(self, *sizes, "image_size", "captions_per_image", "min_word_count")
-        check_share(self, "dropout", "label_smoothing")
+        check_share(self, "dropout", "label_smoothing", "distillation", "distillation_momentum")
         check_max_length(self)
         check_batch_of_pairs(self)
         if self.text_model == SCRATCH:
@@ -134,6 +140,8 @@ class QFormerRecipe:
             # The encoder `scratch` has this width too.
             if self.encoder != SCRATCH:
                 ignored["width"] = f"--text-model {SCRATCH}"
+        if not self.distillation:
+            ignored["distillation_momentum"] = "--distillation"
         return ignored
 
     def build_tokenizer(self, table: CaptionTable) -> CaptionTokenizer:
@@ -214,11 +222,18 @@ class QFormerCaptioner(nn.Module):
         self.qformer = QFormer(facts.qformer)
         self.heads = MatchingHeads(facts.qformer.width, recipe.feature_width)
         self.log_scale = first_log_scale()
+        self.momentum_copy: MomentumCopy | None = None
+        self.state_buffers: tuple[str, ...] = ()
+        self.training_buffers: tuple[str, ...] = ()
 
     def load_pretrained(self) -> None:
-        """Load the first weights of a named text model. It does nothing for `scratch`."""
+        """Load the first weights of a named text model, and copy the first weights for momentum distillation."""
         if self.recipe.text_model != SCRATCH:
             start_from_bert(self.qformer, self.recipe.text_model, flag="--text-model")
+        if self.recipe.distillation:
+            self.momentum_copy = MomentumCopy(self.qformer, self.heads)
+            self.state_buffers = tuple(f"momentum_copy.{name}" for name, _ in self.momentum_copy.named_buffers())
+            self.training_buffers = self.state_buffers
 
     def memory(self, images: Tensor) -> Tensor:
         """Frozen tokens (B, L, E), or uint8 pixels (B, P, P, 3) for `scratch` -> image tokens (B, L, E)."""
@@ -272,7 +287,14 @@ class QFormerCaptioner(nn.Module):
         cosines = similarities(images_BQF, texts_BF, share(images_BQF), share(texts_BF))
         smoothing = self.recipe.label_smoothing if self.training else 0.0
         temperature = temperature_of(self.log_scale)
-        itc = itc_loss(cosines, temperature, index_B, all_index_M, smoothing)
+        predicts_BT = predicts_word(lengths_B, ids_BT.shape[1])
+        soft_cosines = soft_logits = None
+        if self.training and self.momentum_copy is not None:
+            soft_cosines, soft_logits = self.momentum_copy.targets(
+                memory_BLE, text_BT, ids_BT, mask_BT, predicts_BT, share
+            )
+        soft_weight = self._soft_weight()
+        itc = itc_loss(cosines, temperature, index_B, all_index_M, smoothing, soft_cosines, soft_weight)
         right_2B = all_index_M[torch.stack([each.argmax(dim=1) for each in cosines])] == index_B
 
         negatives = itm_negatives(cosines, temperature, index_B, all_index_M, batch["uniforms"])
@@ -293,8 +315,8 @@ class QFormerCaptioner(nn.Module):
         right_X = (itm_scores(logits_XQ2) > 0) == matches_X
 
         hidden_BTD = self.qformer.causal(ids_BT, mask_BT, state)
-        logits_NV = self.qformer.logits(hidden_BTD[predicts_word(lengths_B, ids_BT.shape[1])])
-        itg, right_words = itg_loss(logits_NV, ids_BT, lengths_B, smoothing)
+        logits_NV = self.qformer.logits(hidden_BTD[predicts_BT])
+        itg, right_words = itg_loss(logits_NV, ids_BT, lengths_B, smoothing, soft_logits, soft_weight)
         return Outputs(
             {
                 "itc": Loss(itc, len(index_B)),
@@ -306,7 +328,24 @@ class QFormerCaptioner(nn.Module):
                 "itm_correct": Mean(right_X.sum(), right_X.numel()),
                 "itg_correct": Mean(right_words, len(logits_NV)),
             },
+            {} if soft_cosines is None else {"epochs": batch["num_train"].double().reciprocal().sum()},
         )
+
+    def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
+        """Let the momentum copy follow."""
+        assert self.momentum_copy is not None, "only its targets leave statistics"
+        momentum = self.recipe.distillation_momentum
+        self.momentum_copy.follow(self.qformer, self.heads, momentum, statistics["epochs"])
+
+    def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
+        """The share of the copy's targets in the next step."""
+        return {"distillation": float(self._soft_weight())}
+
+    def _soft_weight(self) -> Tensor | float:
+        """The share of the copy's targets: it grows linearly in the first epoch (ALBEF, section 3.5)."""
+        if self.momentum_copy is None:
+            return 0.0
+        return self.recipe.distillation * self.momentum_copy.epochs.clamp(max=1.0)
 
     @torch.inference_mode()
     def caption(

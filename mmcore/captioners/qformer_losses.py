@@ -57,6 +57,8 @@ def itc_loss(
     image_index_B: Tensor,
     all_image_index_M: Tensor,
     label_smoothing: float = 0.1,
+    soft: Similarities | None = None,
+    soft_weight: Tensor | float = 0.0,
 ) -> Tensor:
     """The image-text contrastive loss, summed over this worker's rows (ALBEF, equation 1; InfoNCE).
 
@@ -67,15 +69,29 @@ def itc_loss(
         temperature: scalar > 0 that divides the similarities; learned.
         image_index_B, all_image_index_M: int64, the images of the rows, in the order of the similarities.
         label_smoothing: share of the target's probability that is spread over all M.
+        soft: similarities of a momentum copy. Their softmax is a second target (ALBEF, equation 6).
+        soft_weight: share of the loss for that target.
     Returns: a scalar. The sums of all workers add up to that of the whole batch.
     """
     same_BM = same_image(image_index_B, all_image_index_M).to(cosines.image_to_text_BM.dtype)
     target_BM = same_BM / same_BM.sum(dim=1, keepdim=True)
-    both = [
-        F.cross_entropy(each_BM / temperature, target_BM, reduction="sum", label_smoothing=label_smoothing)
-        for each_BM in cosines
-    ]
+    both = []
+    for column, cosines_BM in enumerate(cosines):
+        logits_BM = cosines_BM / temperature
+        loss = F.cross_entropy(logits_BM, target_BM, reduction="sum", label_smoothing=label_smoothing)
+        if soft is not None:
+            loss = _softened(loss, logits_BM, soft[column] / temperature.detach(), soft_weight)
+        both.append(loss)
     return (both[0] + both[1]) / 2
+
+
+def _softened(loss: Tensor, logits_NV: Tensor, soft_logits_NV: Tensor, weight: Tensor | float) -> Tensor:
+    """`loss`, of which the share `weight` is the cross-entropy with the softmax of `soft_logits_NV`, summed over N.
+
+    ALBEF has the KL divergence there. It differs by the entropy of the targets, which has no gradient.
+    """
+    soft_loss = F.cross_entropy(logits_NV, soft_logits_NV.to(logits_NV.dtype).softmax(dim=1), reduction="sum")
+    return (1 - weight) * loss + weight * soft_loss
 
 
 class Negatives(NamedTuple):
@@ -156,7 +172,12 @@ def predicts_word(lengths_R: Tensor, num_positions: int) -> Tensor:
 
 
 def itg_loss(
-    logits_NV: Tensor, input_ids_RT: Tensor, lengths_R: Tensor, label_smoothing: float = 0.1
+    logits_NV: Tensor,
+    input_ids_RT: Tensor,
+    lengths_R: Tensor,
+    label_smoothing: float = 0.1,
+    soft_logits_NV: Tensor | None = None,
+    soft_weight: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The image-grounded text generation loss, summed over words: the cross-entropy of the next word.
 
@@ -164,10 +185,14 @@ def itg_loss(
         logits_NV: logits of the word after each position where `predicts_word` is true, row by row.
         input_ids_RT: int64, with begin and end. The first token may differ from that of the input (`[DEC]`).
         lengths_R: int64, the number of real tokens; 0 for a missing caption.
+        soft_logits_NV: those of a momentum copy. Their softmax is a second target (ALBEF, equation 7).
+        soft_weight: share of the loss for that target.
     Returns: the sum, and the number of words that are predicted correctly.
     """
     predicts_RT = predicts_word(lengths_R, input_ids_RT.shape[1])
     labels_N = input_ids_RT.roll(-1, dims=1)[predicts_RT]
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss = F.cross_entropy(logits_NV, labels_N, reduction="sum", label_smoothing=label_smoothing)
+    if soft_logits_NV is not None:
+        loss = _softened(loss, logits_NV, soft_logits_NV, soft_weight)
     return loss, (logits_NV.argmax(dim=-1) == labels_N).sum()

@@ -88,8 +88,20 @@ class Group:
             return list(pool.map(of_worker, range(self.num_workers)))
 
 
+def distilled_model() -> QFormerCaptioner:
+    """In its second epoch of momentum distillation, with a copy that predicts otherwise."""
+    model = model_of(recipe(distillation=0.4))
+    model.load_pretrained()
+    assert model.momentum_copy is not None
+    random = torch.Generator().manual_seed(1)
+    for buffer in model.momentum_copy.buffers():
+        buffer += torch.rand(buffer.shape, generator=random)
+    model.momentum_copy.epochs.fill_(1.5)
+    return model
+
+
 def outputs_of(
-    parts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    parts: list[list[int]], monkeypatch: pytest.MonkeyPatch, make: Callable[[], QFormerCaptioner]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Any]]:
     """One worker for each of `parts`: the sums of the losses, the gradients of their total, the negatives by image."""
     group, drawn = Group(len(parts)), {}
@@ -102,7 +114,7 @@ def outputs_of(
 
     monkeypatch.setattr(qformer_captioner, "gathered", group.gathered)
     monkeypatch.setattr(qformer_captioner, "itm_negatives", spied)
-    rows, models = rows_of(recipe()), [model_of(recipe()).double().train() for _ in parts]
+    rows, models = rows_of(recipe()), [make().double().train() for _ in parts]
 
     def forward(rank: int) -> Any:
         batch = rows.train_batch(np.array(parts[rank]), 0)
@@ -117,14 +129,20 @@ def outputs_of(
         name: torch.stack([model.get_parameter(name).grad for model in models]).sum(dim=0)
         for name, _ in models[0].named_parameters()
     }
-    return {name: each.item() for name, each in sums.items()}, gradients, {"counts": counts, "drawn": drawn}
+    facts = {"counts": counts, "drawn": drawn}
+    if outputs[0].statistics:
+        facts["epochs"] = sum(each.statistics["epochs"].item() for each in outputs)
+    return {name: each.item() for name, each in sums.items()}, gradients, facts
 
 
-def test_two_workers_agree_with_one_on_losses_gradients_and_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [lambda: model_of(recipe()), distilled_model], ids=["plain", "distilled"])
+def test_two_workers_agree_with_one_on_losses_gradients_and_negatives(
+    make: Callable[[], QFormerCaptioner], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [3, 8, 1, 14, 19, 6, 11, 0]
-    one_sums, one_gradients, one_facts = outputs_of([rows], monkeypatch)
+    one_sums, one_gradients, one_facts = outputs_of([rows], monkeypatch, make)
     for parts in ([rows[:4], rows[4:]], [rows[1::2], rows[::2]]):
-        sums, gradients, facts = outputs_of(parts, monkeypatch)
+        sums, gradients, facts = outputs_of(parts, monkeypatch, make)
         # In float64; measured differences at most 6e-14.
         assert sums == pytest.approx(one_sums, abs=1e-10)
         assert facts == one_facts
@@ -297,6 +315,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
         ({"encoder": "scratch"}, {"tokens": "pooled"}, "a frozen --encoder"),
         ({"text_model": "bert"}, {"num_layers": 3}, "--text-model scratch"),
         ({"text_model": "bert"}, {"width": 64}, "--text-model scratch"),
+        ({}, {"distillation_momentum": 0.9}, "--distillation"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, Any], change: dict[str, Any], needed: str) -> None:
