@@ -11,7 +11,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.hub import not_found, quiet_load, say_fetch
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
-from mmcore.text import WORDS_FILE, CaptionTokenizer, TokenIds, WordVocabulary
+from mmcore.text import BOS, EOS, EOS_ID, PAD, SPECIAL, UNK, WORDS_FILE, CaptionTokenizer, TokenIds, WordVocabulary
 
 # The setting for a vocabulary built from the captions, instead of a pretrained tokenizer.
 WORDS = "words"
@@ -72,6 +72,24 @@ def special_ids(tokenizer: Any, flag: str = "--tokenizer") -> tuple[int | None, 
     if eos_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no end token; choose another with {flag}")
     return bos_id, eos_id
+
+
+def words_tokenizer(words: WordVocabulary, first_id: int) -> Any:
+    """A fast tokenizer of transformers with the ids of `words`. Its texts begin with the token `first_id`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*SPECIAL, *words.words]
+    fast = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNK))
+    if words.lowercase:
+        fast.normalizer = normalizers.Lowercase()
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{tokens[first_id]} $A {EOS}", special_tokens=[(tokens[first_id], first_id), (EOS, EOS_ID)]
+    )
+    marks = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
+    # The clean-up of transformers would join marks of punctuation to their words.
+    return PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **marks)
 
 
 class PieceTokenizer:

@@ -31,8 +31,9 @@ from mmcore.captioners.search_options import GREEDY, LanguageSearchOptions
 from mmcore.captioners.temperature import temperature_of
 from mmcore.errors import InputError
 from mmcore.frozen.language import FrozenLanguageModel
-from mmcore.frozen.tokenizers import PieceTokenizer, first_sentence
+from mmcore.frozen.tokenizers import PieceTokenizer, first_sentence, words_tokenizer
 from mmcore.frozen.vision import PATCH
+from mmcore.text import WordVocabulary
 from mmcore.trained.captioner import TrainedCaptioner
 
 # Largest allowed difference of similarities and probabilities, and of image tokens as a share of the largest. On a CPU
@@ -216,12 +217,14 @@ class RetrievalExport(_Exporter):
         """Raises InputError for a run that transformers has no place for."""
         self.model: QFormerCaptioner = trained.model
         super().__init__(trained, self.model.image_norm)
-        if not isinstance(trained.tokenizer, PieceTokenizer):
-            raise InputError(
-                "--run: its tokenizer is a list of words, for which transformers' BLIP-2 has none; train with "
-                "--text-model NAME_OR_FOLDER"
-            )
         self.tokenizer = trained.tokenizer
+
+    def _own_tokenizer(self) -> Any:
+        """A fast tokenizer that gives texts as ITC and ITM read them."""
+        if isinstance(self.tokenizer, WordVocabulary):
+            return words_tokenizer(self.tokenizer, first_id=self.model.facts.first_id)
+        assert isinstance(self.tokenizer, PieceTokenizer), "a Q-Former has one of the two"
+        return copy.deepcopy(self.tokenizer.tokenizer)
 
     def save(self, folder: str) -> None:  # type: ignore[override]
         from transformers import Blip2Config, Blip2ForImageTextRetrieval
@@ -234,7 +237,7 @@ class RetrievalExport(_Exporter):
             image_text_hidden_size=self.model.heads.vision_projection.out_features,
         )
         model = self.built(Blip2ForImageTextRetrieval, config, retrieval_state(qformer, self.model.heads))
-        tokenizer = copy.deepcopy(self.tokenizer.tokenizer)
+        tokenizer = self._own_tokenizer()
         max_length = tokenizer.model_max_length = self.trained.max_length
         code = f"{inspect.getsource(write_caption)}\n\n{_RETRIEVAL.format(head=_HEAD, max_tokens=max_length)}"
         super().save(model, tokenizer, folder, code, more=_OF_RETRIEVAL.format(head=_HEAD, max_length=max_length))

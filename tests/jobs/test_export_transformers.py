@@ -24,9 +24,10 @@ from mmcore.captioners.qformer import MatchingHeads, QFormer
 from mmcore.captioners.qformer_weights import blip2_settings, load_blip2, load_lavis_head
 from mmcore.captioners.search_options import GREEDY
 from mmcore.errors import InputError
-from mmcore.frozen.vision import FrozenVisionEncoder
+from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder
 from mmcore.metrics.bleu import tokenize
 from mmcore.storage import Storage
+from mmcore.text import WordVocabulary
 from mmcore.trained import to_transformers
 from mmcore.trained.captioner import open_captioner
 
@@ -81,17 +82,19 @@ def write_run(folder: Path, name: str, recipe: Any, words: Any, facts: Any) -> P
     return folder
 
 
-def qformer_run(tmp_path: Path, kind: str = "resnet", **changes: Any) -> Path:
+def qformer_run(tmp_path: Path, kind: str = "resnet", *, scratch: bool = False, **changes: Any) -> Path:
     recipe = dataclasses.replace(
         qformer_captioner.VARIANTS["smoke"],
         encoder=str(write_encoder(kind, tmp_path / kind)),
-        text_model=str(write_bert(tmp_path / "bert")),
+        text_model=SCRATCH if scratch else str(write_bert(tmp_path / "bert")),
         image_size=SIDE,
         max_length=12,
         cross_every=2,
         **changes,
     )
-    words = recipe.build_tokenizer(None)  # type: ignore[arg-type]
+    words: Any = WordVocabulary(tuple(WORDS), lowercase=True)
+    if not scratch:
+        words = recipe.build_tokenizer(None)  # type: ignore[arg-type]
     return write_run(
         tmp_path / "runs" / "qformer" / "a", "qformer", recipe, words, recipe.complete(facts_of(recipe, words))
     )
@@ -122,12 +125,19 @@ def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "image_norm"), [("blip2", False), ("blip2", True), ("resnet", True), ("resnet", False)]
+    ("kind", "changes"),
+    [
+        ("blip2", {"image_norm": False}),
+        ("blip2", {"image_norm": True}),
+        ("resnet", {"image_norm": True}),
+        ("resnet", {"image_norm": False}),
+        ("resnet", {"scratch": True}),
+    ],
 )
 def test_the_class_for_retrieval_gives_the_same_scores_and_captions(
-    kind: str, image_norm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, changes: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = qformer_run(tmp_path, kind, image_norm=image_norm)
+    run = qformer_run(tmp_path, kind, **changes)
     folder = tmp_path / "exported"
     found = export(ExportSettings(run=str(run), out=str(folder), to="transformers"))
     assert found <= to_transformers.TOLERANCE

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, tokenization_utils_base
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, tokenization_utils_base
 
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
@@ -18,11 +18,11 @@ from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.errors import InputError
 from mmcore.frozen.language import caption_tokenizer
-from mmcore.frozen.tokenizers import PieceTokenizer, read_caption_tokenizer
+from mmcore.frozen.tokenizers import PieceTokenizer, read_caption_tokenizer, words_tokenizer
 from mmcore.recipe import check_effect, recipe_to_json
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
-from mmcore.text import CaptionTokenizer
+from mmcore.text import BOS_ID, EOS_ID, PAD_ID, UNK_ID, CaptionTokenizer, WordVocabulary
 from mmcore.trained.captioner import open_captioner
 
 CAPTIONS = [text for row in range(20) for text in tiny.captions_of(row)]
@@ -99,6 +99,22 @@ def test_tokenizers_that_keep_spaces_give_every_text_back() -> None:
     tokenizer.tokenizer.clean_up_tokenization_spaces = True  # as tokenizers of GPT-2 were stored once
     for text in ("the dog 's ball", "the dog's ball", "two - thirds", "two-thirds", "a ball , a dog ."):
         assert tokenizer.decode(tokenizer.encode(text, 99)) == text
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_transformers_opens_the_words_of_a_vocabulary(lowercase: bool, tmp_path: Path) -> None:
+    texts = ["A dog 's ball .", "the  dog\tthat zigzags", "", "A-dog , don't"]
+    words = WordVocabulary.build(["A dog 's ball , .", "the dog that don't"], min_count=1, lowercase=lowercase)
+    words_tokenizer(words, first_id=PAD_ID).save_pretrained(tmp_path)
+    opened = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    ours = [words.encode(text, 9) for text in texts]
+    theirs = opened(texts, padding=True)
+    for ids, padded, mask in zip(ours, theirs["input_ids"], theirs["attention_mask"], strict=True):
+        assert padded[: sum(mask)] == [PAD_ID, *ids[1:]]
+        assert mask == sorted(mask, reverse=True)
+        assert opened.decode(ids, skip_special_tokens=True) == words.decode(ids)
+    marks = (opened.pad_token_id, opened.bos_token_id, opened.eos_token_id, opened.unk_token_id)
+    assert (len(opened), marks) == (len(words), (PAD_ID, BOS_ID, EOS_ID, UNK_ID))
 
 
 def test_captions_that_are_cut_are_nothing_to_be_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
