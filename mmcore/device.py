@@ -24,6 +24,20 @@ def device_name(kind: str | None = None) -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        # What PyTorch holds for itself and does not use is free too.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    info = Path("/proc/meminfo")
+    if info.exists():
+        available = [line.split()[1] for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
+        return int(available[0]) * 1024
+    # Another system than Linux tells the pages of the machine only.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def compute_thread(num_threads: int) -> ThreadPoolExecutor:
     """A pool of one thread that loads a model and computes with it, on `num_threads` CPU threads.
 

@@ -54,8 +54,13 @@ def hold_frozen(model: nn.Module, frozen_precision: str, precision: str) -> None
             _cast([value for value in saved if isinstance(value, Tensor)], dtype)
             part.forward = _computing_in(dtype, part.forward)  # type: ignore[method-assign]
         elif precision == "bf16":
-            for layer in _cast_layers(part):
-                _cast(list(layer.parameters(recurse=False)), torch.bfloat16)
+            store_for_autocast(part, torch.bfloat16)
+
+
+def store_for_autocast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights that autocast to `dtype` would cast in every step. What is computed under it stays equal."""
+    for layer in _cast_layers(module):
+        _cast(list(layer.parameters(recurse=False)), dtype)
 
 
 def _cast_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -254,6 +254,8 @@ class InfinityTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.num_layers)])
         self.head_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = nn.Linear(width, 2 * settings.num_bits)
+        for computed_in_fp32 in (self.modulation, self.head_modulation, self.head):
+            setattr(computed_in_fp32, "own_precision", True)  # noqa: B010 - a module has no such field for mypy
 
     def _layers(self) -> Iterable[Block]:
         return cast(Iterable[Block], self.blocks)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from mmcore.generators.infinity import InfinitySettings
-from mmcore.generators.infinity_sampling import InfinityOptions
+from mmcore.generators.infinity_options import InfinityOptions
 from mmcore.generators.infinity_scales import Grid, num_positions
 from mmcore.generators.infinity_vae import InfinityVaeSettings
 
@@ -62,7 +62,7 @@ def image_cost(
 
     Args:
         grids: of the Transformer, from coarse to fine.
-        options: `guidance`, `guided_grids` and `guidance_layer` decide how many rows are computed.
+        options: guidance decides how many rows are computed, `num_grids` how many grids.
         text: sizes of the text encoder; None is flan-t5-xl.
         patch: positions of the latent image on a side of a position of the Transformer.
     """
@@ -85,9 +85,10 @@ def transformer_flops(
     settings: InfinitySettings, num_tokens: int, grids: Sequence[Grid], options: InfinityOptions
 ) -> int:
     """FLOPs of the Transformer for one image, as `infinity_sampling.sample` computes it."""
-    guided = any(options.guidance_of(number) != 1 for number in range(len(grids)))
+    drawn = grids[: options.num_grids]
+    guided = any(options.guidance_of(number) != 1 for number in range(len(drawn)))
     flops, num_before = (1 + guided) * _state_flops(settings, num_tokens), 0
-    for number, (height, width) in enumerate(grids):
+    for number, (height, width) in enumerate(drawn):
         rows = 1 if options.guidance_of(number) == 1 else 2
         num = height * width
         num_before += num

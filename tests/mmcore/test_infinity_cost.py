@@ -17,7 +17,8 @@ from mmcore.generators.infinity_cost import (
     text_flops,
     transformer_flops,
 )
-from mmcore.generators.infinity_sampling import InfinityOptions, sample
+from mmcore.generators.infinity_options import InfinityOptions
+from mmcore.generators.infinity_sampling import sample
 from mmcore.generators.infinity_scales import grids_of
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 
@@ -26,7 +27,9 @@ _GRIDS = ((1, 1), (2, 3), (4, 6))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"guidance": 1.0}, {"guided_grids": 1}, {"guidance_layer": -1}, {"guided_grids": 0}], ids=str
+    "options",
+    [{}, {"guidance": 1.0}, {"guided_grids": 1}, {"guidance_layer": -1}, {"guided_grids": 0}, {"num_grids": 2}],
+    ids=str,
 )
 def test_transformer(options: dict[str, Any]) -> None:
     chosen = InfinityOptions(**options)
