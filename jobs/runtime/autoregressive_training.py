@@ -163,10 +163,13 @@ def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doi
         # Nobody asks for the captions of the scenes that fresh ones stand for.
         captions = [[] if split == TRAIN else row for split, row in zip(table.splits, table.captions, strict=True)]
         table = dataclasses.replace(table, captions=captions)
+        loaded = vqvae.on(training_device())
         fresh = FreshScenes(
             _shapes(table),
-            vqvae.on(training_device()),
+            loaded.codes,
             read_tokenizer(job, facts),
+            output="codes",
+            image_size=loaded.image_size,
             captions_per_image=recipe.captions_per_image,
             exhaustive_captions=recipe.exhaustive_captions,
         )

@@ -1,9 +1,10 @@
-"""Training rows of the autoregressive generator: the codes of an image and a prompt.
+"""Training rows of a generator over what a frozen autoencoder makes of an image: codes, or latents; and a prompt.
 
 Each row has a random generator with the key (seed, epoch, image_id). Its random choices do not depend on the worker,
 the order of rows, or restarts.
 
-Shapes: N rows of the dataset, B rows of a batch, h and w sides of a grid of codes, L = h·w codes.
+Shapes: N rows of the dataset, B rows of a batch, h and w sides of a grid of codes, L = h·w codes, C channels of
+latents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from mmcore.data.columns import Column
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.errors import InputError
-from mmcore.generators.fresh_scenes import Draw, FreshScenes
+from mmcore.generators.fresh_scenes import Draw, FreshScenes, Output
 from mmcore.generators.prompt_rows import Prompts
 from mmcore.rows import Batch
 from mmcore.seeding import generator
@@ -26,7 +27,7 @@ def code_dtype(num_codes: int) -> np.dtype:
 
 
 class CodeRows:
-    """Rows by index: `codes` int64 (B, L), row by row of the grid, and the prompts.
+    """Rows by index: `codes` int64 (B, L), row by row of the grid, or `latents` fp32 (B, C, h, w), and the prompts.
 
     Validation uses the first caption of each row. With `fresh`, every epoch trains on new scenes.
     """
@@ -41,18 +42,20 @@ class CodeRows:
         drop_text: float,
         flip: bool,
         seed: int,
+        output: Output = "codes",
         fresh: FreshScenes | None = None,
     ) -> None:
-        """`views`: codes (h, w) of the images and, with `flip`, of the mirrored images.
+        """`views`: codes (h, w) or latents (C, h, w) of the images and, with `flip`, of the mirrored images.
 
-        With `fresh`, only validation rows need codes and captions.
+        With `fresh`, only validation rows need them, and captions.
         """
         if len({view.image_ids for view in views}) != 1:
             raise InputError("the cached views have different images; remove STORAGE/features and repeat the command")
-        assert len(views) == 1 + flip, "flip needs the codes of the mirrored images"
+        assert len(views) == 1 + flip, "flip needs the mirrored images too"
+        assert fresh is None or fresh.output == output, "fresh scenes have the same outputs"
         self.views, self.prompts, self.image_ids = [view.values for view in views], prompts, table.image_ids
         self.num_captions = [min(captions_per_image, len(captions)) for captions in table.captions]
-        self.drop_text, self.flip, self.seed, self.fresh = drop_text, flip, seed, fresh
+        self.drop_text, self.flip, self.seed, self.output, self.fresh = drop_text, flip, seed, output, fresh
         self.train, self.validation = np.array(table.rows(TRAIN)), np.array(table.validation_rows())
         self.num_train, self.num_validation = len(self.train), len(self.validation)
         places = {image_id: place for place, image_id in enumerate(views[0].image_ids)}
@@ -67,9 +70,12 @@ class CodeRows:
 
     def _batch(self, rows: Sequence[int], mirrored: Sequence[bool], captions: Sequence[int | None]) -> Batch:
         pairs = zip(rows, mirrored, strict=True)
-        codes = np.stack([self.views[int(mirror)][self.places[row]] for row, mirror in pairs])
-        ids_BL = torch.from_numpy(codes.astype(np.int64)).flatten(1)
-        return {"codes": ids_BL, **self.prompts.batch(rows, captions)}
+        values = np.stack([self.views[int(mirror)][self.places[row]] for row, mirror in pairs])
+        if self.output == "codes":
+            made = torch.from_numpy(values.astype(np.int64)).flatten(1)
+        else:
+            made = torch.from_numpy(values.astype(np.float32))
+        return {self.output: made, **self.prompts.batch(rows, captions)}
 
     def train_batch(self, indices: np.ndarray, epoch: int) -> Batch:
         rows = self.train[indices].tolist()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mmcore.frozen.text import TextInputs
+from mmcore.generators.infinity_scales import Grid
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,34 @@ class AutoregressiveFacts:
     """Fingerprint of the frozen text encoder, or of the tokenizer."""
     text: tuple[str, ...] = ()
     """Path under STORAGE of the hidden states, or of the tokenizer."""
+
+
+@dataclass(frozen=True)
+class InfinityFacts:
+    """Facts of a run of Infinity's Transformer."""
+
+    text_inputs: TextInputs
+    """The text inputs of the network."""
+    latent_shape: tuple[int, int, int]
+    """(d, H, W) of the latents of an image: d bits of a position, on the last grid."""
+    grid_sides: tuple[int, ...]
+    """Sides of the square grids, from coarse to fine."""
+    resolution: int = 0
+    """Side of an image in pixels."""
+    autoencoder_fingerprint: str = ""
+    """Fingerprint of the frozen tokenizer of the latents."""
+    dataset_fingerprint: str = ""
+    columns: tuple[str, ...] = ()
+    """Folders under STORAGE/features: the latents and, with `flip`, those of the mirrored images."""
+    text_fingerprint: str = ""
+    """Fingerprint of the frozen text encoder, or of the tokenizer of words."""
+    text: tuple[str, ...] = ()
+    """Path under STORAGE of the hidden states, or of the tokenizer of words."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Height and width of each grid."""
+        return tuple((side, side) for side in self.grid_sides)
 
 
 @dataclass(frozen=True)

@@ -173,12 +173,17 @@ class CrossAttention(nn.Module):
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
+def pool_heads(text_channels: int) -> int:
+    """Heads that pool a text of `text_channels`."""
+    return max(1, text_channels // _POOL_CHANNELS)
+
+
 class TextPool(nn.Module):
     """One learned query attends to the tokens of the text."""
 
     def __init__(self, text_channels: int, width: int) -> None:
         super().__init__()
-        self.num_heads = max(1, text_channels // _POOL_CHANNELS)
+        self.num_heads = pool_heads(text_channels)
         self.query_Hh = nn.Parameter(torch.empty(self.num_heads, width // self.num_heads))
         self.key_value = nn.Linear(text_channels, 2 * width, bias=False)
         self.value_bias = nn.Parameter(torch.zeros(width))
@@ -257,7 +262,7 @@ class InfinityTransformer(nn.Module):
         for computed_in_fp32 in (self.modulation, self.head_modulation, self.head):
             setattr(computed_in_fp32, "own_precision", True)  # noqa: B010 - a module has no such field for mypy
 
-    def _layers(self) -> Iterable[Block]:
+    def layers(self) -> Iterable[Block]:
         return cast(Iterable[Block], self.blocks)
 
     def text_state(self, text_RTC: Tensor, mask_RT: Tensor) -> TextState:
@@ -276,7 +281,7 @@ class InfinityTransformer(nn.Module):
         return TextState(
             pooled_RD=pooled_RD,
             modulation_R6D=modulation,
-            keys_values=[block.text_keys_values(text_RTD) for block in self._layers()],
+            keys_values=[block.text_keys_values(text_RTD) for block in self.layers()],
             mask_R11T=mask_R11T,
         )
 

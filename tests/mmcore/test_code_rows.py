@@ -116,7 +116,15 @@ def test_views_of_other_images_are_refused(table: CaptionTable, tokenizer: Promp
 def fresh_rows(
     table: CaptionTable, tokenizer: PromptTokenizer, autoencoder: TrainedVQVAE, exhaustive: float = 0.0, **changes: Any
 ) -> CodeRows:
-    fresh = FreshScenes(SHAPES, autoencoder, tokenizer, captions_per_image=5, exhaustive_captions=exhaustive)
+    fresh = FreshScenes(
+        SHAPES,
+        autoencoder.codes,
+        tokenizer,
+        output="codes",
+        image_size=autoencoder.image_size,
+        captions_per_image=5,
+        exhaustive_captions=exhaustive,
+    )
     return rows_of(table, tokenizer, fresh, **changes)
 
 
