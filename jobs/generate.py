@@ -14,13 +14,15 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import numpy as np
 import ray
 import torch
+import tyro
 
 from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
@@ -28,7 +30,7 @@ from jobs.runtime.commandline import counted, say_next
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.image_sweep import COMMIT, BlockFacts, GenerateImages, ImageSettings
 from jobs.runtime.lease import Lease
-from jobs.runtime.model_flags import parse_with_options
+from jobs.runtime.model_flags import parse_with_options, with_run
 from jobs.runtime.next_command import after_generating
 from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import (
@@ -47,9 +49,11 @@ from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError, OptionError
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.pipeline_options import PipelineOptions
 from mmcore.recipe import Generator
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
+from mmcore.trained.pipeline import HUB, is_pipeline
 
 SUMMARY, SKIPPED_FILE = "summary.json", "skipped.txt"
 # Skipped prompts that are printed; the file lists all.
@@ -71,7 +75,7 @@ class GenerateSettings:
     """What to generate, with what, and where to."""
 
     run: str
-    """The finished run of a generator: STORAGE/runs/RECIPE/NAME."""
+    """The finished run of a generator: STORAGE/runs/RECIPE/NAME. Left out where --model is given."""
     prompts: str
     """File of prompts: .txt (one a line; blank lines are skipped), or .csv, .jsonl or .parquet with
     prompt[, image_id, seed, height, width]; or flickr8k:report-test, or shapes-test."""
@@ -88,11 +92,19 @@ class GenerateSettings:
     """The seed of an image is derived from this number and its image_id, unless the prompts give one."""
     size: str | None = None
     """WIDTHxHEIGHT of the images, where the prompts give none; by default the generator's own."""
+    model: str | None = None
+    """Instead of --run, a text-to-image pipeline of diffusers: a folder with model_index.json, or a name on the hub. It
+    loads from safetensors, and no code of the folder is run."""
+    revision: str | None = None
+    """Commit, branch or tag of a --model on the hub; by default its newest."""
+    lora: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """LoRA adapter of --model, URI[:SCALE]: a .safetensors file, or a run of jobs/train_sdxl_lora.py. It may be given
+    several times."""
     text_encoder: str | None = None
     """Folder or name of the frozen text encoder, if it is not where the run had it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has any; a resumed sweep keeps it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """bfloat16 is faster where the device has it, and its images depend a little more on the size of the batch."""
     num_workers: int | None = None
     """Workers; by default one for each GPU, or for each machine."""
@@ -286,7 +298,8 @@ def generate(
     """
     _check(settings)
     out = output_storage(settings.out, "--out")
-    generator = worker_type.open(settings.run, text_encoder=settings.text_encoder)
+    adapters: dict[str, Any] = {"loras": settings.lora} if settings.lora else {}
+    generator = worker_type.open(settings.run, text_encoder=settings.text_encoder, **adapters)
     options, size = generator.options if options is None else options, _asked_size(settings, generator)
     generator.check(options, size)
     skipped: list[str] | None = [] if settings.skip_bad else None
@@ -294,13 +307,15 @@ def generate(
         settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count, skipped=skipped
     )
     prompts = _check_sizes(generator, options, prompts, settings.prompts, skipped)
-    run = Storage(settings.run)
-    print(f"generate: {counted(len(prompts), 'image')} of {settings.prompts} by {run} -> {out}", flush=True)
+    is_model = settings.run.startswith(HUB) or is_pipeline(settings.run)
+    source = settings.run if is_model else Storage(settings.run).uri
+    print(f"generate: {counted(len(prompts), 'image')} of {settings.prompts} by {source} -> {out}", flush=True)
     plan = read_plan(out, MANIFEST)
     done = committed_blocks(out, MANIFEST)
     if settings.dry_run:
         begun = "not begun" if plan is None else f"{len(done)} of {plan['num_blocks']} blocks are done"
-        print(f"reads:  {run}/model, {settings.prompts}\nwrites: {out}/{IMAGES}, {out}/{MANIFEST} ({begun})")
+        reads = source if is_model else f"{source}/model"
+        print(f"reads:  {reads}, {settings.prompts}\nwrites: {out}/{IMAGES}, {out}/{MANIFEST} ({begun})")
         if skipped:
             print(f"skipped: {len(skipped):,} prompts, {skipped[0]} the first")
         return {"num_rows": len(prompts)}
@@ -331,7 +346,7 @@ def generate(
             batch_size=wanted["batch_size"],
             device=wanted["device"],
             dtype=settings.dtype,
-            run=run.uri,
+            run=source,
             commit=source_commit(),
         )
         if plan is not None and not finished and plan[COMMIT] != image_settings.commit:
@@ -456,10 +471,16 @@ def summarise(out: Storage) -> SweepSummary:
 
 def main() -> None:
     command = "python jobs/generate.py"
-    families = {"a diffusion": DiffusionOptions(), "a Transformer over codes": AutoregressiveOptions()}
-    settings, options = parse_with_options(GenerateSettings, open_generator, families, __doc__ or "", command)
+    families = {
+        "a diffusion": DiffusionOptions(),
+        "a Transformer over codes": AutoregressiveOptions(),
+        "a pipeline of diffusers": PipelineOptions(),
+    }
+    settings, options = parse_with_options(
+        GenerateSettings, open_generator, families, __doc__ or "", command, with_run(sys.argv[1:])
+    )
     generate(settings, options)
-    if not settings.dry_run:
+    if not settings.dry_run and settings.model is None:
         say_next(after_generating(settings.run, settings.prompts, settings.out))
 
 

@@ -84,7 +84,7 @@ class ImageSettings:
     """Height and width of the images whose prompts give none."""
     batch_size: int
     device: str
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     run: str
     commit: str
 

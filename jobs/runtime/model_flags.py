@@ -2,12 +2,15 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from mmcore.errors import InputError
 from mmcore.flags import Help, read_flags, value_given
+from mmcore.trained.pipeline import HUB, INDEX, is_pipeline
 
 Settings = TypeVar("Settings")
 
@@ -53,6 +56,24 @@ def parse_with_options(
             ),
         ),
     )
+
+
+def with_run(argv: Sequence[str]) -> list[str]:
+    """The flags, with --run for what --model and --revision name: one source stands for either."""
+    run, model, revision = (value_given(argv, flag) for flag in ("--run", "--model", "--revision"))
+    if model is None:
+        if revision is not None:
+            raise InputError(f"--revision {revision}: is for --model; leave it out")
+        return list(argv)
+    if run is not None:
+        raise InputError(f"--run {run} and --model {model}: give one of them")
+    if Path(model).is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision}: is for models of the hub, and {model} is a folder")
+        if not is_pipeline(model):
+            raise InputError(f"--model {model}: no {INDEX} in this folder; name a folder of a pipeline of diffusers")
+        return [*argv, "--run", str(Path(model).absolute())]
+    return [*argv, "--run", HUB + model + ("" if revision is None else f"@{revision}")]
 
 
 def _flags(options: Any) -> list[str]:

@@ -168,3 +168,42 @@ def build(sizes: SdxlSizes = FULL) -> SdxlParts:
 def at_size(sizes: SdxlSizes, side: int) -> SdxlSizes:
     """The same model, made for images of `side` pixels a side."""
     return dataclasses.replace(sizes, sample_size=side // FACTOR)
+
+
+def write_tiny(folder: str, seed: int = 0) -> None:
+    """Write a diffusers folder of StableDiffusionXLPipeline with `TINY` parts and random weights, as safetensors.
+
+    Its tokenizers know single letters. Tests and the variant `smoke` use it, as it needs no download.
+    """
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = build(TINY)
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    ids = {word: number for number, word in enumerate(words)}
+    ids |= {"<|startoftext|>": TINY.vocabulary_size - 2, "<|endoftext|>": TINY.vocabulary_size - 1}
+    tokenizers = [
+        CLIPTokenizer(vocab=ids, merges=[], pad_token=pad, model_max_length=NUM_TOKENS)
+        for pad in ("<|endoftext|>", "!")
+    ]
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    StableDiffusionXLPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        text_encoder_2=parts.text_encoder_2,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=parts.unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    ).save_pretrained(folder)

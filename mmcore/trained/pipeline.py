@@ -1,0 +1,311 @@
+"""A text-to-image pipeline of diffusers as a generator: SDXL, Stable Diffusion and others, with LoRA adapters.
+
+A pipeline is a folder with model_index.json, or a model of the hub. It loads from safetensors alone, and no code of the
+folder is run.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcore.errors import InputError, OptionError
+from mmcore.frozen.hub import not_found, quiet_load, say_fetch
+from mmcore.generators.pipeline_options import PipelineOptions, PipelineSampler
+from mmcore.recipe import Identity
+from mmcore.storage import Storage
+from mmcore.temporary import temporary_folder
+
+HUB = "hf://"
+"""Before the name of a model on the hub."""
+INDEX = "model_index.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# What decides the images of a folder.
+_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+# Arguments of a call that the options need.
+_ARGUMENTS = {"prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator"}
+_ARGUMENTS |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type"}
+_SAMPLERS: dict[PipelineSampler, tuple[str, dict[str, Any]]] = {
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+}
+# What a step reads of the prompts. Without guidance its second half alone is left.
+_OF_PROMPTS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA adapter and its strength."""
+
+    uri: str
+    scale: float = 1.0
+
+    def read(self) -> bytes:
+        """The file of the adapter. Raises InputError if there is none."""
+        place = Storage(self.uri)
+        for folder, name in ((place / "model", LORA_FILE), (place, LORA_FILE), (place.parent, place.name)):
+            if name.endswith(".safetensors") and folder.exists(name):
+                return folder.read(name)
+        raise InputError(
+            f"--lora {self.uri}: no adapter there; name a .safetensors file, or a folder or a finished run with "
+            f"{LORA_FILE}"
+        )
+
+
+def parse_lora(text: str) -> Lora:
+    """``URI[:SCALE]``. Raises InputError for a scale that is not above 0."""
+    uri, colon, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if colon else None
+    except ValueError:
+        strength = None
+    if strength is None:
+        return Lora(text)
+    if not strength > 0 or strength == float("inf"):
+        raise InputError(f"--lora {text}: the scale {scale} must be above 0 and finite")
+    return Lora(uri, strength)
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether `source` is a folder of a pipeline."""
+    return (Path(source) / INDEX).is_file()
+
+
+class TrainedPipeline:
+    """A pipeline with its adapters. Reads no weights before `load`."""
+
+    pipeline: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def __init__(self, model: str, revision: str | None = None, loras: Sequence[Lora] = ()) -> None:
+        """`model`: folder or name on the hub. `revision`: commit, branch or tag of the hub, by default its newest.
+
+        Raises InputError if there is no such pipeline, or if it is no pipeline from text to images.
+        """
+        self.model, self.loras = model, tuple(loras)
+        self.folder = _fetched_settings(model, revision)
+        self.revision = self.folder.name if not Path(model).is_dir() else None
+        if self.revision is None and revision is not None:
+            raise InputError(f"--revision {revision}: is for models of the hub, and {model} is a folder")
+        self.class_name = _class_name(self.folder, model)
+        self.size: tuple[int, int] = (_side(self.folder),) * 2
+        self.scheduler = _read_json(self.folder / "scheduler" / "scheduler_config.json")
+        self.num_timesteps: int = self.scheduler.get("num_train_timesteps", 1000)
+        self.max_tokens: int = _max_tokens(self.folder)
+        self.decides_by_code = False
+        sampler: PipelineSampler = "dpmsolver++" if self._can_sample("dpmsolver++") else "own"
+        self.options = PipelineOptions(sampler=sampler)
+
+    def identity(self) -> Identity:
+        """The model by its commit on the hub, or by the SHA-256 of its files, and the same of each adapter."""
+        own = {"revision": self.revision} if self.revision else {"files_sha256": folder_sha256(str(self.folder))}
+        adapters = [
+            {"uri": lora.uri, "scale": lora.scale, "sha256": hashlib.sha256(lora.read()).hexdigest()}
+            for lora in self.loras
+        ]
+        return {"model": self.model, **own, **({"loras": json.dumps(adapters)} if adapters else {})}
+
+    def _can_sample(self, sampler: PipelineSampler) -> bool:
+        if sampler == "own":
+            return True
+        import diffusers
+
+        own = getattr(diffusers, self.scheduler.get("_class_name", ""), None)
+        names = {self.scheduler.get("_class_name")} | {str(each).split(".")[-1] for each in _compatible(own)}
+        return _SAMPLERS[sampler][0] in names
+
+    def check(self, options: PipelineOptions, size: tuple[int, int]) -> None:
+        options.check(self.num_timesteps)
+        if not self._can_sample(options.sampler):
+            raise OptionError(
+                "sampler",
+                f"{options.sampler}: does not fit {self.scheduler.get('_class_name')} of this model; give own",
+            )
+        if any(side % 8 or side < 8 for side in size):
+            raise OptionError("size", f"{size[1]}x{size[0]}: the sides must be multiples of 8")
+
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Read the weights in `dtype` and return self.
+
+        Raises InputError for missing weights, or for an adapter that does not fit.
+        """
+        import diffusers
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
+        self.device, self.dtype = torch.device(device), dtype
+        where = {"revision": self.revision} if self.revision else {}
+        say_fetch(self.model, INDEX, what="the weights of")
+        try:
+            with quiet_load():
+                pipeline = getattr(diffusers, self.class_name).from_pretrained(
+                    self.model, use_safetensors=True, dtype=dtype, **where
+                )
+        except (OSError, ValueError) as error:
+            raise not_found(self.model, "--model", "pipeline of diffusers with safetensors", error) from None
+        pipeline.set_progress_bar_config(disable=True)
+        # The watermark is drawn on the CPU after the decoder; the manifest says what an image is.
+        if hasattr(pipeline, "watermark"):
+            pipeline.watermark = None
+        for number, lora in enumerate(self.loras):
+            self._add(pipeline, lora, f"lora{number}")
+        if self.loras:
+            pipeline.set_adapters([f"lora{number}" for number in range(len(self.loras))], [x.scale for x in self.loras])
+        self.pipeline = pipeline.to(self.device)
+        network = getattr(pipeline, "unet", None)
+        if network is not None and self.device.type == "cuda":
+            network.to(memory_format=torch.channels_last)
+        self._own_scheduler = pipeline.scheduler
+        return self
+
+    def _add(self, pipeline: Any, lora: Lora, name: str) -> None:
+        # A file and not its tensors, as diffusers reads the adapter's alpha from the file's metadata.
+        with temporary_folder("lora") as folder:
+            (folder / LORA_FILE).write_bytes(lora.read())
+            try:
+                pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
+            except (ValueError, RuntimeError, LookupError) as error:
+                reason = "no layer of it is known" if isinstance(error, LookupError) else str(error).splitlines()[0]
+                raise InputError(f"--lora {lora.uri}: does not fit {self.model} ({reason})") from None
+
+    def num_tokens(self, prompts: Sequence[str]) -> list[int]:
+        tokenizer = self.pipeline.tokenizer
+        return [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[list[str]]:
+        """None: the tokenizers of these models split every word into known parts."""
+        return [[] for _ in prompts]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: PipelineOptions,
+        *,
+        size: tuple[int, int] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """See `Generator.generate`. Each image has a generator of random numbers on the CPU."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: give one seed per prompt")
+        height, width = size or self.size
+        self.check(options, (height, width))
+        self._set_sampler(options.sampler)
+        guided = options.guidance > 1
+
+        def after_step(pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(step + 1, options.steps)
+            if guided and step + 1 == options.guided_steps < options.steps:
+                pipeline._guidance_scale = 1.0
+                return {name: _second_half(value) for name, value in kept.items()}
+            return {}
+
+        known = self.pipeline._callback_tensor_inputs
+        images = self.pipeline(
+            prompt=list(prompts),
+            negative_prompt=[options.negative_prompt] * len(prompts) if guided else None,
+            height=height,
+            width=width,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+            callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=[name for name in _OF_PROMPTS if name in known],
+        ).images
+        pixels = images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def _set_sampler(self, sampler: PipelineSampler) -> None:
+        import diffusers
+
+        if sampler == "own":
+            self.pipeline.scheduler = self._own_scheduler
+            return
+        name, settings = _SAMPLERS[sampler]
+        self.pipeline.scheduler = getattr(diffusers, name).from_config(self._own_scheduler.config, **settings)
+
+
+def _second_half(values: Tensor) -> Tensor:
+    """The rows with a prompt: the pipelines compute those without one first."""
+    return values.chunk(2)[1]
+
+
+def _compatible(scheduler: Any) -> list[Any]:
+    return list(getattr(scheduler, "_compatibles", []))
+
+
+def _fetched_settings(model: str, revision: str | None) -> Path:
+    """The folder with the settings of a pipeline. Of a model on the hub, its name is the commit."""
+    if Path(model).is_dir():
+        if not is_pipeline(model):
+            raise InputError(f"--model {model}: no {INDEX} in this folder; name a folder of a pipeline of diffusers")
+        return Path(model).absolute()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    say_fetch(model, INDEX)
+    try:
+        with quiet_load():
+            return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.txt"]))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise not_found(model, "--model", "pipeline of diffusers", error) from None
+
+
+def _class_name(folder: Path, model: str) -> str:
+    """The pipeline's class. Raises InputError for code of the folder, or a class that makes no images of text."""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    if not (folder / INDEX).is_file():
+        raise InputError(f"--model {model}: there is no {INDEX}; name a pipeline of diffusers")
+    name = _read_json(folder / INDEX).get("_class_name")
+    known = {each.__name__: each for each in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"--model {model}: {name} of {INDEX} is no pipeline of diffusers from text to images")
+    missing = sorted(_ARGUMENTS - set(inspect.signature(known[name].__call__).parameters))
+    if missing:
+        raise InputError(f"--model {model}: {name} has no {', '.join(missing)}, which the options here need")
+    return name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from None
+
+
+def _side(folder: Path) -> int:
+    """Default side of an image in pixels."""
+    network = next((folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), None)
+    if network is None:
+        raise InputError(f"{folder}: has neither unet/ nor transformer/; name another pipeline")
+    levels = len(_read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
+    return int(_read_json(network / "config.json").get("sample_size", 128)) * 2 ** (levels - 1)
+
+
+def _max_tokens(folder: Path) -> int:
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    return int(_read_json(settings).get("model_max_length", 77)) if settings.is_file() else 77
+
+
+def folder_sha256(folder: str) -> str:
+    """SHA-256 of all files of a pipeline's folder that decide its images, with their names."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.suffix in _SUFFIXES:
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
