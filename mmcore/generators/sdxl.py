@@ -197,7 +197,7 @@ def write_tiny(folder: str, seed: int = 0) -> None:
         timestep_spacing="leading",
         steps_offset=1,
     )
-    StableDiffusionXLPipeline(
+    pipeline: Any = StableDiffusionXLPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         text_encoder_2=parts.text_encoder_2,
@@ -206,4 +206,5 @@ def write_tiny(folder: str, seed: int = 0) -> None:
         unet=parts.unet,
         scheduler=scheduler,
         add_watermarker=False,
-    ).save_pretrained(folder)
+    )
+    pipeline.save_pretrained(folder)
