@@ -22,8 +22,8 @@ from mmcore.temporary import temporary_folder
 R = TypeVar("R")
 F = TypeVar("F")
 _WEIGHTS, _RECIPE = "model.safetensors", "recipe.json"
-# Folders under model/: the tokenizer, and the VQ-VAE whose latents or codes a run was trained on.
-TOKENIZER_ASSET, VQVAE_ASSET = "tokenizer", "vqvae"
+# Folders under model/: the tokenizer of texts, and the autoencoder whose latents or codes a run was trained on.
+TOKENIZER_ASSET, VQVAE_ASSET, TOKENIZER_OF_BITS_ASSET = "tokenizer", "vqvae", "infinity_tokenizer"
 # Fields of the file itself; all others are facts.
 _OWN = ("recipe", "variant", "settings", "commit", "weights_sha256")
 

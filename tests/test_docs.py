@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from jobs.evaluate import CaptionScoreSettings, check_settings
 from jobs.prepare import PrepareSettings
-from jobs.runtime.job import Job, parse_job
+from jobs.runtime.job import Job, parse_job, parse_staged_job
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
@@ -112,6 +112,8 @@ def parse(file: str, argv: list[str]) -> Any:
         patch.setattr(sys, "argv", [file, *argv])
         without_runs(patch, module)
         if Path(file).name.startswith("train_"):
+            if (stages := getattr(module, "STAGES", None)) is not None:
+                return parse_staged_job(file, stages, "", argv)
             return parse_job(file, module.VARIANTS, "", argv)
 
         def parsed_by(cli: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from jobs.prepare import SHAPES
-from jobs.runtime.features import cached_vqvae_column
-from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, say_vqvae, vqvae_recipe
+from jobs.runtime.features import cached_autoencoder_column
+from jobs.runtime.frozen_autoencoder import VQVAE
 from jobs.runtime.generator_training import (
     GeneratorKind,
     Text,
@@ -51,7 +51,7 @@ def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
         _columns,
         setup,
         cached=_cached,
-        reads=reads_vqvae,
+        reads=VQVAE.reads,
         check=_check,
         more_captions=_exhaustive_captions,
     )
@@ -60,8 +60,8 @@ def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
 
 def _check(job: Job[AutoregressiveRecipe]) -> None:
     check_scenes(job.recipe)
-    vqvae_recipe(job)
-    say_vqvae(job)
+    VQVAE.recipe(job)
+    VQVAE.say(job)
 
 
 def check_scenes(recipe: AutoregressiveRecipe) -> None:
@@ -99,7 +99,7 @@ def _shapes(table: CaptionTable) -> ShapesSettings:
 
 
 def _facts(job: Job[AutoregressiveRecipe], inputs: TextInputs) -> AutoregressiveFacts:
-    vqvae = vqvae_recipe(job)
+    vqvae = VQVAE.recipe(job)
     return AutoregressiveFacts(inputs, vqvae.latent_shape[1:], vqvae.num_codes, vqvae.image_size)
 
 
@@ -119,17 +119,17 @@ def _describe(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, text: 
 def _encode(
     job: Job[AutoregressiveRecipe], table: CaptionTable, facts: AutoregressiveFacts
 ) -> Encoded[AutoregressiveRecipe, AutoregressiveFacts]:
-    run = ensure_vqvae(job)
+    run = VQVAE.ensure(job)
     fingerprint = open_autoencoder(run.uri).load().fingerprint()
     facts = dataclasses.replace(facts, autoencoder_fingerprint=fingerprint)
     check_begun(job, facts)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
-        cached_vqvae_column(
+        cached_autoencoder_column(
             job.storage,
             recipe.dataset,
             output="codes",
-            vqvae=run,
+            run=run,
             fingerprint=fingerprint,
             flip=flip,
             num_views=1 + recipe.flip,
@@ -156,7 +156,7 @@ def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doi
     """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded, for fresh scenes at once."""
     recipe = job.recipe
     assert recipe.vqvae is not None
-    vqvae = FrozenVQVAE(recipe.vqvae, facts.autoencoder_fingerprint)
+    vqvae = VQVAE.frozen(recipe.vqvae, facts.autoencoder_fingerprint)
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     fresh = None
     if recipe.fresh_scenes:

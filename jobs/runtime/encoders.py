@@ -18,7 +18,7 @@ from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
 # Rows that an encoder takes at once.
 _ENCODE_BATCH = 32
-VQVAEOutput = Literal["latents", "codes"]
+AutoencoderOutput = Literal["latents", "codes"]
 
 
 def _device() -> str:
@@ -51,14 +51,14 @@ class EncodeImages:
         return column_table(rows["image_id"], {VALUE: np.concatenate(values)})
 
 
-class EncodeByVQVAE:
-    """Images -> `output` of a trained VQ-VAE.
+class EncodeByAutoencoder:
+    """Images -> `output` of a trained autoencoder; a VQ-VAE alone has codes.
 
     Latents are fp16 (C, h, w), before quantisation. Codes (h, w) are the smallest integers that hold them.
     """
 
-    def __init__(self, vqvae: Storage, fingerprint: str, output: VQVAEOutput, flip: bool) -> None:
-        self.autoencoder = open_autoencoder(vqvae.uri, fingerprint=fingerprint).load(_device())
+    def __init__(self, run: Storage, fingerprint: str, output: AutoencoderOutput, flip: bool) -> None:
+        self.autoencoder = open_autoencoder(run.uri, fingerprint=fingerprint).load(_device())
         self.output, self.flip = output, flip
 
     def __call__(self, rows: ImageRows) -> pa.Table:

@@ -1,7 +1,7 @@
 """Outputs of frozen encoders: computed once by Ray Data and cached in the storage as columns.
 
 A column holds one tensor per image. It contains pixels, image tokens of a frozen vision encoder, or latents or codes of
-a trained VQ-VAE. A column of captions holds the hidden states of a frozen text encoder.
+a trained autoencoder. A column of captions holds the hidden states of a frozen text encoder.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK, Blocks, blocks_of_rows
-from jobs.runtime.encoders import EncodeByVQVAE, EncodeImages, EncodeText, VQVAEOutput
+from jobs.runtime.encoders import AutoencoderOutput, EncodeByAutoencoder, EncodeImages, EncodeText
 from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.job import Job
 from jobs.runtime.sweep import run_sweep
@@ -128,33 +128,33 @@ def cached_pixels(job: Job[Any]) -> CachedColumn:
     )
 
 
-def cached_vqvae_column(
+def cached_autoencoder_column(
     storage: Storage,
     dataset: str,
     *,
-    output: VQVAEOutput,
-    vqvae: Storage,
+    output: AutoencoderOutput,
+    run: Storage,
     fingerprint: str,
     flip: bool = False,
     num_views: int = 1,
     split: str | None = None,
     stall_timeout_s: float | None = None,
 ) -> CachedColumn:
-    """The images of a prepared dataset as latents (C, h, w) or codes (h, w) of the trained `vqvae`, a finished run.
+    """The images of a prepared dataset as latents (C, h, w) or codes (h, w) of the trained autoencoder `run`.
 
     Args:
-        fingerprint: of the VQ-VAE. Its weights are read only where something is encoded, and are checked by it there.
+        fingerprint: of the autoencoder. Its weights are read only where something is encoded, and checked there.
         num_views: how many columns of views the caller asks for, the mirrored one last.
         split: ``COLUMN:NAME`` takes the images of one split alone.
     """
     facts = read_dataset_facts(storage, dataset)
     return cached_column(
         storage,
-        what=f"encode {dataset}{_view(flip, num_views)} with {vqvae}",
+        what=f"encode {dataset}{_view(flip, num_views)} with {run}",
         key=[output, fingerprint, flip, facts["fingerprint"], *([split] if split else [])],
         blocks=lambda: plan_blocks(storage / "data" / dataset, split),
-        worker_type=EncodeByVQVAE,
-        worker_kwargs={"vqvae": vqvae, "fingerprint": fingerprint, "output": output, "flip": flip},
+        worker_type=EncodeByAutoencoder,
+        worker_kwargs={"run": run, "fingerprint": fingerprint, "output": output, "flip": flip},
         stall_timeout_s=stall_timeout_s,
     )
 

@@ -5,8 +5,8 @@ import dataclasses
 from torch import Tensor
 
 from jobs.runtime.diffusion_training import check_sampling, describe, diffusion_setup
-from jobs.runtime.features import cached_vqvae_column
-from jobs.runtime.frozen_vqvae import FrozenVQVAE, ensure_vqvae, reads_vqvae, say_vqvae, vqvae_recipe
+from jobs.runtime.features import cached_autoencoder_column
+from jobs.runtime.frozen_autoencoder import VQVAE
 from jobs.runtime.generator_training import GeneratorKind, train_generator
 from jobs.runtime.job import Job
 from jobs.runtime.run_folder import check_begun
@@ -27,18 +27,18 @@ _SCALE_IMAGES = 1024
 
 def train_latent_diffusion(job: Job[LatentDiffusionRecipe]) -> RunSummary:
     """Make what is missing (Shapes, the VQ-VAE, latents, hidden states), then train. Returns the run's summary."""
-    kind = GeneratorKind(_facts, describe, _encode, _columns, setup, reads=reads_vqvae, check=_check)
+    kind = GeneratorKind(_facts, describe, _encode, _columns, setup, reads=VQVAE.reads, check=_check)
     return train_generator(job, kind)
 
 
 def _check(job: Job[LatentDiffusionRecipe]) -> None:
-    vqvae_recipe(job)
+    VQVAE.recipe(job)
     check_sampling(job)
-    say_vqvae(job)
+    VQVAE.say(job)
 
 
 def _facts(job: Job[LatentDiffusionRecipe], inputs: TextInputs) -> DiffusionFacts:
-    vqvae = vqvae_recipe(job)
+    vqvae = VQVAE.recipe(job)
     if vqvae.num_heads > 1:
         print(
             f"the VQ-VAE has {vqvae.num_heads} heads in its attention: what is trained on it cannot be exported, as "
@@ -51,17 +51,17 @@ def _facts(job: Job[LatentDiffusionRecipe], inputs: TextInputs) -> DiffusionFact
 def _encode(
     job: Job[LatentDiffusionRecipe], table: CaptionTable, facts: DiffusionFacts
 ) -> Encoded[LatentDiffusionRecipe, DiffusionFacts]:
-    run = ensure_vqvae(job)
+    run = VQVAE.ensure(job)
     fingerprint = open_autoencoder(run.uri).load().fingerprint()
     facts = dataclasses.replace(facts, vqvae_fingerprint=fingerprint)
     check_begun(job, facts)
     recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
     columns = [
-        cached_vqvae_column(
+        cached_autoencoder_column(
             job.storage,
             recipe.dataset,
             output="latents",
-            vqvae=run,
+            run=run,
             fingerprint=fingerprint,
             flip=flip,
             num_views=1 + recipe.flip,
@@ -87,7 +87,7 @@ def setup(job: Job[LatentDiffusionRecipe], facts: DiffusionFacts, doing: Doing) 
     """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded."""
     assert job.recipe.vqvae is not None
     assert facts.vqvae_fingerprint is not None
-    vqvae = FrozenVQVAE(job.recipe.vqvae, facts.vqvae_fingerprint)
+    vqvae = VQVAE.frozen(job.recipe.vqvae, facts.vqvae_fingerprint)
 
     def images(latents: Tensor) -> Tensor:
         return vqvae.on(str(latents.device)).decode(latents / facts.scaling_factor)

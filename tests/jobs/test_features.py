@@ -10,18 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiny_diffusion
+import tiny_tokenizer
 import torch
 from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2Model
 
 from jobs.prepare import PrepareSettings, prepare
 from jobs.runtime.blocks import blocks_of_rows
-from jobs.runtime.encoders import EncodeImages, VQVAEOutput
+from jobs.runtime.encoders import AutoencoderOutput, EncodeImages
 from jobs.runtime.features import (
     CachedColumn,
+    cached_autoencoder_column,
     cached_column,
     cached_image_column,
     cached_text_column,
-    cached_vqvae_column,
     read_null,
 )
 from mmcore.data.columns import VALUE, TensorSpec, column_table, open_column
@@ -32,7 +33,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, pixels_from_bytes
 from mmcore.storage import Storage
-from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
+from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder, open_tokenizer
 
 pytest_plugins = ("sweep_fixtures",)
 
@@ -168,8 +169,8 @@ def test_latents_and_codes_are_made_once_and_of_both_views(
         tiny_diffusion.write_vqvae_run(run)
     fingerprint = open_autoencoder(vqvae.uri).load().fingerprint()
 
-    def column_of(output: VQVAEOutput, run: Storage, flip: bool) -> CachedColumn:
-        return cached_vqvae_column(storage, "shapes", output=output, vqvae=run, fingerprint=fingerprint, flip=flip)
+    def column_of(output: AutoencoderOutput, run: Storage, flip: bool) -> CachedColumn:
+        return cached_autoencoder_column(storage, "shapes", output=output, run=run, fingerprint=fingerprint, flip=flip)
 
     columns = [column_of("latents", vqvae, flip) for flip in (False, True)]
     assert [column.encoded_now for column in columns] == [NUM_IMAGES, NUM_IMAGES]
@@ -192,6 +193,20 @@ def test_latents_and_codes_are_made_once_and_of_both_views(
     codes = open_column(column.folder, tmp_path).values[:5]
     # With another batch size, rounding may choose another code.
     assert (codes == autoencoder.codes(pixels[:, :, ::-1].copy()).numpy()).mean() > 0.99
+
+
+def test_latents_of_a_tokenizer_are_made_before_quantisation(storage: Storage, tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "tokenizer"))
+    tiny_tokenizer.write_run(run)
+    trained = open_tokenizer(run.uri).load()
+    column = cached_autoencoder_column(
+        storage, "shapes", output="latents", run=run, fingerprint=trained.fingerprint(), flip=True
+    )
+    assert column.tensors == {VALUE: TensorSpec("float16", trained.latent_shape)}
+    pixels = pixels_from_bytes([row["image"] for row in shapes_rows(SHAPES)][:5], trained.image_size, ["x"] * 5)
+    expected = trained.encode(pixels[:, :, ::-1].copy()).numpy()
+    values = open_column(column.folder, tmp_path).values[:5].astype(np.float32)
+    np.testing.assert_allclose(values, expected, atol=0.004)
 
 
 def test_hidden_states_of_captions_are_made_once(

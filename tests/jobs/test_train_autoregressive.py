@@ -17,7 +17,7 @@ from kills import TIMEOUT_S, moments, wait_for_step, wait_until_gone, workers
 from safetensors.torch import load_file
 
 from jobs.prepare import PrepareSettings, prepare
-from jobs.runtime.frozen_vqvae import vqvae_job
+from jobs.runtime.frozen_autoencoder import VQVAE
 from jobs.runtime.generator_training import open_text
 from jobs.runtime.job import Job, RunOptions
 from jobs.train_autoregressive import main
@@ -107,7 +107,7 @@ def test_a_word_of_exhaustive_captions_alone_is_known() -> None:
 
 def test_shapes_trains_first_the_vqvae_whose_codes_can_be_guessed() -> None:
     job = Job("autoregressive", "shapes", VARIANTS["shapes"], RunOptions(storage="/out", name="mine"))
-    own = vqvae_job(job)
+    own = VQVAE.own_job(job)
     assert (own.variant, own.options.name) == ("shapes-codes", "mine-shapes-codes")
 
 

@@ -1,6 +1,8 @@
 """The job of Infinity: its stages, refusals, and what a run of the tokenizer leaves."""
 
+import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_diffusion
+import tiny_tokenizer
 import torch
 from job_output import error_line
 
+from jobs.runtime.frozen_autoencoder import TOKENIZER
+from jobs.runtime.job import Job, RunOptions
 from jobs.train_infinity import STAGES, main
 from mmcore.catalogue import RECIPES
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network
+from mmcore.errors import InputError
+from mmcore.generators.infinity_tokenizer import VARIANTS
 from mmcore.generators.psnr import psnr
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_tokenizer
@@ -76,6 +84,55 @@ def test_settings_that_cannot_be_are_refused(
     done = call_here(main, *FLAGS, *flags, "--storage", storage, check=False)
     line = error_line(done.stdout + done.stderr)
     assert all(part in line for part in named), line
+
+
+@dataclasses.dataclass(frozen=True)
+class OnTokenizer:
+    """What the recipe of a generator has of its tokenizer."""
+
+    tokenizer: str | None = None
+    dataset: str = "tiny"
+    split: str = "split"
+
+
+def generator(folder: Path, tokenizer: str | None = None) -> Job[Any]:
+    return Job("infinity", "smoke", OnTokenizer(tokenizer), RunOptions(storage=str(folder), name="mine"))
+
+
+def test_the_tokenizer_that_is_trained_first_is_of_the_same_variant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = generator(tmp_path)
+    own = TOKENIZER.own_job(job)
+    assert own.run.uri == f"{tmp_path}/runs/infinity_tokenizer/mine"
+    assert own.recipe == dataclasses.replace(VARIANTS["smoke"], dataset="tiny", split="split") == TOKENIZER.recipe(job)
+    assert TOKENIZER.reads(job) == f"{own.run} (trained first where missing)"
+    TOKENIZER.say(job)
+    assert f"no --tokenizer given: {own.run} is trained first" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_is_named_is_taken_and_checked(tmp_path: Path) -> None:
+    run, other, vqvae = (Storage(str(tmp_path / name)) for name in ("run", "other", "vqvae"))
+    tiny_tokenizer.write_run(run)
+    tiny_tokenizer.write_run(other, seed=1)
+    tiny_diffusion.write_vqvae_run(vqvae)
+    job = generator(tmp_path, run.uri)
+    assert TOKENIZER.recipe(job) == tiny_tokenizer.recipe()
+    assert TOKENIZER.ensure(job) == run
+    fingerprint = open_tokenizer(run.uri).load().fingerprint()
+    frozen = TOKENIZER.frozen(run.uri, fingerprint)
+    assert frozen.on("cpu").grids == tiny_tokenizer.GRIDS
+    assert frozen.assets == {"infinity_tokenizer/model": run / "model"}
+    for copied in (run, other):
+        shutil.copytree(copied.uri, tmp_path / "model" / "infinity_tokenizer", dirs_exist_ok=True)
+        if copied == run:
+            frozen.check_copy(Storage(str(tmp_path / "model")))
+    with pytest.raises(InputError, match="is not the one that made the latents"):
+        frozen.check_copy(Storage(str(tmp_path / "model")))
+    with pytest.raises(InputError, match="vqvae: recipe 'vqvae' is not of a tokenizer; name a run of infinity_tokeni"):
+        TOKENIZER.recipe(generator(tmp_path, vqvae.uri))
+    with pytest.raises(InputError, match=r"^--tokenizer .*: no such run.*; jobs/train_infinity\.py --stage tokenizer"):
+        TOKENIZER.recipe(generator(tmp_path, str(tmp_path / "nothing")))
 
 
 def test_what_a_run_of_the_tokenizer_leaves(storage: Storage, call_job: Callable[..., Any], tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_tokenizer
 import tiny_vqvae
 import torch
+from tiny_tokenizer import GRIDS, NUM_BITS, recipe
 from torch import Tensor, nn
 
 from mmcore import checkpoint
@@ -17,7 +19,7 @@ from mmcore.data.pixels import to_network, to_pixels
 from mmcore.errors import InputError
 from mmcore.generators.bsq import enlarge, quantize, vectors_of
 from mmcore.generators.bsq_training import BitQuantizer, bit_entropy, bit_use
-from mmcore.generators.facts import InfinityTokenizerFacts, VQVAEFacts
+from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.infinity_tokenizer import VARIANTS, InfinityTokenizerRecipe, InfinityTokenizerTraining
 from mmcore.generators.infinity_vae import InfinityVae
 from mmcore.recipe import recipe_from_json, recipe_to_json
@@ -25,24 +27,7 @@ from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedInfinityTokenizer, open_autoencoder, open_tokenizer, open_vqvae
 
-GRIDS = ((1, 1), (2, 2), (4, 4))
-NUM_BITS = 6
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def recipe(*, train: dict[str, Any] | None = None, **changes: Any) -> InfinityTokenizerRecipe:
-    """16² pixels to 4² latents of 6 bits on three grids, discriminator from step 4."""
-    base = dataclasses.replace(
-        VARIANTS["smoke"],
-        image_size=tiny_vqvae.SIZE,
-        num_bits=NUM_BITS,
-        factors=(1, 1, 2),
-        discriminator_channels=(8, 8),
-        discriminator_from_step=4,
-        train=tiny_vqvae.recipe(train=train).train,
-    )
-    return dataclasses.replace(base, **changes)
 
 
 def latents(num: int = 3, scale: float = 1.0) -> Tensor:
@@ -230,11 +215,8 @@ def test_reconstructions_become_better_and_every_weight_moves(tmp_path: Path) ->
 
 
 def finished_run(folder: Path) -> tuple[Storage, InfinityTokenizerTraining]:
-    """A run folder in the form that jobs/runtime/trainer.py leaves."""
-    run, model = Storage(str(folder)), tiny_vqvae.model_of(recipe())
-    file = RunFile("infinity_tokenizer", "smoke", model.recipe, InfinityTokenizerFacts(), "x")
-    write_model(run, checkpoint.trainable_state(model), file)
-    return run, model
+    run = Storage(str(folder))
+    return run, tiny_tokenizer.write_run(run)
 
 
 def opened(run: Storage, fingerprint: str | None = None) -> TrainedInfinityTokenizer:
