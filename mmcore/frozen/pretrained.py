@@ -1,14 +1,16 @@
 """Loads frozen pretrained models of Hugging Face, by name on the hub or from a local folder."""
 
+import functools
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -100,28 +102,37 @@ def absolute_folder(name: str) -> str:
     return str(Path(name).absolute()) if name not in _NO_MODELS and Path(name).is_dir() else name
 
 
-def read_weights(path: str, flag: str) -> dict[str, Tensor]:
+def read_weights(path: str, flag: str, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file, or of a folder of such files with an index of Hugging Face, by name.
 
+    With `shapes_only` the tensors are on the meta device, and little of the files is read.
     Raises InputError, naming `flag`, if there is no such file or it is none of weights. No code of a .pth file is run.
     """
+    read = functools.partial(_read_file, flag=flag, shapes_only=shapes_only)
     indexes = sorted(Path(path).glob("*.index.json"))
     if indexes:
         try:
             files = set(json.loads(indexes[0].read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError):
             raise InputError(f"{flag} {path!r}: {indexes[0].name} is no index of weights; fetch it again") from None
-        return {name: value for file in sorted(files) for name, value in _read_file(f"{path}/{file}", flag).items()}
-    return _read_file(path, flag)
+        return {name: value for file in sorted(files) for name, value in read(f"{path}/{file}").items()}
+    return read(path)
 
 
-def _read_file(path: str, flag: str) -> dict[str, Tensor]:
+def _read_file(path: str, flag: str, shapes_only: bool) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file with weights")
     try:
         if path.endswith(".safetensors"):
+            if shapes_only:
+                with safe_open(path, "pt") as file:
+                    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Files of old versions of PyTorch cannot be mapped into memory.
+        mapped = shapes_only and zipfile.is_zipfile(path)
+        device = "meta" if shapes_only else "cpu"
+        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{flag} {path!r}: not a file of weights ({reason})") from None

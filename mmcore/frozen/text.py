@@ -176,12 +176,21 @@ class FrozenTextEncoder:
         """SHA-256 over everything that determines the hidden states: weights, tokenizer and number of tokens."""
         return sha256_of(self.model, self.tokenize.fingerprint())
 
-    @torch.inference_mode()
+    def to(self, device: torch.device) -> None:
+        """Compute on `device` from now on."""
+        self.model.to(device)
+        self.device = device
+
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """fp32 hidden states (B, T, E)."""
+        return self.with_mask(prompts)[0]
+
+    @torch.inference_mode()
+    def with_mask(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """fp32 hidden states (B, T, E), and which tokens there are, bool (B, T)."""
         input_ids, mask = (each.to(self.device) for each in self.tokenize(prompts))
         masks = {"attention_mask": mask} if self.masked else {}
-        return self.model(input_ids=input_ids, **masks).last_hidden_state
+        return self.model(input_ids=input_ids, **masks).last_hidden_state.float(), mask.bool()
 
 
 NO_TEXT = ""

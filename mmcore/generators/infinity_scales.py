@@ -9,10 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-from mmcore.errors import InputError
+from mmcore.errors import InputError, OptionError
 
 Grid = tuple[int, int]
 """Height and width in positions."""
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 # Pixels a side for each position of the last grid.
 STRIDE = 16
@@ -46,6 +48,15 @@ GRIDS = _all_grids()
 """Height over width -> all 13 grids."""
 
 
+def _all_sizes() -> dict[Size, tuple[float, str]]:
+    lasts = {(ratio, budget): grids[num - 1] for budget, num in BUDGETS.items() for ratio, grids in GRIDS.items()}
+    return {(height * STRIDE, width * STRIDE): key for key, (height, width) in lasts.items()}
+
+
+SIZES = _all_sizes()
+"""Height and width in pixels -> ratio and budget."""
+
+
 def grids_of(ratio: float, budget: str) -> tuple[Grid, ...]:
     """The grids of an image with this height over width.
 
@@ -57,6 +68,23 @@ def grids_of(ratio: float, budget: str) -> tuple[Grid, ...]:
     if budget not in BUDGETS:
         raise InputError(f"pixel budget {budget!r} is not known; choose one of {', '.join(BUDGETS)}")
     return GRIDS[ratio][: BUDGETS[budget]]
+
+
+def grids_of_size(size: Size) -> tuple[tuple[Grid, ...], Grid]:
+    """The grids of an image of this height and width, and the last grid of its ratio's largest budget.
+
+    Raises OptionError, with the most similar size, for a size that Infinity does not have.
+    """
+    if size not in SIZES:
+        near = min(SIZES, key=lambda each: abs(math.log(each[0] / size[0])) + abs(math.log(each[1] / size[1])))
+        ratio, budget = SIZES[near]
+        raise OptionError(
+            "size",
+            f"{size[1]}x{size[0]}: no ratio and pixel budget have it; the nearest is {near[1]}x{near[0]} (ratio "
+            f"{ratio:g}, {budget})",
+        )
+    ratio, budget = SIZES[size]
+    return grids_of(ratio, budget), GRIDS[ratio][-1]
 
 
 def num_positions(grids: tuple[Grid, ...]) -> int:

@@ -71,6 +71,8 @@ _AXES = {
     "sa.scale_mul_1H11": (1, -1, 1, 1),
     "pos_start": (1, 1, -1),
 }
+# Where the weights lie in a file with the state of a training.
+_IN_TRAINING, _IN_VAE_FILE = ("trainer", "gpt_fsdp"), ("vae",)
 _POOL_QUERY = "text_proj_for_sos.ca.mat_q"
 # Constants in official files that nothing needs.
 _CONSTANT = re.compile(r"(^|\.)zero_k_bias$|^quantizer?\.lfq\.mask$")
@@ -89,7 +91,7 @@ def load_transformer(path: str, flag: str) -> InfinityTransformer:
     Raises InputError, naming `flag`, for weights that cannot be read, are missing or unknown.
     """
     where = f"{flag} {path!r}"
-    state = transformer_state(_weights(path, flag, ("trainer", "gpt_fsdp")), where)
+    state = transformer_state(_weights(path, flag, _IN_TRAINING), where)
     with torch.device("meta"):
         model = InfinityTransformer(_transformer_settings(state, where))
     model.to_empty(device="cpu")
@@ -101,6 +103,12 @@ def load_transformer(path: str, flag: str) -> InfinityTransformer:
     }
     copy_state(own, shaped, where)
     return model
+
+
+def transformer_settings(path: str, flag: str) -> InfinitySettings:
+    """The sizes that `load_transformer` would find. Reads no weights. Raises InputError as that does."""
+    where = f"{flag} {path!r}"
+    return _transformer_settings(transformer_state(_weights(path, flag, _IN_TRAINING, shapes_only=True), where), where)
 
 
 def transformer_state(official: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -175,13 +183,18 @@ def load_vae(path: str, flag: str) -> InfinityVae:
     Raises InputError, naming `flag`, for weights that cannot be read, are missing or unknown.
     """
     where = f"{flag} {path!r}"
-    official = _weights(path, flag, ("vae",))
+    official = _weights(path, flag, _IN_VAE_FILE)
     state = {name: value for name, value in official.items() if not _CONSTANT.search(name)}
     vae = InfinityVae(_vae_settings(state, where))
     own = vae.state_dict()
     full_names = {_LAST_LEVEL.sub(r"\1", name): name for name in own}
     copy_state(own, {name if name in own else full_names.get(name, name): state[name] for name in state}, where)
     return vae
+
+
+def vae_settings(path: str, flag: str) -> InfinityVaeSettings:
+    """The sizes that `load_vae` would find. Reads no weights. Raises InputError as that does."""
+    return _vae_settings(_weights(path, flag, _IN_VAE_FILE, shapes_only=True), f"{flag} {path!r}")
 
 
 def _vae_settings(state: Mapping[str, Tensor], where: str) -> InfinityVaeSettings:
@@ -199,9 +212,9 @@ def _vae_settings(state: Mapping[str, Tensor], where: str) -> InfinityVaeSetting
     return InfinityVaeSettings(num_bits, width, tuple(end // width for end in ends), blocks)
 
 
-def _weights(path: str, flag: str, inside: tuple[str, ...]) -> dict[str, Tensor]:
+def _weights(path: str, flag: str, inside: tuple[str, ...], *, shapes_only: bool = False) -> dict[str, Tensor]:
     """The tensors of a file, which may lie under the keys `inside` beside the state of a training."""
-    content: Any = read_weights(path, flag)
+    content: Any = read_weights(path, flag, shapes_only=shapes_only)
     for key in inside:
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
