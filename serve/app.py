@@ -11,9 +11,7 @@ itself. It answers the requests in flight before it ends. serve/config.yaml is f
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +19,6 @@ from ray import get_runtime_context, serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from mmcore import recipe
 from mmcore.errors import InputError
 from mmcore.storage import Storage
 from serve.captioner import Captioner
@@ -35,8 +32,8 @@ from serve.metrics import configure_logging
 from serve.proxy import check_guarded
 from serve.routes import Service
 from serve.security import Keys
+from serve.sources import Source, sources
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # The share of the CPUs that Ray counts for a model's replica. The replica computes with SERVE_MODEL_THREADS; the share
 # is small so that several models fit a small machine. On a cluster set num_cpus in serve/config.yaml.
 _MODEL_CPUS = 0.5
@@ -61,6 +58,8 @@ class Args(BaseModel):
     """name:URI: finished runs of generators."""
     encoder: str = ""
     """name:FOLDER of a model's frozen encoder, where it does not lie where the run had it."""
+    language_model: str = ""
+    """name:FOLDER of a captioner's frozen language model, where it does not lie where the run had it."""
     gallery: str = ""
     """A sweep of jobs/generate.py whose images the page shows."""
     storage: str = ""
@@ -71,21 +70,6 @@ class Args(BaseModel):
     """Serve without keys whoever can reach the port."""
     allowed_hosts: str = ""
     """name1,name2: names of this machine by which an open service is reached, beside localhost and addresses."""
-
-
-def named(text: str, what: str) -> dict[str, str]:
-    """``name1:URI1,name2:URI2`` as a dictionary. Raises InputError."""
-    found: dict[str, str] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, colon, uri = part.partition(":")
-        if not colon or not uri or uri.startswith("//"):
-            raise InputError(f"{what}={part}: give each a name: {what}=NAME:URI[,NAME:URI]")
-        if not _NAME.fullmatch(name):
-            raise InputError(f"{what}={part}: a name has letters, digits, '.', '_' and '-', 64 of them at most")
-        if name in found:
-            raise InputError(f"{what}={part}: {name!r} stands there twice")
-        found[name] = uri
-    return found
 
 
 # Ray Serve's decorator would freeze an app at the import. Without one it calls `__serve_build_asgi_app__`.
@@ -195,14 +179,7 @@ def build(args: Args) -> Application:
     Raises InputError for bad arguments, for a service without a key and without `open`, and where Ray's proxy would
     lack our limits.
     """
-    captioners, generators = named(args.captioner, "captioner"), named(args.generator, "generator")
-    encoders = named(args.encoder, "encoder")
-    if not captioners and not generators:
-        raise InputError("nothing to serve: give captioner=NAME:URI, generator=NAME:URI, or both")
-    if twice := sorted(set(captioners) & set(generators)):
-        raise InputError(f"{twice[0]!r} is a captioner and a generator; every model needs a name of its own")
-    if unknown := sorted(set(encoders) - set(captioners) - set(generators)):
-        raise InputError(f"encoder={unknown[0]}:...: no model of that name; they are {[*captioners, *generators]}")
+    captioners, generators = _sources(args)
     allowed_hosts = [name for name in (part.strip().lower() for part in args.allowed_hosts.split(",")) if name]
     if allowed_hosts and not args.open:
         raise InputError(f"allowed_hosts={args.allowed_hosts}: only for open=true; a service with keys needs none")
@@ -213,14 +190,8 @@ def build(args: Args) -> Application:
     check_guarded(os.environ)
     Keys(os.environ, open_to_all=args.open)
     return application(
-        {
-            name: partial(_load_captioner, Storage(uri).uri, _local(encoders.get(name)))
-            for name, uri in captioners.items()
-        },
-        {
-            name: partial(_load_generator, Storage(uri).uri, _local(encoders.get(name)))
-            for name, uri in generators.items()
-        },
+        {name: source.load_captioner for name, source in captioners.items()},
+        {name: source.load_generator for name, source in generators.items()},
         limits=Limits.from_environment(os.environ),
         gallery=Storage(args.gallery).uri if args.gallery else "",
         storage=Storage(args.storage).uri if args.storage else "",
@@ -232,36 +203,12 @@ def build(args: Args) -> Application:
 
 def check_runs(args: Args) -> None:
     """Raises InputError for a URI without a finished run of its kind, before anything is started."""
-    encoders = named(args.encoder, "encoder")
-    for name, uri in named(args.captioner, "captioner").items():
-        _open_captioner(uri, _local(encoders.get(name)))
-    for name, uri in named(args.generator, "generator").items():
-        _open_generator(uri, _local(encoders.get(name)))
+    captioners, generators = _sources(args)
+    for source in captioners.values():
+        source.open_captioner()
+    for source in generators.values():
+        source.open_generator()
 
 
-# Imported in the functions that open models: the process that answers requests needs none of PyTorch's models.
-
-
-def _open_captioner(source: str, encoder: str | None) -> recipe.Captioner:
-    from mmcore.trained.captioner import open_captioner
-
-    return open_captioner(source, encoder=encoder)
-
-
-def _open_generator(source: str, encoder: str | None) -> recipe.Generator:
-    from mmcore.trained.generator import open_generator
-
-    return open_generator(source, text_encoder=encoder)
-
-
-def _load_captioner(source: str, encoder: str | None, device: str) -> recipe.Captioner:
-    return _open_captioner(source, encoder).load(device)
-
-
-def _load_generator(source: str, encoder: str | None, device: str) -> recipe.Generator:
-    return _open_generator(source, encoder).load(device)
-
-
-def _local(folder: str | None) -> str | None:
-    """A folder by its absolute path, as a replica has another working directory. A name of the hub is unchanged."""
-    return os.path.abspath(folder) if folder and os.path.isdir(folder) else folder
+def _sources(args: Args) -> tuple[dict[str, Source], dict[str, Source]]:
+    return sources(args.captioner, args.generator, args.encoder, args.language_model)

@@ -1,4 +1,4 @@
-"""Finished runs of generators with random weights, in the form that training leaves, without training."""
+"""Finished runs with random weights, in the form that training leaves, without training."""
 
 import dataclasses
 from pathlib import Path
@@ -8,13 +8,16 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, ResNetConfig, ResNetForImageClassification
 
 from mmcore import checkpoint
+from mmcore.captioners import qformer_llm
+from mmcore.captioners.facts import CaptionerFacts
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_rows
+from mmcore.frozen.language import SCRATCH, FrozenLanguageModel, caption_tokenizer
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.generators import latent_diffusion, pixel_diffusion, vqvae
 from mmcore.generators.facts import DiffusionFacts, VQVAEFacts
 from mmcore.generators.text_context import TextSettings
-from mmcore.run_files import RunFile, write_model
+from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import open_autoencoder
 
@@ -117,3 +120,25 @@ def write_latent_run(folder: Path, text: TextSettings | None = None, patch_size:
         scaling_factor=SCALING_FACTOR,
         vqvae_fingerprint=fingerprint,
     )
+
+
+def write_language_model(folder: Path) -> Path:
+    """A frozen language model: the tiny random one as a folder of Hugging Face."""
+    scratch = FrozenLanguageModel.from_name(SCRATCH)
+    scratch.model.save_pretrained(folder)
+    scratch.tokenizer.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_language_run(folder: Path, language_model: str = SCRATCH) -> Path:
+    """A finished run of an untrained bridge to a tiny language model."""
+    recipe = dataclasses.replace(qformer_llm.VARIANTS["smoke"], language_model=language_model)
+    tokenizer = caption_tokenizer(recipe.language_model)
+    facts = recipe.complete(CaptionerFacts(tokenizer.token_ids, recipe.image_size**2, 3))
+    torch.manual_seed(0)
+    run = Storage(str(folder))
+    for name, data in tokenizer.files().items():
+        (run / "model" / TOKENIZER_ASSET).write(name, data)
+    file = RunFile("qformer_llm", "smoke", recipe, facts, "")
+    write_model(run, checkpoint.trainable_state(recipe.build(facts)), file)
+    return folder

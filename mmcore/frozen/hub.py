@@ -60,6 +60,8 @@ def not_found(name: str, flag: str, what: str, error: Exception) -> InputError:
     while cause is not None:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+    if Path(name).is_absolute() and not Path(name).exists():
+        return InputError(f"{flag} {name!r}: no such folder; name the one where the {what} is now")
     place = f"{flag} {name!r}: no {what} in a folder of this name"
     if any(isinstance(each, LocalEntryNotFoundError) for each in causes):
         why = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""

@@ -15,17 +15,16 @@ import pytest
 import torch
 from gate import Gate
 from kills import MAP_WORKER, TIMEOUT_S, wait_for_blocks, wait_until_gone, workers
+from tiny_runs import write_language_model, write_language_run
 
 from jobs.caption import CaptionSettings, caption, main
 from mmcore import checkpoint
 from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
-from mmcore.captioners.qformer_llm import VARIANTS as LANGUAGE_VARIANTS
 from mmcore.captioners.search_options import SearchOptions
 from mmcore.data.shapes import ShapesSettings
 from mmcore.data.shapes_rows import shapes_rows
 from mmcore.errors import InputError
-from mmcore.frozen.language import FrozenLanguageModel, caption_tokenizer
 from mmcore.frozen.vision import SCRATCH, pixels_from_bytes
 from mmcore.run_files import TOKENIZER_ASSET, RunFile, write_model
 from mmcore.storage import Storage
@@ -189,20 +188,6 @@ def test_bad_input_is_one_line(change, message, run_folder, images, tmp_path, ca
     assert not (tmp_path / "out").exists(), "something was written"
 
 
-def write_language_run(folder: Path, language_model: str = SCRATCH) -> Path:
-    """A finished run of an untrained bridge to a tiny language model."""
-    recipe = dataclasses.replace(LANGUAGE_VARIANTS["smoke"], language_model=language_model)
-    tokenizer = caption_tokenizer(recipe.language_model)
-    facts = recipe.complete(CaptionerFacts(tokenizer.token_ids, recipe.image_size**2, 3))
-    torch.manual_seed(0)
-    run = Storage(str(folder))
-    for name, data in tokenizer.files().items():
-        (run / "model" / TOKENIZER_ASSET).write(name, data)
-    file = RunFile("qformer_llm", "smoke", recipe, facts, "")
-    write_model(run, checkpoint.trainable_state(recipe.build(facts)), file)
-    return folder
-
-
 def test_a_prompt_is_read_and_is_of_the_sweep(images, tmp_path, call_job):
     run = write_language_run(tmp_path / "runs" / "qformer_llm" / "tiny")
     few = tmp_path / "images"
@@ -227,15 +212,15 @@ def test_a_prompt_is_read_and_is_of_the_sweep(images, tmp_path, call_job):
 
 def test_a_language_model_that_was_moved_is_named(tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
-    scratch = FrozenLanguageModel.from_name(SCRATCH)
-    scratch.model.save_pretrained(there)
-    scratch.tokenizer.tokenizer.save_pretrained(there)
+    write_language_model(there)
     run = str(write_language_run(tmp_path / "run", str(there)))
     pixels = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8).numpy()
     before = open_captioner(run).load()
     captions = before.caption(pixels, before.options)
     there.rename(here)
-    with pytest.raises(InputError, match=r"--language-model '.*there': no tokenizer in a folder of this name"):
+    with pytest.raises(
+        InputError, match=r"--language-model '.*there': no such folder; name the one where the tokenizer is now"
+    ):
         open_captioner(run).load()
     again = open_captioner(run, language_model=str(here)).load()
     assert again.caption(pixels, again.options) == captions
@@ -249,7 +234,7 @@ def test_an_encoder_that_is_not_there_is_one_line(images, tmp_path, call_job):
     result = call_job(main, *flags, check=False)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "no vision model in a folder of this name" in line
+    assert "no such folder; name the one where the vision model is now" in line
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -25,9 +25,10 @@ from ray.serve.schema import (
 from serving import KEY, run
 
 from mmcore.errors import InputError
-from serve.app import Api, Args, build, named
+from serve.app import Api, Args, build
 from serve.limits import Limits
 from serve.proxy import VALUE, VARIABLE
+from serve.sources import Source, named
 
 ROOT = Path(__file__).resolve().parents[2]
 # `ray start --block` waits this long for a node's requests when it is told to end.
@@ -285,10 +286,10 @@ def test_arguments_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     name, load, limits = model.init_args
     assert name == "a"
     # A folder is resolved where it was typed, for any working directory of the replica.
-    assert load.args == (str(Path("runs/a").absolute()), None)
+    assert load.__self__ == Source("a", str(Path("runs/a").absolute()), None, None)
     # An encoder too, but a name on the hub is not changed.
-    assert deployments["generator-c"].init_args[1].args == ("/runs/c", str(tmp_path / "clip"))
-    assert deployments["captioner-b"].init_args[1].args == ("s3://bucket/b", "google/some_model")
+    assert deployments["generator-c"].init_args[1].__self__ == Source("c", "/runs/c", str(tmp_path / "clip"), None)
+    assert deployments["captioner-b"].init_args[1].__self__ == Source("b", "s3://bucket/b", "google/some_model", None)
     assert limits.max_queue == 32
     assert {each._deployment_config.graceful_shutdown_timeout_s for each in deployments.values()} == {77}
     assert model.ray_actor_options["num_gpus"] == 0.5
