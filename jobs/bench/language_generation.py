@@ -30,7 +30,7 @@ from torch import Tensor
 from jobs.bench import inputs
 from jobs.bench.timing import clock, interleaved, publish, say, verdict
 from jobs.runtime.commandline import run
-from mmcore.captioners.decoding import beam_search
+from mmcore.captioners.decoding import beam_search, greedy
 from mmcore.captioners.search_options import LanguageSearchOptions
 from mmcore.device import fast_products
 from mmcore.errors import InputError
@@ -95,9 +95,9 @@ def ours(
     def caption(image_BQW: Tensor) -> list[list[int]]:
         ids = model.prefix_ids(prompt)
         writer = CaptionWriter(model, ids, options.repetition_penalty)
-        if options.num_beams == 1:
-            return writer.greedy(image_BQW, options.max_length)
         tokens = model.tokenizer.token_ids
+        if options.num_beams == 1:
+            return greedy(writer, image_BQW, options.max_length, tokens, closing_V=writer.closing_V)
         return beam_search(writer, image_BQW, options.max_length, tokens, options.num_beams, options.length_penalty)
 
     return torch.inference_mode()(caption)

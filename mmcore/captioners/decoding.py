@@ -35,20 +35,29 @@ class Decoder(Protocol):
         """Logits (R, V) of the word after `ids_R`. Updates `state`."""
 
 
-def _log_probabilities(decoder: Decoder, last_R: Tensor, state: State, tokens: TokenIds) -> Tensor:
+def _logits(decoder: Decoder, last_R: Tensor, state: State, tokens: TokenIds) -> Tensor:
     logits_RV = decoder.step(last_R, state).float()
     logits_RV[:, tokens.silent_ids] = -torch.inf
-    return logits_RV.log_softmax(dim=-1)
+    return logits_RV
+
+
+def _log_probabilities(decoder: Decoder, last_R: Tensor, state: State, tokens: TokenIds) -> Tensor:
+    return _logits(decoder, last_R, state, tokens).log_softmax(dim=-1)
 
 
 @torch.inference_mode()
 def greedy(
-    decoder: Decoder, memory: Tensor, max_length: int, tokens: TokenIds, on_words: OnWords | None = None
+    decoder: Decoder,
+    memory: Tensor,
+    max_length: int,
+    tokens: TokenIds,
+    on_words: OnWords | None = None,
+    closing_V: Tensor | None = None,
 ) -> list[list[int]]:
     """Greedy search: the most probable word at each step, until the end token or `max_length` words.
 
     A finished caption leaves the batch, which saves work. Returns ids without begin and end tokens. `on_words` is told
-    them step by step.
+    them step by step. `closing_V`: words, bool (V,), that end a caption and belong to it.
     """
     num_images = memory.shape[0]
     captions: list[list[int]] = [[] for _ in range(num_images)]
@@ -56,14 +65,15 @@ def greedy(
     last_R = torch.full((num_images,), tokens.bos_id, device=memory.device)
     state = decoder.start(memory, 1, max_length)
     for _ in range(max_length):
-        last_R = _log_probabilities(decoder, last_R, state, tokens).argmax(dim=-1)
+        last_R = _logits(decoder, last_R, state, tokens).argmax(dim=-1)
         step = zip(running_R.tolist(), last_R.tolist(), strict=True)
         new = [(image, word) for image, word in step if word != tokens.eos_id]
         for image, word in new:
             captions[image].append(word)
         if on_words is not None:
             on_words(new)
-        going_R = (last_R != tokens.eos_id).nonzero().squeeze(1)
+        open_R = last_R != tokens.eos_id
+        going_R = (open_R if closing_V is None else open_R & ~closing_V[last_R]).nonzero().squeeze(1)
         if going_R.numel() == 0:
             break
         if going_R.numel() < last_R.numel():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmcore.captioners.bridge import BridgeSettings, Instruction, build_bridge
 from mmcore.captioners.bridge_weights import FirstWeights, check_instruction, first_weights
-from mmcore.captioners.decoding import OnWords, beam_search
+from mmcore.captioners.decoding import OnWords, beam_search, greedy
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.captioners.qformer_captioner import QFormerFacts, QFormerRecipe
 from mmcore.captioners.qformer_layers import QFormerSettings
@@ -276,7 +276,7 @@ class LanguageCaptioner(nn.Module):
         self.language_model.check_positions(len(writer.prefix_ids), self.num_image_tokens, max_length)
         image_BQW = self.image_tokens(images, prompt)
         if options.num_beams == 1:
-            return writer.greedy(image_BQW, max_length, on_words)
+            return greedy(writer, image_BQW, max_length, self.token_ids, on_words, writer.closing_V)
         return beam_search(writer, image_BQW, max_length, self.token_ids, options.num_beams, options.length_penalty)
 
 

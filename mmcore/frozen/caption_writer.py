@@ -7,7 +7,7 @@ Shapes: B images, C rows (beams) per image, R = B·C rows, T positions, Q image 
 model, V tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,39 +128,3 @@ class CaptionWriter:
             logits_RV[closed_R] = -torch.inf
             logits_RV[closed_R, self.end_id] = 0.0
         return logits_RV
-
-    @torch.inference_mode()
-    def stream(self, image_BQW: Tensor, max_length: int) -> Iterator[list[tuple[int, int]]]:
-        """Greedy search, at most `max_length` tokens. Each step yields the new tokens as (image, id).
-
-        An image whose caption has ended, by a line break or a sentence's mark, leaves the batch.
-        """
-        state = self.start(image_BQW, 1, max_length)
-        running_R = torch.arange(len(image_BQW), device=self.device)
-        last_R = running_R
-        for _ in range(max_length):
-            last_R = self.step(last_R, state).argmax(dim=1)
-            is_word_R = last_R != self.end_id
-            yield list(zip(running_R[is_word_R].tolist(), last_R[is_word_R].tolist(), strict=True))
-            going_R = (is_word_R & ~self.closing_V[last_R]).nonzero().squeeze(1)
-            if going_R.numel() == 0:
-                break
-            if going_R.numel() < last_R.numel():
-                running_R, last_R = running_R[going_R], last_R[going_R]
-                state.select_rows(going_R)
-                state.select_images(going_R)
-
-    def greedy(
-        self,
-        image_BQW: Tensor,
-        max_length: int,
-        on_words: Callable[[list[tuple[int, int]]], None] | None = None,
-    ) -> list[list[int]]:
-        """The ids of a caption of each image, without end token; see `stream`. `on_words` is told each step."""
-        captions: list[list[int]] = [[] for _ in image_BQW]
-        for tokens in self.stream(image_BQW, max_length):
-            for image, token in tokens:
-                captions[image].append(token)
-            if on_words is not None:
-                on_words(tokens)
-        return captions
