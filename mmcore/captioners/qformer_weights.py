@@ -335,10 +335,7 @@ def load_lavis_head(qformer: QFormer, path: str, *, flag: str) -> None:
 
 def _lavis_weights(path: str, flag: str) -> dict[str, Tensor]:
     """The weights of a LAVIS file, alone or beside the state of a training."""
-    content: Any = read_weights(path, flag)
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{flag} {path!r}: not a file of weights by name; name a checkpoint of LAVIS' BLIP-2")
+    state = read_weights(path, flag, inside=("model",), what="a checkpoint of LAVIS' BLIP-2")
     # These two are copies of others in BERT. The output layer is the word embeddings, also here.
     copies = {
         f"{_LM_HEAD}decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",

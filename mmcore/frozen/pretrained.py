@@ -102,13 +102,26 @@ def absolute_folder(name: str) -> str:
     return str(Path(name).absolute()) if name not in _NO_MODELS and Path(name).is_dir() else name
 
 
-def read_weights(path: str, flag: str, *, shapes_only: bool = False) -> dict[str, Tensor]:
+def read_weights(
+    path: str, flag: str, *, inside: tuple[str, ...] = (), what: str = "one", shapes_only: bool = False
+) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file, or of a folder of such files with an index of Hugging Face, by name.
 
+    `inside`: keys under which a file may have its tensors, beside the state of a training; the outer one is first.
     With `shapes_only` the tensors are on the meta device, and little of the files is read.
-    Raises InputError, naming `flag`, if there is no such file or it is none of weights. No code of a .pth file is run.
+    Raises InputError, naming `flag`, if there is no such file or it is none of weights. It says to name `what`.
+    No code of a .pth file is run.
     """
-    read = functools.partial(_read_file, flag=flag, shapes_only=shapes_only)
+    content = _read(path, functools.partial(_read_file, flag=flag, shapes_only=shapes_only), flag)
+    for key in inside:
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{flag} {path!r}: not a file of weights by name; name {what}")
+    return content
+
+
+def _read(path: str, read: Callable[[str], Any], flag: str) -> Any:
+    """What `read` gives of the file, or of all files of an index."""
     indexes = sorted(Path(path).glob("*.index.json"))
     if indexes:
         try:
@@ -119,7 +132,7 @@ def read_weights(path: str, flag: str, *, shapes_only: bool = False) -> dict[str
     return read(path)
 
 
-def _read_file(path: str, flag: str, shapes_only: bool) -> dict[str, Tensor]:
+def _read_file(path: str, flag: str, shapes_only: bool) -> Any:
     if not Path(path).is_file():
         raise InputError(f"{flag} {path!r}: no such file; name a .safetensors or .pth file with weights")
     try:

@@ -6,7 +6,6 @@ are grouped in chunks, or not. Reading and writing share one table of names.
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from mmcore.frozen.pretrained import read_weights
 from mmcore.generators.infinity import InfinitySettings, InfinityTransformer
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 
+_OFFICIAL = "an official checkpoint of Infinity"
 # The official models have their layers in this many chunks.
 _NUM_CHUNKS = 8
 # Official name of a tensor of a layer -> ours.
@@ -91,7 +91,7 @@ def load_transformer(path: str, flag: str) -> InfinityTransformer:
     Raises InputError, naming `flag`, for weights that cannot be read, are missing or unknown.
     """
     where = f"{flag} {path!r}"
-    state = transformer_state(_weights(path, flag, _IN_TRAINING), where)
+    state = transformer_state(read_weights(path, flag, inside=_IN_TRAINING, what=_OFFICIAL), where)
     with torch.device("meta"):
         model = InfinityTransformer(_transformer_settings(state, where))
     model.to_empty(device="cpu")
@@ -108,7 +108,8 @@ def load_transformer(path: str, flag: str) -> InfinityTransformer:
 def transformer_settings(path: str, flag: str) -> InfinitySettings:
     """The sizes that `load_transformer` would find. Reads no weights. Raises InputError as that does."""
     where = f"{flag} {path!r}"
-    return _transformer_settings(transformer_state(_weights(path, flag, _IN_TRAINING, shapes_only=True), where), where)
+    official = read_weights(path, flag, inside=_IN_TRAINING, what=_OFFICIAL, shapes_only=True)
+    return _transformer_settings(transformer_state(official, where), where)
 
 
 def transformer_state(official: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -183,7 +184,7 @@ def load_vae(path: str, flag: str) -> InfinityVae:
     Raises InputError, naming `flag`, for weights that cannot be read, are missing or unknown.
     """
     where = f"{flag} {path!r}"
-    official = _weights(path, flag, _IN_VAE_FILE)
+    official = read_weights(path, flag, inside=_IN_VAE_FILE, what=_OFFICIAL)
     state = {name: value for name, value in official.items() if not _CONSTANT.search(name)}
     vae = InfinityVae(_vae_settings(state, where))
     own = vae.state_dict()
@@ -194,7 +195,8 @@ def load_vae(path: str, flag: str) -> InfinityVae:
 
 def vae_settings(path: str, flag: str) -> InfinityVaeSettings:
     """The sizes that `load_vae` would find. Reads no weights. Raises InputError as that does."""
-    return _vae_settings(_weights(path, flag, _IN_VAE_FILE, shapes_only=True), f"{flag} {path!r}")
+    official = read_weights(path, flag, inside=_IN_VAE_FILE, what=_OFFICIAL, shapes_only=True)
+    return _vae_settings(official, f"{flag} {path!r}")
 
 
 def _vae_settings(state: Mapping[str, Tensor], where: str) -> InfinityVaeSettings:
@@ -210,13 +212,3 @@ def _vae_settings(state: Mapping[str, Tensor], where: str) -> InfinityVaeSetting
     blocks = 1 + max((int(place[4]) for place in places), default=0)
     ends = [shape(f"encoder.down.{level}.block.{blocks - 1}.conv2")[0] for level in range(levels)]
     return InfinityVaeSettings(num_bits, width, tuple(end // width for end in ends), blocks)
-
-
-def _weights(path: str, flag: str, inside: tuple[str, ...], *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file, which may lie under the keys `inside` beside the state of a training."""
-    content: Any = read_weights(path, flag, shapes_only=shapes_only)
-    for key in inside:
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{flag} {path!r}: not a file of weights by name; name an official checkpoint of Infinity")
-    return content

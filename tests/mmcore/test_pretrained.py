@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from mmcore.errors import InputError
 from mmcore.frozen.hub import not_found, say_fetch
-from mmcore.frozen.pretrained import absolute_folder, load_frozen
+from mmcore.frozen.pretrained import absolute_folder, load_frozen, read_weights
 from mmcore.frozen.text import PromptTokenizer
 from mmcore.storage import Storage
 
@@ -77,6 +78,23 @@ def test_a_hub_out_of_reach_is_told_from_a_model_that_is_not_there() -> None:
     assert "the hub of Hugging Face has no such model" in str(not_found("no/such", "--encoder", "model", error))
     with pytest.raises(InputError, match=r"or on the hub of Hugging Face \(Repo id must be"):
         load_model(Path("no/such/folder"))
+    gone = r"^--tokenizer '/no/such/folder': no such folder; name the one where the tokenizer is now$"
+    with pytest.raises(InputError, match=gone):
+        PromptTokenizer.from_name("/no/such/folder", 8)
+
+
+def test_weights_may_lie_beside_the_state_of_a_training(tmp_path: Path) -> None:
+    path, weights = tmp_path / "x.pth", {"a": torch.ones(2)}
+
+    def read(content: Any) -> dict[str, torch.Tensor]:
+        torch.save(content, path)
+        return read_weights(str(path), "--weights", inside=("outer", "inner"), what="a checkpoint")
+
+    for content in (weights, {"outer": weights, "step": 3}, {"outer": {"inner": weights}}, {"inner": weights}):
+        assert torch.equal(read(content)["a"], weights["a"])
+    for other in ({"step": 3}, {"outer": [1.0]}, 3):
+        with pytest.raises(InputError, match=r"x.pth': not a file of weights by name; name a checkpoint$"):
+            read(other)
 
 
 def test_only_what_is_fetched_is_named(
