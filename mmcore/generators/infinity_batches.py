@@ -22,11 +22,10 @@ from torch import Tensor
 
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import OptionError
-from mmcore.generators.code_sampling import uniforms
 from mmcore.generators.infinity import InfinitySettings, InfinityTransformer
 from mmcore.generators.infinity_cost import cache_bytes
 from mmcore.generators.infinity_options import InfinityOptions
-from mmcore.generators.infinity_sampling import sample
+from mmcore.generators.infinity_sampling import sample, uniforms
 from mmcore.generators.infinity_scales import Grid, num_positions
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 
@@ -161,12 +160,9 @@ class InfinityImages:
         options: InfinityOptions,
         on_step: Callable[[int], None] | None,
     ) -> Tensor:
-        num_bits = self.model.settings.num_bits
-        numbers = uniforms(seeds, num_positions(tuple(grids)) * num_bits).unflatten(1, (-1, num_bits))
+        numbers_BLd = uniforms(seeds, num_positions(tuple(grids)), self.model.settings.num_bits).to(text_BTC.device)
         with half_precision(text_BTC.device, self.dtype):
-            for step in sample(
-                self.model, text_BTC, mask_BT, grids, finest, options, numbers.to(text_BTC.device), patch=self.patch
-            ):
+            for step in sample(self.model, text_BTC, mask_BT, grids, finest, options, numbers_BLd, patch=self.patch):
                 if on_step is not None:
                     on_step(step.number + 1)
         return step.latents_BdHW

@@ -56,7 +56,8 @@ class PretrainedInfinity:
     that its image does not depend on the prompts beside it.
 
     Between batch sizes, sums have another order. Bits then differ where the margin of their logits is as small as the
-    rounding.
+    rounding. Of 133,120 bits of a small model none did between batches of 8 and of 1. That was in fp32 on one thread of
+    a CPU, by `python jobs/bench/infinity_batches.py --num-threads 1`.
     """
 
     device: torch.device

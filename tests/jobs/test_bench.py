@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from job_output import driver_lines
 
 from jobs.bench import captioner_step as train_captioner
-from jobs.bench import decode_captions, inputs, language_generation, ray_train_overhead, timing
+from jobs.bench import decode_captions, infinity_batches, inputs, language_generation, ray_train_overhead, timing
 from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
 from jobs.runtime.ray_private import cpus
@@ -21,7 +22,7 @@ from mmcore.captioners.cross_attention import VARIANTS
 from mmcore.captioners.facts import CaptionerFacts
 from mmcore.decoder import Packing
 from mmcore.errors import InputError
-from mmcore.generators import latent_diffusion
+from mmcore.generators import infinity_sampling, latent_diffusion
 from mmcore.recipe import recipe_to_json
 from mmcore.text import EOS_ID
 
@@ -211,6 +212,34 @@ def test_language_generation(num_beams):
     assert figures["captions_equal"] == figures["captions"] == 5
     assert figures["tokens_per_caption"]["max"] <= figures["max_length"]
     assert len(figures["ratio"]["all"]) == 1
+
+
+def test_infinity_batches():
+    bench = infinity_batches.InfinityBench(smoke=True, pairs=1, batch_size=3, compared=4)
+    figures = infinity_batches.measure(bench)
+    assert figures["target against one at a time_met"] is None
+    assert {"batch", "official way"} == figures["tflops"].keys()
+    found = figures["batch of 3 against 1"]
+    assert (found["images"], found["bits"]) == (4, 4 * 21 * 4)
+    for name in ("one at a time", "official way"):
+        assert len(figures[f"against {name}"]["ratio"]["all"]) == 1
+
+
+def test_a_cache_that_grows_gives_the_same_images():
+    made = infinity_batches._Bench(infinity_batches.InfinityBench(smoke=True))
+    with mock.patch.object(infinity_sampling, "Cache", infinity_batches.GrowingCache):
+        grown = made.bits([0, 1], 2)
+    bits = made.bits([0, 1], 2)
+    assert torch.equal(grown, bits)
+    # The figures of differing bits: one bit of one image, of 84.
+    others = bits.clone()
+    others[1, 5] ^= True
+    assert infinity_batches.differences(bits, others) == {
+        "bits": 168,
+        "bits_differing": 1,
+        "images": 2,
+        "images_differing": 1,
+    }
 
 
 OVERHEAD = ray_train_overhead.OverheadBench(
