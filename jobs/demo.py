@@ -31,12 +31,12 @@ from jobs.evaluate import CaptionScoreSettings, ShapesScoreSettings, evaluate_ca
 from jobs.generate import GenerateSettings, generate
 from jobs.prepare import SHAPES, PrepareSettings, prepare
 from jobs.runtime import demo_page
-from jobs.runtime.autoregressive_training import check_scenes
 from jobs.runtime.commandline import counted
 from jobs.runtime.commandline import run as run_job
 from jobs.runtime.demo_demands import caption_failures, image_failures, in_words
 from jobs.runtime.demo_keeping import keep_or_train, remove_other
 from jobs.runtime.job import Job, RunOptions, recipe_name
+from jobs.runtime.scene_training import check_scenes
 from jobs.runtime.source import output_storage, source_commit
 from jobs.runtime.sweep import PARTS, read_parts
 from mmcore.captioners import cross_attention as resnet

@@ -49,6 +49,7 @@ from mmcore.data.prompts import Prompt, Prompts, read_prompts
 from mmcore.errors import InputError, OptionError
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.infinity_options import InfinityOptions
 from mmcore.generators.pipeline_options import PipelineOptions
 from mmcore.recipe import Generator
 from mmcore.storage import Storage
@@ -474,6 +475,7 @@ def main() -> None:
     families = {
         "a diffusion": DiffusionOptions(),
         "a Transformer over codes": AutoregressiveOptions(),
+        "Infinity": InfinityOptions(),
         "a pipeline of diffusers": PipelineOptions(),
     }
     settings, options = parse_with_options(

@@ -23,9 +23,22 @@ from mmcore.captioners import (
 )
 from mmcore.captioners.facts import CaptionerFacts, ContrastiveFacts
 from mmcore.errors import InputError
-from mmcore.generators import autoregressive, infinity_tokenizer, latent_diffusion, pixel_diffusion, vqvae
+from mmcore.generators import (
+    autoregressive,
+    infinity_recipe,
+    infinity_tokenizer,
+    latent_diffusion,
+    pixel_diffusion,
+    vqvae,
+)
 from mmcore.generators import full_size as generators_full_size
-from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityTokenizerFacts, VQVAEFacts
+from mmcore.generators.facts import (
+    AutoregressiveFacts,
+    DiffusionFacts,
+    InfinityFacts,
+    InfinityTokenizerFacts,
+    VQVAEFacts,
+)
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
 from mmcore.storage import Storage
 
@@ -107,6 +120,13 @@ RECIPES: dict[str, Entry] = {
         AutoregressiveFacts,
         autoregressive.VARIANTS,
     ),
+    "infinity": Entry(
+        "generator",
+        infinity_recipe.InfinityRecipe,
+        InfinityFacts,
+        infinity_recipe.VARIANTS,
+        stage=("infinity", "transformer"),
+    ),
     "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, VQVAEFacts, vqvae.VARIANTS),
     "infinity_tokenizer": Entry(
         "autoencoder",
@@ -144,7 +164,8 @@ def sizes() -> Iterator[dict[str, Any]]:
             total, trainable = full_size.sizes(recipe)
         else:
             # What a generator of codes or latents is trained on; an autoencoder needs none.
-            total, trainable = generators_full_size.sizes(recipe, vqvae.VARIANTS[variant])
+            autoencoders = infinity_tokenizer.VARIANTS if name == "infinity" else vqvae.VARIANTS
+            total, trainable = generators_full_size.sizes(recipe, autoencoders[variant])
         of_report = [round(millions * 1e6) for millions in entry.table_1] if entry.table_1 else [None, None]
         line = {"name": name, "variant": variant, "total": total, "trainable": trainable}
         line |= dict(zip(("report_total", "report_trainable"), of_report, strict=True))

@@ -28,6 +28,7 @@ from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.infinity_options import InfinityOptions
 from mmcore.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,8 +96,8 @@ def opened(kind: str, run: str, **_folders: object) -> Any:
         raise InputError(f"--run {run}: no {kind}")
     if kind == "captioner":
         return SimpleNamespace(options=SearchOptions())
-    over_codes = found is not None and found[1] == "autoregressive"
-    return SimpleNamespace(options=AutoregressiveOptions() if over_codes else DiffusionOptions())
+    options = {"autoregressive": AutoregressiveOptions(), "infinity": InfinityOptions()}
+    return SimpleNamespace(options=options.get(found[1] if found else "", DiffusionOptions()))
 
 
 def without_runs(patch: pytest.MonkeyPatch, module: ModuleType) -> None:

@@ -5,14 +5,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from jobs.prepare import SHAPES
 from jobs.runtime.features import cached_autoencoder_column
 from jobs.runtime.frozen_autoencoder import VQVAE
 from jobs.runtime.generator_training import (
     GeneratorKind,
     Text,
     read_prompts,
-    read_tokenizer,
     sample_grids,
     text_assets,
     text_sizes,
@@ -21,25 +19,26 @@ from jobs.runtime.generator_training import (
 from jobs.runtime.job import Job
 from jobs.runtime.ray_private import training_device
 from jobs.runtime.run_folder import check_begun
+from jobs.runtime.scene_training import (
+    check_scenes,
+    encoded_split,
+    exhaustive_captions,
+    fresh_scenes,
+    num_encoded,
+    without_train_captions,
+)
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
 from jobs.runtime.training_flow import Encoded, parameters, say_sizes, say_steps
 from mmcore.data.columns import TensorSpec, default_cache, open_column
-from mmcore.data.prepared import TRAIN, CaptionTable, read_captions
-from mmcore.data.shapes import ShapesSettings, make_scene
-from mmcore.data.shapes_captions import exhaustive_caption
-from mmcore.errors import InputError
+from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.autoregressive import AutoregressiveRecipe, CodeTransformer
 from mmcore.generators.code_rows import CodeRows, code_dtype
 from mmcore.generators.facts import AutoregressiveFacts
-from mmcore.generators.fresh_scenes import FreshScenes
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
 from mmcore.trained.autoencoder import open_autoencoder
-
-# Scenes whose exhaustive captions tell how many are cut, and hold every word: a fifth of a second of drawing.
-_TOLD_SCENES = 400
 
 
 def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
@@ -50,10 +49,10 @@ def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
         _encode,
         _columns,
         setup,
-        cached=_cached,
+        cached=num_encoded,
         reads=VQVAE.reads,
         check=_check,
-        more_captions=_exhaustive_captions,
+        more_captions=exhaustive_captions,
     )
     return train_generator(job, kind)
 
@@ -62,40 +61,6 @@ def _check(job: Job[AutoregressiveRecipe]) -> None:
     check_scenes(job.recipe)
     VQVAE.recipe(job)
     VQVAE.say(job)
-
-
-def check_scenes(recipe: AutoregressiveRecipe) -> None:
-    """Raise InputError for fresh scenes, or exhaustive captions, of what is not rendered."""
-    if recipe.exhaustive_captions and not recipe.fresh_scenes:
-        raise InputError(
-            f"exhaustive_captions {recipe.exhaustive_captions} are made for fresh scenes alone; give --fresh-scenes, "
-            "or --exhaustive-captions 0"
-        )
-    if recipe.fresh_scenes:
-        mend = "give --no-fresh-scenes --exhaustive-captions 0"
-        if recipe.dataset != SHAPES:
-            raise InputError(f"fresh_scenes: --dataset {recipe.dataset} is not rendered, only {SHAPES} is; {mend}")
-        if not recipe.text.is_scratch:
-            raise InputError(
-                f"fresh_scenes: their captions are new, and the hidden states of --text-encoder "
-                f"{recipe.text.text_encoder} are computed once; {mend}"
-            )
-
-
-def _exhaustive_captions(job: Job[AutoregressiveRecipe], table: CaptionTable) -> list[str]:
-    """Those of the first scenes, of the epochs that follow where the data have fewer."""
-    if not job.recipe.exhaustive_captions:
-        return []
-    settings = _shapes(table)
-    return [
-        exhaustive_caption(settings.seed, TRAIN, index, make_scene(settings.seed, TRAIN, index, settings.max_objects))
-        for index in range(_TOLD_SCENES)
-    ]
-
-
-def _shapes(table: CaptionTable) -> ShapesSettings:
-    """What the scenes of the data were drawn with; of data that a dry run only plans, its defaults."""
-    return ShapesSettings(**table.facts.get("settings", {}))
 
 
 def _facts(job: Job[AutoregressiveRecipe], inputs: TextInputs) -> AutoregressiveFacts:
@@ -133,8 +98,7 @@ def _encode(
             fingerprint=fingerprint,
             flip=flip,
             num_views=1 + recipe.flip,
-            # Fresh scenes stand for those that train.
-            split=f"{recipe.split}:{table.validation_split}" if recipe.fresh_scenes else None,
+            split=encoded_split(recipe, table),
             stall_timeout_s=job.options.stall_timeout,
         )
         for flip in ([False, True] if recipe.flip else [False])
@@ -148,10 +112,6 @@ def _columns(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts) -> dict
     return {"codes": spec, "mirrored_codes": spec} if job.recipe.flip else {"codes": spec}
 
 
-def _cached(job: Job[AutoregressiveRecipe], table: CaptionTable) -> int:
-    return len(table.validation_rows() if job.recipe.fresh_scenes else table.image_ids)
-
-
 def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doing) -> Setup:
     """Model and rows, on a worker; the VQ-VAE is loaded where samples are first decoded, for fresh scenes at once."""
     recipe = job.recipe
@@ -160,19 +120,8 @@ def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doi
     table = read_captions(job.storage, recipe.dataset, recipe.split)
     fresh = None
     if recipe.fresh_scenes:
-        # Nobody asks for the captions of the scenes that fresh ones stand for.
-        captions = [[] if split == TRAIN else row for split, row in zip(table.splits, table.captions, strict=True)]
-        table = dataclasses.replace(table, captions=captions)
-        loaded = vqvae.on(training_device())
-        fresh = FreshScenes(
-            _shapes(table),
-            loaded.codes,
-            read_tokenizer(job, facts),
-            output="codes",
-            image_size=loaded.image_size,
-            captions_per_image=recipe.captions_per_image,
-            exhaustive_captions=recipe.exhaustive_captions,
-        )
+        table, loaded = without_train_captions(table), vqvae.on(training_device())
+        fresh = fresh_scenes(job, facts, table, loaded.codes, output="codes", image_size=facts.resolution)
     rows = CodeRows(
         table,
         [open_column(job.storage / "features" / key, default_cache(), doing=doing) for key in facts.columns],

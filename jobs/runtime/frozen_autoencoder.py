@@ -201,7 +201,7 @@ VQVAE: FrozenKind[VQVAERecipe, TrainedVQVAE] = FrozenKind(
 TOKENIZER: FrozenKind[InfinityTokenizerRecipe, TrainedInfinityTokenizer] = FrozenKind(
     "infinity_tokenizer",
     "tokenizer",
-    "tokenizer",
+    "image_tokenizer",
     "jobs/train_infinity.py --stage tokenizer",
     open_tokenizer,
     TOKENIZER_OF_BITS_ASSET,

@@ -22,7 +22,7 @@ from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.frozen.text import FrozenTextEncoder, PromptTokenizer, TextInputs
 from mmcore.frozen.tokenizers import WORDS
-from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts
 from mmcore.generators.prompt_rows import PromptEmbeddings, PromptIds, Prompts
 from mmcore.images import image_grid
 from mmcore.rows import Batch
@@ -31,7 +31,8 @@ from mmcore.seeding import derive_seed
 from mmcore.storage import Storage
 from mmcore.training_plan import resolve_precision
 
-F = TypeVar("F", DiffusionFacts, AutoregressiveFacts)
+F = TypeVar("F", DiffusionFacts, AutoregressiveFacts, InfinityFacts)
+GeneratorFacts = DiffusionFacts | AutoregressiveFacts | InfinityFacts
 Text = PromptTokenizer | FrozenTextEncoder
 
 
@@ -181,20 +182,18 @@ def store_text(job: Job[Any], table: CaptionTable, text: Text) -> StoredText:
 # -- on a worker ---------------------------------------------------------------------------------------------------
 
 
-def _text_folder(job: Job[Any], facts: DiffusionFacts | AutoregressiveFacts) -> Storage:
+def _text_folder(job: Job[Any], facts: GeneratorFacts) -> Storage:
     """Where in the storage the tokenizer or the hidden states lie."""
     parent, name = facts.text
     return job.storage / parent / name
 
 
-def read_tokenizer(job: Job[Any], facts: DiffusionFacts | AutoregressiveFacts) -> PromptTokenizer:
+def read_tokenizer(job: Job[Any], facts: GeneratorFacts) -> PromptTokenizer:
     """The tokenizer of a text encoder that is trained along."""
     return PromptTokenizer.read(_text_folder(job, facts), job.recipe.text.max_tokens)
 
 
-def read_prompts(
-    job: Job[Any], facts: DiffusionFacts | AutoregressiveFacts, table: CaptionTable, doing: Doing
-) -> Prompts:
+def read_prompts(job: Job[Any], facts: GeneratorFacts, table: CaptionTable, doing: Doing) -> Prompts:
     """The captions of all rows, as the network takes them."""
     recipe = job.recipe
     if recipe.text.is_scratch:
@@ -204,7 +203,7 @@ def read_prompts(
     return PromptEmbeddings(open_column(folder, default_cache(), doing=doing), read_null(folder), table.image_ids)
 
 
-def text_assets(job: Job[Any], facts: DiffusionFacts | AutoregressiveFacts) -> dict[str, Storage]:
+def text_assets(job: Job[Any], facts: GeneratorFacts) -> dict[str, Storage]:
     """What a finished run keeps a copy of: the tokenizer of a text encoder that is trained along."""
     return {TOKENIZER_ASSET: _text_folder(job, facts)} if job.recipe.text.is_scratch else {}
 

@@ -10,20 +10,20 @@ from mmcore.frozen import published
 from mmcore.frozen.published import num_parameters
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.autoregressive import AutoregressiveRecipe
-from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts
 from mmcore.generators.infinity_tokenizer import InfinityTokenizerRecipe
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
 from mmcore.generators.text_context import TextSettings
-from mmcore.generators.vqvae import VQVAE, VQVAERecipe
+from mmcore.generators.vqvae import VQVAERecipe
 
 # Words of the captions of the report's 7,000 training images that occur at least twice, with the special tokens.
 _WORDS = 4_878
 
 
-def sizes(recipe: Any, vqvae: VQVAERecipe) -> tuple[int, int]:
-    """Total and trainable parameters. The total includes the frozen text encoder and the frozen VQ-VAE.
+def sizes(recipe: Any, autoencoder: VQVAERecipe | InfinityTokenizerRecipe) -> tuple[int, int]:
+    """Total and trainable parameters. The total includes the frozen text encoder and the frozen autoencoder.
 
-    `vqvae`: the recipe of the VQ-VAE whose latents or codes `recipe` generates. An autoencoder itself counts with
+    `autoencoder`: the recipe of the one whose latents or codes `recipe` generates. An autoencoder itself counts with
     its discriminator, without the frozen network of the perceptual loss.
     Raises InputError for a frozen model that `mmcore.frozen.published` does not have.
     """
@@ -37,11 +37,14 @@ def sizes(recipe: Any, vqvae: VQVAERecipe) -> tuple[int, int]:
         if isinstance(recipe, PixelDiffusionRecipe):
             model = recipe.build(DiffusionFacts(text_inputs, (3, recipe.image_size, recipe.image_size)))
         else:
-            num_frozen += num_parameters(VQVAE(vqvae))
-            if isinstance(recipe, AutoregressiveRecipe):
-                model = recipe.build(AutoregressiveFacts(text_inputs, vqvae.latent_shape[1:], vqvae.num_codes))
+            num_frozen += num_parameters(autoencoder.build())
+            if isinstance(autoencoder, InfinityTokenizerRecipe):
+                model = recipe.build(InfinityFacts(text_inputs, autoencoder.latent_shape, autoencoder.grids))
+            elif isinstance(recipe, AutoregressiveRecipe):
+                shape = autoencoder.latent_shape[1:]
+                model = recipe.build(AutoregressiveFacts(text_inputs, shape, autoencoder.num_codes))
             else:
-                model = recipe.build(DiffusionFacts(text_inputs, vqvae.latent_shape))
+                model = recipe.build(DiffusionFacts(text_inputs, autoencoder.latent_shape))
     trainable = num_parameters(model)
     return num_frozen + trainable, trainable
 

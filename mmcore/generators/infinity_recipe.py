@@ -72,7 +72,7 @@ class InfinityRecipe:
     """Column of the dataset that selects the training rows."""
     captions_per_image: int = 5
     """Number of captions per image to train on, the first ones. Each epoch draws one of them at random."""
-    tokenizer: str | None = None
+    image_tokenizer: str | None = None
     """Finished run of --stage tokenizer (STORAGE/runs/infinity_tokenizer/NAME, a folder or s3://...). It sets the size
     of the images. None first trains that of the variant, under this run's --name, or takes a finished one of it."""
     flip: bool = False

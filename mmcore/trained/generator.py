@@ -5,12 +5,13 @@ from typing import Any
 
 from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
-from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts
 from mmcore.recipe import Generator
 from mmcore.run_files import RunFile
 from mmcore.storage import Storage
 from mmcore.trained.autoregressive import TrainedAutoregressive
 from mmcore.trained.diffusion import TrainedDiffusion
+from mmcore.trained.infinity import TrainedInfinity
 from mmcore.trained.pipeline import HUB, TrainedPipeline, is_pipeline, parse_lora
 
 
@@ -41,5 +42,6 @@ def open_generator(source: str, *, text_encoder: str | None = None, loras: Seque
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Generator]] = {
     DiffusionFacts: TrainedDiffusion,
     AutoregressiveFacts: TrainedAutoregressive,
+    InfinityFacts: TrainedInfinity,
 }
 """The class that opens a run, by the type of its facts."""
