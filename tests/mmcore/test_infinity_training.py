@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from mmcore.generators.infinity_recipe import VARIANTS, InfinityGenerator, Infin
 from mmcore.generators.infinity_rows import InfinityRows
 from mmcore.generators.text_context import TextSettings
 from mmcore.recipe import recipe_from_json, recipe_to_json
+from mmcore.training import RunHooks, Training
 
 PAD, BOS, EOS, MAX_TOKENS = 0, 1, 2, 8
 INPUTS = TextInputs(vocabulary_size=20, pad_id=PAD, bos_id=BOS, eos_id=EOS)
@@ -66,10 +69,11 @@ def latents_of(num_images: int, seed: int = 1) -> Tensor:
 
 
 class Prompts:
-    """The prompt of a row is its number."""
+    """The number of words of a row's caption follows from its number."""
 
     def batch(self, rows: Any, captions: Any) -> dict[str, Tensor]:
-        return {"input_ids": torch.tensor([[row, caption] for row, caption in zip(rows, captions, strict=True)])}
+        assert None not in captions, "a dropped caption keeps its length"
+        return prompts_of(*(row % 6 for row in rows))
 
 
 def rows_of(**changes: Any) -> InfinityRows:
@@ -94,7 +98,7 @@ def test_flips_of_an_image_do_not_depend_on_its_batch_mates() -> None:
     whole = rows.train_batch(order, 2)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in whole.items()} == {
         "latents": (torch.float32, (40, NUM_BITS, 4, 4)),
-        "input_ids": (torch.int64, (40, 2)),
+        "input_ids": (torch.int64, (40, MAX_TOKENS)),
         "flips": (torch.bool, (40, NUM_POSITIONS, NUM_BITS)),
         "dropped": (torch.bool, (40,)),
     }
@@ -250,6 +254,32 @@ def test_fp64_is_exact() -> None:
     whole = model(batch).losses["loss"].sum
     halves = [model({name: value[rows] for name, value in batch.items()}) for rows in (slice(2), slice(2, 4))]
     torch.testing.assert_close(whole, sum(each.losses["loss"].sum for each in halves), rtol=1e-12, atol=0)
+
+
+def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    train = dataclasses.replace(
+        VARIANTS["smoke"].train, num_epochs=2, max_steps=None, precision="fp32", checkpoint_every_steps=3
+    )
+    recipe = recipe_of(train=train)
+
+    def commit(checkpoint: Path | None, metrics: dict[str, Any]) -> None:
+        assert checkpoint is not None
+        shutil.move(checkpoint, tmp_path / "kept" / checkpoint.name)
+
+    def trained(resume_from: Path | None) -> dict[str, Tensor]:
+        hooks = RunHooks(commit=commit)
+        workdir = tmp_path / ("work" if resume_from is None else "resumed")
+        training = Training(model_of(recipe), rows_of(), train, hooks, workdir=workdir, resume_from=resume_from)
+        return training.run()
+
+    (tmp_path / "kept").mkdir()
+    unbroken = trained(None)
+    kept = Path(shutil.move(tmp_path / "kept" / "step-00000006", tmp_path / "middle"))
+    shutil.rmtree(tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    resumed = trained(kept)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-00000009", "step-00000010"]
+    assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 
 # -- drawing -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_autoregressive
 import tiny_diffusion
+import tiny_infinity
 import torch
 
 from mmcore.catalogue import RECIPES
@@ -21,6 +22,7 @@ from mmcore.generators.autoregressive import VARIANTS
 from mmcore.generators.autoregressive_options import AutoregressiveOptions
 from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.facts import DiffusionFacts
+from mmcore.generators.infinity_options import InfinityOptions
 from mmcore.seeding import MAX_IMAGE_SEED
 from mmcore.storage import Storage
 from mmcore.trained import autoencoder, captioner, generator, retriever
@@ -30,6 +32,7 @@ from mmcore.trained.generator import open_generator
 PROMPTS = ["a red square", "there is a blue square at the left of it", "a green square", "a yellow square"]
 SEEDS = [3, MAX_IMAGE_SEED, 5, 6]
 HOW = DiffusionOptions(steps=5, guidance=2.0, sampler="ddim")
+BITS = InfinityOptions(guidance=2.0, temperature=1.0)
 DRAWN = AutoregressiveOptions(guidance=2.0, temperature=1.0, top_p=0.9)
 
 
@@ -55,8 +58,14 @@ def code_run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     return Storage(str(tiny_autoregressive.write_run(tmp_path_factory.mktemp("codes"))))
 
 
+@pytest.fixture(scope="module")
+def bit_run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return Storage(str(tiny_infinity.write_run(tmp_path_factory.mktemp("bits"))))
+
+
 @pytest.mark.parametrize(
-    ("kind", "side", "how"), [("pixel_run", 8, HOW), ("ldm_run", 32, HOW), ("code_run", 32, DRAWN)]
+    ("kind", "side", "how"),
+    [("pixel_run", 8, HOW), ("ldm_run", 32, HOW), ("code_run", 32, DRAWN), ("bit_run", 16, BITS)],
 )
 def test_an_image_is_decided_by_prompt_and_seed(kind: str, side: int, how: Any, request: pytest.FixtureRequest) -> None:
     generator = open_generator(request.getfixturevalue(kind).uri).load()
@@ -112,6 +121,21 @@ def test_codes_are_counted_and_every_option_tells(code_run: Storage) -> None:
     generator.text = lambda prompts: read.append(prompts) or reader(prompts)
     unguided = generator.generate(PROMPTS, SEEDS, dataclasses.replace(DRAWN, guidance=1.0))
     assert (read, unguided.tobytes()) == ([PROMPTS], changed[0].tobytes()), "without guidance no other text is read"
+
+
+def test_grids_are_counted_and_every_option_tells(bit_run: Storage) -> None:
+    generator: Any = open_generator(bit_run.uri).load()
+    told: list[tuple[int, int]] = []
+    drawn = generator.generate(PROMPTS, SEEDS, BITS, on_step=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    changes = (
+        {"guidance": 1.0}, {"guided_grids": 1}, {"num_grids": 2}, {"temperature": 0.0}, {"top_p": 0.6},
+    )  # fmt: skip
+    changed = [generator.generate(PROMPTS, SEEDS, dataclasses.replace(BITS, **change)) for change in changes]
+    assert len({images.tobytes() for images in (drawn, *changed)}) == 1 + len(changes)
+    with pytest.raises(OptionError, match="--guidance-layer"):
+        generator.check(dataclasses.replace(BITS, guidance_layer=-1), generator.size)
+    assert generator.generate(PROMPTS, SEEDS, BITS.shortened()).shape == drawn.shape
 
 
 def test_latents_become_images_through_the_vqvae(tmp_path: Path) -> None:
