@@ -21,7 +21,7 @@ def recipe(*, train: dict[str, Any] | None = None, **changes: Any) -> InfinityTo
         VARIANTS["smoke"],
         image_size=tiny_vqvae.SIZE,
         num_bits=NUM_BITS,
-        factors=(1, 1, 2),
+        factors=(1, 2),
         discriminator_channels=(8, 8),
         discriminator_from_step=4,
         train=tiny_vqvae.recipe(train=train).train,

@@ -9,6 +9,7 @@ Shapes: B images, P pixels a side, d bits of a position, h and w sides of the la
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,17 @@ class InfinityTokenizerRecipe:
     """Residual blocks per level (the decoder has one more)."""
     norm_groups: int = 32
     """Groups of each GroupNorm. The official files have 32; other models cannot be exported to them."""
+    encoder: Literal["convolutions", "patches"] = "convolutions"
+    """patches encodes each patch of the image separately. Equal patches then have equal latents, which are easier to
+    predict for a Transformer. Such a model cannot be exported."""
+    patch_size: int = 1
+    """Side in pixels of the patches that are moved into channels, which is cheaper. Above 1 the model cannot be
+    exported."""
     grids: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     """Sides of the grids, from coarse to fine. The last has the sides of the latents."""
-    inverse_temperature: float = 100.0
+    inverse_temperature: float = 10.0
     """Sharpness of the probabilities of bits in the entropy loss."""
-    entropy_weight: float = 0.1
+    entropy_weight: float = 0.01
     """Weight of the entropy loss."""
     commitment_weight: float = 0.25
     """Weight of the commitment loss."""
@@ -92,7 +99,7 @@ class InfinityTokenizerRecipe:
     """Optimisation."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "image_size", "num_bits", "width", "num_blocks", "norm_groups")
+        check_at_least_one(self, "image_size", "num_bits", "width", "num_blocks", "norm_groups", "patch_size")
         check_not_negative(self, "entropy_weight", "commitment_weight")
         if self.inverse_temperature <= 0:
             raise InputError(
@@ -109,8 +116,8 @@ class InfinityTokenizerRecipe:
         if self.image_size != self.grids[-1] * self.factor:
             raise InputError(
                 f"image_size {self.image_size} must be {self.grids[-1] * self.factor}, the last of grids {self.grids} "
-                f"times {self.factor} for {len(self.factors)} levels of factors; change --image-size, --grids or "
-                "--factors"
+                f"times {self.factor} for {len(self.factors)} levels of factors and patch_size {self.patch_size}; "
+                "change --image-size, --grids, --factors or --patch-size"
             )
 
     def without_effect(self) -> dict[str, str]:
@@ -136,7 +143,9 @@ class InfinityTokenizerRecipe:
     @property
     def vae(self) -> InfinityVaeSettings:
         """Sizes of the encoder and the decoder."""
-        return InfinityVaeSettings(self.num_bits, self.width, self.factors, self.num_blocks, self.norm_groups)
+        return InfinityVaeSettings(
+            self.num_bits, self.width, self.factors, self.num_blocks, self.norm_groups, self.encoder, self.patch_size
+        )
 
     def build(self) -> InfinityVae:
         return InfinityVae(self.vae)
@@ -172,11 +181,11 @@ class InfinityTokenizerTraining(AutoencoderTraining):
             "entropy_loss": Loss(quantised["entropy_loss"].sum(), num_images, recipe.entropy_weight),
         }
         names = ("ones", "positions", "probabilities") if self.training else ("ones", "positions")
-        return self.tokenizer.decoder(vectors_Bdhw), losses, {name: quantised[name] for name in names}
+        return self.tokenizer.decode(vectors_Bdhw), losses, {name: quantised[name] for name in names}
 
     def _reconstructed(self, x_B3PP: Tensor) -> Tensor:
         latents_Bdhw = self.tokenizer.encode(x_B3PP)
-        return self.tokenizer.decoder(quantize(latents_Bdhw, self.recipe.grid_sides).latents_BdHW)
+        return self.tokenizer.decode(quantize(latents_Bdhw, self.recipe.grid_sides).latents_BdHW)
 
     def after_step(self, statistics: dict[str, Tensor], step: int) -> None:
         self.quantizer.after_step(statistics)
@@ -186,6 +195,9 @@ class InfinityTokenizerTraining(AutoencoderTraining):
 
 
 _BEST = InfinityTokenizerRecipe()
+# As in the VQ-VAE of the autoregressive Transformer, plain background always has the same latents. All convolutions are
+# at a quarter of the side or less. 120 steps of 16 images, 9 s of a CPU, give 22.9 dB. Convolutions of 16 channels at
+# the full side gave 18.2 dB in 250 steps of 8 images and 37 s.
 _SHAPES = dataclasses.replace(
     _BEST,
     dataset="shapes",
@@ -193,22 +205,26 @@ _SHAPES = dataclasses.replace(
     image_size=64,
     flip=False,
     num_bits=16,
-    width=16,
-    factors=(1, 2, 4, 4),
+    width=64,
+    factors=(1, 2),
     num_blocks=1,
     norm_groups=8,
-    train=dataclasses.replace(_BEST.train, num_epochs=4, lr=2e-3, warmup_steps=100, max_steps=2000),
+    encoder="patches",
+    patch_size=4,
+    train=dataclasses.replace(_BEST.train, num_epochs=8, lr=3e-3, warmup_steps=100, max_steps=3000, batch_size=16),
 )
 _SMOKE = dataclasses.replace(
     _SHAPES,
     image_size=32,
     num_bits=8,
     width=8,
-    factors=(1, 1, 2, 2),
+    factors=(1, 1, 2),
     norm_groups=4,
+    encoder="convolutions",
+    patch_size=2,
     grids=(1, 2, 4),
     discriminator_channels=(8, 16),
     discriminator_from_step=10,
-    train=dataclasses.replace(_SHAPES.train, num_epochs=1, max_steps=20, warmup_steps=5),
+    train=dataclasses.replace(_SHAPES.train, num_epochs=1, max_steps=20, warmup_steps=5, batch_size=8),
 )
 VARIANTS: dict[str, InfinityTokenizerRecipe] = {"best": _BEST, "shapes": _SHAPES, "smoke": _SMOKE}

@@ -9,10 +9,13 @@ Shapes: B images, P and Q sides of an image, d bits of a position, H = P / strid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmcore.generators.patch_encoder import patch_encoder
 
 _NORM_EPS = 1e-6
 
@@ -31,11 +34,15 @@ class InfinityVaeSettings:
     """Residual blocks of a level of the encoder. The decoder has one more."""
     norm_groups: int = 32
     """Groups of each GroupNorm. Official models have 32."""
+    encoder: Literal["convolutions", "patches"] = "convolutions"
+    """patches encodes each patch of the image separately. Official models have convolutions."""
+    patch_size: int = 1
+    """Side in pixels of the patches that are moved into channels. Official models have 1."""
 
     @property
     def stride(self) -> int:
         """Side of an image over the side of its latent image."""
-        return int(2 ** (len(self.factors) - 1))
+        return int(self.patch_size * 2 ** (len(self.factors) - 1))
 
     @property
     def widths(self) -> list[int]:
@@ -126,7 +133,7 @@ class Encoder(nn.Module):
     def __init__(self, settings: InfinityVaeSettings) -> None:
         super().__init__()
         widths, groups = settings.widths, settings.norm_groups
-        self.conv_in = _Conv(3, settings.width, 3)
+        self.conv_in = _Conv(3 * settings.patch_size**2, settings.width, 3)
         self.down = nn.ModuleList()
         for number, (before, after) in enumerate(zip([settings.width, *widths], widths, strict=False)):
             resize = {} if number == len(widths) - 1 else {"downsample": _Downsample(after)}
@@ -135,7 +142,7 @@ class Encoder(nn.Module):
         self.norm_out, self.conv_out = _Norm(widths[-1], groups), _Conv(widths[-1], settings.num_bits, 3)
 
     def forward(self, images_B3PQ: Tensor) -> Tensor:
-        """Images from -1 to 1 -> (B, d, H, W)."""
+        """Images from -1 to 1, their patches moved into channels -> (B, d, H, W)."""
         hidden = self.conv_in(images_B3PQ)
         for level in [*self.down, self.mid]:
             hidden = _run(level, hidden)
@@ -155,10 +162,10 @@ class Decoder(nn.Module):
         for number, (after, before) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
             resize = {"upsample": _Upsample(after)} if number else {}
             self.up.append(_level([before] + [after] * (settings.num_blocks + 1), groups, **resize))
-        self.norm_out, self.conv_out = _Norm(widths[0], groups), _Conv(widths[0], 3, 3)
+        self.norm_out, self.conv_out = _Norm(widths[0], groups), _Conv(widths[0], 3 * settings.patch_size**2, 3)
 
     def forward(self, latents_BdHW: Tensor) -> Tensor:
-        """(B, d, H, W) -> images (B, 3, P, Q), about -1 to 1 and not clamped."""
+        """(B, d, H, W) -> images, about -1 to 1 and not clamped, their patches moved into channels."""
         hidden = self.conv_in(latents_BdHW)
         for level in [self.mid, *reversed(self.up)]:
             hidden = _run(level, hidden)
@@ -171,9 +178,19 @@ class InfinityVae(nn.Module):
     def __init__(self, settings: InfinityVaeSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder, self.decoder = Encoder(settings), Decoder(settings)
+        self.encoder: nn.Module
+        if settings.encoder == "patches":
+            num_channels, side = 3 * settings.patch_size**2, settings.stride // settings.patch_size
+            self.encoder = patch_encoder(num_channels, side, 2 * settings.widths[-1], settings.num_bits)
+        else:
+            self.encoder = Encoder(settings)
+        self.decoder = Decoder(settings)
 
     def encode(self, images_B3PQ: Tensor) -> Tensor:
         """Images from -1 to 1 -> latents (B, d, H, W) before quantisation, in fp32 or above."""
-        latents_BdHW = self.encoder(images_B3PQ)
+        latents_BdHW = self.encoder(F.pixel_unshuffle(images_B3PQ, self.settings.patch_size))
         return latents_BdHW.to(torch.promote_types(latents_BdHW.dtype, torch.float32))
+
+    def decode(self, latents_BdHW: Tensor) -> Tensor:
+        """The sum of the grids (B, d, H, W) -> images (B, 3, P, Q), about -1 to 1 and not clamped."""
+        return F.pixel_shuffle(self.decoder(latents_BdHW), self.settings.patch_size)

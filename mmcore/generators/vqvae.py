@@ -24,6 +24,7 @@ from mmcore.generators.autoencoder_training import (
     check_widths,
     judges_without_effect,
 )
+from mmcore.generators.patch_encoder import patch_encoder
 from mmcore.generators.quantizer import Quantizer, codebook_use
 from mmcore.losses import Loss
 from mmcore.recipe import TrainSettings
@@ -300,20 +301,6 @@ class VQVAETraining(AutoencoderTraining):
 
     def summarize(self, statistics: dict[str, Tensor]) -> dict[str, float]:
         return codebook_use(statistics["counts"])
-
-
-def patch_encoder(num_channels: int, patch_size: int, width: int, out_channels: int) -> nn.Module:
-    """Three layers on each patch separately: (B, C, H, W) -> (B, D, H / patch_size, W / patch_size).
-
-    There is no normalisation over positions, as one patch would then change the codes of the others.
-    """
-    return nn.Sequential(
-        nn.Conv2d(num_channels, width, patch_size, stride=patch_size),
-        nn.SiLU(),
-        nn.Conv2d(width, width, 1),
-        nn.SiLU(),
-        nn.Conv2d(width, out_channels, 1),
-    )
 
 
 _REPORT = VQVAERecipe()

@@ -158,7 +158,7 @@ class TrainedInfinityTokenizer(TrainedAutoencoder):
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.model.decoder(latents)
+        return self.model.decode(latents)
 
     def reconstruct(self, pixels: np.ndarray) -> Tensor:
         """uint8 (B, P, P, 3) -> what is left of them after quantisation: (B, 3, P, P), about in [-1, 1]."""

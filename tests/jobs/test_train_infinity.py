@@ -31,7 +31,7 @@ from mmcore.trained.autoencoder import open_tokenizer
 # 16x16 pixels to grids of 1, 2 and 4 positions a side, with the discriminator from step 10 on.
 FLAGS = [
     "--stage", "tokenizer", "--variant", "smoke", "--dataset", "tiny", "--split", "split", "--image-size", "16",
-    "--factors", "1", "1", "2", "--num-epochs", "4", "--max-steps", "16", "--validate-every-epochs", "2",
+    "--factors", "1", "2", "--num-epochs", "4", "--max-steps", "16", "--validate-every-epochs", "2",
     "--log-every-steps", "1", "--num-samples", "3", "--num-threads", "1",
 ]  # fmt: skip
 # A row with neither is of a step of the generator alone.
