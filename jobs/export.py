@@ -4,11 +4,14 @@
     python jobs/export.py --run STORAGE/runs/ldm/NAME --to diffusers --out DIR
     python jobs/export.py --run STORAGE/runs/vqvae/NAME --to diffusers --out DIR
     python jobs/export.py --run STORAGE/runs/autoregressive/NAME/model/vqvae --to diffusers --out DIR
+    python jobs/export.py --run STORAGE/runs/infinity_tokenizer/NAME --to infinity --out DIR
     python jobs/export.py --run STORAGE/runs/qformer/NAME --to transformers --out DIR
     python jobs/export.py --run STORAGE/runs/qformer_llm/NAME --to transformers --out DIR
 
 A latent-diffusion run becomes a folder that ``diffusers.DiffusionPipeline.from_pretrained(DIR)`` loads, without code
 of ours: an LDMTextToImagePipeline. A VQ-VAE becomes one that ``diffusers.VQModel.from_pretrained(DIR)`` loads.
+A tokenizer of Infinity becomes DIR/vae.safetensors, with the names of the official files. It needs 32 groups of
+normalisation and convolutions at the full side, as in the variant best.
 A Q-Former becomes a Blip2ForImageTextRetrieval of transformers, and with a language model a
 Blip2ForConditionalGeneration. DIR/README.md has the code for its scores and captions, and for an image encoder that is
 not BLIP-2's.
@@ -28,6 +31,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,10 +43,11 @@ from mmcore.flags import read_settings
 from mmcore.frozen.hub import quiet_load
 from mmcore.run_files import read_fields
 from mmcore.storage import Storage, writing
-from mmcore.trained.autoencoder import open_vqvae
+from mmcore.trained.autoencoder import open_tokenizer, open_vqvae
 from mmcore.trained.captioner import TrainedCaptioner, open_captioner
 from mmcore.trained.generator import open_generator
 from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline, vqvae_difference
+from mmcore.trained.to_infinity import FILE_NAME, save_official, tokenizer_difference
 from mmcore.trained.to_transformers import GenerationExport, RetrievalExport
 
 
@@ -51,11 +56,11 @@ class ExportSettings:
     """What to export, and where to."""
 
     run: str
-    """The finished run of a latent diffusion, a VQ-VAE or a Q-Former: STORAGE/runs/RECIPE/NAME."""
+    """The finished run of a latent diffusion, an autoencoder or a Q-Former: STORAGE/runs/RECIPE/NAME."""
     out: str
     """New local folder."""
-    to: Literal["diffusers", "transformers"] = "diffusers"
-    """The library that is to load it: transformers for a Q-Former, else diffusers."""
+    to: Literal["diffusers", "transformers", "infinity"] = "diffusers"
+    """What is to load it: transformers for a Q-Former, Infinity's own code for its tokenizer, else diffusers."""
     encoder: str | None = None
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
     text_encoder: str | None = None
@@ -91,9 +96,26 @@ def _umask() -> int:
 def _exported(settings: ExportSettings) -> _Exported:
     recipe = read_fields(Storage(settings.run))[0]["recipe"]
     library = "transformers" if recipe in (*names("captioner"), *names("retriever")) else "diffusers"
+    library = "infinity" if recipe == "infinity_tokenizer" else library
     if settings.to != library:
         raise InputError(f"--to {settings.to}: a run of {recipe} is for {library}; give --to {library}")
+    if library == "infinity":
+        return _for_infinity(settings)
     return _for_transformers(settings, recipe) if library == "transformers" else _for_diffusers(settings, recipe)
+
+
+def _for_infinity(settings: ExportSettings) -> _Exported:
+    for flag in ("encoder", "text_encoder", "language_model"):
+        if (value := getattr(settings, flag)) is not None:
+            raise InputError(f"--{flag.replace('_', '-')} {value!r}: a tokenizer has none; leave the flag out")
+    trained = open_tokenizer(settings.run).load()
+    return _Exported(
+        partial(save_official, trained),
+        f"Infinity's code: {FILE_NAME} is the file of its tokenizer",
+        partial(tokenizer_difference, trained),
+        "images",
+        "random images: what is made of them",
+    )
 
 
 def _for_transformers(settings: ExportSettings, recipe: str) -> _Exported:
@@ -166,7 +188,7 @@ def export(settings: ExportSettings) -> float:
         Path(folder).mkdir()
     print(
         f"export: {out}, loaded again and compared on {exported.compared_on} differ by {found:.1g} of 1 at most\n"
-        f"load it with {exported.loader}.from_pretrained({str(out)!r})",
+        f"load it with {exported.loader}" + f".from_pretrained({str(out)!r})" * (settings.to != "infinity"),
         flush=True,
     )
     return found

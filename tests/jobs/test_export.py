@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import tiny_autoregressive
 import tiny_runs
+import tiny_tokenizer
 import torch
 
 from jobs.export import ExportSettings, export
 from mmcore.errors import InputError
 from mmcore.generators.diffusion_options import DiffusionOptions
+from mmcore.generators.infinity_weights import load_vae
 from mmcore.generators.text_context import TextSettings
 from mmcore.generators.vqvae import VQVAE
 from mmcore.storage import Storage
@@ -112,3 +114,16 @@ def test_a_run_in_s3_is_exported(s3_server: str, tmp_path: Path) -> None:
             Storage(s3_server).upload(path, f"runs/ldm/a/{path.relative_to(run)}")
     assert export(ExportSettings(run=f"{s3_server}/runs/ldm/a", out=str(tmp_path / "pipeline"))) <= TOLERANCE
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_tokenizer_becomes_an_official_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = Storage(str(tmp_path / "run")), tmp_path / "official"
+    official = {"width": 32, "norm_groups": 32, "patch_size": 1, "factors": (1, 1, 1), "discriminator_channels": (32,)}
+    tiny_tokenizer.write_run(run, **official)
+    with pytest.raises(InputError, match="--to diffusers: a run of infinity_tokenizer is for infinity; give --to inf"):
+        export(ExportSettings(run=run.uri, out=str(out)))
+    with pytest.raises(InputError, match="--text-encoder 'bert': a tokenizer has none"):
+        export(ExportSettings(run=run.uri, out=str(out), to="infinity", text_encoder="bert"))
+    assert export(ExportSettings(run=run.uri, out=str(out), to="infinity")) == 0
+    assert "load it with Infinity's code: vae.safetensors is the file of its tokenizer\n" in capsys.readouterr().out
+    assert load_vae(str(out / "vae.safetensors"), "--vae").settings.widths == [32, 32, 32]

@@ -11,6 +11,7 @@ import tiny
 import tiny_tokenizer
 import tiny_vqvae
 import torch
+from safetensors.torch import load_file
 from tiny_tokenizer import GRIDS, NUM_BITS, recipe
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from mmcore.recipe import recipe_from_json, recipe_to_json
 from mmcore.run_files import RunFile, write_model
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedInfinityTokenizer, open_autoencoder, open_tokenizer, open_vqvae
+from mmcore.trained.to_infinity import FILE_NAME, save_official, tokenizer_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -274,3 +276,36 @@ def test_latents_of_an_image_do_not_depend_on_its_batch(tmp_path: Path) -> None:
     trained, pixels = opened(run), tiny_vqvae.images(4)
     others = np.concatenate([pixels[:1], tiny_vqvae.images(8)[5:]])
     assert torch.equal(trained.encode(pixels)[0], trained.encode(others)[0])
+
+
+# -- official files ------------------------------------------------------------------------------------------------
+
+OFFICIAL = {"width": 32, "norm_groups": 32, "patch_size": 1, "factors": (1, 1, 1), "discriminator_channels": (32,)}
+
+
+def test_an_official_file_makes_the_same_images(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "run"))
+    tiny_tokenizer.write_run(run, **OFFICIAL)
+    trained = opened(run)
+    save_official(trained, str(tmp_path))
+    assert tokenizer_difference(trained, str(tmp_path)) == 0
+    mask = load_file(tmp_path / FILE_NAME)["quantizer.lfq.mask"]
+    assert mask.tolist() == [32, 16, 8, 4, 2, 1]
+    with torch.no_grad():
+        trained.model.decoder.conv_out.conv.bias += 0.5
+    assert tokenizer_difference(trained, str(tmp_path)) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm_groups": 16}, "norm_groups 16: .* have 32; .*--norm-groups 32"),
+        ({"patch_size": 2, "factors": (1, 1)}, "patch_size 2: .* have 1; .*--patch-size 1"),
+        ({"encoder": "patches"}, "encoder patches: .* have convolutions; .*--encoder convolutions"),
+    ],
+)
+def test_other_layers_are_not_exported(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    run = Storage(str(tmp_path / "run"))
+    tiny_tokenizer.write_run(run, **OFFICIAL | changes)
+    with pytest.raises(InputError, match=named):
+        save_official(opened(run), str(tmp_path))
