@@ -95,6 +95,7 @@ class CaptionerRecipe(Recipe, Protocol):
         A model that writes no captions has no ``caption``.
 
         ``complete(facts)``, which a recipe may have, adds the facts of that recipe alone before anything is built.
-        ``load_pretrained()``, which a model may have, loads weights of named models before the training begins.
+        ``load_pretrained()``, which a model may have, makes what only the training begins with, such as weights of a
+        named model.
         ``load_frozen()``, which a model may have, loads those that a finished run does not save.
         """

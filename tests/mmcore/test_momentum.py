@@ -90,7 +90,7 @@ def test_the_copy_follows_and_only_so() -> None:
 
 
 def test_only_training_uses_the_copy() -> None:
-    """Equal predictions of all words and rows as targets: ITC and ITG grow, ITM stays."""
+    """The copy predicts all words and rows alike: ITC and ITG change, ITM stays."""
     batch = rows_of(recipe()).train_batch(torch.arange(8).numpy(), 0)
     plain, model = (model_of(recipe(distillation=share)) for share in (0.0, 0.4))
     for each in (plain, model):
