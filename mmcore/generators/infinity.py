@@ -127,6 +127,17 @@ def _normalized(hidden_RLD: Tensor, scale_R1D: Tensor, shift_R1D: Tensor) -> Ten
     return F.layer_norm(_wide(hidden_RLD), hidden_RLD.shape[-1:], eps=_EPS) * (1 + scale_R1D) + shift_R1D
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of the queries (R, H, L, h) to keys and values (R, H, K, h), where `mask` is true."""
+    if query.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    # The backward pass of PyTorch's fused attention is slow on a CPU.
+    scores_RHLK = query * scale @ key.transpose(-2, -1)
+    if mask is not None:
+        scores_RHLK = scores_RHLK.masked_fill(~mask, -torch.inf)
+    return scores_RHLK.softmax(-1).to(value.dtype) @ value
+
+
 class SelfAttention(nn.Module):
     """Cosine attention with rotary positions. The keys have no bias."""
 
@@ -148,7 +159,7 @@ class SelfAttention(nn.Module):
         key = _turn(F.normalize(_wide(key), dim=-1), rope_2Lh).to(value.dtype)
         if store is not None:
             key, value = store(key, value)
-        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LK, scale=1.0)
+        heads = _attend(query, key, value, mask_LK, 1.0)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
@@ -169,7 +180,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, hidden_RLD: Tensor, keys_values: tuple[Tensor, Tensor], mask_R11T: Tensor) -> Tensor:
         query = self.query(hidden_RLD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        heads = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask_R11T)
+        heads = _attend(query, *keys_values, mask_R11T, query.shape[-1] ** -0.5)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 

@@ -241,6 +241,14 @@ def test_it_learns_images_by_heart() -> None:
     torch.testing.assert_close(made, quantize(latents, FACTS.grids).latents_BdHW)
 
 
+def test_attention_with_a_gradient_is_that_without() -> None:
+    """On a CPU a training computes it by another kernel than sampling does."""
+    model, batch = random_model(), {"latents": latents_of(2), **prompts_of(3, 5)}
+    trained = model(batch).losses["loss"].sum
+    with torch.inference_mode():
+        torch.testing.assert_close(trained.detach(), model(batch).losses["loss"].sum, rtol=1e-5, atol=0)
+
+
 def test_every_weight_gets_a_gradient() -> None:
     model = model_of()
     batch = {"latents": latents_of(2), "dropped": torch.tensor([True, False]), **prompts_of(3, 5)}
