@@ -29,6 +29,7 @@ from mmcore.generators import (
     infinity_tokenizer,
     latent_diffusion,
     pixel_diffusion,
+    sdxl_lora,
     vqvae,
 )
 from mmcore.generators import full_size as generators_full_size
@@ -37,6 +38,7 @@ from mmcore.generators.facts import (
     DiffusionFacts,
     InfinityFacts,
     InfinityTokenizerFacts,
+    SdxlLoraFacts,
     VQVAEFacts,
 )
 from mmcore.run_files import RunFile, read_fields, run_file_from_json
@@ -127,6 +129,7 @@ RECIPES: dict[str, Entry] = {
         infinity_recipe.VARIANTS,
         stage=("infinity", "transformer"),
     ),
+    "sdxl_lora": Entry("generator", sdxl_lora.SdxlLoraRecipe, SdxlLoraFacts, sdxl_lora.VARIANTS),
     "vqvae": Entry("autoencoder", vqvae.VQVAERecipe, VQVAEFacts, vqvae.VARIANTS),
     "infinity_tokenizer": Entry(
         "autoencoder",

@@ -148,8 +148,9 @@ def parse_click(command: click.Command, words: list[str]) -> None:
 
 
 def parse_service(words: list[str]) -> None:
-    from serve.app import Args, named
+    from serve.app import Args
     from serve.control import _parse
+    from serve.sources import named
 
     arguments = _parse([word for word in words if word not in ("start", "serve.app:build")])
     args = Args.model_validate({name: value for name, value in arguments.items() if name not in ("host", "port")})

@@ -13,6 +13,9 @@ from mmcore.data.columns import VALUE, column_table
 from mmcore.frozen.text import FrozenTextEncoder
 from mmcore.frozen.vision import SCRATCH, FrozenVisionEncoder, Tokens, pixels_from_bytes
 from mmcore.generators.code_rows import code_dtype
+from mmcore.generators.sdxl_frozen import SdxlImageEncoder, SdxlTextEncoder, crop_centre
+from mmcore.generators.sdxl_rows import EMBEDS, MOMENTS, POOLED, SIZES
+from mmcore.images import decode_image
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_autoencoder
 
@@ -93,3 +96,38 @@ class EncodeText:
             values[row, : len(captions)] = hidden_NTE[start : start + len(captions)]
             start += len(captions)
         return column_table(rows["image_id"], {VALUE: values})
+
+
+class EncodeSdxlImages:
+    """Images -> moments of SDXL's latents, fp16 (8, h, w), and height, width, top and left of the crop, int32 (4,)."""
+
+    def __init__(self, model: str, revision: str | None, image_size: int, flip: bool) -> None:
+        self.encoder = SdxlImageEncoder(model, revision, _device())
+        self.image_size, self.flip = image_size, flip
+
+    def __call__(self, rows: ImageRows) -> pa.Table:
+        moments, sizes = [], []
+        # One after the other, as a large image takes much memory.
+        for data, name in zip(rows["image"], rows["file_name"], strict=True):
+            pixels, size = crop_centre(decode_image(data, name=name), self.image_size)
+            pixels = np.ascontiguousarray(pixels[:, ::-1]) if self.flip else pixels
+            moments.append(self.encoder(pixels[None])[0])
+            sizes.append(np.array(size, np.int32))
+        return column_table(rows["image_id"], {MOMENTS: np.stack(moments), SIZES: np.stack(sizes)})
+
+
+class EncodeSdxlCaptions:
+    """Captions -> embeddings of SDXL's text encoders, fp16 (K, T, C) and (K, P); zeros where an image has fewer."""
+
+    def __init__(self, model: str, revision: str | None, captions_per_image: int) -> None:
+        self.encoder, self.captions_per_image = SdxlTextEncoder(model, revision, _device()), captions_per_image
+
+    def __call__(self, rows: Columns) -> pa.Table:
+        embeds: list[np.ndarray] = []
+        pooled: list[np.ndarray] = []
+        for captions in rows["captions"]:
+            of_captions = self.encoder(captions[: self.captions_per_image])
+            missing = self.captions_per_image - len(of_captions[0])
+            for values, all_values in zip(of_captions, (embeds, pooled), strict=True):
+                all_values.append(np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)))
+        return column_table(rows["image_id"], {EMBEDS: np.stack(embeds), POOLED: np.stack(pooled)})

@@ -128,7 +128,7 @@ def _parse(
     stage: str = "",
 ) -> Job[R]:
     given = value_given(argv, "--variant")
-    variant = "shapes" if given is None else given
+    variant = ("shapes" if "shapes" in variants else "report") if given is None else given
     if variant not in variants:
         raise InputError(f"--variant {variant!r}: choose one of {', '.join(variants)}")
     # Found out after the training, its run could not be opened.
@@ -167,7 +167,7 @@ def _parse(
     # Absolute: the workers' working directory is not the driver's.
     options = dataclasses.replace(parsed.options, storage=output_storage(parsed.options.storage, "--storage").uri)
     job = dataclasses.replace(parsed, options=options, is_typed=True)
-    if given is None:
+    if given is None and variant == "shapes":
         report = f"; for the report's settings give `--variant report{report_needs}`"
         print(
             f"no --variant given: running `shapes`, self-contained on built-in data{report * ('report' in variants)}",

@@ -99,3 +99,16 @@ class VQVAEFacts(AutoencoderFacts):
 @dataclass(frozen=True)
 class InfinityTokenizerFacts(AutoencoderFacts):
     """Facts of a run of Infinity's tokenizer."""
+
+
+@dataclass(frozen=True)
+class SdxlLoraFacts:
+    """Facts of a run of an SDXL LoRA."""
+
+    model_identity: str = ""
+    """The pretrained model: its commit on the hub, or the SHA-256 of its files."""
+    dataset_fingerprint: str = ""
+    columns: tuple[str, ...] = ()
+    """Folders under STORAGE/features: the images and, with `flip`, the mirrored images."""
+    text: str = ""
+    """Folder under STORAGE/features of the captions."""

@@ -13,6 +13,8 @@ from mmcore.generators.autoregressive import AutoregressiveRecipe
 from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts
 from mmcore.generators.infinity_tokenizer import InfinityTokenizerRecipe
 from mmcore.generators.pixel_diffusion import PixelDiffusionRecipe
+from mmcore.generators.sdxl import build
+from mmcore.generators.sdxl_lora import SdxlLora, SdxlLoraRecipe
 from mmcore.generators.text_context import TextSettings
 from mmcore.generators.vqvae import VQVAERecipe
 
@@ -31,6 +33,12 @@ def sizes(recipe: Any, autoencoder: VQVAERecipe | InfinityTokenizerRecipe) -> tu
         with torch.device("meta"):
             trained = num_parameters(dataclasses.replace(recipe, perceptual=None).build_training())
         return trained, trained
+    if isinstance(recipe, SdxlLoraRecipe):
+        with torch.device("meta"):
+            parts = build()
+            adapted = SdxlLora(parts.unet, recipe, torch.empty(1), "epsilon", 1.0)
+        trainable = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+        return num_parameters(adapted) + sum(map(num_parameters, parts[1:])), trainable
     text_inputs, num_frozen = _text(recipe.text)
     model: nn.Module
     with torch.device("meta"):

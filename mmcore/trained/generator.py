@@ -5,14 +5,14 @@ from typing import Any
 
 from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
-from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts, SdxlLoraFacts
 from mmcore.recipe import Generator
 from mmcore.run_files import RunFile
 from mmcore.storage import Storage
 from mmcore.trained.autoregressive import TrainedAutoregressive
 from mmcore.trained.diffusion import TrainedDiffusion
 from mmcore.trained.infinity import TrainedInfinity
-from mmcore.trained.pipeline import HUB, TrainedPipeline, is_pipeline, parse_lora
+from mmcore.trained.pipeline import HUB, Lora, TrainedPipeline, is_pipeline, parse_lora
 
 
 def open_generator(source: str, *, text_encoder: str | None = None, loras: Sequence[str] = ()) -> Generator:
@@ -39,9 +39,17 @@ def open_generator(source: str, *, text_encoder: str | None = None, loras: Seque
     return BY_FACTS[type(file.facts)](run, file, text_encoder)
 
 
+def _open_sdxl_lora(run: Storage, file: RunFile[Any, Any], text_encoder: str | None) -> Generator:
+    """The pretrained pipeline of the training, with the run's adapter."""
+    if text_encoder is not None:
+        raise InputError(f"--text-encoder {text_encoder!r}: SDXL has its own; leave the flag out")
+    return TrainedPipeline(file.recipe.model, file.recipe.revision, [Lora(run.uri)])
+
+
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Generator]] = {
     DiffusionFacts: TrainedDiffusion,
     AutoregressiveFacts: TrainedAutoregressive,
     InfinityFacts: TrainedInfinity,
+    SdxlLoraFacts: _open_sdxl_lora,
 }
 """The class that opens a run, by the type of its facts."""

@@ -22,6 +22,7 @@ from mmcore.generators.pipeline_options import PipelineOptions, PipelineSampler
 from mmcore.recipe import Identity
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
+from mmcore.trained.lora import is_lora_run, read_adapter
 
 HUB = "hf://"
 """Before the name of a model on the hub."""
@@ -51,7 +52,9 @@ class Lora:
     def read(self) -> bytes:
         """The file of the adapter. Raises InputError if there is none."""
         place = Storage(self.uri)
-        for folder, name in ((place / "model", LORA_FILE), (place, LORA_FILE), (place.parent, place.name)):
+        if is_lora_run(place):
+            return read_adapter(place)
+        for folder, name in ((place, LORA_FILE), (place.parent, place.name)):
             if name.endswith(".safetensors") and folder.exists(name):
                 return folder.read(name)
         raise InputError(
