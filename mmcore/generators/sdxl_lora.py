@@ -159,9 +159,9 @@ class SdxlLora(nn.Module):
         """The squared error of the prediction.
 
         Args:
-            batch: `moments` (B, 8, h, w), `latent_noise` and `noise` (B, 4, h, w), `channel_noise` (B, 4, 1, 1),
-                `timesteps` (B,), `prompt_embeds` (B, T, C), `pooled` (B, P), and `time_ids` (B, 6): height, width, top,
-                left, target height, target width.
+            batch: `moments` (B, 8, h, w), `latent_noise` and `noise` (B, 4, h, w), `channel_noise` (B, 4, 1, 1).
+                Also `timesteps` (B,), `prompt_embeds` (B, T, C), `pooled` (B, P) and `time_ids` (B, 6). The last are
+                height, width, top, left, target height and target width.
         """
         latents_B4hw = self.latents(batch["moments"], batch["latent_noise"])
         noise_B4hw = batch["noise"] + self.recipe.noise_offset * batch["channel_noise"]
