@@ -90,7 +90,7 @@ def test_settings_that_cannot_be_are_refused(
 class OnTokenizer:
     """What the recipe of a generator has of its tokenizer."""
 
-    tokenizer: str | None = None
+    image_tokenizer: str | None = None
     dataset: str = "tiny"
     split: str = "split"
 
@@ -108,7 +108,7 @@ def test_the_tokenizer_that_is_trained_first_is_of_the_same_variant(
     assert own.recipe == dataclasses.replace(VARIANTS["smoke"], dataset="tiny", split="split") == TOKENIZER.recipe(job)
     assert TOKENIZER.reads(job) == f"{own.run} (trained first where missing)"
     TOKENIZER.say(job)
-    assert f"no --tokenizer given: {own.run} is trained first" in capsys.readouterr().out
+    assert f"no --image-tokenizer given: {own.run} is trained first" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_is_named_is_taken_and_checked(tmp_path: Path) -> None:
@@ -131,7 +131,9 @@ def test_a_tokenizer_that_is_named_is_taken_and_checked(tmp_path: Path) -> None:
         frozen.check_copy(Storage(str(tmp_path / "model")))
     with pytest.raises(InputError, match="vqvae: recipe 'vqvae' is not of a tokenizer; name a run of infinity_tokeni"):
         TOKENIZER.recipe(generator(tmp_path, vqvae.uri))
-    with pytest.raises(InputError, match=r"^--tokenizer .*: no such run.*; jobs/train_infinity\.py --stage tokenizer"):
+    with pytest.raises(
+        InputError, match=r"^--image-tokenizer .*: no such run.*; jobs/train_infinity\.py --stage tokenizer"
+    ):
         TOKENIZER.recipe(generator(tmp_path, str(tmp_path / "nothing")))
 
 
