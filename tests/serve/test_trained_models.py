@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tiny_infinity
 import torch
 from PIL import Image
 from serving import AUTHORIZED, GENERATIONS, KEY, InProcess, chat, data_uri, error, events_of, run, wanted
@@ -256,6 +257,38 @@ def test_a_transformer_over_codes_answers_with_its_own_options(tmp_path: Path) -
                 ("guidance_scale_end", 31, "give 1 to 30"), ("num_inference_steps", 4, "temperature"),
                 ("size", "64x64", "this model makes images of 32x32"),
             ):  # fmt: skip
+                refused = error(await ask(**{name: value}))
+                assert (refused["param"], words in refused["message"]) == (name, True), refused
+        generator.batcher.close()
+
+    run(main())
+
+
+def test_infinity_answers_with_its_own_options(tmp_path: Path) -> None:
+    run_folder = str(tiny_infinity.write_run(tmp_path / "bits"))
+    generator = Generator("tiny", open_generator(run_folder).load, LIMITS)
+    models = [Model("tiny", "generator", InProcess(generator))]
+    service = Service(models=models, keys=Keys({"SERVE_API_KEYS": KEY}), limits=LIMITS)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(service.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=AUTHORIZED) as client:
+
+            async def ask(**fields: Any) -> httpx.Response:
+                return await client.post(GENERATIONS, json={"prompt": "a red circle", "seed": 5, **fields})
+
+            told = (await client.get("/v1/models/tiny")).json()
+            assert told["defaults"].keys() == {
+                "guidance_scale", "guidance_layer", "guided_grids", "num_grids", "temperature", "top_p", "size"
+            }  # fmt: skip
+            answers = await asyncio.gather(ask(num_grids=2, guidance_scale=3), ask())
+            first, second = (base64.b64decode(answer.json()["data"][0]["b64_json"]) for answer in answers)
+            assert read_png_text(first)["num_grids"] == "2"
+            assert "num_grids" not in read_png_text(second)
+            assert np.asarray(Image.open(io.BytesIO(first))).shape == (16, 16, 3)
+            events = events_of((await ask(stream=True)).text)
+            assert [data["step"] for name, data in events if name == "progress" and data["total"] == 3][-1] == 3
+            for name, value, words in (("num_grids", 0, "at least 1"), ("top_p", 0.5, "above 0.5")):
                 refused = error(await ask(**{name: value}))
                 assert (refused["param"], words in refused["message"]) == (name, True), refused
         generator.batcher.close()
