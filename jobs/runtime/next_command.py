@@ -65,7 +65,7 @@ def after_training(job: Job[Any], table: CaptionTable) -> list[str]:
         of_split = ["--storage", storage, "--dataset", dataset, "--split", split]
         return ["evaluate.py", "retrieval", "--run", run, *of_split]
     if kind == "autoencoder":
-        return _generator_on(job, len(table.rows(TRAIN))) if job.recipe_name == "vqvae" else []
+        return _generator_on(job, len(table.rows(TRAIN)))
     if dataset == SHAPES:
         # Without test images in the storage, the same scenes are made.
         prompts = [SHAPES_TEST, *(["--storage", storage] if TEST in table.splits else [])]
@@ -94,13 +94,15 @@ def after_generating(run: str, prompts: str, out: str) -> list[str]:
 
 
 def _generator_on(job: Job[Any], num_train: int) -> list[str]:
-    """The generator that is trained on the VQ-VAE of `job`."""
-    name = "autoregressive" if job.recipe.encoder == "patches" else "ldm"
+    """The generator that is trained on the autoencoder of `job`."""
+    name, flag = ("autoregressive" if job.recipe.encoder == "patches" else "ldm"), "--vqvae"
+    if job.recipe_name == "infinity_tokenizer":
+        name, flag = "infinity", "--image-tokenizer"
     variants = RECIPES[name].variants
     # `shapes-codes` is the VQ-VAE of the Transformer's `shapes`.
     variant = job.variant.removesuffix("-codes")
     variant = variant if variant in variants else "best"
-    flags = ["--variant", variant, "--vqvae", _place(job.run), "--storage", _place(job.storage)]
+    flags = ["--variant", variant, flag, _place(job.run), "--storage", _place(job.storage)]
     for field in ("dataset", "split"):
         if (value := getattr(job.recipe, field)) != getattr(variants[variant], field):
             flags += [f"--{field}", value]

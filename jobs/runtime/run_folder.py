@@ -15,7 +15,10 @@ from mmcore.training_plan import check_batch
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 _AGAIN = "give another --name, or --fresh to start anew"
-_PLACES = ("encoder", "text_encoder", "language_model", "tokenizer", "vqvae", "perceptual", "vgg16", "lpips_heads")
+_PLACES = (
+    *("encoder", "text_encoder", "language_model", "tokenizer", "vqvae", "image_tokenizer"),
+    *("perceptual", "vgg16", "lpips_heads"),
+)
 
 
 def open_run(job: Job[Any], facts: Any) -> None:

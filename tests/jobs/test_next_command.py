@@ -11,7 +11,7 @@ import tiny
 from test_docs import parse
 
 from jobs.runtime.commandline import say_next
-from jobs.runtime.job import Job, parse_job
+from jobs.runtime.job import Job, parse_job, parse_staged_job
 from jobs.runtime.next_command import after_captioning, after_generating, after_training
 from mmcore.data.prepared import CaptionTable
 from mmcore.storage import Storage
@@ -23,7 +23,12 @@ MINE = "--variant smoke --dataset mine --split split"
 def trained(file: str, flags: str, splits: list[str], storage: Path | str = "out") -> list[str]:
     """What follows the training of images of these splits."""
     module = importlib.import_module(f"jobs.{file}")
-    job: Job[Any] = parse_job(f"jobs/{file}.py", module.VARIANTS, "", [*shlex.split(flags), "--storage", str(storage)])
+    argv = [*shlex.split(flags), "--storage", str(storage)]
+    job: Job[Any]
+    if (stages := getattr(module, "STAGES", None)) is None:
+        job = parse_job(f"jobs/{file}.py", module.VARIANTS, "", argv)
+    else:
+        job = parse_staged_job(f"jobs/{file}.py", stages, "", argv)
     assert job.is_typed
     table = CaptionTable([], [], [], splits, {})
     return after_training(job, table)
@@ -74,6 +79,16 @@ def trained(file: str, flags: str, splits: list[str], storage: Path | str = "out
             "train_vqvae", f"{MINE} --encoder patches", ["train"] * 99,
             "train_autoregressive.py --variant smoke --vqvae out/runs/vqvae/default --storage out --dataset mine"
             " --no-fresh-scenes --exhaustive-captions 0",
+        ),
+        (
+            "train_infinity", "--stage tokenizer --name mine", ["train"] * 99,
+            "train_infinity.py --variant shapes --image-tokenizer out/runs/infinity_tokenizer/mine --storage out"
+            " --name mine",
+        ),
+        (
+            "train_infinity", "--variant smoke", ["train", "test"],
+            "generate.py --run out/runs/infinity/default --prompts shapes-test --storage out"
+            " --out out/sweeps/infinity/default",
         ),
     ],
 )  # fmt: skip

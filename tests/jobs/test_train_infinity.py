@@ -18,11 +18,14 @@ from job_output import error_line
 
 from jobs.runtime.frozen_autoencoder import TOKENIZER
 from jobs.runtime.job import Job, RunOptions
+from jobs.runtime.run_folder import check_begun, open_run
 from jobs.train_infinity import STAGES, main
 from mmcore.catalogue import RECIPES
 from mmcore.data.columns import open_column
 from mmcore.data.pixels import to_network
 from mmcore.errors import InputError
+from mmcore.frozen.text import TextInputs
+from mmcore.generators.facts import InfinityFacts
 from mmcore.generators.infinity_tokenizer import VARIANTS
 from mmcore.generators.psnr import psnr
 from mmcore.storage import Storage
@@ -135,6 +138,17 @@ def test_a_tokenizer_that_is_named_is_taken_and_checked(tmp_path: Path) -> None:
         InputError, match=r"^--image-tokenizer .*: no such run.*; jobs/train_infinity\.py --stage tokenizer"
     ):
         TOKENIZER.recipe(generator(tmp_path, str(tmp_path / "nothing")))
+
+
+def test_a_run_goes_on_without_the_name_of_its_tokenizer(tmp_path: Path) -> None:
+    recipe: Any = RECIPES["infinity"].variants["smoke"]
+    facts = InfinityFacts(TextInputs(vocabulary_size=9), (8, 4, 4), (1, 2, 4))
+    options = RunOptions(storage=str(tmp_path))
+    named = dataclasses.replace(recipe, image_tokenizer=f"{tmp_path}/runs/infinity_tokenizer/default")
+    open_run(Job("infinity", "smoke", named, options), facts)
+    check_begun(Job("infinity", "smoke", recipe, options), facts)
+    with pytest.raises(InputError, match="flip_strength"):
+        check_begun(Job("infinity", "smoke", dataclasses.replace(recipe, flip_strength=0.5), options), facts)
 
 
 def test_what_a_run_of_the_tokenizer_leaves(storage: Storage, call_job: Callable[..., Any], tmp_path: Path) -> None:
