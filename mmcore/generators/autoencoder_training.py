@@ -175,13 +175,13 @@ class AutoencoderTraining(nn.Module):
             The discriminator also has the metric `accuracy`.
         """
         x_B3PP = to_network(batch["images"], self._dtype)
-        return self._generator(x_B3PP, batch) if phase == GENERATOR else self._discriminator(x_B3PP, batch)
+        return self._generator(x_B3PP) if phase == GENERATOR else self._discriminator(x_B3PP)
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.autoencoder.parameters()).dtype
 
-    def _made(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
+    def _made(self, x_B3PP: Tensor) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
         """Images (B, 3, P, P) made of the images `x_B3PP`, the losses of the quantiser, and its statistics."""
         raise NotImplementedError
 
@@ -195,9 +195,9 @@ class AutoencoderTraining(nn.Module):
         with torch.inference_mode():
             return to_pixels(self._reconstructed(to_network(pixels_BPP3.to(device), self._dtype))).cpu()
 
-    def _generator(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> Outputs:
+    def _generator(self, x_B3PP: Tensor) -> Outputs:
         recipe, num_images = self.settings, len(x_B3PP)
-        made_B3PP, own, statistics = self._made(x_B3PP, batch)
+        made_B3PP, own, statistics = self._made(x_B3PP)
         made_B3PP = made_B3PP.to(x_B3PP.dtype)
         losses = {"reconstruction_loss": Loss((made_B3PP - x_B3PP).square().mean((1, 2, 3)).sum(), num_images), **own}
         if self.perceptual is not None:
@@ -208,11 +208,11 @@ class AutoencoderTraining(nn.Module):
             losses["adversarial_loss"] = Loss(adversarial_B.sum(), num_images, recipe.adversarial_weight)
         return Outputs(losses, {"psnr": Mean(psnr(x_B3PP, made_B3PP.detach()).sum(), num_images)}, statistics)
 
-    def _discriminator(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> Outputs:
+    def _discriminator(self, x_B3PP: Tensor) -> Outputs:
         assert self.discriminator is not None
         num_images = len(x_B3PP)
         with torch.no_grad():
-            made_B3PP = self._made(x_B3PP, batch)[0].to(x_B3PP.dtype)
+            made_B3PP = self._made(x_B3PP)[0].to(x_B3PP.dtype)
         real_BHW, fake_BHW = self.discriminator(x_B3PP), self.discriminator(made_B3PP)
         loss_B = discriminator_loss(real_BHW, fake_BHW)
         right_B = ((real_BHW > 0.5).double().mean((1, 2)) + (fake_BHW < 0.5).double().mean((1, 2))) / 2

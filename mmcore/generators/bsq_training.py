@@ -60,24 +60,22 @@ class BitQuantizer(nn.Module):
         self.register_buffer("mean_bits_Sd", torch.full((len(self.grids), num_bits), 0.5, dtype=torch.float64))
         self.state_buffers = ("mean_bits_Sd",)
 
-    def forward(self, latents_BdHW: Tensor, num_grids_B: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, latents_BdHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantise latents, in fp32 or above.
 
         Args:
             latents_BdHW: continuous features of the encoder. Its sides are those of the last grid.
-            num_grids_B: how many of the first grids are summed for each image, int64; all by default.
         Returns: the sum of the grids (B, d, H, W), and a dict:
             `commitment_loss` (B,): mean squared distance of the latents from all grids.
             `entropy_loss` (B,): mean entropy of a bit less the entropy of the mean bit, -1 at best.
             `ones` and `probabilities` float64 (S, d): sums over positions of bits and of their probabilities.
             `positions` float64 (S, 1): the number of positions.
         """
-        # The sum of the chosen grids, and that of all, which the losses are about.
-        total_BdHW, whole_BdHW = torch.zeros_like(latents_BdHW), torch.zeros_like(latents_BdHW)
+        total_BdHW = torch.zeros_like(latents_BdHW)
         entropies, ones, probabilities, positions = [], [], [], []
         means_Sd = self.mean_bits_Sd.clamp(_MARGIN, 1 - _MARGIN).to(latents_BdHW.dtype)
-        for number, (grid, mean_d) in enumerate(zip(self.grids, means_Sd, strict=True)):
-            scaled_Bdhw = F.normalize(shrink(latents_BdHW - whole_BdHW, grid), dim=1)
+        for grid, mean_d in zip(self.grids, means_Sd, strict=True):
+            scaled_Bdhw = F.normalize(shrink(latents_BdHW - total_BdHW, grid), dim=1)
             bits_Bdhw = bits_of(scaled_Bdhw)
             vectors_Bdhw = vectors_of(bits_Bdhw, latents_BdHW.dtype)
             logits_Bdhw = self.sharpness * scaled_Bdhw
@@ -88,14 +86,10 @@ class BitQuantizer(nn.Module):
             ones.append(bits_Bdhw.sum((0, 2, 3), dtype=torch.float64))
             probabilities.append(share_Bdhw.detach().sum((0, 2, 3), dtype=torch.float64))
             positions.append(len(bits_Bdhw) * grid[0] * grid[1])
-            enlarged_BdHW = enlarge(vectors_Bdhw, self.grids[-1])
-            whole_BdHW = whole_BdHW + enlarged_BdHW
-            if num_grids_B is not None:
-                enlarged_BdHW = enlarged_BdHW * (number < num_grids_B)[:, None, None, None]
-            total_BdHW = total_BdHW + enlarged_BdHW
+            total_BdHW = total_BdHW + enlarge(vectors_Bdhw, self.grids[-1])
         # The difference is 0: the value is exactly that of the grids, and the gradient that of the latents.
         return total_BdHW + (latents_BdHW - latents_BdHW.detach()), {
-            "commitment_loss": (latents_BdHW - whole_BdHW).square().mean((1, 2, 3)),
+            "commitment_loss": (latents_BdHW - total_BdHW).square().mean((1, 2, 3)),
             "entropy_loss": torch.stack(entropies).mean(0),
             "ones": torch.stack(ones),
             "probabilities": torch.stack(probabilities),

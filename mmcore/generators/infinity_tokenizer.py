@@ -170,7 +170,7 @@ class InfinityTokenizerTraining(AutoencoderTraining):
         """Modules for activation checkpointing."""
         return [module for module in self.tokenizer.modules() if isinstance(module, ResidualBlock)]
 
-    def _made(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
+    def _made(self, x_B3PP: Tensor) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
         """As above. The statistics are those of the bits, in validation without `probabilities`."""
         recipe, num_images = self.recipe, len(x_B3PP)
         latents_Bdhw = self.tokenizer.encode(x_B3PP)

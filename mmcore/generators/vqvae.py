@@ -280,7 +280,7 @@ class VQVAETraining(AutoencoderTraining):
 
         return [module for module in self.vqvae.modules() if isinstance(module, ResnetBlock2D)]
 
-    def _made(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
+    def _made(self, x_B3PP: Tensor) -> tuple[Tensor, dict[str, Loss], dict[str, Tensor]]:
         """As above. The statistics are those of the codebook, in validation only `counts`."""
         latents_BChw, num_images = self.vqvae.encode(x_B3PP), len(x_B3PP)
         with torch.autocast(x_B3PP.device.type, enabled=False):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmcore import checkpoint
 from mmcore.data.pixels import to_network, to_pixels
 from mmcore.errors import InputError
-from mmcore.generators.bsq import enlarge, quantize, vectors_of
+from mmcore.generators.bsq import quantize
 from mmcore.generators.bsq_training import BitQuantizer, bit_entropy, bit_use
 from mmcore.generators.facts import VQVAEFacts
 from mmcore.generators.infinity_tokenizer import VARIANTS, InfinityTokenizerRecipe, InfinityTokenizerTraining
@@ -52,15 +52,6 @@ def test_training_quantises_as_use_does() -> None:
     counted = torch.stack([bits.sum((0, 2, 3)) for bits in used.bits])
     assert torch.equal(outputs["ones"], counted.double())
     assert outputs["positions"].tolist() == [[3.0], [12.0], [48.0]]
-
-
-def test_the_last_grids_are_left_out_by_image() -> None:
-    total, outputs = quantizer()(latents(), torch.tensor([1, 3, 2]))
-    bits, (_, of_all) = quantize(latents(), GRIDS).bits, quantizer()(latents())
-    for image, num_grids in enumerate([1, 3, 2]):
-        kept = [enlarge(vectors_of(each[image : image + 1]), GRIDS[-1]) for each in bits[:num_grids]]
-        torch.testing.assert_close(total[image], torch.cat(kept).sum(0))
-    assert torch.equal(outputs["commitment_loss"], of_all["commitment_loss"])
 
 
 def test_the_gradient_passes_straight_to_the_latents() -> None:

@@ -263,8 +263,8 @@ class Breaks(VQVAETraining):
     what = "loss"
     calls = 0
 
-    def _discriminator(self, x_B3PP: Tensor, batch: dict[str, Tensor]) -> Outputs:
-        outputs = super()._discriminator(x_B3PP, batch)
+    def _discriminator(self, x_B3PP: Tensor) -> Outputs:
+        outputs = super()._discriminator(x_B3PP)
         self.calls += 1
         if self.calls > 1:
             zero = sum((p * 0).sum() for p in self.phase_parameters(DISCRIMINATOR))
