@@ -5,6 +5,7 @@
     python jobs/export.py --run STORAGE/runs/vqvae/NAME --to diffusers --out DIR
     python jobs/export.py --run STORAGE/runs/autoregressive/NAME/model/vqvae --to diffusers --out DIR
     python jobs/export.py --run STORAGE/runs/infinity_tokenizer/NAME --to infinity --out DIR
+    python jobs/export.py --run STORAGE/runs/sdxl_lora/NAME --to kohya --out DIR
     python jobs/export.py --run STORAGE/runs/qformer/NAME --to transformers --out DIR
     python jobs/export.py --run STORAGE/runs/qformer_llm/NAME --to transformers --out DIR
 
@@ -12,6 +13,7 @@ A latent-diffusion run becomes a folder that ``diffusers.DiffusionPipeline.from_
 of ours: an LDMTextToImagePipeline. A VQ-VAE becomes one that ``diffusers.VQModel.from_pretrained(DIR)`` loads.
 A tokenizer of Infinity becomes DIR/vae.safetensors, with the names of the official files. It needs 32 groups of
 normalisation and convolutions at the full side, as in the variant best.
+An SDXL adapter becomes a file that ``load_lora_weights`` reads, in the layout of diffusers or of kohya's scripts.
 A Q-Former becomes a Blip2ForImageTextRetrieval of transformers, and with a language model a
 Blip2ForConditionalGeneration. DIR/README.md has the code for its scores and captions, and for an image encoder that is
 not BLIP-2's.
@@ -46,6 +48,7 @@ from mmcore.storage import Storage, writing
 from mmcore.trained.autoencoder import open_tokenizer, open_vqvae
 from mmcore.trained.captioner import TrainedCaptioner, open_captioner
 from mmcore.trained.generator import open_generator
+from mmcore.trained.lora import LORA_FILE, Layout, adapter_difference, save_adapter
 from mmcore.trained.to_diffusers import CHECK_STEPS, TOLERANCE, difference, to_pipeline, vqvae_difference
 from mmcore.trained.to_infinity import FILE_NAME, save_official, tokenizer_difference
 from mmcore.trained.to_transformers import GenerationExport, RetrievalExport
@@ -59,8 +62,9 @@ class ExportSettings:
     """The finished run of a latent diffusion, an autoencoder or a Q-Former: STORAGE/runs/RECIPE/NAME."""
     out: str
     """New local folder."""
-    to: Literal["diffusers", "transformers", "infinity"] = "diffusers"
-    """What is to load it: transformers for a Q-Former, Infinity's own code for its tokenizer, else diffusers."""
+    to: Literal["diffusers", "kohya", "transformers", "infinity"] = "diffusers"
+    """What is to load it: transformers for a Q-Former, Infinity's own code for its tokenizer, else diffusers. kohya is
+    the layout of an SDXL adapter that other programs read."""
     encoder: str | None = None
     """Folder or name of the frozen image encoder, if it is not where the run had it."""
     text_encoder: str | None = None
@@ -78,6 +82,8 @@ class _Exported:
     difference: Callable[[str], float]
     outputs: str
     compared_on: str
+    is_folder: bool = True
+    """Whether a class loads the folder, by ``from_pretrained``."""
 
 
 # By recipe, what transformers has a class for.
@@ -97,6 +103,8 @@ def _exported(settings: ExportSettings) -> _Exported:
     recipe = read_fields(Storage(settings.run))[0]["recipe"]
     library = "transformers" if recipe in (*names("captioner"), *names("retriever")) else "diffusers"
     library = "infinity" if recipe == "infinity_tokenizer" else library
+    if recipe == "sdxl_lora" and settings.to in ("diffusers", "kohya"):
+        return _for_adapter(settings)
     if settings.to != library:
         raise InputError(f"--to {settings.to}: a run of {recipe} is for {library}; give --to {library}")
     if library == "infinity":
@@ -104,10 +112,29 @@ def _exported(settings: ExportSettings) -> _Exported:
     return _for_transformers(settings, recipe) if library == "transformers" else _for_diffusers(settings, recipe)
 
 
-def _for_infinity(settings: ExportSettings) -> _Exported:
+def _refuse_frozen(settings: ExportSettings, what: str) -> None:
+    """Raise InputError for a frozen model that `what` does not have."""
     for flag in ("encoder", "text_encoder", "language_model"):
         if (value := getattr(settings, flag)) is not None:
-            raise InputError(f"--{flag.replace('_', '-')} {value!r}: a tokenizer has none; leave the flag out")
+            raise InputError(f"--{flag.replace('_', '-')} {value!r}: {what} has none; leave the flag out")
+
+
+def _for_adapter(settings: ExportSettings) -> _Exported:
+    _refuse_frozen(settings, "an adapter")
+    layout: Layout = "kohya" if settings.to == "kohya" else "diffusers"
+    trained = Storage(settings.run)
+    return _Exported(
+        partial(save_adapter, trained, layout),
+        f"load_lora_weights of a StableDiffusionXLPipeline: {LORA_FILE}",
+        partial(adapter_difference, trained),
+        "weights",
+        "the changes of the U-Net's weights",
+        is_folder=False,
+    )
+
+
+def _for_infinity(settings: ExportSettings) -> _Exported:
+    _refuse_frozen(settings, "a tokenizer")
     trained = open_tokenizer(settings.run).load()
     return _Exported(
         partial(save_official, trained),
@@ -115,6 +142,7 @@ def _for_infinity(settings: ExportSettings) -> _Exported:
         partial(tokenizer_difference, trained),
         "images",
         "random images: what is made of them",
+        is_folder=False,
     )
 
 
@@ -188,7 +216,7 @@ def export(settings: ExportSettings) -> float:
         Path(folder).mkdir()
     print(
         f"export: {out}, loaded again and compared on {exported.compared_on} differ by {found:.1g} of 1 at most\n"
-        f"load it with {exported.loader}" + f".from_pretrained({str(out)!r})" * (settings.to != "infinity"),
+        f"load it with {exported.loader}" + f".from_pretrained({str(out)!r})" * exported.is_folder,
         flush=True,
     )
     return found

@@ -1,5 +1,6 @@
 """The adapter of a finished SDXL LoRA run as a file of diffusers, or in the layout of kohya's scripts."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,13 +10,48 @@ from torch import Tensor
 from mmcore.catalogue import read_model_file
 from mmcore.errors import InputError
 from mmcore.generators.facts import SdxlLoraFacts
+from mmcore.generators.sdxl_frozen import load_part
 from mmcore.generators.sdxl_lora import ADAPTER, SdxlLoraRecipe
 from mmcore.run_files import read_weights
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
 
 Layout = Literal["diffusers", "kohya"]
-_KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The file of an adapter, as diffusers calls it."""
+_FIRST, _SECOND = "lora_A.weight", "lora_B.weight"
+_KOHYA = {_FIRST: "lora_down.weight", _SECOND: "lora_up.weight"}
+
+
+def save_adapter(run: Storage, layout: Layout, folder: str) -> None:
+    """Write the adapter of a finished run into `folder`. Raises InputError as `read_adapter`."""
+    (Path(folder) / LORA_FILE).write_bytes(read_adapter(run, layout))
+
+
+def adapter_difference(run: Storage, folder: str) -> float:
+    """How far the adapters that diffusers loads from `folder` are from those of the run.
+
+    Compared are the changes of the weights that the adapters stand for: scale times second times first factor. Their
+    largest difference in a layer is divided by the layer's largest change.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    file = read_model_file(run, "generator")
+    recipe: SdxlLoraRecipe = file.recipe
+    layers = layers_of(read_weights(run, file.weights_sha256))
+    unet: Any = load_part(recipe.model, recipe.revision, "unet", torch.float32)
+    pipeline: Any = StableDiffusionXLPipeline(None, None, None, None, None, unet, None, add_watermarker=False)
+    pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER)
+    found, modules = 0.0, dict(unet.named_modules())
+    for name, first in layers.items():
+        if not name.endswith(_FIRST):
+            continue
+        layer = name.removesuffix(f".{_FIRST}")
+        loaded = modules[layer]
+        wanted = recipe.lora_alpha / recipe.rank * layers[f"{layer}.{_SECOND}"] @ first
+        there = loaded.scaling[ADAPTER] * loaded.lora_B[ADAPTER].weight @ loaded.lora_A[ADAPTER].weight
+        found = max(found, float((there - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)))
+    return found
 
 
 def is_lora_run(source: Storage) -> bool:

@@ -22,12 +22,11 @@ from mmcore.generators.pipeline_options import PipelineOptions, PipelineSampler
 from mmcore.recipe import Identity
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
-from mmcore.trained.lora import is_lora_run, read_adapter
+from mmcore.trained.lora import LORA_FILE, is_lora_run, read_adapter
 
 HUB = "hf://"
 """Before the name of a model on the hub."""
 INDEX = "model_index.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # What decides the images of a folder.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 # Arguments of a call that the options need.

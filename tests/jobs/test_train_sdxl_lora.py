@@ -9,6 +9,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
+from jobs.export import ExportSettings, export
 from jobs.train_sdxl_lora import main
 from mmcore.errors import InputError
 from mmcore.generators.pipeline_options import PipelineOptions
@@ -38,7 +39,9 @@ def test_it_trains_and_is_a_generator(
     tiny.write_dataset(storage)
     refused = call_job(main, *FLAGS, "--storage", storage, "--stream", check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
-    told = call_job(main, *FLAGS, "--storage", storage, "--max-steps", "4", "--lr", "0.01", "--flip").stdout
+    told = call_job(
+        main, *FLAGS, "--storage", storage, "--max-steps", "4", "--lr", "0.01", "--flip", "--alpha", "10"
+    ).stdout
     assert "of the adapters" in told
     run = storage / "runs" / "sdxl_lora" / "default"
     tiny.no_pickles(run)
@@ -51,7 +54,14 @@ def test_it_trains_and_is_a_generator(
     assert np.abs(made.astype(int) - base.load().generate(["a red square"], [1], how)).max() > 0
     # The run stands for its adapter in another sweep, and so does its exported file.
     (tmp_path / LORA_FILE).write_bytes(generator.loras[0].read())
-    for lora in (run.uri, str(tmp_path)):
+    loras = [run.uri, str(tmp_path)]
+    for layout in ("diffusers", "kohya"):
+        out = tmp_path / layout
+        assert export(ExportSettings(run.uri, str(out), to=layout)) <= 1e-6  # type: ignore[arg-type]
+        loras.append(str(out))
+    for lora in loras:
         assert (open_generator(generator.model, loras=[lora]).load().generate(["a red square"], [1], how) == made).all()
+    with pytest.raises(InputError, match="--to transformers: a run of sdxl_lora is for diffusers"):
+        export(ExportSettings(run.uri, str(tmp_path / "other"), to="transformers"))
     with pytest.raises(InputError, match="--lora x: is for a pipeline of diffusers"):
         open_generator(run.uri, loras=["x"])
