@@ -196,8 +196,9 @@ class InfinityTokenizerTraining(AutoencoderTraining):
 
 _BEST = InfinityTokenizerRecipe()
 # As in the VQ-VAE of the autoregressive Transformer, plain background always has the same latents. All convolutions are
-# at a quarter of the side or less. 120 steps of 16 images, 9 s of a CPU, give 22.9 dB. Convolutions of 16 channels at
-# the full side gave 18.2 dB in 250 steps of 8 images and 37 s.
+# at a quarter of the side or less. 120 steps of 16 images, 9 s of a CPU, gave 22.9 dB. Convolutions of 16 channels at
+# the full side gave 18.2 dB in 250 steps of 8 images and 37 s. A schedule of 1,000 steps took 74 s and gave 28.9 dB.
+# The oracle found 94.0 % of the attributes of 150 unseen scenes in the reconstructions, and 76 % of the shapes.
 _SHAPES = dataclasses.replace(
     _BEST,
     dataset="shapes",
@@ -211,7 +212,7 @@ _SHAPES = dataclasses.replace(
     norm_groups=8,
     encoder="patches",
     patch_size=4,
-    train=dataclasses.replace(_BEST.train, num_epochs=8, lr=3e-3, warmup_steps=100, max_steps=3000, batch_size=16),
+    train=dataclasses.replace(_BEST.train, num_epochs=8, lr=3e-3, warmup_steps=100, max_steps=4000, batch_size=16),
 )
 _SMOKE = dataclasses.replace(
     _SHAPES,
