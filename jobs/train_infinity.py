@@ -10,7 +10,9 @@ https://arxiv.org/abs/2406.07548
 Without --image-tokenizer the tokenizer of the variant is trained first, into the same storage and under the run's name.
 The runs of the tokenizer lie under STORAGE/runs/infinity_tokenizer.
 
-Hardware, time and score: no variant has been run to its end.
+Hardware, time and score (docs/results.md): the tokenizer of shapes took 5 minutes for 3,000 steps on two workers of one
+CPU thread. Its reconstructions have 99.3 % of the attributes of test scenes. The Transformer has not been run to its
+end.
 """
 
 from typing import Any

@@ -106,6 +106,10 @@ class TrainedAutoencoder:
         """Latents (B, C, h, w) -> images (B, 3, P, P), about in [-1, 1]."""
         raise NotImplementedError
 
+    def reconstruct(self, pixels: np.ndarray) -> Tensor:
+        """uint8 (B, P, P, 3) -> what is left of them after quantisation: (B, 3, P, P), about in [-1, 1]."""
+        return self.decode(self.encode(pixels))
+
 
 class TrainedVQVAE(TrainedAutoencoder):
     """A VQ-VAE. `decode` quantises its latents first."""
@@ -161,7 +165,6 @@ class TrainedInfinityTokenizer(TrainedAutoencoder):
         return self.model.decode(latents)
 
     def reconstruct(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (B, P, P, 3) -> what is left of them after quantisation: (B, 3, P, P), about in [-1, 1]."""
         return self.decode(quantize(self.encode(pixels), self.grids).latents_BdHW)
 
 

@@ -10,11 +10,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from job_output import driver_lines
 
 from jobs.bench import captioner_step as train_captioner
-from jobs.bench import decode_captions, infinity_batches, inputs, language_generation, ray_train_overhead, timing
+from jobs.bench import (
+    decode_captions,
+    infinity_batches,
+    inputs,
+    language_generation,
+    ray_train_overhead,
+    shapes_reconstructions,
+    timing,
+)
 from jobs.bench import ldm_step as train_ldm
 from jobs.bench.report_way import ReportCaptioner
 from jobs.runtime.ray_private import cpus
@@ -278,3 +287,12 @@ def test_ray_train_overhead(job_environment):
     assert dataclasses.asdict(OVERHEAD).keys() == result["settings"].keys()
     # One worker, and one core is left for Ray.
     assert result["threads_per_worker"] == max(1, cpus() - 1)
+
+
+def test_reconstructions_of_shapes_are_scored(tmp_path: Path) -> None:
+    run = tiny_runs.write_latent_run(tmp_path / "runs" / "ldm" / "a") / "model" / "vqvae"
+    found = shapes_reconstructions.measure(shapes_reconstructions.ReconstructionBench(str(run), count=3))
+    assert 0 <= found["fraction_correct"] < 0.9, "random weights"
+    assert 0 < found["psnr"] < 20
+    with pytest.raises(InputError, match="--count 0: must be at least 1"):
+        shapes_reconstructions.measure(shapes_reconstructions.ReconstructionBench(str(run), count=0))
