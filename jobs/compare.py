@@ -17,11 +17,20 @@ from dataclasses import dataclass
 from jobs.runtime.commandline import run
 from jobs.runtime.compare_source import parse_source
 from jobs.runtime.csv_file import csv_bytes
-from jobs.runtime.estimate import DEFAULT, REPORT, REPORT_DEVICE, Line, check_claim, compare_claims, estimate_line
+from jobs.runtime.estimate import (
+    DEFAULT,
+    REPORT,
+    REPORT_DEVICE,
+    Line,
+    are_comparable,
+    check_claim,
+    compare_claims,
+    estimate_line,
+)
+from jobs.runtime.source import output_storage
 from mmcore.devices import Device, device_of
 from mmcore.errors import InputError
 from mmcore.flags import read_settings
-from mmcore.storage import Storage
 
 TABLE = "compare.csv"
 _HEADER = (
@@ -62,7 +71,7 @@ def compare(settings: CompareSettings) -> list[Line]:
     lines = [estimate_line(source, device, settings.mfu) for source in sources]
     rows = [_row(line, settings.images, count) for line in lines]
     if settings.out is not None:
-        Storage(settings.out).write(TABLE, csv_bytes(_HEADER, rows))
+        output_storage(settings.out, "--out").write(TABLE, csv_bytes(_HEADER, rows))
     print(f"{count} x {device.name}, peak {device.peak_tflops:g} TFLOP/s, {device.bandwidth:g} GB/s ({device.source})")
     print(f"predicted at {settings.mfu:.0%} of the peak; hours for {settings.images:,} images")
     _print_table(rows)
@@ -71,7 +80,7 @@ def compare(settings: CompareSettings) -> list[Line]:
         claims = list(REPORT)
     for claim in claims:
         print(check_claim(claim, device))
-    if len(claims) == 2:
+    if len(claims) == 2 and are_comparable(*claims):
         print(compare_claims(*claims))
     if settings.out is not None:
         print(f"written: {settings.out}/{TABLE}")
@@ -94,7 +103,7 @@ def _row(line: Line, images: int, count: int) -> tuple[str, ...]:
         f"{time.bound_s:.3f}",
         f"{time.predicted_s:.3f}",
         f"{count / time.predicted_s:.2f}",
-        f"{images * time.predicted_s / count / 3600:,.2f}",
+        f"{images * time.predicted_s / count / 3600:.2f}",
     )
 
 

@@ -43,7 +43,7 @@ from mmcore.catalogue import names
 from mmcore.errors import InputError
 from mmcore.flags import read_settings
 from mmcore.frozen.hub import quiet_load
-from mmcore.run_files import read_fields
+from mmcore.run_files import TOKENIZER_OF_BITS_ASSET, read_fields
 from mmcore.storage import Storage, writing
 from mmcore.trained.autoencoder import open_tokenizer, open_vqvae
 from mmcore.trained.captioner import TrainedCaptioner, open_captioner
@@ -105,6 +105,12 @@ def _exported(settings: ExportSettings) -> _Exported:
     library = "infinity" if recipe == "infinity_tokenizer" else library
     if recipe == "sdxl_lora" and settings.to in ("diffusers", "kohya"):
         return _for_adapter(settings)
+    if recipe == "infinity":
+        raise InputError(
+            f"--run {settings.run}: no library has a class for Infinity's Transformer; its weights are in "
+            f"{settings.run}/model/model.safetensors; its tokenizer is the run "
+            f"{settings.run}/model/{TOKENIZER_OF_BITS_ASSET}"
+        )
     if settings.to != library:
         raise InputError(f"--to {settings.to}: a run of {recipe} is for {library}; give --to {library}")
     if library == "infinity":
@@ -138,7 +144,7 @@ def _for_infinity(settings: ExportSettings) -> _Exported:
     trained = open_tokenizer(settings.run).load()
     return _Exported(
         partial(save_official, trained),
-        f"Infinity's code: {FILE_NAME} is the file of its tokenizer",
+        f"load_vae of mmcore.generators.infinity_weights: {FILE_NAME} has the official names",
         partial(tokenizer_difference, trained),
         "images",
         "random images: what is made of them",

@@ -54,7 +54,7 @@ from mmcore.generators.pipeline_options import PipelineOptions
 from mmcore.recipe import Generator
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
-from mmcore.trained.pipeline import HUB, is_pipeline
+from mmcore.trained.pipeline import HUB, TrainedPipeline, is_pipeline
 
 SUMMARY, SKIPPED_FILE = "summary.json", "skipped.txt"
 # Skipped prompts that are printed; the file lists all.
@@ -106,7 +106,8 @@ class GenerateSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs where the cluster has any; a resumed sweep keeps it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """bfloat16 is faster where the device has it, and its images depend a little more on the size of the batch."""
+    """bfloat16 is faster where the device has it, and its images depend a little more on the size of the batch. float16
+    is for --model."""
     num_workers: int | None = None
     """Workers; by default one for each GPU, or for each machine."""
     skip_bad: bool = False
@@ -301,6 +302,8 @@ def generate(
     out = output_storage(settings.out, "--out")
     adapters: dict[str, Any] = {"loras": settings.lora} if settings.lora else {}
     generator = worker_type.open(settings.run, text_encoder=settings.text_encoder, **adapters)
+    if settings.dtype == "float16" and not isinstance(generator, TrainedPipeline):
+        raise InputError("--dtype float16: is for pipelines of diffusers; a run computes in float32 or bfloat16")
     options, size = generator.options if options is None else options, _asked_size(settings, generator)
     generator.check(options, size)
     skipped: list[str] | None = [] if settings.skip_bad else None

@@ -37,6 +37,10 @@ DEVICES: dict[str, Device] = {
 """By the name that a command gives."""
 
 
+# Forms of a device that are slower than the one in the table.
+_OTHER_FORMS = {"pcie", "nvl", "laptop", "max"}
+
+
 def device_of(name: str) -> Device:
     """The device of this name. Raises InputError for one that is not in the table."""
     if name.lower() not in DEVICES:
@@ -47,6 +51,8 @@ def device_of(name: str) -> Device:
 def known_device(full_name: str) -> Device | None:
     """The device that a driver calls `full_name`, such as ``NVIDIA H200``, or None."""
     words = full_name.lower().replace("-", " ").split()
+    if not _OTHER_FORMS.isdisjoint(words):
+        return None
     for short, device in DEVICES.items():
         wanted = device.name.lower().split()
         model = [word for word in wanted if any(letter.isdigit() for letter in word)][:1]

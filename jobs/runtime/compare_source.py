@@ -1,6 +1,7 @@
 """What jobs/compare.py compares: a model with its settings, written as ``MODEL,key=value,...``."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -35,10 +36,12 @@ class Source:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"source {self}: {name} must be at least 1")
-        if self.guided is not None and self.guided < 0:
-            raise InputError(f"source {self}: guided must be at least 0")
-        if self.seconds is not None and not self.seconds > 0:
-            raise InputError(f"source {self}: seconds must be above 0")
+        if self.model.startswith("infinity") and self.steps != Source.steps:
+            raise InputError(f"source {self}: Infinity has no steps; leave them out")
+        if self.guided is not None and not 0 <= self.guided <= self.steps:
+            raise InputError(f"source {self}: guided must be from 0 to the {self.steps} steps")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise InputError(f"source {self}: seconds must be above 0 and finite")
         if self.dtype not in BYTES:
             raise InputError(f"source {self}: dtype must be one of {', '.join(BYTES)}")
         if _SIZE.fullmatch(self.size) is None:
@@ -70,6 +73,8 @@ def parse_source(text: str) -> Source:
         name, equals, value = setting.partition("=")
         if name not in _TYPES or not equals:
             raise InputError(f"source {text!r}: {setting!r} is no setting; write one of {'=, '.join(_TYPES)}=")
+        if name in values:
+            raise InputError(f"source {text!r}: {name} is given twice")
         try:
             values[name] = _TYPES[name](value)
         except ValueError:

@@ -133,7 +133,7 @@ def _what_fits(source: Source, device: Device) -> str:
         return ""
     height, width = source.height_width
     halves = [
-        Source(SDXL, max(1, source.steps // 2), source.guided, source.batch, source.size, source.dtype),
+        Source(SDXL, max(1, source.steps // 2), None, source.batch, source.size, source.dtype),
         Source(SDXL, source.steps, source.guided, source.batch, f"{width // 2}x{height // 2}", source.dtype),
     ]
     fitting = [
@@ -144,12 +144,17 @@ def _what_fits(source: Source, device: Device) -> str:
     return f"In that time fit {' or '.join(fitting)}." if fitting else ""
 
 
+def are_comparable(first: Source, second: Source) -> bool:
+    """Whether `compare_claims` has something to say: SDXL before Infinity, with equally many pixels."""
+    return first.model == SDXL and second.model in INFINITY and first.size == second.size
+
+
 def compare_claims(first: Source, second: Source) -> str:
     """What the claimed ratio of two sources is, and what their operations say at equal shares of the peak."""
     assert first.seconds is not None, "a source with seconds"
     assert second.seconds is not None, "a source with seconds"
     ratio = cost_of(first).total_flops / cost_of(second).total_flops
-    half = Source(first.model, max(1, first.steps // 2), first.guided, first.batch, first.size, first.dtype)
+    half = Source(first.model, max(1, first.steps // 2), None, first.batch, first.size, first.dtype)
     of_half = cost_of(half).total_flops / cost_of(second).total_flops
     return (
         f"Claimed: {second.model} is {first.seconds / second.seconds:.1f} times as fast as {first.model}. At equal "

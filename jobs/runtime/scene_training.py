@@ -31,6 +31,8 @@ def check_scenes(recipe: Any) -> None:
         mend = "give --no-fresh-scenes --exhaustive-captions 0"
         if recipe.dataset != SHAPES:
             raise InputError(f"fresh_scenes: --dataset {recipe.dataset} is not rendered, only {SHAPES} is; {mend}")
+        if recipe.flip:
+            raise InputError("flip: fresh scenes are never mirrored; give --no-flip, or --no-fresh-scenes")
         if not recipe.text.is_scratch:
             raise InputError(
                 f"fresh_scenes: their captions are new, and the hidden states of --text-encoder "

@@ -50,8 +50,20 @@ def _check(job: Job[SdxlLoraRecipe]) -> Job[SdxlLoraRecipe]:
     pipeline = TrainedPipeline(model, recipe.revision)
     if pipeline.class_name != "StableDiffusionXLPipeline":
         raise InputError(f"--model {recipe.model}: is a {pipeline.class_name}; name a StableDiffusionXLPipeline")
+    _check_schedule(pipeline)
     # The commit that was found, so that all workers read the same files.
     return dataclasses.replace(job, recipe=dataclasses.replace(recipe, model=model, revision=pipeline.revision))
+
+
+def _check_schedule(pipeline: TrainedPipeline) -> None:
+    """Raise InputError for a noise schedule that the training does not have."""
+    from diffusers import DDPMScheduler
+
+    name, prediction = (pipeline.scheduler.get(key) for key in ("_class_name", "prediction_type"))
+    if name not in ("DDPMScheduler", *DDPMScheduler._compatibles) or "EDM" in str(name):
+        raise InputError(f"--model {pipeline.model}: its {name} has no timesteps of DDPM; name another SDXL")
+    if prediction not in (None, "epsilon", "v_prediction"):
+        raise InputError(f"--model {pipeline.model}: prediction_type {prediction}; name one of epsilon or v_prediction")
 
 
 def _tiny_folder() -> str:

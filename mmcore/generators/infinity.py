@@ -26,8 +26,8 @@ _EPS = 1e-6
 # Attention logits are cosines times at most this.
 _MAX_COSINE_SCALE = 100.0
 _FIRST_COSINE_SCALE = 4.0
-# Number of embeddings of grids in the official files; 13 are used.
-_NUM_GRIDS = 15
+MAX_GRIDS = 15
+"""Embeddings of grids in the official files, of which 13 are used."""
 _ROPE_BASE = 10_000.0
 # The text is pooled with heads of this many of its channels.
 _POOL_CHANNELS = 128
@@ -52,7 +52,7 @@ class InfinitySettings:
 
     @property
     def ffn_width(self) -> int:
-        """Width of the feed-forward layers: four times the width, to the next multiple of 256."""
+        """Width of the feed-forward layers: four times the width, to the nearest multiple of 256."""
         return round(self.width * 4 / 256) * 256
 
 
@@ -264,7 +264,7 @@ class InfinityTransformer(nn.Module):
             nn.Linear(settings.text_channels, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
         )
         self.first_position_D = nn.Parameter(torch.empty(width))
-        self.grid_embedding = nn.Embedding(_NUM_GRIDS, width)
+        self.grid_embedding = nn.Embedding(MAX_GRIDS, width)
         self.bit_embedding = nn.Linear(settings.num_bits, width)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.num_layers)])

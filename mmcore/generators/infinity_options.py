@@ -18,8 +18,8 @@ class InfinityOptions:
     guidance: float = field(default=3.0, metadata={"api": "guidance_scale"})
     """Classifier-free guidance scale; 1 is no guidance and takes half the time."""
     guidance_layer: int = 0
-    """0 guides the logits. -n guides what leaves the n-th layer before the last, counted from 0 at the head: the
-    official -5 of 32 layers is layer 27."""
+    """0 guides the logits. -n guides what leaves layer N - n of N layers, counted from 0: the official -5 of 32
+    layers is layer 27."""
     guided_grids: int | None = None
     """Grids that are guided, the first ones. None guides all. Fewer are faster and change the image."""
     num_grids: int | None = None

@@ -24,6 +24,7 @@ from mmcore.generators.autoencoder_training import (
 )
 from mmcore.generators.bsq import quantize
 from mmcore.generators.bsq_training import BitQuantizer, bit_use
+from mmcore.generators.infinity import MAX_GRIDS
 from mmcore.generators.infinity_scales import Grid
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings, ResidualBlock
 from mmcore.losses import Loss
@@ -111,8 +112,12 @@ class InfinityTokenizerRecipe:
                 "change --factors, --width or --norm-groups"
             )
         check_judges(self)
-        if not self.grids or self.grids[0] < 1 or list(self.grids) != sorted(self.grids):
-            raise InputError(f"grids {self.grids} must go from coarse to fine, from 1 on; change --grids")
+        # The Transformer begins with one position, and has an embedding for each grid.
+        if not 2 <= len(self.grids) <= MAX_GRIDS or self.grids[0] != 1 or sorted({*self.grids}) != list(self.grids):
+            raise InputError(
+                f"grids {self.grids} must be 2 to {MAX_GRIDS} sides that grow from 1 on; change --grids, such as "
+                "--grids 1 2 4 8"
+            )
         if self.image_size != self.grids[-1] * self.factor:
             raise InputError(
                 f"image_size {self.image_size} must be {self.grids[-1] * self.factor}, the last of grids {self.grids} "
@@ -198,7 +203,8 @@ _BEST = InfinityTokenizerRecipe()
 # As in the VQ-VAE of the autoregressive Transformer, plain background always has the same latents. All convolutions are
 # at a quarter of the side or less. 120 steps of 16 images, 9 s of a CPU, gave 22.9 dB. Convolutions of 16 channels at
 # the full side gave 18.2 dB in 250 steps of 8 images and 37 s. A schedule of 1,000 steps took 74 s and gave 28.9 dB.
-# The oracle found 94.0 % of the attributes of 150 unseen scenes in the reconstructions, and 76 % of the shapes.
+# The oracle found 94.0 % of the attributes of 150 unseen scenes in the reconstructions, and 76 % of the shapes. After
+# 3,000 steps it found 99.3 % of those of 300 scenes, and 96.7 % of the shapes.
 _SHAPES = dataclasses.replace(
     _BEST,
     dataset="shapes",

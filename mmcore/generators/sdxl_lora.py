@@ -187,7 +187,9 @@ class SdxlLora(nn.Module):
         if gamma is None:
             return torch.ones_like(kept_B)
         snr_B = kept_B / (1 - kept_B)
-        return snr_B.clamp(max=gamma) / (snr_B + 1 if self.prediction == "v_prediction" else snr_B)
+        # A schedule may end without any signal.
+        divisor_B = snr_B + 1 if self.prediction == "v_prediction" else snr_B.clamp_min(1e-8)
+        return snr_B.clamp(max=gamma) / divisor_B
 
 
 _REPORT = SdxlLoraRecipe()

@@ -15,7 +15,7 @@ from mmcore.recipe import Identity
 from mmcore.run_files import VQVAE_ASSET, RunFile
 from mmcore.storage import Storage
 from mmcore.trained.autoencoder import TrainedVQVAE, open_vqvae
-from mmcore.trained.network import load_network
+from mmcore.trained.network import check_dtype, load_network
 from mmcore.trained.prompts import PromptReader, check_size
 
 
@@ -57,6 +57,7 @@ class TrainedAutoregressive:
         or the VQ-VAE differ from those in recipe.json.
         """
         facts, assets = self.file.facts, self.run / "model"
+        check_dtype(dtype)
         self.device, self.dtype = torch.device(device), dtype
         self.model = load_network(self.run, self.file, self.device)
         fingerprint = facts.autoencoder_fingerprint

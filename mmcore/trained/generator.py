@@ -43,7 +43,7 @@ def _open_sdxl_lora(run: Storage, file: RunFile[Any, Any], text_encoder: str | N
     """The pretrained pipeline of the training, with the run's adapter."""
     if text_encoder is not None:
         raise InputError(f"--text-encoder {text_encoder!r}: SDXL has its own; leave the flag out")
-    return TrainedPipeline(file.recipe.model, file.recipe.revision, [Lora(run.uri)])
+    return TrainedPipeline(file.recipe.model, file.recipe.revision, [Lora(run.uri)], file.facts.model_identity)
 
 
 BY_FACTS: dict[type, Callable[[Storage, RunFile[Any, Any], str | None], Generator]] = {

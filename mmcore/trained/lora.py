@@ -1,5 +1,7 @@
 """The adapter of a finished SDXL LoRA run as a file of diffusers, or in the layout of kohya's scripts."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from mmcore.errors import InputError
 from mmcore.generators.facts import SdxlLoraFacts
 from mmcore.generators.sdxl_frozen import load_part
 from mmcore.generators.sdxl_lora import ADAPTER, SdxlLoraRecipe
-from mmcore.run_files import read_weights
+from mmcore.run_files import RunFile, read_weights
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
 
@@ -21,6 +23,23 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The file of an adapter, as diffusers calls it."""
 _FIRST, _SECOND = "lora_A.weight", "lora_B.weight"
 _KOHYA = {_FIRST: "lora_down.weight", _SECOND: "lora_up.weight"}
+
+
+def adapter_sha256(run: Storage) -> str:
+    """What decides the adapter of a finished run: SHA-256 over its weights and its strength. Raises as `read_adapter`.
+
+    That of a file would change with the version of a library that writes it.
+    """
+    file = _read_file(run)
+    facts = [file.weights_sha256, file.recipe.rank, file.recipe.lora_alpha, file.recipe.dora]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _read_file(run: Storage) -> RunFile[SdxlLoraRecipe, SdxlLoraFacts]:
+    file = read_model_file(run, "generator")
+    if not isinstance(file.facts, SdxlLoraFacts):
+        raise InputError(f"--lora {run}: is a run of {file.recipe_name}, which has no adapter; name one of sdxl_lora")
+    return file
 
 
 def save_adapter(run: Storage, layout: Layout, folder: str) -> None:
@@ -36,8 +55,8 @@ def adapter_difference(run: Storage, folder: str) -> float:
     """
     from diffusers import StableDiffusionXLPipeline
 
-    file = read_model_file(run, "generator")
-    recipe: SdxlLoraRecipe = file.recipe
+    file = _read_file(run)
+    recipe = file.recipe
     layers = layers_of(read_weights(run, file.weights_sha256))
     unet: Any = load_part(recipe.model, recipe.revision, "unet", torch.float32)
     pipeline: Any = StableDiffusionXLPipeline(None, None, None, None, None, unet, None, add_watermarker=False)
@@ -64,9 +83,7 @@ def read_adapter(run: Storage, layout: Layout = "diffusers") -> bytes:
 
     Raises InputError for a run of another recipe, or for damaged weights.
     """
-    file = read_model_file(run, "generator")
-    if not isinstance(file.facts, SdxlLoraFacts):
-        raise InputError(f"--lora {run}: is a run of {file.recipe_name}, which has no adapter; name one of sdxl_lora")
+    file = _read_file(run)
     layers = layers_of(read_weights(run, file.weights_sha256))
     return kohya_file(layers, file.recipe) if layout == "kohya" else diffusers_file(layers, file.recipe)
 

@@ -5,7 +5,6 @@ folder is run.
 """
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,28 +13,31 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mmcore.errors import InputError, OptionError
 from mmcore.frozen.hub import not_found, quiet_load, say_fetch
+from mmcore.frozen.pretrained import absolute_folder
 from mmcore.generators.pipeline_options import PipelineOptions, PipelineSampler
 from mmcore.recipe import Identity
 from mmcore.storage import Storage
 from mmcore.temporary import temporary_folder
-from mmcore.trained.lora import LORA_FILE, is_lora_run, read_adapter
+from mmcore.trained.lora import LORA_FILE, adapter_sha256, is_lora_run, read_adapter
 
 HUB = "hf://"
 """Before the name of a model on the hub."""
 INDEX = "model_index.json"
 # What decides the images of a folder.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
-# Arguments of a call that the options need.
-_ARGUMENTS = {"prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator"}
-_ARGUMENTS |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type"}
+# Others keep their guidance elsewhere, or take more than a prompt.
+_CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _SAMPLERS: dict[PipelineSampler, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "euler": ("EulerDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
+    # The default clips latents to [-1, 1], as if they were pixels.
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 }
 # What a step reads of the prompts. Without guidance its second half alone is left.
 _OF_PROMPTS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
@@ -60,6 +62,11 @@ class Lora:
             f"--lora {self.uri}: no adapter there; name a .safetensors file, or a folder or a finished run with "
             f"{LORA_FILE}"
         )
+
+    def sha256(self) -> str:
+        """What decides the adapter: the weights and the strength of a run, or the bytes of a file."""
+        place = Storage(self.uri)
+        return adapter_sha256(place) if is_lora_run(place) else hashlib.sha256(self.read()).hexdigest()
 
 
 def parse_lora(text: str) -> Lora:
@@ -88,13 +95,17 @@ class TrainedPipeline:
     device: torch.device
     dtype: torch.dtype
 
-    def __init__(self, model: str, revision: str | None = None, loras: Sequence[Lora] = ()) -> None:
+    def __init__(
+        self, model: str, revision: str | None = None, loras: Sequence[Lora] = (), trained_on: str | None = None
+    ) -> None:
         """`model`: folder or name on the hub. `revision`: commit, branch or tag of the hub, by default its newest.
+        `trained_on`: what `files_or_commit` must be, as an adapter was trained on it; `load` checks it.
 
         Raises InputError if there is no such pipeline, or if it is no pipeline from text to images.
         """
-        self.model, self.loras = model, tuple(loras)
-        self.folder = _fetched_settings(model, revision)
+        # Absolute, as `load` may run in another working directory.
+        self.model, self.loras = absolute_folder(model), tuple(loras)
+        self.trained_on, self.folder = trained_on, _fetched_settings(model, revision)
         self.revision = self.folder.name if not Path(model).is_dir() else None
         if self.revision is None and revision is not None:
             raise InputError(f"--revision {revision}: is for models of the hub, and {model} is a folder")
@@ -109,12 +120,13 @@ class TrainedPipeline:
 
     def identity(self) -> Identity:
         """The model by its commit on the hub, or by the SHA-256 of its files, and the same of each adapter."""
-        own = {"revision": self.revision} if self.revision else {"files_sha256": folder_sha256(str(self.folder))}
-        adapters = [
-            {"uri": lora.uri, "scale": lora.scale, "sha256": hashlib.sha256(lora.read()).hexdigest()}
-            for lora in self.loras
-        ]
+        own = {"revision" if self.revision else "files_sha256": self.files_or_commit()}
+        adapters = [{"uri": lora.uri, "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras]
         return {"model": self.model, **own, **({"loras": json.dumps(adapters)} if adapters else {})}
+
+    def files_or_commit(self) -> str:
+        """The commit of a model on the hub, or the SHA-256 of a folder's files."""
+        return self.revision or folder_sha256(str(self.folder))
 
     def _can_sample(self, sampler: PipelineSampler) -> bool:
         if sampler == "own":
@@ -145,6 +157,11 @@ class TrainedPipeline:
 
         logging.disable_progress_bar()
         self.device, self.dtype = torch.device(device), dtype
+        if self.trained_on is not None and self.trained_on != (found := self.files_or_commit()):
+            raise InputError(
+                f"{self.model}: this model ({found[:12]}) is not the one that the adapter was trained on "
+                f"({self.trained_on[:12]}); restore that one, or train again"
+            )
         where = {"revision": self.revision} if self.revision else {}
         say_fetch(self.model, INDEX, what="the weights of")
         try:
@@ -170,14 +187,23 @@ class TrainedPipeline:
         return self
 
     def _add(self, pipeline: Any, lora: Lora, name: str) -> None:
+        """Load an adapter. Raises InputError if it does not fit, also if only a part of it does."""
+        data = lora.read()
         # A file and not its tensors, as diffusers reads the adapter's alpha from the file's metadata.
         with temporary_folder("lora") as folder:
-            (folder / LORA_FILE).write_bytes(lora.read())
+            (folder / LORA_FILE).write_bytes(data)
             try:
+                names = load_file(folder / LORA_FILE).keys()
                 pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=name)
-            except (ValueError, RuntimeError, LookupError) as error:
-                reason = "no layer of it is known" if isinstance(error, LookupError) else str(error).splitlines()[0]
+            except (ValueError, RuntimeError, LookupError, OSError, SafetensorError) as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                reason = "no layer of it is known" if isinstance(error, LookupError) else " ".join(lines[:2])
                 raise InputError(f"--lora {lora.uri}: does not fit {self.model} ({reason})") from None
+        wanted = sum(".lora_A." in each or "lora_down." in each or ".lora.down." in each for each in names)
+        parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        loaded = sum(name in getattr(module, "lora_A", ()) for part in parts for module in part.modules())
+        if loaded != wanted:
+            raise InputError(f"--lora {lora.uri}: {loaded} of its {wanted} layers are in {self.model}; name its model")
 
     def num_tokens(self, prompts: Sequence[str]) -> list[int]:
         tokenizer = self.pipeline.tokenizer
@@ -216,7 +242,8 @@ class TrainedPipeline:
         known = self.pipeline._callback_tensor_inputs
         images = self.pipeline(
             prompt=list(prompts),
-            negative_prompt=[options.negative_prompt] * len(prompts) if guided else None,
+            # None is not the empty text: SDXL then guides away from zeros.
+            negative_prompt=[options.negative_prompt] * len(prompts) if options.negative_prompt else None,
             height=height,
             width=width,
             num_inference_steps=options.steps,
@@ -268,19 +295,13 @@ def _fetched_settings(model: str, revision: str | None) -> Path:
 
 
 def _class_name(folder: Path, model: str) -> str:
-    """The pipeline's class. Raises InputError for code of the folder, or a class that makes no images of text."""
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-
+    """The pipeline's class. Raises InputError for code of the folder, or a class that is not supported."""
     if not (folder / INDEX).is_file():
         raise InputError(f"--model {model}: there is no {INDEX}; name a pipeline of diffusers")
     name = _read_json(folder / INDEX).get("_class_name")
-    known = {each.__name__: each for each in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    if not isinstance(name, str) or name not in known:
-        raise InputError(f"--model {model}: {name} of {INDEX} is no pipeline of diffusers from text to images")
-    missing = sorted(_ARGUMENTS - set(inspect.signature(known[name].__call__).parameters))
-    if missing:
-        raise InputError(f"--model {model}: {name} has no {', '.join(missing)}, which the options here need")
-    return name
+    if name not in _CLASSES:
+        raise InputError(f"--model {model}: {name} of {INDEX} is not supported; name one of {', '.join(_CLASSES)}")
+    return str(name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

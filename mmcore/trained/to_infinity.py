@@ -20,7 +20,8 @@ _NUM_IMAGES = 2
 def save_official(trained: TrainedInfinityTokenizer, folder: str) -> None:
     """Write FILE_NAME into `folder`: the weights under their official names, in fp32.
 
-    Raises InputError for a tokenizer whose layers the official code does not have.
+    Raises InputError for a tokenizer with other kinds of layers than the official one. Widths may differ: the official
+    code itself builds a width of 128 alone.
     """
     recipe, official = trained.recipe, InfinityVaeSettings()
     for name in ("norm_groups", "encoder", "patch_size"):

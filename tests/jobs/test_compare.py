@@ -27,6 +27,10 @@ def test_a_source_is_read_as_it_is_written() -> None:
         ("sdxl,steps=many", "steps=many must be a whole number"),
         ("sdxl,steps=0", "steps must be at least 1"),
         ("sdxl,seconds=0", "seconds must be above 0"),
+        ("sdxl,seconds=inf", "seconds must be above 0 and finite"),
+        ("sdxl,steps=10,guided=11", "guided must be from 0 to the 10 steps"),
+        ("sdxl,steps=10,steps=20", "steps is given twice"),
+        ("infinity-2b,steps=10", "Infinity has no steps"),
         ("sdxl,size=big", "size must be WIDTHxHEIGHT"),
         ("sdxl,dtype=int8", "dtype must be one of float32, float16, bfloat16"),
     ],
@@ -36,7 +40,6 @@ def test_a_wrong_source_is_told_in_one_line(text: str, problem: str) -> None:
         parse_source(text)
 
 
-@pytest.mark.nightly
 def test_the_reports_claim_does_not_fit_its_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare(CompareSettings("a6000", out=str(tmp_path)))
     shown = capsys.readouterr().out

@@ -125,5 +125,5 @@ def test_a_tokenizer_becomes_an_official_file(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(InputError, match="--text-encoder 'bert': a tokenizer has none"):
         export(ExportSettings(run=run.uri, out=str(out), to="infinity", text_encoder="bert"))
     assert export(ExportSettings(run=run.uri, out=str(out), to="infinity")) == 0
-    assert "load it with Infinity's code: vae.safetensors is the file of its tokenizer\n" in capsys.readouterr().out
+    assert "infinity_weights: vae.safetensors has the official names\n" in capsys.readouterr().out
     assert load_vae(str(out / "vae.safetensors"), "--vae").settings.widths == [32, 32, 32]

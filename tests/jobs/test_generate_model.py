@@ -5,12 +5,26 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import tiny_runs
+import torch
 
 from jobs.generate import GenerateSettings, generate
 from jobs.runtime.model_flags import with_run
 from mmcore.errors import InputError
+from mmcore.generators.diffusion_options import DiffusionOptions
 from mmcore.generators.pipeline_options import PipelineOptions
 from mmcore.generators.sdxl import write_tiny
+from mmcore.trained.generator import open_generator
+
+
+def test_half_precision_of_a_run_is_refused(tmp_path: Path) -> None:
+    run = tiny_runs.write_pixel_run(tmp_path / "runs" / "pixel_diffusion" / "a")
+    settings = GenerateSettings(str(run), "shapes-test", str(tmp_path / "out"), count=1, dtype="float16")
+    with pytest.raises(InputError, match="--dtype float16: is for pipelines of diffusers"):
+        generate(settings, DiffusionOptions(steps=2))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="--dtype float16: a run computes in float32 or bfloat16"):
+        open_generator(str(run)).load(dtype=torch.float16)
 
 
 def test_model_and_revision_are_one_source(tmp_path: Path) -> None:

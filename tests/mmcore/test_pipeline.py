@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mmcore.errors import InputError, OptionError
 from mmcore.generators.pipeline_options import PipelineOptions
@@ -61,12 +61,13 @@ def test_an_image_depends_on_its_prompt_and_its_seed_alone(pipeline: Any) -> Non
     assert np.abs(alone - images[1].astype(int)).max() <= 1
 
 
-def test_images_are_those_of_diffusers_own_call(pipeline: Any) -> None:
-    options = PipelineOptions(steps=3, guidance=4.0, sampler="own", negative_prompt="blue")
+@pytest.mark.parametrize("negative_prompt", ["", "blue"])
+def test_images_are_those_of_diffusers_own_call(pipeline: Any, negative_prompt: str) -> None:
+    options = PipelineOptions(steps=3, guidance=4.0, sampler="own", negative_prompt=negative_prompt)
     made = pipeline.generate(PROMPTS[:1], SEEDS[:1], options)[0]
     theirs = pipeline.pipeline(
         PROMPTS[0],
-        negative_prompt="blue",
+        negative_prompt=negative_prompt or None,
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(SEEDS[0]),
@@ -130,11 +131,18 @@ def test_what_is_no_pipeline_is_refused_in_one_line(folder: Path, tmp_path: Path
     save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 2)}, tmp_path / LORA_FILE)
     with pytest.raises(InputError, match="does not fit"):
         open_generator(str(folder), loras=[str(tmp_path)]).load()
+    file = write_lora(folder, tmp_path / "part")
+    partly = load_file(file) | {"unet.mid_block.nothing.to_q.lora_A.weight": torch.zeros(2, 16)}
+    save_file(partly | {"unet.mid_block.nothing.to_q.lora_B.weight": torch.zeros(16, 2)}, file)
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    for wrong, problem in ((file, "layers are in"), (tmp_path / "broken.safetensors", "does not fit")):
+        with pytest.raises(InputError, match=problem):
+            open_generator(str(folder), loras=[str(wrong)]).load()
     shutil.copytree(folder, tmp_path / "code")
     index = json.loads((folder / "model_index.json").read_text())
     for name in (["own", "OwnPipeline"], "StableDiffusionXLInpaintPipeline", None):
         (tmp_path / "code" / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
-        with pytest.raises(InputError, match="is no pipeline of diffusers from text to images"):
+        with pytest.raises(InputError, match="is not supported; name one of StableDiffusionPipeline"):
             TrainedPipeline(str(tmp_path / "code"))
 
 
