@@ -219,7 +219,8 @@ def test_upload_holds_the_code_and_no_data(tmp_path):
         uploaded = {name for name in archive.namelist() if not name.endswith("/")}
     assert code <= uploaded, "mmcore/data/ is code"
     assert not uploaded & set(litter)
-    assert package.stat().st_size < 2 * 2**20
+    # The code alone is 2.2 MB, not compressed. The limit of Ray is 100 MiB.
+    assert package.stat().st_size < 4 * 2**20
     # .rayignore is enough: a copy without .gitignore is as small.
     (checkout / ".gitignore").unlink()
     create_package(str(checkout), package, include_gitignore=True, include_parent_dir=False, excludes=[])

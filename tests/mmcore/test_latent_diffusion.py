@@ -60,7 +60,7 @@ def test_every_variant_fits_the_vqvae_of_its_name(name: str) -> None:
 
 def test_the_recipes_are_in_the_catalogue() -> None:
     assert RECIPES["ldm"].recipe_type is LatentDiffusionRecipe
-    assert names("autoencoder") == ["vqvae"]
+    assert names("autoencoder") == ["vqvae", "infinity_tokenizer"]
 
 
 @pytest.mark.parametrize("settings", [{"drop_text": 1.0}, {"captions_per_image": 0}, {"sample_steps": 0}])
