@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from jobs.runtime.blocks import MAX_BLOCKS, Blocks, blocks_of_rows
 from jobs.runtime.cluster import connect
 from jobs.runtime.commandline import counted, say_next
 from jobs.runtime.commandline import run as run_job
+from jobs.runtime.image_size import parse_size
 from jobs.runtime.image_sweep import COMMIT, BlockFacts, GenerateImages, ImageSettings
 from jobs.runtime.lease import Lease
 from jobs.runtime.model_flags import parse_with_options, with_run
@@ -68,7 +68,6 @@ _GPU_BYTES_PER_PIXEL = 8192
 _MAX_BATCH = 64
 # Of the prompts that are longer than the text encoder reads, so many are named in the summary, and of unknown words.
 _NUM_NAMED = 5
-_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,10 @@ def _asked_size(settings: GenerateSettings, generator: Generator) -> tuple[int, 
     """Height and width of the images whose prompts give none."""
     if settings.size is None:
         return generator.size
-    match = _SIZE.fullmatch(settings.size)
-    if match is None:
+    size = parse_size(settings.size)
+    if size is None:
         raise InputError(f"--size {settings.size}: write WIDTHxHEIGHT, such as 64x64")
-    return int(match[2]), int(match[1])
+    return size
 
 
 def _check_sizes(

@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from jobs.runtime.image_size import parse_size
 from mmcore.errors import InputError
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,16 @@ class Source:
             raise InputError(f"source {self}: guided must be from 0 to the {self.steps} steps")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise InputError(f"source {self}: seconds must be above 0 and finite")
-        if self.dtype not in BYTES:
-            raise InputError(f"source {self}: dtype must be one of {', '.join(BYTES)}")
-        if _SIZE.fullmatch(self.size) is None:
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"source {self}: dtype must be one of {', '.join(get_args(Dtype))}")
+        if parse_size(self.size) is None:
             raise InputError(f"source {self}: size must be WIDTHxHEIGHT, such as 1024x1024")
 
     @property
     def height_width(self) -> tuple[int, int]:
-        match = _SIZE.fullmatch(self.size)
-        assert match is not None
-        return int(match[2]), int(match[1])
+        size = parse_size(self.size)
+        assert size is not None, "checked at the start"
+        return size
 
     def __str__(self) -> str:
         given = [
@@ -81,6 +79,3 @@ def parse_source(text: str) -> Source:
             kind = "a whole number" if _TYPES[name] is int else "a number"
             raise InputError(f"source {text!r}: {name}={value} must be {kind}") from None
     return Source(model, **values)
-
-
-assert set(BYTES) == set(get_args(Dtype))

@@ -1,30 +1,32 @@
 """What jobs/compare.py says of a device that is not at hand: costs, bounds, predictions and the check of a claim."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import torch
 
-from jobs.runtime.compare_source import BYTES, Source
+from jobs.runtime.compare_source import Source
 from mmcore.cost import REACHED, Cost, Estimate, estimate, share_of_peak
 from mmcore.devices import Device
-from mmcore.errors import InputError
+from mmcore.errors import InputError, OptionError
 from mmcore.frozen.published import num_parameters
+from mmcore.generators import infinity_cost
 from mmcore.generators.infinity import InfinitySettings, InfinityTransformer
-from mmcore.generators.infinity_cost import T5Sizes, text_flops, transformer_flops
-from mmcore.generators.infinity_cost import decoder_flops as infinity_decoder_flops
-from mmcore.generators.infinity_sampling import InfinityOptions
-from mmcore.generators.infinity_scales import BUDGETS, GRIDS, STRIDE, Grid
+from mmcore.generators.infinity_options import InfinityOptions
+from mmcore.generators.infinity_scales import SIZES, STRIDE, Grid, grids_of_size
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 from mmcore.generators.sdxl_cost import image_cost
 
 SDXL = "sdxl"
 INFINITY = {
-    "infinity-2b": InfinitySettings(),
-    "infinity-8b": InfinitySettings(num_layers=40, width=3584, num_heads=28, num_bits=56),
+    "infinity-2b": (InfinitySettings(), InfinityVaeSettings()),
+    "infinity-8b": (
+        InfinitySettings(num_layers=40, width=3584, num_heads=28, num_bits=56),
+        InfinityVaeSettings(num_bits=14, factors=(1, 2, 4, 4)),
+    ),
 }
-# The larger model's positions are patches of 2 × 2 positions of a tokenizer with 14 bits.
-_PATCH = {"infinity-2b": 1, "infinity-8b": 2}
+"""The sizes of a Transformer and of its tokenizer."""
 REPORT = (
     Source(SDXL, steps=100, dtype="float16", seconds=10.8),
     Source("infinity-2b", seconds=3.0),
@@ -60,51 +62,40 @@ def cost_of(source: Source) -> Cost:
         raise InputError(
             f"source {source}: no architecture of {source.model!r} is known; name {SDXL} or {', '.join(INFINITY)}"
         )
-    return _infinity_cost(source.model, grids_of_size(source), source.guided)
+    return _infinity_cost(source.model, _grids(source), source.guided)
 
 
-def grids_of_size(source: Source) -> tuple[Grid, ...]:
+def _grids(source: Source) -> tuple[Grid, ...]:
     """The grids of an image of this size. Raises InputError where no schedule ends with it."""
-    height, width = source.height_width
-    wanted = (height // STRIDE, width // STRIDE)
-    lengths = tuple(BUDGETS.values())
-    for grids in GRIDS.values():
-        for length in lengths:
-            if grids[length - 1] == wanted and not height % STRIDE and not width % STRIDE:
-                return grids[:length]
-    squares = ", ".join(
-        f"{side * STRIDE}x{side * STRIDE}" for side in (GRIDS[1.0][length - 1][0] for length in lengths)
-    )
-    raise InputError(f"source {source}: Infinity has no grids for size {source.size}; its squares are {squares}")
+    try:
+        return grids_of_size(source.height_width)[0]
+    except OptionError:
+        squares = ", ".join(f"{width}x{height}" for height, width in SIZES if height == width)
+        raise InputError(
+            f"source {source}: Infinity has no grids for size {source.size}; its squares are {squares}"
+        ) from None
 
 
 @functools.cache
 def _infinity_cost(model: str, grids: tuple[Grid, ...], guided: int | None) -> Cost:
-    settings, patch = INFINITY[model], _PATCH[model]
-    grids = tuple((height // patch, width // patch) for height, width in grids) if patch > 1 else grids
-    vae = InfinityVaeSettings(num_bits=settings.num_bits // patch**2)
-    latent = (grids[-1][0] * patch, grids[-1][1] * patch)
+    settings, vae = INFINITY[model]
+    # A position of the larger model is a patch of 2 × 2 positions of its tokenizer.
+    flops = infinity_cost.image_cost(
+        settings, vae, grids, InfinityOptions(guided_grids=guided), patch=STRIDE // vae.stride
+    )
     with torch.device("meta"):
         transformer, decoder = num_parameters(InfinityTransformer(settings)), num_parameters(InfinityVae(vae).decoder)
-    text = T5Sizes()
-    # The table of tokens is left out, as a prompt reads a few rows of it.
-    layer = 4 * text.width * text.attention_width + 3 * text.width * text.ffn_width
     return Cost(
-        {
-            "text": text_flops(text, settings.max_text_tokens),
-            "transformer": transformer_flops(
-                settings, settings.max_text_tokens, grids, InfinityOptions(guided_grids=guided)
-            ),
-            "vae": infinity_decoder_flops(vae, latent),
-        },
-        weights_read=text.num_layers * layer + len(grids) * transformer + decoder,
+        {"text": flops.text, "transformer": flops.transformer, "vae": flops.decoder},
+        weights_read=infinity_cost.T5Sizes().num_weights + len(grids) * transformer + decoder,
     )
 
 
 def estimate_line(source: Source, device: Device, mfu: float) -> Line:
     """Raises InputError as `cost_of`."""
     cost = cost_of(source)
-    time = estimate(cost, device, batch_size=source.batch, bytes_per_weight=BYTES[source.dtype], mfu=mfu)
+    size = getattr(torch, source.dtype).itemsize
+    time = estimate(cost, device, batch_size=source.batch, bytes_per_weight=size, mfu=mfu)
     return Line(source, cost, time)
 
 
@@ -132,10 +123,7 @@ def _what_fits(source: Source, device: Device) -> str:
     if source.model != SDXL:
         return ""
     height, width = source.height_width
-    halves = [
-        Source(SDXL, max(1, source.steps // 2), None, source.batch, source.size, source.dtype),
-        Source(SDXL, source.steps, source.guided, source.batch, f"{width // 2}x{height // 2}", source.dtype),
-    ]
+    halves = [_of_half_the_steps(source), dataclasses.replace(source, size=f"{width // 2}x{height // 2}")]
     fitting = [
         f"{each.steps} steps at {each.size} ({share:.0%})"
         for each in halves
@@ -154,13 +142,17 @@ def compare_claims(first: Source, second: Source) -> str:
     assert first.seconds is not None, "a source with seconds"
     assert second.seconds is not None, "a source with seconds"
     ratio = cost_of(first).total_flops / cost_of(second).total_flops
-    half = Source(first.model, max(1, first.steps // 2), None, first.batch, first.size, first.dtype)
+    half = _of_half_the_steps(first)
     of_half = cost_of(half).total_flops / cost_of(second).total_flops
     return (
         f"Claimed: {second.model} is {first.seconds / second.seconds:.1f} times as fast as {first.model}. At equal "
         f"pixels and equal shares of the peak it is {ratio:.1f} times as fast as {first.steps} steps, "
         f"and {of_half:.1f} times as fast as {half.steps} steps."
     )
+
+
+def _of_half_the_steps(source: Source) -> Source:
+    return dataclasses.replace(source, steps=max(1, source.steps // 2), guided=None)
 
 
 def _steps(source: Source) -> str:

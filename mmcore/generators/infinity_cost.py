@@ -32,6 +32,11 @@ class T5Sizes:
     ffn_width: int = 5120
     """Width of the feed-forward layers."""
 
+    @property
+    def num_weights(self) -> int:
+        """Weights of the layers, without the table of tokens, of which a prompt reads a few rows."""
+        return self.num_layers * self.width * (4 * self.attention_width + 3 * self.ffn_width)
+
 
 @dataclass(frozen=True)
 class InfinityCost:

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.compare import CompareSettings, compare
 from jobs.runtime.compare_source import Source, parse_source
+from jobs.runtime.estimate import cost_of
 from mmcore.errors import InputError
 
 
@@ -76,3 +77,12 @@ def test_hours_are_of_all_images_on_all_devices(capsys: pytest.CaptureFixture[st
 def test_wrong_settings_are_told_in_one_line(settings: CompareSettings, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         compare(settings)
+
+
+def test_the_larger_infinity_has_all_positions_of_an_image() -> None:
+    """Its positions are patches of its tokenizer, of which there are as many as of the smaller model."""
+    small, large = (cost_of(Source(model)).flops for model in ("infinity-2b", "infinity-8b"))
+    # Products with weights grow by the square of the width, scores of attention by the width; both by the layers.
+    assert 40 * 3584 / (32 * 2048) < large["transformer"] / small["transformer"] < 40 * 3584**2 / (32 * 2048**2)
+    # The same levels from the full side on, but the one below the latents.
+    assert large["vae"] == pytest.approx(small["vae"], rel=0.3)
