@@ -33,6 +33,14 @@ def check_at_least_one(settings: object, *names: str) -> None:
             raise InputError(f"{name} {getattr(settings, name)} must be at least 1; change --{flag}")
 
 
+def check_not_negative(settings: object, *names: str) -> None:
+    """Raise InputError, naming the flag, for a field of `settings` below 0."""
+    for name in names:
+        if getattr(settings, name) < 0:
+            flag = name.replace("_", "-")
+            raise InputError(f"{name} {getattr(settings, name)} must not be negative; change --{flag}")
+
+
 def check_share(settings: object, *names: str) -> None:
     """Raise InputError, naming the flag, for a field of `settings` outside of [0, 1)."""
     for name in names:
@@ -47,6 +55,12 @@ def check_heads(settings: Any) -> None:
         raise InputError(
             f"num_heads {settings.num_heads} does not divide width {settings.width}; change --num-heads or --width"
         )
+
+
+def check_negative_prompt(negative_prompt: str, guides: bool) -> None:
+    """Raise OptionError for a negative prompt where no step is guided."""
+    if negative_prompt and not guides:
+        raise OptionError("negative_prompt", "has no effect without guidance (a guidance of 1); give a larger guidance")
 
 
 def not_prepared(folder: object, dataset: str, storage: object) -> InputError:

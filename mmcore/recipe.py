@@ -1,11 +1,11 @@
-"""The protocols that jobs and the service use: recipe, captioner, retriever, generator and autoencoder.
+"""The protocols that jobs and the service use: recipe, captioner, retriever and generator.
 
 A recipe holds the settings of a training. ``open_captioner``, ``open_retriever``, ``open_generator`` and
 ``open_autoencoder`` of ``mmcore.trained`` open a finished run. They read recipe.json and no weights. A driver or a
 service can then check a request, or send the object to another machine. There ``load`` reads the weights onto the
 device that computes.
 
-Shapes: B images, H rows, W columns, C channels of a latent with h rows and w columns.
+Shapes: B images, H rows, W columns.
 """
 
 import dataclasses
@@ -143,35 +143,6 @@ class Generator(Protocol):
 
         `on_step(done, total)` is called after each step. An exception that it raises stops the work.
         """
-
-
-class Autoencoder(Protocol):
-    """Images to latents and back."""
-
-    image_size: int
-    latent_shape: tuple[int, int, int]
-    """(C, h, w) of the latents of one image."""
-    num_codes: int
-    """Codes in the codebook."""
-    code_shape: tuple[int, int]
-    """(h, w) of the codes of one image."""
-
-    def identity(self) -> Identity: ...
-
-    def load(self, device: str = "cpu") -> Self:
-        """Read the weights and return self. Raises InputError if their digests differ from those in recipe.json."""
-
-    def encode(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (B, P, P, 3) -> latents (B, C, h, w) before quantisation."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, P, P) in [-1, 1]."""
-
-    def codes(self, pixels: np.ndarray) -> Tensor:
-        """uint8 (B, P, P, 3) -> index of the nearest code of each latent, int64 (B, h, w)."""
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Code indices, int64 (B, h, w) -> images (B, 3, P, P) in [-1, 1]."""
 
 
 def capped_fields(options: Any) -> dict[str, str]:

@@ -32,11 +32,12 @@ from mmcore.errors import InputError
 from mmcore.flags import read_settings
 from mmcore.frozen_weights import store_for_autocast
 from mmcore.generators import infinity_sampling
+from mmcore.generators.code_sampling import uniforms
 from mmcore.generators.infinity import Cache, InfinitySettings, InfinityTransformer
 from mmcore.generators.infinity_batches import InfinityImages, half_precision
 from mmcore.generators.infinity_cost import decoder_flops, transformer_flops
 from mmcore.generators.infinity_options import InfinityOptions
-from mmcore.generators.infinity_sampling import sample, uniforms
+from mmcore.generators.infinity_sampling import sample
 from mmcore.generators.infinity_scales import Grid, grids_of, num_positions
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 from mmcore.seeding import generator

@@ -6,13 +6,13 @@ and from a given step an adversarial loss. The discriminator follows Esser et al
 Shapes: B images, P pixels a side, H and W patches of the discriminator.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mmcore.data.pixels import to_network, to_pixels
-from mmcore.errors import InputError
+from mmcore.errors import InputError, check_not_negative
 from mmcore.generators.discriminator import PatchDiscriminator, discriminator_loss, generator_loss
 from mmcore.generators.perceptual import LPIPS, FeatureDistance, PerceptualDistance
 from mmcore.generators.psnr import psnr
@@ -70,13 +70,6 @@ class AutoencoderRecipe(Protocol):
 def flag(field: str) -> str:
     """The flag of a field of a recipe."""
     return "--" + field.replace("_", "-")
-
-
-def check_not_negative(recipe: Any, *names: str) -> None:
-    """Raise InputError, naming the flag, for a field of `recipe` below 0."""
-    for name in names:
-        if getattr(recipe, name) < 0:
-            raise InputError(f"{name} {getattr(recipe, name)} must not be negative; change {flag(name)}")
 
 
 def check_widths(recipe: AutoencoderRecipe, name: str, *others: str) -> None:

@@ -6,7 +6,7 @@ They become flags of a job, columns of a manifest, PNG text chunks and fields of
 import math
 from dataclasses import dataclass, field
 
-from mmcore.errors import OptionError
+from mmcore.errors import OptionError, check_negative_prompt
 
 # Below it sampling is greedy anyway, and logits / temperature could overflow fp32.
 _MIN_TEMPERATURE = 0.01
@@ -67,7 +67,4 @@ class AutoregressiveOptions:
             raise OptionError("top_k", f"{self.top_k}: must be at least 1, or 0 for all codes")
         if not 0 < self.top_p <= 1:
             raise OptionError("top_p", f"{self.top_p:g}: must be above 0, and at most 1, which allows all codes")
-        if self.negative_prompt and not self.guides:
-            raise OptionError(
-                "negative_prompt", "has no effect without guidance (a guidance of 1); give a larger guidance"
-            )
+        check_negative_prompt(self.negative_prompt, self.guides)

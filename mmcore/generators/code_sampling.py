@@ -53,6 +53,6 @@ def draw_codes(logits_BV: Tensor, uniform_B: Tensor, options: AutoregressiveOpti
     return torch.searchsorted(cumulative_BV, wanted_B[:, None], right=True).squeeze(1)
 
 
-def uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers in [0, 1), fp32 (B, L): each row from a CPU generator with the seed of the image."""
-    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def uniforms(seeds: Sequence[int], *shape: int) -> Tensor:
+    """Uniform numbers in [0, 1), fp32 (B, *shape): those of an image from a CPU generator with its seed."""
+    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from mmcore.errors import InputError, OptionError
+from mmcore.errors import InputError, OptionError, check_negative_prompt
 from mmcore.generators.diffusion import SamplerName, check_timesteps
 
 
@@ -45,7 +45,4 @@ class DiffusionOptions:
                 f"{self.guidance:g}: guidance is not possible, as this run was trained without dropped captions "
                 "(drop_text 0); give 1",
             )
-        if self.guidance == 1 and self.negative_prompt:
-            raise OptionError(
-                "negative_prompt", "has no effect without guidance (a guidance of 1); give a larger guidance"
-            )
+        check_negative_prompt(self.negative_prompt, self.guidance != 1)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from mmcore.data.pixels import to_pixels
 from mmcore.errors import OptionError
+from mmcore.generators.code_sampling import uniforms
 from mmcore.generators.infinity import InfinitySettings, InfinityTransformer
 from mmcore.generators.infinity_cost import cache_bytes
 from mmcore.generators.infinity_options import InfinityOptions
-from mmcore.generators.infinity_sampling import sample, uniforms
+from mmcore.generators.infinity_sampling import sample
 from mmcore.generators.infinity_scales import Grid, num_positions
 from mmcore.generators.infinity_vae import InfinityVae, InfinityVaeSettings
 

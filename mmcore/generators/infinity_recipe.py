@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from mmcore.errors import InputError, OptionError, check_at_least_one, check_heads, check_share
 from mmcore.generators.bsq import quantize
+from mmcore.generators.code_sampling import uniforms
 from mmcore.generators.facts import InfinityFacts
 from mmcore.generators.infinity import InfinitySettings, InfinityTransformer, pool_heads
 from mmcore.generators.infinity_options import InfinityOptions
-from mmcore.generators.infinity_sampling import sample, uniforms
+from mmcore.generators.infinity_sampling import sample
 from mmcore.generators.infinity_scales import Grid, num_positions
 from mmcore.generators.text_context import TextContext, TextSettings
 from mmcore.losses import Loss, Mean, Outputs

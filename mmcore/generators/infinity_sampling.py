@@ -36,12 +36,6 @@ def draw_bits(logits_BLd2: Tensor, uniforms_BLd: Tensor | None, options: Infinit
     return uniforms_BLd < kept_BLd
 
 
-def uniforms(seeds: Sequence[int], num_positions: int, num_bits: int) -> Tensor:
-    """Uniform numbers in [0, 1), fp32 (B, L, d): those of an image from a CPU generator with its seed."""
-    shape = (num_positions, num_bits)
-    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 @dataclass(frozen=True)
 class Step:
     """A grid of a batch of images."""

@@ -14,11 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmcore.errors import InputError, check_at_least_one
+from mmcore.errors import InputError, check_at_least_one, check_not_negative
 from mmcore.generators.autoencoder_training import (
     AutoencoderTraining,
     check_judges,
-    check_not_negative,
     flag,
     judges_without_effect,
 )

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmcore.errors import OptionError
+from mmcore.errors import OptionError, check_negative_prompt
 
 PipelineSampler = Literal["own", "dpmsolver++", "euler", "ddim"]
 """``own`` is the sampler that the pipeline's folder names."""
@@ -38,10 +38,7 @@ class PipelineOptions:
             raise OptionError("guidance", f"{self.guidance:g}: must be at least 1 (no guidance) and finite")
         if not 0 < self.guided_share <= 1:
             raise OptionError("guided_share", f"{self.guided_share:g}: must be above 0 and at most 1")
-        if self.guidance == 1 and self.negative_prompt:
-            raise OptionError(
-                "negative_prompt", "has no effect without guidance (a guidance of 1); give a larger guidance"
-            )
+        check_negative_prompt(self.negative_prompt, self.guidance != 1)
 
     @property
     def guided_steps(self) -> int:

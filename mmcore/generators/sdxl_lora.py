@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcore.errors import InputError, check_at_least_one, check_share
+from mmcore.errors import InputError, check_at_least_one, check_not_negative, check_share
 from mmcore.generators.sdxl import FACTOR
 from mmcore.losses import Loss, Outputs
 from mmcore.recipe import TrainSettings
@@ -90,8 +90,7 @@ class SdxlLoraRecipe:
             raise InputError(f"alpha {self.alpha} must be above 0; change --alpha")
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be above 0; change --min-snr-gamma")
-        if self.noise_offset < 0:
-            raise InputError(f"noise_offset {self.noise_offset} must not be negative; change --noise-offset")
+        check_not_negative(self, "noise_offset")
         if not self.target_modules:
             raise InputError("target_modules is empty; name layers with --target-modules, such as to_q to_v")
 

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcore.errors import InputError, check_at_least_one, check_share
+from mmcore.errors import InputError, check_at_least_one, check_not_negative, check_share
 from mmcore.generators.autoencoder_training import (
     LPIPS_NAME,
     AutoencoderTraining,
     check_judges,
-    check_not_negative,
     check_widths,
     judges_without_effect,
 )
