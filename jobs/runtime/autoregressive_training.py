@@ -1,11 +1,8 @@
 """How a Transformer over codes is trained: those of a frozen VQ-VAE, made once, or of scenes that no epoch had."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from jobs.runtime.features import cached_autoencoder_column
 from jobs.runtime.frozen_autoencoder import VQVAE
 from jobs.runtime.generator_training import (
     GeneratorKind,
@@ -18,18 +15,18 @@ from jobs.runtime.generator_training import (
 )
 from jobs.runtime.job import Job
 from jobs.runtime.ray_private import training_device
-from jobs.runtime.run_folder import check_begun
 from jobs.runtime.scene_training import (
     check_scenes,
     encoded_split,
     exhaustive_captions,
     fresh_scenes,
     num_encoded,
+    say_images,
     without_train_captions,
 )
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, parameters, say_sizes, say_steps
+from jobs.runtime.training_flow import Encoded, parameters, say_sizes, with_mirrored
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.frozen.text import TextInputs
@@ -38,7 +35,6 @@ from mmcore.generators.code_rows import CodeRows, code_dtype
 from mmcore.generators.facts import AutoregressiveFacts
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
-from mmcore.trained.autoencoder import open_autoencoder
 
 
 def train_autoregressive(job: Job[AutoregressiveRecipe]) -> RunSummary:
@@ -74,42 +70,20 @@ def _describe(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, text: 
     with torch.device("meta"):
         model = recipe.build(facts)
     (height, width), of_text = facts.code_shape, text_sizes(model.text, text)
-    seen = "scenes are drawn while it trains, each seen once" if recipe.fresh_scenes else "are seen"
     say_sizes(job, {"the Transformer": parameters(model) - parameters(model.text), **of_text})
     print(f"tokens: {height * width} an image ({height} x {width}), each one of {facts.num_codes:,} codes", flush=True)
-    num_images = say_steps(job, num_train) * recipe.train.batch_size
-    print(f"images: {num_images:,} {seen}", flush=True)
+    say_images(job, num_train)
 
 
 def _encode(
     job: Job[AutoregressiveRecipe], table: CaptionTable, facts: AutoregressiveFacts
 ) -> Encoded[AutoregressiveRecipe, AutoregressiveFacts]:
-    run = VQVAE.ensure(job)
-    fingerprint = open_autoencoder(run.uri).load().fingerprint()
-    facts = dataclasses.replace(facts, autoencoder_fingerprint=fingerprint)
-    check_begun(job, facts)
-    recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
-    columns = [
-        cached_autoencoder_column(
-            job.storage,
-            recipe.dataset,
-            output="codes",
-            run=run,
-            fingerprint=fingerprint,
-            flip=flip,
-            num_views=1 + recipe.flip,
-            split=encoded_split(recipe, table),
-            stall_timeout_s=job.options.stall_timeout,
-        )
-        for flip in ([False, True] if recipe.flip else [False])
-    ]
-    facts = dataclasses.replace(facts, columns=tuple(column.folder.name for column in columns))
-    return Encoded(dataclasses.replace(job, recipe=recipe), facts)
+    return VQVAE.encode(job, facts, output="codes", split=encoded_split(job.recipe, table))
 
 
 def _columns(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts) -> dict[str, TensorSpec]:
     spec = TensorSpec(str(code_dtype(facts.num_codes)), facts.code_shape)
-    return {"codes": spec, "mirrored_codes": spec} if job.recipe.flip else {"codes": spec}
+    return with_mirrored({"codes": spec}, job.recipe.flip)
 
 
 def setup(job: Job[AutoregressiveRecipe], facts: AutoregressiveFacts, doing: Doing) -> Setup:

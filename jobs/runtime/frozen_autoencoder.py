@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from jobs.runtime.autoencoder_training import default_job, train_autoencoder
+from jobs.runtime.encoders import AutoencoderOutput
+from jobs.runtime.features import cached_autoencoder_column
 from jobs.runtime.job import Job
+from jobs.runtime.run_folder import check_begun
+from jobs.runtime.training_flow import Encoded
 from mmcore.catalogue import RECIPES
 from mmcore.errors import InputError
+from mmcore.generators.facts import AutoregressiveFacts, DiffusionFacts, InfinityFacts
 from mmcore.generators.infinity_tokenizer import InfinityTokenizerRecipe
 from mmcore.generators.vqvae import VQVAERecipe
 from mmcore.recipe import difference, recipe_to_json
@@ -28,6 +33,7 @@ from mmcore.trained.autoencoder import (
 
 R = TypeVar("R", VQVAERecipe, InfinityTokenizerRecipe)
 T = TypeVar("T", bound=TrainedAutoencoder)
+F = TypeVar("F", DiffusionFacts, AutoregressiveFacts, InfinityFacts)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,45 @@ class FrozenKind(Generic[R, T]):
                 "it is the one you mean, or give another --name"
             )
         return own.run
+
+    def encode(
+        self,
+        job: Job[Any],
+        facts: F,
+        *,
+        output: AutoencoderOutput,
+        split: str | None = None,
+        fact: str = "autoencoder_fingerprint",
+    ) -> Encoded[Any, F]:
+        """Encode the images of `job` by its autoencoder, each view to a column, and note both in job and facts.
+
+        Args:
+            split: ``COLUMN:NAME`` takes the images of one split alone.
+            fact: the field of the facts for the autoencoder's fingerprint.
+        Raises InputError as `ensure`, and where the run of `job` was begun with other facts.
+        """
+        run = self.ensure(job)
+        fingerprint = self.open(run.uri).load().fingerprint()
+        of_run: dict[str, Any] = {fact: fingerprint}
+        facts = dataclasses.replace(facts, **of_run)
+        check_begun(job, facts)
+        recipe = dataclasses.replace(job.recipe, **{self.recipe_field: run.uri})
+        columns = [
+            cached_autoencoder_column(
+                job.storage,
+                recipe.dataset,
+                output=output,
+                run=run,
+                fingerprint=fingerprint,
+                flip=flip,
+                num_views=1 + recipe.flip,
+                split=split,
+                stall_timeout_s=job.options.stall_timeout,
+            )
+            for flip in ([False, True] if recipe.flip else [False])
+        ]
+        facts = dataclasses.replace(facts, columns=tuple(column.folder.name for column in columns))
+        return Encoded(dataclasses.replace(job, recipe=recipe), facts)
 
     # -- on a worker -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -241,10 +241,12 @@ def sample_grids(
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
             made = images(model, batch([0] * len(chosen)), batch([None] * len(chosen)), seeds)
             pixels = to_pixels(made).cpu().numpy()
-        columns = math.ceil(math.sqrt(len(pixels)))
-        return {
-            "grid": image_grid(pixels, columns),
-            "prompts": " | ".join(table.captions[row][0] for row in chosen),
-        }
+        return sample_grid(pixels, table, chosen)
 
     return samples
+
+
+def sample_grid(pixels: np.ndarray, table: CaptionTable, rows: Sequence[int]) -> dict[str, Any]:
+    """A square grid of images, uint8 (N, H, W, 3), and their prompts: the first captions of `rows`."""
+    prompts = " | ".join(table.captions[row][0] for row in rows)
+    return {"grid": image_grid(pixels, math.ceil(math.sqrt(len(pixels)))), "prompts": prompts}

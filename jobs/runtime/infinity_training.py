@@ -1,11 +1,8 @@
 """How Infinity's Transformer is trained: on latents of a frozen tokenizer, cached, or of scenes that no epoch had."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from jobs.runtime.features import cached_autoencoder_column
 from jobs.runtime.frozen_autoencoder import TOKENIZER
 from jobs.runtime.generator_training import (
     GeneratorKind,
@@ -18,18 +15,18 @@ from jobs.runtime.generator_training import (
 )
 from jobs.runtime.job import Job
 from jobs.runtime.ray_private import training_device
-from jobs.runtime.run_folder import check_begun
 from jobs.runtime.scene_training import (
     check_scenes,
     encoded_split,
     exhaustive_captions,
     fresh_scenes,
     num_encoded,
+    say_images,
     without_train_captions,
 )
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, parameters, say_sizes, say_steps
+from jobs.runtime.training_flow import Encoded, parameters, say_sizes, with_mirrored
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import CaptionTable, read_captions
 from mmcore.frozen.text import TextInputs
@@ -39,7 +36,6 @@ from mmcore.generators.infinity_recipe import InfinityGenerator, InfinityRecipe
 from mmcore.generators.infinity_rows import InfinityRows
 from mmcore.rows import Batch
 from mmcore.seeding import derive_seed
-from mmcore.trained.autoencoder import open_tokenizer
 
 
 def train_infinity(job: Job[InfinityRecipe]) -> RunSummary:
@@ -75,43 +71,20 @@ def _describe(job: Job[InfinityRecipe], facts: InfinityFacts, text: Text, num_tr
     with torch.device("meta"):
         model = recipe.build(facts)
     sides = ", ".join(map(str, facts.grid_sides))
-    seen = "scenes are drawn while it trains, each seen once" if recipe.fresh_scenes else "are seen"
     say_sizes(job, {"the Transformer": parameters(model.transformer), **text_sizes(model.text, text)})
     num_tokens = sum(side * side for side in facts.grid_sides)
     print(f"tokens: {num_tokens} an image on grids of sides {sides}, each of {facts.latent_shape[0]} bits", flush=True)
-    num_images = say_steps(job, num_train) * recipe.train.batch_size
-    print(f"images: {num_images:,} {seen}", flush=True)
+    say_images(job, num_train)
 
 
 def _encode(
     job: Job[InfinityRecipe], table: CaptionTable, facts: InfinityFacts
 ) -> Encoded[InfinityRecipe, InfinityFacts]:
-    run = TOKENIZER.ensure(job)
-    fingerprint = open_tokenizer(run.uri).load().fingerprint()
-    facts = dataclasses.replace(facts, autoencoder_fingerprint=fingerprint)
-    check_begun(job, facts)
-    recipe = dataclasses.replace(job.recipe, image_tokenizer=run.uri)
-    columns = [
-        cached_autoencoder_column(
-            job.storage,
-            recipe.dataset,
-            output="latents",
-            run=run,
-            fingerprint=fingerprint,
-            flip=flip,
-            num_views=1 + recipe.flip,
-            split=encoded_split(recipe, table),
-            stall_timeout_s=job.options.stall_timeout,
-        )
-        for flip in ([False, True] if recipe.flip else [False])
-    ]
-    facts = dataclasses.replace(facts, columns=tuple(column.folder.name for column in columns))
-    return Encoded(dataclasses.replace(job, recipe=recipe), facts)
+    return TOKENIZER.encode(job, facts, output="latents", split=encoded_split(job.recipe, table))
 
 
 def _columns(job: Job[InfinityRecipe], facts: InfinityFacts) -> dict[str, TensorSpec]:
-    spec = TensorSpec("float16", facts.latent_shape)
-    return {"latents": spec, "mirrored_latents": spec} if job.recipe.flip else {"latents": spec}
+    return with_mirrored({"latents": TensorSpec("float16", facts.latent_shape)}, job.recipe.flip)
 
 
 def setup(job: Job[InfinityRecipe], facts: InfinityFacts, doing: Doing) -> Setup:

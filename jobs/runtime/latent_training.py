@@ -5,21 +5,18 @@ import dataclasses
 from torch import Tensor
 
 from jobs.runtime.diffusion_training import check_sampling, describe, diffusion_setup
-from jobs.runtime.features import cached_autoencoder_column
 from jobs.runtime.frozen_autoencoder import VQVAE
 from jobs.runtime.generator_training import GeneratorKind, train_generator
 from jobs.runtime.job import Job
-from jobs.runtime.run_folder import check_begun
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded
+from jobs.runtime.training_flow import Encoded, with_mirrored
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.frozen.text import TextInputs
 from mmcore.generators.diffusion_rows import scaling_factor
 from mmcore.generators.facts import DiffusionFacts
 from mmcore.generators.latent_diffusion import LatentDiffusionRecipe
-from mmcore.trained.autoencoder import open_autoencoder
 
 # Images whose latents say by what all are scaled: a million numbers at the smallest size.
 _SCALE_IMAGES = 1024
@@ -51,36 +48,15 @@ def _facts(job: Job[LatentDiffusionRecipe], inputs: TextInputs) -> DiffusionFact
 def _encode(
     job: Job[LatentDiffusionRecipe], table: CaptionTable, facts: DiffusionFacts
 ) -> Encoded[LatentDiffusionRecipe, DiffusionFacts]:
-    run = VQVAE.ensure(job)
-    fingerprint = open_autoencoder(run.uri).load().fingerprint()
-    facts = dataclasses.replace(facts, vqvae_fingerprint=fingerprint)
-    check_begun(job, facts)
-    recipe = dataclasses.replace(job.recipe, vqvae=run.uri)
-    columns = [
-        cached_autoencoder_column(
-            job.storage,
-            recipe.dataset,
-            output="latents",
-            run=run,
-            fingerprint=fingerprint,
-            flip=flip,
-            num_views=1 + recipe.flip,
-            stall_timeout_s=job.options.stall_timeout,
-        )
-        for flip in ([False, True] if recipe.flip else [False])
-    ]
+    encoded = VQVAE.encode(job, facts, output="latents", fact="vqvae_fingerprint")
     some = [table.image_ids[row] for row in table.rows(TRAIN)[:_SCALE_IMAGES]]
-    facts = dataclasses.replace(
-        facts,
-        scaling_factor=scaling_factor(open_column(columns[0].folder, default_cache(), some).values),
-        columns=tuple(column.folder.name for column in columns),
-    )
-    return Encoded(dataclasses.replace(job, recipe=recipe), facts)
+    latents = open_column(job.storage / "features" / encoded.facts.columns[0], default_cache(), some).values
+    facts = dataclasses.replace(encoded.facts, scaling_factor=scaling_factor(latents))
+    return dataclasses.replace(encoded, facts=facts)
 
 
 def _columns(job: Job[LatentDiffusionRecipe], facts: DiffusionFacts) -> dict[str, TensorSpec]:
-    spec = TensorSpec("float16", facts.x_0_shape)
-    return {"latents": spec, "mirrored_latents": spec} if job.recipe.flip else {"latents": spec}
+    return with_mirrored({"latents": TensorSpec("float16", facts.x_0_shape)}, job.recipe.flip)
 
 
 def setup(job: Job[LatentDiffusionRecipe], facts: DiffusionFacts, doing: Doing) -> Setup:

@@ -10,6 +10,7 @@ from torch import Tensor
 from jobs.prepare import SHAPES
 from jobs.runtime.generator_training import GeneratorFacts, read_tokenizer
 from jobs.runtime.job import Job
+from jobs.runtime.training_flow import say_steps
 from mmcore.data.prepared import TRAIN, CaptionTable
 from mmcore.data.shapes import ShapesSettings, make_scene
 from mmcore.data.shapes_captions import exhaustive_caption
@@ -54,6 +55,13 @@ def exhaustive_captions(job: Job[Any], table: CaptionTable) -> list[str]:
 def _shapes(table: CaptionTable) -> ShapesSettings:
     """What the scenes of the data were drawn with; of data that a dry run only plans, its defaults."""
     return ShapesSettings(**table.facts.get("settings", {}))
+
+
+def say_images(job: Job[Any], num_train: int) -> None:
+    """Print the steps of the run, and how many images they are. Raises InputError for fewer rows than a batch."""
+    recipe = job.recipe
+    seen = "scenes are drawn while it trains, each seen once" if recipe.fresh_scenes else "are seen"
+    print(f"images: {say_steps(job, num_train) * recipe.train.batch_size:,} {seen}", flush=True)
 
 
 def encoded_split(recipe: Any, table: CaptionTable) -> str | None:

@@ -1,23 +1,31 @@
 """How a LoRA of SDXL is trained: moments of latents and text embeddings are cached, and the adapters are trained."""
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from jobs.runtime.blocks import ROWS_PER_BLOCK, blocks_of_rows
 from jobs.runtime.encoders import EncodeSdxlCaptions, EncodeSdxlImages
 from jobs.runtime.features import cached_column
+from jobs.runtime.generator_training import sample_grid
 from jobs.runtime.image_blocks import plan_blocks
 from jobs.runtime.job import Job
 from jobs.runtime.ray_private import training_device
 from jobs.runtime.run_folder import check_begun
 from jobs.runtime.train_worker import Doing, Setup
 from jobs.runtime.trainer import RunSummary
-from jobs.runtime.training_flow import Encoded, Flow, parameters, say_sizes, say_steps, train_by
+from jobs.runtime.training_flow import (
+    Encoded,
+    Flow,
+    parameters,
+    say_sizes,
+    say_steps,
+    train_by,
+    with_mirrored,
+)
 from mmcore.data.columns import TensorSpec, default_cache, open_column
 from mmcore.data.pixels import to_pixels
 from mmcore.data.prepared import CaptionTable, read_captions, read_dataset_facts
@@ -25,10 +33,9 @@ from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder
 from mmcore.generators.facts import SdxlLoraFacts
 from mmcore.generators.sdxl import NUM_TOKENS, write_tiny
-from mmcore.generators.sdxl_frozen import load_part, load_scheduler
+from mmcore.generators.sdxl_frozen import load_part, load_scheduler, load_settings
 from mmcore.generators.sdxl_lora import TINY_MODEL, SdxlLora, SdxlLoraRecipe
 from mmcore.generators.sdxl_rows import EMBEDS, MOMENTS, POOLED, SIZES, SdxlRows
-from mmcore.images import image_grid
 from mmcore.seeding import derive_seed
 from mmcore.trained.pipeline import TrainedPipeline
 from mmcore.training_plan import resolve_precision
@@ -39,7 +46,9 @@ _TINY_FOLDER = "tiny-sdxl"
 
 def train_sdxl_lora(job: Job[SdxlLoraRecipe]) -> RunSummary:
     """Make what is missing (Shapes, moments, text embeddings), then train. Returns the run's summary."""
-    return train_by(Flow(_check, _plan, _describe, _encode, _columns, setup, reads=_reads, writes=""), job)
+    return train_by(
+        Flow(_check, _plan, _describe, _encode, _columns, setup, reads=lambda job: job.recipe.model, writes=""), job
+    )
 
 
 def _check(job: Job[SdxlLoraRecipe]) -> Job[SdxlLoraRecipe]:
@@ -74,37 +83,18 @@ def _tiny_folder() -> str:
     return str(folder)
 
 
-@functools.lru_cache(maxsize=1)
-def _identity(model: str, revision: str | None) -> str:
-    identity = TrainedPipeline(model, revision).identity()
-    return str(identity.get("revision") or identity["files_sha256"])
-
-
-def _reads(job: Job[SdxlLoraRecipe]) -> str:
-    return job.recipe.model
-
-
 def _plan(job: Job[SdxlLoraRecipe], table: CaptionTable) -> SdxlLoraFacts:
     return SdxlLoraFacts(
-        model_identity=_identity(job.recipe.model, job.recipe.revision),
+        model_identity=TrainedPipeline(job.recipe.model, job.recipe.revision).files_or_commit(),
         dataset_fingerprint=table.facts.get("fingerprint", ""),
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _text_widths(model: str, revision: str | None) -> tuple[int, int]:
+def _text_widths(recipe: SdxlLoraRecipe) -> tuple[int, int]:
     """Channels of a text token, and of the pooled vector."""
-    unet = _unet_config(model, revision)
-    return unet["cross_attention_dim"], unet["projection_class_embeddings_input_dim"] - 6 * unet[
-        "addition_time_embed_dim"
-    ]
-
-
-def _unet_config(model: str, revision: str | None) -> dict[str, Any]:
-    from diffusers import UNet2DConditionModel
-
-    where = {"revision": revision} if revision else {}
-    return dict(UNet2DConditionModel.load_config(model, subfolder="unet", **where))
+    unet = load_settings(recipe.model, recipe.revision, "unet")
+    of_sizes = 6 * unet["addition_time_embed_dim"]
+    return unet["cross_attention_dim"], unet["projection_class_embeddings_input_dim"] - of_sizes
 
 
 def _describe(job: Job[SdxlLoraRecipe], facts: SdxlLoraFacts, num_train: int) -> None:
@@ -114,7 +104,9 @@ def _describe(job: Job[SdxlLoraRecipe], facts: SdxlLoraFacts, num_train: int) ->
     with torch.device("meta"):
         # A configuration is numbers, so there is no code to trust.
         of_config = UNet2DConditionModel.from_config
-        model = SdxlLora(of_config(_unet_config(recipe.model, recipe.revision)), recipe, torch.empty(1), "epsilon", 1.0)
+        model = SdxlLora(
+            of_config(load_settings(recipe.model, recipe.revision, "unet")), recipe, torch.empty(1), "epsilon", 1.0
+        )
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     say_sizes(job, {"the adapters": trained, "the frozen U-Net": parameters(model) - trained})
     say_steps(job, num_train)
@@ -155,15 +147,14 @@ def _encode(
 def _columns(job: Job[SdxlLoraRecipe], facts: SdxlLoraFacts) -> dict[str, TensorSpec]:
     recipe = job.recipe
     channels, height, width = recipe.latent_shape
-    token, pooled = _text_widths(recipe.model, recipe.revision)
+    token, pooled = _text_widths(recipe)
     image = {MOMENTS: TensorSpec("float16", (2 * channels, height, width)), SIZES: TensorSpec("int32", (4,))}
-    mirrored = {f"mirrored_{name}": spec for name, spec in image.items()} if recipe.flip else {}
     number = recipe.captions_per_image
     text = {
         EMBEDS: TensorSpec("float16", (number, NUM_TOKENS, token)),
         POOLED: TensorSpec("float16", (number, pooled)),
     }
-    return {**image, **mirrored, **text}
+    return with_mirrored(image, recipe.flip) | text
 
 
 def setup(job: Job[SdxlLoraRecipe], facts: SdxlLoraFacts, doing: Doing) -> Setup:
@@ -189,17 +180,14 @@ def setup(job: Job[SdxlLoraRecipe], facts: SdxlLoraFacts, doing: Doing) -> Setup
     vae = _Vae(recipe)
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = SdxlLora(unet, recipe, scheduler.alphas_cumprod, scheduler.config.prediction_type, vae.scale)
-    return Setup(model, rows, _samples(recipe, table, rows, vae))
+    return Setup(model, rows, _samples(recipe, table, rows, vae, scheduler))
 
 
 class _Vae:
     """The frozen VAE, read at its first use."""
 
     def __init__(self, recipe: SdxlLoraRecipe) -> None:
-        from diffusers import AutoencoderKL
-
-        where = {"revision": recipe.revision} if recipe.revision else {}
-        self.scale = float(AutoencoderKL.load_config(recipe.model, subfolder="vae", **where)["scaling_factor"])
+        self.scale = float(load_settings(recipe.model, recipe.revision, "vae")["scaling_factor"])
         self.recipe, self.loaded = recipe, None
 
     def on(self, device: torch.device) -> Any:
@@ -208,27 +196,26 @@ class _Vae:
         return self.loaded
 
 
-def _samples(recipe: SdxlLoraRecipe, table: CaptionTable, rows: SdxlRows, vae: _Vae) -> Any:
-    """Images of the first validation captions, from the same noise each time."""
+def _samples(recipe: SdxlLoraRecipe, table: CaptionTable, rows: SdxlRows, vae: _Vae, scheduler: Any) -> Any:
+    """Images of the first validation captions, from the same noise each time. `scheduler`: that of the training."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
-    chosen = rows.validation[: recipe.train.num_samples]
+    chosen = rows.validation[: recipe.train.num_samples].tolist()
+    seeds = [derive_seed(recipe.train.seed, "sample", number) for number in range(len(chosen))]
 
     def samples(model: nn.Module, step: int) -> dict[str, Any]:
         assert isinstance(model, SdxlLora)
-        if not len(chosen):
+        if not chosen:
             return {}
         device = next(model.parameters()).device
-        batch = rows.validation_batch(range(len(chosen)))  # type: ignore[arg-type]
-        noise = load_scheduler(recipe.model, recipe.revision)
+        batch = rows.validation_batch(np.arange(len(chosen)))
         # A configuration is numbers, so there is no code to trust.
         configured = DPMSolverMultistepScheduler.from_config
         pipeline: Any = StableDiffusionXLPipeline(
-            vae.on(device), None, None, None, None, model.unet, configured(noise.config), add_watermarker=False
+            vae.on(device), None, None, None, None, model.unet, configured(scheduler.config), add_watermarker=False
         )
         pipeline.set_progress_bar_config(disable=True)
         embeds, pooled = (batch[name].to(device, model.unet.dtype) for name in (EMBEDS, POOLED))
-        seeds = [derive_seed(recipe.train.seed, "sample", number) for number in range(len(chosen))]
         with torch.inference_mode():
             latents = pipeline(
                 prompt_embeds=embeds,
@@ -243,8 +230,6 @@ def _samples(recipe: SdxlLoraRecipe, table: CaptionTable, rows: SdxlRows, vae: _
                 output_type="latent",
             ).images
             images = vae.on(device).decode(latents.float() / vae.scale).sample
-        pixels = to_pixels(images).cpu().numpy()
-        prompts = " | ".join(table.captions[row][0] for row in chosen.tolist())
-        return {"grid": image_grid(pixels, math.ceil(math.sqrt(len(pixels)))), "prompts": prompts}
+        return sample_grid(to_pixels(images).cpu().numpy(), table, chosen)
 
     return samples

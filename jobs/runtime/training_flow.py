@@ -120,6 +120,11 @@ def in_millions(count: int) -> str:
     return f"{count / 1e6:.2f} M" if count >= 10_000 else f"{count:,}"
 
 
+def with_mirrored(columns: dict[str, TensorSpec], flip: bool) -> dict[str, TensorSpec]:
+    """The tensors of an image and, with `flip`, as many of the mirrored image."""
+    return columns | ({f"mirrored_{name}": spec for name, spec in columns.items()} if flip else {})
+
+
 def say_sizes(job: Job[Any], parts: Mapping[str, int]) -> None:
     """Print the number of parameters of each part by its name; what has none is left out."""
     told = ", ".join(f"{in_millions(count)} of {part}" for part, count in parts.items() if count)

@@ -33,24 +33,37 @@ def load_part(model: str, revision: str | None, part: str, dtype: torch.dtype) -
         "text_encoder": transformers.CLIPTextModel,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
     }
-    where: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         with quiet_load():
             loaded = classes[part].from_pretrained(
-                model, subfolder=part, use_safetensors=True, dtype=dtype, trust_remote_code=False, **where
+                model, subfolder=part, use_safetensors=True, dtype=dtype, trust_remote_code=False, **_at(revision)
             )
     except (OSError, ValueError) as error:
         raise not_found(model, "--model", f"{part}, a {_WHAT},", error) from None
     return loaded.eval().requires_grad_(False)
 
 
+def load_settings(model: str, revision: str | None, part: str) -> dict[str, Any]:
+    """The configuration of one network of diffusers in the pipeline `model`. Raises InputError if there is none."""
+    from diffusers import UNet2DConditionModel
+
+    try:
+        # The method reads the file alone, whatever the class.
+        return dict(UNet2DConditionModel.load_config(model, subfolder=part, **_at(revision)))
+    except (OSError, ValueError) as error:
+        raise not_found(model, "--model", f"{part}, a {_WHAT},", error) from None
+
+
+def _at(revision: str | None) -> dict[str, Any]:
+    return {"revision": revision} if revision else {}
+
+
 def load_scheduler(model: str, revision: str | None) -> Any:
     """diffusers' DDPMScheduler of the training, by the pipeline's scheduler. Raises InputError if there is none."""
     from diffusers import DDPMScheduler
 
-    where: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        return DDPMScheduler.from_pretrained(model, subfolder="scheduler", trust_remote_code=False, **where)
+        return DDPMScheduler.from_pretrained(model, subfolder="scheduler", trust_remote_code=False, **_at(revision))
     except (OSError, ValueError) as error:
         raise not_found(model, "--model", f"scheduler, a {_WHAT},", error) from None
 
@@ -91,11 +104,10 @@ class SdxlTextEncoder:
         self.device = device
         self.encoders = [load_part(model, revision, part, torch.float32) for part in ("text_encoder", "text_encoder_2")]
         self.encoders = [encoder.to(device) for encoder in self.encoders]
-        where: dict[str, Any] = {"revision": revision} if revision else {}
         try:
             with quiet_load():
                 self.tokenizers = [
-                    CLIPTokenizer.from_pretrained(model, subfolder=part, trust_remote_code=False, **where)
+                    CLIPTokenizer.from_pretrained(model, subfolder=part, trust_remote_code=False, **_at(revision))
                     for part in ("tokenizer", "tokenizer_2")
                 ]
         except (OSError, ValueError) as error:
