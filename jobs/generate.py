@@ -54,7 +54,7 @@ from mmcore.generators.pipeline_options import PipelineOptions
 from mmcore.recipe import Generator
 from mmcore.storage import Storage
 from mmcore.trained.generator import open_generator
-from mmcore.trained.pipeline import HUB, TrainedPipeline, is_pipeline
+from mmcore.trained.pipeline import TrainedPipeline, names_pipeline
 
 SUMMARY, SKIPPED_FILE = "summary.json", "skipped.txt"
 # Skipped prompts that are printed; the file lists all.
@@ -299,8 +299,7 @@ def generate(
     """
     _check(settings)
     out = output_storage(settings.out, "--out")
-    adapters: dict[str, Any] = {"loras": settings.lora} if settings.lora else {}
-    generator = worker_type.open(settings.run, text_encoder=settings.text_encoder, **adapters)
+    generator = worker_type.open(settings.run, text_encoder=settings.text_encoder, loras=settings.lora)
     if settings.dtype == "float16" and not isinstance(generator, TrainedPipeline):
         raise InputError("--dtype float16: is for pipelines of diffusers; a run computes in float32 or bfloat16")
     options, size = generator.options if options is None else options, _asked_size(settings, generator)
@@ -310,7 +309,7 @@ def generate(
         settings.prompts, storage=settings.storage, seed=settings.seed, count=settings.count, skipped=skipped
     )
     prompts = _check_sizes(generator, options, prompts, settings.prompts, skipped)
-    is_model = settings.run.startswith(HUB) or is_pipeline(settings.run)
+    is_model = names_pipeline(settings.run)
     source = settings.run if is_model else Storage(settings.run).uri
     print(f"generate: {counted(len(prompts), 'image')} of {settings.prompts} by {source} -> {out}", flush=True)
     plan = read_plan(out, MANIFEST)

@@ -84,6 +84,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_folder(folder: Path, suffixes: tuple[str, ...] = ("",)) -> str:
+    """SHA-256 over the files in `folder`, also in folders below, that end with one of `suffixes`, and their names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(suffixes))
+    lines = [f"{path.relative_to(folder).as_posix()} {sha256_file(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file. Raises DiskError with the path if the disk is full or broken."""
     with writing(path):

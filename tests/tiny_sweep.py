@@ -67,7 +67,8 @@ class TinyGenerator(TrainedDiffusion):
         return np.stack([tiny_image(prompt, seed, **how) for prompt, seed in zip(prompts, seeds, strict=True)])
 
 
-def open_tiny(source: str, text_encoder: str | None = None) -> TinyGenerator:
+def open_tiny(source: str, text_encoder: str | None = None, loras: Sequence[str] = ()) -> TinyGenerator:
+    assert not loras, "a run has no adapters"
     run = Storage(source)
     return TinyGenerator(run, read_model_file(run, "generator"), text_encoder)
 

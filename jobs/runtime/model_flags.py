@@ -10,7 +10,7 @@ import tyro
 
 from mmcore.errors import InputError
 from mmcore.flags import Help, read_flags, value_given
-from mmcore.trained.pipeline import HUB, INDEX, is_pipeline
+from mmcore.trained.pipeline import HUB, TrainedPipeline
 
 Settings = TypeVar("Settings")
 
@@ -68,10 +68,8 @@ def with_run(argv: Sequence[str]) -> list[str]:
     if run is not None:
         raise InputError(f"--run {run} and --model {model}: give one of them")
     if Path(model).is_dir():
-        if revision is not None:
-            raise InputError(f"--revision {revision}: is for models of the hub, and {model} is a folder")
-        if not is_pipeline(model):
-            raise InputError(f"--model {model}: no {INDEX} in this folder; name a folder of a pipeline of diffusers")
+        # Raises InputError for what is no folder of a pipeline, or a revision of one.
+        TrainedPipeline(model, revision)
         return [*argv, "--run", str(Path(model).absolute())]
     return [*argv, "--run", HUB + model + ("" if revision is None else f"@{revision}")]
 

@@ -12,7 +12,7 @@ from mmcore.storage import Storage
 from mmcore.trained.autoregressive import TrainedAutoregressive
 from mmcore.trained.diffusion import TrainedDiffusion
 from mmcore.trained.infinity import TrainedInfinity
-from mmcore.trained.pipeline import HUB, Lora, TrainedPipeline, is_pipeline, parse_lora
+from mmcore.trained.pipeline import HUB, Lora, TrainedPipeline, names_pipeline, parse_lora
 
 
 def open_generator(source: str, *, text_encoder: str | None = None, loras: Sequence[str] = ()) -> Generator:
@@ -27,7 +27,7 @@ def open_generator(source: str, *, text_encoder: str | None = None, loras: Seque
         loras: adapters of a pipeline, each ``URI[:SCALE]``.
     Raises InputError if `source` is neither, or for adapters of a run.
     """
-    if source.startswith(HUB) or is_pipeline(source):
+    if names_pipeline(source):
         name, _, revision = source.removeprefix(HUB).partition("@") if source.startswith(HUB) else (source, "", "")
         if text_encoder is not None:
             raise InputError(f"--text-encoder {text_encoder!r}: a pipeline has its own; leave the flag out")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmcore.checkpoint import sha256_folder
 from mmcore.errors import InputError, OptionError
 from mmcore.frozen.hub import not_found, quiet_load, say_fetch
 from mmcore.frozen.pretrained import absolute_folder
@@ -83,9 +84,9 @@ def parse_lora(text: str) -> Lora:
     return Lora(uri, strength)
 
 
-def is_pipeline(source: str) -> bool:
-    """Whether `source` is a folder of a pipeline."""
-    return (Path(source) / INDEX).is_file()
+def names_pipeline(source: str) -> bool:
+    """Whether `source` is a name on the hub behind `HUB`, or a folder of a pipeline."""
+    return source.startswith(HUB) or (Path(source) / INDEX).is_file()
 
 
 class TrainedPipeline:
@@ -126,7 +127,7 @@ class TrainedPipeline:
 
     def files_or_commit(self) -> str:
         """The commit of a model on the hub, or the SHA-256 of a folder's files."""
-        return self.revision or folder_sha256(str(self.folder))
+        return self.revision or sha256_folder(self.folder, _SUFFIXES)
 
     def _can_sample(self, sampler: PipelineSampler) -> bool:
         if sampler == "own":
@@ -280,7 +281,7 @@ def _compatible(scheduler: Any) -> list[Any]:
 def _fetched_settings(model: str, revision: str | None) -> Path:
     """The folder with the settings of a pipeline. Of a model on the hub, its name is the commit."""
     if Path(model).is_dir():
-        if not is_pipeline(model):
+        if not (Path(model) / INDEX).is_file():
             raise InputError(f"--model {model}: no {INDEX} in this folder; name a folder of a pipeline of diffusers")
         return Path(model).absolute()
     from huggingface_hub import snapshot_download
@@ -323,14 +324,3 @@ def _side(folder: Path) -> int:
 def _max_tokens(folder: Path) -> int:
     settings = folder / "tokenizer" / "tokenizer_config.json"
     return int(_read_json(settings).get("model_max_length", 77)) if settings.is_file() else 77
-
-
-def folder_sha256(folder: str) -> str:
-    """SHA-256 of all files of a pipeline's folder that decide its images, with their names."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.suffix in _SUFFIXES:
-            digest.update(path.relative_to(folder).as_posix().encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ Han et al. 2024, https://arxiv.org/abs/2412.04431. Files: https://huggingface.co
 
 import copy
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -13,7 +12,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from mmcore.checkpoint import sha256_file
+from mmcore.checkpoint import sha256_file, sha256_folder
 from mmcore.device import free_memory
 from mmcore.errors import InputError
 from mmcore.frozen.pretrained import absolute_folder, read_config
@@ -97,10 +96,13 @@ class PretrainedInfinity:
     def _identity(self) -> Identity:
         names = {_MODEL: "model", _VAE: "vae"}
         found = {names[flag]: path for flag, path in self.files.items()}
-        found |= {f"{names[flag]}_sha256": _sha256(Path(path)) for flag, path in self.files.items()}
+        for flag, path in self.files.items():
+            # A model of several parts is a folder.
+            digest = sha256_folder if Path(path).is_dir() else sha256_file
+            found[f"{names[flag]}_sha256"] = digest(Path(path))
         found["text_encoder"] = self.text_encoder
         if Path(self.text_encoder).is_dir():
-            found["text_encoder_sha256"] = _sha256(Path(self.text_encoder))
+            found["text_encoder_sha256"] = sha256_folder(Path(self.text_encoder))
         elif self._revision is not None:
             found["text_encoder_revision"] = self._revision
         return found
@@ -164,11 +166,3 @@ class PretrainedInfinity:
         texts, masks = zip(*(self.encoder.with_mask([prompts[place] for place in part]) for part in parts), strict=True)
         text_BTC, mask_BT = torch.cat(texts)[: len(prompts)], torch.cat(masks)[: len(prompts)]
         return self.images(text_BTC, mask_BT, seeds, grids, finest, options, on_step).cpu().numpy()
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file, or of the files of a folder with their names."""
-    if path.is_file():
-        return sha256_file(path)
-    digests = [f"{each.name} {sha256_file(each)}" for each in sorted(path.iterdir()) if each.is_file()]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
